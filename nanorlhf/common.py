@@ -1,0 +1,361 @@
+"""Plumbing that never moves a learning curve: errors, config → command line, device and threads, seeds, the log."""
+
+import csv
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import time
+import types
+import typing
+
+import torch
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake of the user's: ends in one line (flag, or file and line, and what would be right), exit status 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on (non-finite loss, full disk): one line, exit status 1, last checkpoint intact."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, after the step was finished and saved. `code` is the exit status, 130 or 143."""
+
+    def __init__(self, signum):
+        super().__init__("interrupted; the checkpoint is saved, --resume goes on from it")
+        self.code = 128 + signum
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config → command line
+
+
+def fill_by_task(cfg):
+    """Give every field that is None its value for cfg.task from the class's table BY_TASK (task → {field: value})."""
+    table = type(cfg).BY_TASK
+    if cfg.task not in table:
+        raise UserError(f"--task {cfg.task}: must be one of {', '.join(table)}")
+    for field, value in table[cfg.task].items():
+        if getattr(cfg, field) is None:
+            setattr(cfg, field, value)
+
+
+def require(ok, message):
+    if not ok:
+        raise UserError(message)
+
+
+def _field_types(Config):
+    hints = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        kind = hints[f.name]
+        if isinstance(kind, types.UnionType):  # "float | None": None stands for the task's own default
+            kind = next(k for k in kind.__args__ if k is not type(None))
+        yield f, kind
+
+
+def _convert(flag, kind, text):
+    """One flag's text → value of the field's type; UserError says what would be right."""
+    if kind is bool:
+        if text.lower() in ("true", "false", "1", "0"):
+            return text.lower() in ("true", "1")
+        raise UserError(f"{flag} {text}: must be true or false")
+    if typing.get_origin(kind) is typing.Literal:
+        if text in kind.__args__:
+            return text
+        near = difflib.get_close_matches(text, kind.__args__, 1)
+        raise UserError(f"{flag} {text}: must be one of {', '.join(kind.__args__)}"
+                        + (f" (did you mean {near[0]}?)" if near else ""))
+    if kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            example = "an integer such as 100" if kind is int else "a number such as 3e-4"
+            raise UserError(f"{flag} {text}: must be {example}") from None
+        if not math.isfinite(value):
+            raise UserError(f"{flag} {text}: must be a finite number")
+        return value
+    return text
+
+
+def _comments(Config):
+    """Field name → the comment behind it, which is its --help text: written once, read in both places."""
+    found = {}
+    for line in inspect.getsource(Config).splitlines():
+        if m := re.match(r"    (\w+): .*?  # (.*)$", line):
+            found[m[1]] = m[2].replace("%", "%%")
+    return found
+
+
+def help_text(Config, doc, prog):
+    lines = [doc.strip(), "", f"usage: python {prog} [--name value ...]", ""]
+    comments = _comments(Config)
+    for f, kind in _field_types(Config):
+        default = [] if f.default is dataclasses.MISSING else f.default
+        if default is None and hasattr(Config, "BY_TASK"):
+            default = "; ".join(f"{task} {v[f.name]}" for task, v in Config.BY_TASK.items() if f.name in v)
+        choice = f" [{'|'.join(kind.__args__)}]" if typing.get_origin(kind) is typing.Literal else ""
+        shown = f" (default: {default})" if default not in ("", None, []) else ""
+        lines.append(f"  --{f.name:<22}{choice.strip() + ' ' if choice else ''}{comments.get(f.name, '')}{shown}")
+    return "\n".join(lines)
+
+
+def parse(Config, argv, doc="", prog="train.py"):
+    """`--name value`, `--name=value`, `-` for `_`; a bool may stand alone; a list field may be repeated → Config.
+
+    Unknown and ill-typed flags raise UserError naming the nearest flag, or what the value must be.
+    """
+    kinds = {f.name: kind for f, kind in _field_types(Config)}
+    values, i = {}, 0
+    while i < len(argv):
+        flag, eq, text = argv[i].partition("=")
+        i += 1
+        if flag in ("-h", "--help"):
+            print(help_text(Config, doc, prog))
+            raise SystemExit(0)
+        name = flag[2:].replace("-", "_")
+        if not flag.startswith("--") or name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1)
+            raise UserError(f"unknown flag {flag}" + (f" (did you mean --{near[0]}?)" if near else " (see --help)"))
+        kind = kinds[name]
+        if not eq:
+            follows = i < len(argv) and not argv[i].startswith("--")
+            if kind is bool and not (follows and argv[i].lower() in ("true", "false", "1", "0")):
+                text = "true"
+            elif not follows:
+                raise UserError(f"{flag} needs a value")
+            else:
+                text = argv[i]
+                i += 1
+        if typing.get_origin(kind) is list:
+            values.setdefault(name, []).append(_convert(flag, kind.__args__[0], text))
+        else:
+            values[name] = _convert(flag, kind, text)
+    return Config(**values)
+
+
+def run_cli(Config, train, module_doc, argv=None):
+    """Run a trainer from the command line. A user's mistake: one line, status 2. A run that had to stop: status 1."""
+    prog = os.path.basename(sys.argv[0])
+    try:
+        train(parse(Config, sys.argv[1:] if argv is None else argv, module_doc, prog))
+    except UserError as e:
+        print(f"{prog}: error: {e}", file=sys.stderr)
+        return 2
+    except RunError as e:
+        print(f"{prog}: stopped: {e}", file=sys.stderr)
+        return 1
+    except Interrupted as e:
+        print(f"{prog}: {e}", file=sys.stderr)
+        return e.code
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the last complete checkpoint is kept, --resume goes on from it", file=sys.stderr)
+        return 130
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# device, precision, threads, seeds
+
+
+def setup(cfg):
+    """cfg.device, cfg.dtype, cfg.threads, cfg.seed → torch.device; `auto` takes CUDA, then Apple's mps, then the CPU."""
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no CUDA GPU; use --device cpu, or install a CUDA build of torch")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
+    torch.manual_seed(cfg.seed)
+    return torch.device(device)
+
+
+def to_device(model, cfg, device):
+    """Move a model, set its compute dtype (weights stay fp32) and a thread count that suits its size.
+
+    Below a million parameters one thread is faster than two, and on a busy machine a hundred times faster: the threads
+    wait for each other at every small operation.
+    """
+    model = model.to(device)
+    trunk = getattr(model, "trunk", model)
+    trunk.compute_dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else None
+    small = sum(p.numel() for p in model.parameters()) < 1_000_000
+    if cfg.threads or small:
+        torch.set_num_threads(cfg.threads or 1)
+    return model
+
+
+def derive_seed(seed, *path):
+    """A seed for one purpose: hash of (seed, path), so that a run's state is its step alone and streams never overlap."""
+    digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the log
+
+
+class Log:
+    """metrics.csv (one row a step), samples.jsonl, an aligned console line within 80 columns, a bar with ETA.
+
+    A full disk here must not end the run: it is said once and training goes on. `start` > 0 (resuming) drops the rows
+    of steps that will be run again.
+    """
+
+    def __init__(self, out, columns, show, steps, start=0, wandb="", config=None):
+        self.columns, self.show, self.out = columns, show, out
+        self.every, self.printed, self.warned = max(1, steps // 20), 0, False
+        self.last = {}
+        self._keep_before(start)
+        self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
+                        desc=os.path.basename(out), file=sys.stdout)
+        self.steps = steps
+        self.wandb = _wandb(wandb, out, config)
+
+    def _keep_before(self, start):
+        path = os.path.join(self.out, "metrics.csv")
+        rows = []
+        if start and os.path.exists(path):
+            with open(path, newline="") as f:
+                rows = [r for r in csv.DictReader(f) if int(r["step"]) < start]
+        with open(path, "w", newline="") as f:
+            writer = csv.DictWriter(f, self.columns, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        for row in rows:  # a run resumed at its very end still knows its figures
+            self.last.update({k: float(v) for k, v in row.items() if v and k != "step"})
+        path = os.path.join(self.out, "samples.jsonl")
+        lines = []
+        if start and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                lines = [line for line in f if json.loads(line)["step"] < start]
+        with open(path, "w", encoding="utf-8") as f:
+            f.writelines(lines)
+
+    def _append(self, name, text):
+        try:
+            with open(os.path.join(self.out, name), "a", encoding="utf-8", newline="") as f:
+                f.write(text)
+        except OSError as e:
+            if not self.warned:
+                self.say(f"warning: cannot write {self.out}/{name} ({e.strerror}); training goes on without the log")
+            self.warned = True
+
+    def say(self, text):
+        self.bar.clear()
+        print(text, flush=True)
+        self.bar.refresh()
+
+    def row(self, step, metrics):
+        """Write one step. Values are plain numbers; a column that is not measured at this step stays empty."""
+        assert set(metrics) <= set(self.columns), set(metrics) - set(self.columns)
+        self.last.update(metrics)
+        cells = ["" if metrics.get(c) is None else f"{metrics[c]:.6g}" for c in self.columns]
+        cells[0] = str(step)
+        self._append("metrics.csv", ",".join(cells) + "\n")
+        self.bar.update(1)
+        if step % self.every == 0 or step == self.steps - 1:
+            if self.printed % 20 == 0:
+                self.say("".join(f"{name:>9}" for name in ("step", *self.show)))
+            self.printed += 1
+            self.say(f"{step:>9}" + "".join(_cell(metrics.get(name)) for name in self.show))
+        if self.wandb:
+            self.wandb.log({k: v for k, v in metrics.items() if v is not None}, step=step)
+
+    def samples(self, step, rows):
+        self._append("samples.jsonl", "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows))
+
+    def close(self, panels=()):
+        self.bar.close()
+        if panels:
+            plot_curves(self.out, panels)
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _cell(value):
+    if value is None:
+        return " " * 9
+    if value and abs(value) < 1e-3:
+        return f"{value:>9.0e}"
+    return f"{value:>9.3f}" if abs(value) < 1000 else f"{value:>9.0f}"
+
+
+def _wandb(project, out, config):
+    """The optional hook: `pip install wandb` and `--wandb PROJECT`."""
+    if not project:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the wandb package: pip install wandb") from None
+    return wandb.init(project=project, name=os.path.basename(out), config=config)
+
+
+def plot_curves(out, panels):
+    """Draw metrics.csv into curves.png, one small panel per column (or tuple of columns). Says so once without matplotlib."""
+    plt = pyplot()
+    if plt is None:
+        return
+    with open(os.path.join(out, "metrics.csv"), newline="") as f:
+        rows = list(csv.DictReader(f))
+    panels = [p if isinstance(p, tuple) else (p,) for p in panels]
+    panels = [p for p in panels if any(r.get(c) for r in rows for c in p)]
+    wide = min(3, len(panels)) or 1
+    high = math.ceil(len(panels) / wide) or 1
+    fig, axes = plt.subplots(high, wide, figsize=(4 * wide, 2.8 * high), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
+    for ax, panel in zip(axes.flat, panels):
+        for column in panel:
+            points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
+            ax.plot(*zip(*points), label=column, marker="." if len(points) < 15 else None)
+        ax.set(title=", ".join(panel), xlabel="step")
+        if len(panel) > 1:
+            ax.legend()
+    save_figure(fig, os.path.join(out, "curves.png"))
+
+
+def pyplot():
+    """matplotlib.pyplot on a backend that needs no screen, or None (said once) where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        if not pyplot.__dict__.get("said"):
+            print("matplotlib is not installed: no curves are drawn (pip install matplotlib)")
+        pyplot.said = True
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_figure(fig, path):
+    import matplotlib.pyplot as plt
+
+    try:
+        fig.savefig(path, dpi=110)
+    except OSError as e:
+        print(f"warning: cannot write {path} ({e.strerror})")
+    plt.close(fig)
+
+
+class Clock:
+    """Seconds and tokens of a step, for the columns `s` and `tok_s`."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+
+    def columns(self, tokens):
+        s = time.perf_counter() - self.start
+        return {"tok_s": tokens / s, "s": s}

@@ -1,0 +1,160 @@
+"""Batched sampling with a KV cache → Rollout.
+
+Each distinct prompt is prefilled once and its cache shared out to its n samples. Prompts are ragged and padded on the
+right; while decoding, every row writes the cache at its own position. Rows that have ended leave the batch. The uniform
+random numbers are one table (row × position) drawn from the seed, so that a sample does not depend on which other rows
+are still in the batch.
+"""
+
+import torch
+
+from nanorlhf.common import UserError
+from nanorlhf.rollout import Rollout
+
+LEAVE = 1 / 8  # share of ended rows at which the batch is compacted: at every row, copying the cache would cost more
+
+
+def filter_logits(logits, top_k=0, top_p=1.0):
+    """(b, V) → (b, V) with −inf outside the top k tokens and the smallest set whose probability reaches p.
+
+    For evaluation and chat only: RL trainers sample from the full softmax, the distribution that they score under.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        drop = p.cumsum(-1) - p >= top_p  # the probability *before* a token: the best one always stays
+        drop[:, 0] = False
+        logits = logits.masked_fill(drop.gather(1, index.argsort(-1)), -torch.inf)
+    return logits
+
+
+def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """fp32 logits (b, V), uniforms u (b,) in [0, 1) → token (b,), its log-prob (b,) under the sampled distribution.
+
+    Inverse CDF: the first token at which the cumulative probability exceeds u; one cumulative sum, where
+    `torch.multinomial` is ten times slower on a CPU. Temperature 0 is greedy, with the log-prob at temperature 1.
+    """
+    z = logits / temperature if temperature else logits
+    z = filter_logits(z, top_k, top_p)
+    top = z.max(-1, keepdim=True)
+    e = (z - top.values).exp_()
+    if temperature:
+        cdf = e.cumsum(-1)
+        total = cdf[:, -1:].contiguous()
+        token = torch.searchsorted(cdf, u[:, None] * total, right=True)
+        # u·total can round up to total: then the last token with any probability, never one of probability 0
+        token = torch.minimum(token, torch.searchsorted(cdf, total))
+    else:
+        token = top.indices
+    logp = (z.gather(1, token) - top.values).squeeze(1) - e.sum(-1).log()
+    return token.squeeze(1), logp
+
+
+def _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id):
+    """What both loops below share: checks, the padded prompts, the table of uniforms."""
+    if not prompts or n < 1 or max_new_tokens < 1:
+        raise UserError(f"nothing to generate: {len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}")
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise UserError(f"prompt {[len(p) for p in prompts].index(0)} is empty: it needs at least one token")
+    if longest + max_new_tokens > model.cfg.max_len:
+        raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones (--max_new_tokens) exceed the "
+                        f"model's context of {model.cfg.max_len}")
+    if pad_id is None:  # any id that is not EOS: pads are recognised by lengths, never by id
+        pad_id = model.cfg.vocab_size - 1 - (eos_id == model.cfg.vocab_size - 1)
+    group = torch.arange(len(prompts)).repeat_interleave(n)  # (B,)
+    plen = torch.tensor([len(p) for p in prompts])[group]  # (B,)
+    tokens = torch.full((len(group), longest + max_new_tokens), pad_id)
+    for row, g in enumerate(group.tolist()):
+        tokens[row, : len(prompts[g])] = torch.tensor(prompts[g])
+    u = torch.rand(len(group), max_new_tokens, generator=torch.Generator().manual_seed(seed % 2**63))
+    return tokens.to(model.device), plen.to(model.device), group.to(model.device), u.to(model.device)
+
+
+def _finish(tokens, logp, plen, new, finished, group):
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    mask = (place >= plen[:, None]) & (place < (plen + new)[:, None])
+    T = int((plen + new).max())
+    return Rollout(tokens[:, :T], mask[:, :T], logp[:, :T], finished, group, plen)
+
+
+@torch.no_grad()
+def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0,
+             pad_id=None):
+    """Sample n responses to each prompt (lists of token ids) → Rollout of len(prompts)·n rows, a prompt's n together.
+
+    A response ends with EOS, which belongs to it, or after max_new_tokens without one (finished=False). Log-probs are
+    those of the distribution sampled from (temperature, top_k, top_p applied; temperature 0 is greedy and reports
+    temperature 1). Raises UserError for an empty prompt and for prompts that do not fit the model's context.
+    """
+    tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id)
+    logp = torch.zeros(tokens.shape, device=tokens.device)
+    new = torch.zeros_like(plen)
+    finished = torch.zeros_like(plen, dtype=torch.bool)
+
+    distinct = {tuple(p): i for i, p in enumerate(prompts)}  # prompt → one of its places
+    first = torch.tensor(list(distinct.values()), device=tokens.device)
+    where = {p: i for i, p in enumerate(distinct)}
+    of_row = torch.tensor([where[tuple(p)] for p in prompts], device=tokens.device)[group]  # (B,) row → prefill
+    cache = model.new_cache(len(first), tokens.shape[1])
+    start = plen[first * n]
+    hidden = model(tokens[first * n, : int(start.max())], cache)
+    last = hidden[torch.arange(len(first), device=tokens.device), start - 1][of_row]  # (B, D)
+    cache.select(of_row)
+
+    rows = torch.arange(len(group), device=tokens.device)  # those still in the batch
+    alive = torch.ones_like(finished)
+    for t in range(max_new_tokens):
+        token, lp = sample(model.head_logits(last), u[rows, t], temperature, top_k, top_p)
+        write = rows[alive]
+        tokens[write, plen[write] + t] = token[alive]
+        logp[write, plen[write] + t] = lp[alive]
+        new[write] += 1
+        if eos_id is not None:
+            finished[write] = token[alive] == eos_id
+            alive = alive & (token != eos_id)
+            left = int(alive.sum())
+            if left == 0:
+                break
+            if left <= len(rows) * (1 - LEAVE):
+                keep = alive.nonzero().squeeze(1)
+                rows, token, alive = rows[keep], token[keep], alive[keep]
+                cache.select(keep)
+        if t + 1 < max_new_tokens:
+            last = model(token[:, None], cache, plen[rows] + t)[:, 0]
+    return _finish(tokens, logp, plen, new, finished, group)
+
+
+@torch.no_grad()
+def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0,
+              pad_id=None):
+    """The oracle of `generate`: the same samples with no cache, no shared prefill and no row ever leaving."""
+    tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id)
+    logp, rows = torch.zeros(tokens.shape, device=tokens.device), torch.arange(len(group), device=tokens.device)
+    new, finished = torch.zeros_like(plen), torch.zeros_like(plen, dtype=torch.bool)
+    for t in range(max_new_tokens):
+        hidden = model(tokens[:, : int(plen.max()) + t])  # what stands right of a row's last token cannot touch it
+        token, lp = sample(model.head_logits(hidden[rows, plen + t - 1]), u[:, t], temperature, top_k, top_p)
+        live = rows[~finished]
+        tokens[live, plen[live] + t], logp[live, plen[live] + t] = token[live], lp[live]
+        new[live] += 1
+        finished[live] = token[live] == (-1 if eos_id is None else eos_id)
+        if finished.all():
+            break
+    return _finish(tokens, logp, plen, new, finished, group)
+
+
+def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512):
+    """Text in, text out: n responses to each prompt string → (rollouts, responses), a prompt's n responses together.
+
+    rollouts is a list of Rollout, of at most about `batch` rows each; responses a list of len(prompts)·n strings without EOS.
+    """
+    rolls, texts, per = [], [], max(1, batch // n)
+    for i in range(0, len(prompts), per):
+        ids = [tok.encode(p) for p in prompts[i : i + per]]
+        rolls.append(generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, pad_id=tok.pad_id))
+        texts += [tok.decode(r) for r in rolls[-1].responses()]
+    return rolls, texts

@@ -1,0 +1,288 @@
+"""The hand-written GPT: GPT-2 or Llama by configuration, with a KV cache and a scalar head.
+
+    tokens (B, T) → embedding → n_layer × [x + attention(norm(x)); x + mlp(norm(x))] → norm → hidden (B, T, D)
+
+The model returns *hidden states*; log-probs come from `GPT.logprobs`, which sends only the positions that are asked
+for through the unembedding (`nanorlhf.kernels.linear_logprob`), so that B×T×V logits are never stored in training.
+
+There is no dropout anywhere. In RL the same token is scored by the sampler, by the update and by the reference; with
+dropout those three would be different random networks, the importance ratio would not be 1 on fresh samples and the
+KL penalty would punish noise (detail 7 of "The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031).
+
+Sources: GPT-2 (Radford et al. 2019), Llama (arXiv 2302.13971), RMSNorm (arXiv 1910.07467), rotary positions
+(arXiv 2104.09864, half-split as in Llama's published weights), SwiGLU (arXiv 2002.05202), grouped-query attention
+(arXiv 2305.13245).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanorlhf.common import UserError
+from nanorlhf.kernels import linear_logprob
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    n_layer: int = 2
+    n_head: int = 4
+    d_model: int = 96  # width D of the residual stream
+    n_kv_head: int = 0  # key/value heads (grouped-query attention); 0: as many as n_head
+    head_dim: int = 0  # 0: d_model / n_head
+    d_ff: int = 0  # hidden width of the MLP; 0: 4·D, or 8/3·D rounded up to 16 with SwiGLU
+    max_len: int = 128  # longest sequence, prompt and response together
+    norm: str = "layer"  # layer | rms
+    norm_eps: float = 1e-5
+    pos: str = "learned"  # learned | rope
+    rope_theta: float = 10000.0
+    mlp: str = "gelu"  # gelu (tanh form, as GPT-2) | swiglu
+    bias: bool = True  # biases on the linear layers (the norms follow their own kind)
+    tied: bool = True  # the unembedding is the embedding
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.d_model // self.n_head
+        if not self.d_ff:
+            self.d_ff = 4 * self.d_model if self.mlp == "gelu" else 16 * math.ceil(8 * self.d_model / 3 / 16)
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
+        if self.pos == "rope" and self.head_dim % 2:
+            raise UserError(f"rotary positions need an even head_dim, got {self.head_dim}")
+
+    @classmethod
+    def gpt2(cls, vocab_size, **kw):
+        return cls(vocab_size, **kw)
+
+    @classmethod
+    def llama(cls, vocab_size, **kw):
+        return cls(vocab_size, **{**dict(norm="rms", pos="rope", mlp="swiglu", bias=False), **kw})
+
+
+class Linear(nn.Linear):
+    """Weights stay in their own (master) precision and are cast to the activations' dtype at use."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Norm(nn.Module):
+    """LayerNorm (mean and variance) or RMSNorm (root mean square, no bias), computed in at least fp32."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.eps = cfg.norm_eps
+        self.weight = nn.Parameter(torch.ones(cfg.d_model))
+        self.bias = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.norm == "layer" else None
+
+    def forward(self, x):
+        y = x if x.dtype == torch.float64 else x.float()
+        if self.bias is not None:
+            y = F.layer_norm(y, y.shape[-1:], self.weight.to(y.dtype), self.bias.to(y.dtype), self.eps)
+        else:
+            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight.to(y.dtype)
+        return y.to(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def rope_table(head_dim, max_len, theta, device):
+    """(max_len, head_dim/2) cosines and sines. A cache and no buffer: `model.bfloat16()` must not round them."""
+    freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.arange(max_len, dtype=torch.float32)[:, None] * freq
+    return angle.cos().to(device), angle.sin().to(device)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions for x (B, H, T, hd); cos, sin (B or 1, 1, T, hd/2). Pairs are (i, i + hd/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated: (B, n_kv_head, max_len, head_dim) each."""
+
+    def __init__(self, cfg, batch, max_len, device, dtype):
+        shape = (batch, cfg.n_kv_head, max_len, cfg.head_dim)
+        self.kv = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"] for _ in range(cfg.n_layer)]
+
+    def select(self, rows):
+        """Keep (or repeat) the given rows: one prefill serves n samples, and finished rows leave."""
+        self.kv = [[x.index_select(0, rows) for x in pair] for pair in self.kv]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, q, kv = cfg, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
+        self.q = Linear(cfg.d_model, q, bias=cfg.bias)
+        self.k = Linear(cfg.d_model, kv, bias=cfg.bias)
+        self.v = Linear(cfg.d_model, kv, bias=cfg.bias)
+        self.o = Linear(q, cfg.d_model, bias=cfg.bias)
+
+    def forward(self, x, rope, layer_cache, step):
+        B, T, _ = x.shape
+        q, k, v = (f(x).view(B, T, -1, self.cfg.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, hd)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        gqa = dict(enable_gqa=True) if self.cfg.n_kv_head != self.cfg.n_head else {}
+        if step is None:
+            if layer_cache is not None:  # prefill: positions 0 … T-1 of every row
+                layer_cache[0][:, :, :T], layer_cache[1][:, :, :T] = k, v
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
+        else:  # decode: one new token per row, each written at its row's own position
+            rows, pos, live, mask = step
+            ck, cv = layer_cache
+            ck[rows, :, pos], cv[rows, :, pos] = k[:, :, 0], v[:, :, 0]
+            y = F.scaled_dot_product_attention(q, ck[:, :, :live], cv[:, :, :live], attn_mask=mask, **gqa)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.up = Linear(cfg.d_model, cfg.d_ff, bias=cfg.bias)
+        self.down = Linear(cfg.d_ff, cfg.d_model, bias=cfg.bias)
+        self.gate = Linear(cfg.d_model, cfg.d_ff, bias=cfg.bias) if cfg.mlp == "swiglu" else None
+
+    def forward(self, x):
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = Norm(cfg), Attention(cfg), Norm(cfg), MLP(cfg)
+
+    def forward(self, x, rope, layer_cache, step):
+        x = x + self.attn(self.norm1(x), rope, layer_cache, step)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. Right padding only: under the causal mask a pad can then never touch a real token."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.compute_dtype = None  # dtype of the activations; None: that of the weights
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.wpe = nn.Embedding(cfg.max_len, cfg.d_model) if cfg.pos == "learned" else None
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = Norm(cfg)
+        self.lm_head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        # Every matrix starts at N(0, 1/√fan_in), whatever the width (0.02 suits GPT-2's 768 and is far too small for 64);
+        # the embedding is the unembedding, so D is its fan-in too. Residual outputs start smaller, so that depth does not
+        # add variance (GPT-2).
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 * ((2 * cfg.n_layer) ** -0.5 if residual else 1))
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    @property
+    def unembedding(self):
+        """The (V, D) matrix from hidden states to logits."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    def new_cache(self, batch, max_len):
+        return KVCache(self.cfg, batch, max_len, self.device, self.compute_dtype or self.wte.weight.dtype)
+
+    def forward(self, tokens, cache=None, pos=None):
+        """tokens (B, T) int64 → hidden states (B, T, D), after the last norm.
+
+        With a cache and no `pos`: prefill, positions 0 … T-1. With `pos` (B,) and T = 1: decode, each row's token
+        stands at its own position. Raises UserError past `max_len`: rotary positions would extrapolate in silence.
+        """
+        B, T = tokens.shape
+        if T > self.cfg.max_len:
+            raise UserError(f"sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}")
+        where = torch.arange(T, device=tokens.device)[None] if pos is None else pos[:, None]  # (1 or B, T)
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe(where)
+        x = x.to(self.compute_dtype or x.dtype)
+        rope = step = None
+        if self.cfg.pos == "rope":
+            table = rope_table(self.cfg.head_dim, self.cfg.max_len, self.cfg.rope_theta, tokens.device)
+            rope = [f[where][:, None] for f in table]  # (1 or B, 1, T, hd/2)
+        if pos is not None:
+            live = int(pos.max()) + 1  # attend over the filled part of the cache only
+            mask = (torch.arange(live, device=pos.device) <= pos[:, None])[:, None, None]  # (B, 1, 1, live)
+            step = torch.arange(B, device=pos.device), pos, live, mask
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, cache and cache.kv[i], step)
+        return self.norm(x)
+
+    def head_logits(self, hidden):
+        """hidden (..., D) → fp32 logits (..., V): bf16 operands are widened first, the sums are never rounded back."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return F.linear(hidden.to(wide), self.unembedding.to(wide))
+
+    def logits(self, tokens):
+        """tokens (B, T) → fp32 logits (B, T, V). For sampling, evaluation and tests: training never builds them."""
+        return self.head_logits(self(tokens))
+
+    def logprobs(self, tokens, mask, temperature=1.0):
+        """logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]) and the entropy of that distribution, at temperature.
+
+        Indexed by the token they describe and 0 where mask is 0; masked positions never enter the head. Position 0 has
+        nothing before it, so mask[:, 0] must be 0 (ValueError otherwise).
+        """
+        mask = mask.bool()
+        if mask[:, 0].any():
+            raise ValueError("mask[:, 0] must be 0: the first token has no distribution to be scored under")
+        hidden = self(tokens[:, :-1])  # hidden[t-1] predicts token t: the one shift in the code base
+        keep = mask[:, 1:]
+        logp, entropy = linear_logprob(hidden[keep], self.unembedding, tokens[:, 1:][keep], temperature)
+        where = mask.nonzero(as_tuple=True)
+        zeros = logp.new_zeros(mask.shape)
+        return zeros.index_put(where, logp), zeros.index_put(where, entropy)
+
+
+class ScalarModel(nn.Module):
+    """A GPT trunk with one number per position: a reward model, or PPO's critic.
+
+    The head starts at N(0, 1/√(D+1)) (detail 11 of N+). `reward_bias` is added to every output; train_rm sets it so that
+    reference responses score 0 on average (detail 15 of N+).
+    """
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+        self.score = Linear(trunk.cfg.d_model, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(trunk.cfg.d_model + 1))
+        self.register_buffer("reward_bias", torch.zeros(()))
+
+    @property
+    def cfg(self):
+        return self.trunk.cfg
+
+    @property
+    def device(self):
+        return self.trunk.device
+
+    def head(self, hidden):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return self.score(hidden.to(wide)).squeeze(-1) + self.reward_bias
+
+    def rewards(self, tokens, lengths):
+        """tokens (B, T), lengths (B,) → (B,): read at each row's last token (detail 12 of N+)."""
+        hidden = self.trunk(tokens)
+        return self.head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
+
+    def values(self, tokens, mask):
+        """(B, T): the estimate *before* each token, from the hidden state of the token to its left; 0 where mask is 0."""
+        value = self.head(self.trunk(tokens[:, :-1]))
+        return F.pad(value, (1, 0)) * mask

@@ -1,0 +1,59 @@
+"""The one object that flows through every RL trainer, with its invariants asserted in one place."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanorlhf.data import microbatches
+
+
+@dataclass
+class Rollout:
+    """B sampled sequences, prompt and response together, padded on the right to T tokens.
+
+    Every per-token tensor is indexed by the token it describes, and is 0 outside the mask. EOS is inside the mask exactly
+    when it was sampled; a row cut at max_new_tokens has finished=False and no EOS.
+    """
+
+    tokens: torch.Tensor  # (B, T) int64
+    mask: torch.Tensor  # (B, T) bool: the sampled tokens; from lengths, never from token ids
+    logp: torch.Tensor  # (B, T) fp32: log-prob under the very distribution that was sampled from
+    finished: torch.Tensor  # (B,) bool: the response ended by itself
+    group: torch.Tensor  # (B,) int64: index of the row's prompt; its n samples are neighbours
+    prompt_len: torch.Tensor  # (B,) int64
+
+    def __post_init__(self):
+        B, T = self.tokens.shape
+        assert self.mask.shape == self.logp.shape == (B, T) and self.mask.dtype == torch.bool
+        assert self.finished.shape == self.group.shape == self.prompt_len.shape == (B,)
+        place = torch.arange(T, device=self.mask.device)
+        inside = (place >= self.prompt_len[:, None]) & (place < self.lengths[:, None])
+        assert torch.equal(self.mask, inside), "the mask must be one block of ones right after the prompt"
+        assert not self.logp[~self.mask].any(), "log-probs must be 0 outside the mask"
+
+    @property
+    def response_len(self):
+        return self.mask.sum(1)  # (B,)
+
+    @property
+    def lengths(self):
+        return self.prompt_len + self.response_len  # (B,)
+
+    def responses(self):
+        """Token lists of the responses, without the EOS that ended them."""
+        ends = (self.lengths - self.finished.long()).tolist()
+        return [row[p:e] for row, p, e in zip(self.tokens.tolist(), self.prompt_len.tolist(), ends)]
+
+    def microbatches(self, rows, budget):
+        """Cut the given rows (a tensor of indices) by padded tokens, longest first → (row indices, their longest length)."""
+        lengths = self.lengths[rows]
+        for mb in microbatches(lengths, budget):
+            yield rows[mb], int(lengths[mb].max())
+
+    @torch.no_grad()
+    def per_token(self, fn, budget):
+        """fn(tokens, mask) → (b, T') for every micro-batch, put together to (B, T), zeros beyond each row. No gradients."""
+        out = torch.zeros_like(self.logp)
+        for mb, T in self.microbatches(torch.arange(len(self.tokens)), budget):
+            out[mb, :T] = fn(self.tokens[mb, :T], self.mask[mb, :T])
+        return out
