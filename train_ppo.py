@@ -1,4 +1,5 @@
-"""PPO for language models: a critic, the KL to a reference in the reward, GAE, clipped policy and value losses.
+"""PPO for language models: a critic, the KL to a reference in the reward, GAE, clipped policy and value
+losses.
 
     r_t   = −β (log π_old(y_t) − log π_ref(y_t)) + [t = last] · score                    reward per token
     A_t   = Σ_k (γλ)^k δ_{t+k},   δ_t = r_t + γ V_{t+1} − V_t,   R_t = A_t + V_t          GAE, then A is whitened
@@ -6,12 +7,14 @@
     L     = 1/N · Σ_t max(−A_t ρ_t, −A_t clip(ρ_t, 1 ± ε))                               policy
           + c · 1/N · Σ_t ½ max((V_t − R_t)², (clip(V_t, V_old ± ε_v) − R_t)²)           critic
 
-N counts the sampled tokens of the whole optimizer step. Sources: PPO (arXiv 1707.06347), GAE (arXiv 1506.02438), RLHF with
-PPO (arXiv 1909.08593, 2009.01325), "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031). The comments
-"detail n" are that paper's numbers; docs/details.md says what happens without each.
+N counts the sampled tokens of the whole optimizer step. Sources: PPO (arXiv 1707.06347), GAE (arXiv
+1506.02438), RLHF with PPO (arXiv 1909.08593, 2009.01325), "The N+ Implementation Details of RLHF with PPO"
+(arXiv 2403.17031). The comments "detail n" are that paper's numbers; docs/details.md says what happens
+without each.
 
-Where we deviate from N+: right padding; the score stands on EOS itself, not one slot behind it; the sampler stops at EOS
-instead of always drawing 53 tokens; policy and critic have learning rates and gradient clips of their own.
+Where we deviate from N+: right padding; the score stands on EOS itself, not one slot behind it; the sampler
+stops at EOS instead of always drawing 53 tokens; policy and critic have learning rates and gradient clips of
+their own.
 
 CPU   python train_ppo.py                  reviews, after train_sft.py and train_rm.py: 25 s, reward 0 → 2 at KL 4
       python train_ppo.py --task chain     after train_sft.py --task chain: 20 s, accuracy 0.4 → 0.95, greedy 0.1 → 1.0
@@ -30,7 +33,7 @@ from nanorlhf.common import Clock, RunError, derive_seed, fill_by_task, require,
 from nanorlhf.data import epoch_batches, read_jsonl, split_by_hash
 from nanorlhf.model import GPT, ScalarModel
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Config
 
 
@@ -111,16 +114,18 @@ COLUMNS = ["step", "reward", "reward_se", "kl", "entropy", "len", "stop", "clip"
 SHOW = ["reward", "kl", "entropy", "len", "stop", "clip", "gnorm"]
 PANELS = ["reward", "kl", "entropy", "len", "clip", "explained_var"]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards, advantages, losses: per-token tensors (B, T), indexed by the token they describe, 0 outside the mask
+# ------------------------------------------------------------------------------------------------------------
+# Rewards, advantages, losses: per-token tensors (B, T), indexed by the token they describe, 0 outside the
+# mask
 
 
 def shape_rewards(score, logp, ref_logp, mask, finished, beta, no_eos_score=-1.0):
-    """score (B,) of whole responses → reward per token (B, T): −beta·k1 everywhere, the score on the last token.
+    """score (B,) of whole responses → reward per token (B, T): −beta·k1 everywhere, the score on the last
+    token.
 
-    k1 = logp − ref_logp, whose mean over samples is KL(π‖ref); in the reward its gradient is right (papers: k3 there is
-    biased). A row that never ended gets no_eos_score in place of its score (detail 23.3); None keeps the score.
-    """
+    k1 = logp − ref_logp, whose mean over samples is KL(π‖ref); in the reward its gradient is right (papers:
+    k3 there is biased). A row that never ended gets no_eos_score in place of its score (detail 23.3); None
+    keeps the score. """
     mask = mask.bool()
     reward = torch.where(mask, -beta * (logp - ref_logp), 0.0)
     if no_eos_score is not None:
@@ -132,8 +137,8 @@ def shape_rewards(score, logp, ref_logp, mask, finished, beta, no_eos_score=-1.0
 def gae(reward, value, mask, gamma, lam):
     """Generalized advantage estimation (arXiv 1506.02438), (B, T) each → advantages and returns (B, T).
 
-    A row ends at its last mask = 1, with next value 0; outside the mask both are 0, and what stands there is not read.
-    """
+    A row ends at its last mask = 1, with next value 0; outside the mask both are 0, and what stands there is
+    not read. """
     mask = mask.bool()
     adv = torch.zeros_like(reward)
     next_adv = next_value = torch.zeros_like(reward[:, 0])
@@ -146,7 +151,8 @@ def gae(reward, value, mask, gamma, lam):
 
 
 def whiten(x, mask, shift_mean=True):
-    """(B, T) to unit variance, and to zero mean with shift_mean, over the mask; 0 outside. Biased variance, as in N+."""
+    """(B, T) to unit variance, and to zero mean with shift_mean, over the mask; 0 outside. Biased variance,
+    as in N+."""
     mask = mask.bool()
     n = mask.sum().clamp(min=1)
     mean = torch.where(mask, x, 0.0).sum() / n
@@ -156,11 +162,11 @@ def whiten(x, mask, shift_mean=True):
 
 
 def policy_loss(logp, old_logp, adv, mask, clip, denom):
-    """PPO's clipped surrogate, summed over the mask and divided by denom (the optimizer step's tokens) → loss, stats.
+    """PPO's clipped surrogate, summed over the mask and divided by denom (the optimizer step's tokens) →
+    loss, stats.
 
-    stats: share of tokens where the clip took over (also over denom), largest ratio, approx_kl = ½ mean (log ρ)².
-    The log-ratio is held within ±20, so that a hopeless ratio is large and not infinite.
-    """
+    stats: share of tokens where the clip took over (also over denom), largest ratio, approx_kl = ½ mean (log
+    ρ)². The log-ratio is held within ±20, so that a hopeless ratio is large and not infinite. """
     mask = mask.bool()
     log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
@@ -175,7 +181,8 @@ def policy_loss(logp, old_logp, adv, mask, clip, denom):
 
 
 def value_loss(value, old_value, ret, mask, clip, denom):
-    """½ the larger squared error of the critic and of the critic held within ±clip of its old self, summed / denom."""
+    """½ the larger squared error of the critic and of the critic held within ±clip of its old self, summed /
+    denom."""
     mask = mask.bool()
     held = old_value + (value - old_value).clamp(-clip, clip)
     free_error, held_error = (value - ret).square(), (held - ret).square()
@@ -189,7 +196,7 @@ def adapt_beta(beta, kl, cfg, samples):
     return beta * (1 + error * samples / cfg.kl_horizon)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scoring whole responses
 
 
@@ -205,7 +212,8 @@ def call_reward(name, fn, prompt, text, row):
 
 @torch.no_grad()
 def score_responses(roll, texts, rows, rm, rewards):
-    """Rollout → score (B,): the reward model at the last token, or the weighted sum of the reward functions on the text."""
+    """Rollout → score (B,): the reward model at the last token, or the weighted sum of the reward functions
+    on the text."""
     if rm is not None:
         return rm.rewards(roll.tokens, roll.lengths)
     score = [sum(w * call_reward(name, fn, row["prompt"], text, row) for name, w, fn in rewards)
@@ -213,7 +221,7 @@ def score_responses(roll, texts, rows, rm, rewards):
     return torch.tensor(score, device=roll.tokens.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train
 
 
@@ -238,7 +246,8 @@ def load_models(cfg, task, device):
 
 
 def load_prompts(cfg, task, tok, max_len):
-    """→ training rows, held-out rows. Prompts that leave no room for the response are dropped, and counted aloud."""
+    """→ training rows, held-out rows. Prompts that leave no room for the response are dropped, and counted
+    aloud."""
     if cfg.data:
         train_rows, test_rows = split_by_hash(read_jsonl(cfg.data, ("prompt",), nonempty=("prompt",)), tasks.held_out)
     else:
@@ -278,7 +287,8 @@ def train(cfg):
     policy, ref, critic, rm, tok = load_models(cfg, task, device)
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len)
 
-    # detail 20: Adam's eps is 1e-5 (PyTorch's Adam with 1e-8 moves much further in the first steps); no weight decay
+    # detail 20: Adam's eps is 1e-5 (PyTorch's Adam with 1e-8 moves much further in the first steps); no
+    # weight decay
     opt = torch.optim.AdamW([{"params": policy.parameters(), "peak": cfg.lr},
                              {"params": critic.parameters(), "peak": cfg.critic_lr}], lr=cfg.lr, eps=1e-5, weight_decay=0.0)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:

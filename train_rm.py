@@ -2,14 +2,15 @@
 
     P(chosen ≻ rejected) = σ(r(x, y_w) − r(x, y_l))            L(θ) = − mean log σ(r_w − r_l)
 
-The trunk starts from the SFT model; the reward is a linear head on the hidden state of the last token, EOS (detail 12 of
-"The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031). The head starts at N(0, 1/√(D+1)) (detail 11), and
-after training the bias is set so that reference responses score 0 on average (detail 15): no scaling.
+The trunk starts from the SFT model; the reward is a linear head on the hidden state of the last token, EOS
+(detail 12 of "The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031). The head starts at N(0,
+1/√(D+1)) (detail 11), and after training the bias is set so that reference responses score 0 on average
+(detail 15): no scaling.
 
-Without --data the pairs are made here, as a labelling team would make them: two samples of the SFT model per prompt, and a
-Bradley–Terry draw on the task's hidden gold score. The files stay in the run folder (pairs.jsonl, pairs_heldout.jsonl);
-training reads nothing else. Held-out accuracy is against the exact gold order, without label noise, and stands beside that
-of a judge that looks at length only.
+Without --data the pairs are made here, as a labelling team would make them: two samples of the SFT model per
+prompt, and a Bradley–Terry draw on the task's hidden gold score. The files stay in the run folder
+(pairs.jsonl, pairs_heldout.jsonl); training reads nothing else. Held-out accuracy is against the exact gold
+order, without label noise, and stands beside that of a judge that looks at length only.
 
 CPU   python train_rm.py                        reviews, 20 s with the pairs: held-out accuracy about 0.85, length-only 0.6
 GPU   python train_rm.py --data pairs.jsonl --init runs/sft/model --dtype bfloat16
@@ -30,7 +31,7 @@ from nanorlhf.common import Clock, derive_seed, fill_by_task, require, run_cli, 
 from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl, split_by_hash, write_jsonl
 from nanorlhf.model import GPT, ScalarModel
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Config
 
 
@@ -82,12 +83,13 @@ COLUMNS = ["step", "loss", "acc", "margin", "gnorm", "lr", "tok_s", "s", "eval/l
 SHOW = ["loss", "acc", "margin", "eval/acc", "gnorm", "lr", "s"]
 PANELS = [("loss", "eval/loss"), ("acc", "eval/acc", "eval/acc_len_only"), "margin", "gnorm"]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loss
 
 
 def pairwise_loss(chosen, rejected):
-    """Rewards of the chosen and the rejected response (B,) → scalar, mean −log σ(chosen − rejected) (Bradley–Terry).
+    """Rewards of the chosen and the rejected response (B,) → scalar, mean −log σ(chosen − rejected)
+    (Bradley–Terry).
 
     logsigmoid, not log of sigmoid: at a margin of −200 that would be infinite.
     """
@@ -105,15 +107,16 @@ def learning_rate(step, cfg):
     return cfg.lr * min((step + 1) / warmup, 1 - 0.9 * step / cfg.steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pairs
 
 
 def make_pairs(cfg, task, model, tok):
-    """Write pairs.jsonl (labels drawn, with noise) and pairs_heldout.jsonl (exact gold order) into the run folder.
+    """Write pairs.jsonl (labels drawn, with noise) and pairs_heldout.jsonl (exact gold order) into the run
+    folder.
 
-    Two samples of the SFT model for each prompt, as a labelling team would be shown. The only place that gold enters.
-    """
+    Two samples of the SFT model for each prompt, as a labelling team would be shown. The only place that gold
+    enters. """
     paths = f"{cfg.out}/pairs.jsonl", f"{cfg.out}/pairs_heldout.jsonl"
     if all(map(os.path.exists, paths)) and cfg.resume:
         return paths
@@ -131,7 +134,8 @@ def make_pairs(cfg, task, model, tok):
 
 
 def encode(rows, tok, max_len, what):
-    """Rows → list of (prompt + chosen + EOS, prompt + rejected + EOS) ids; what cannot be used is dropped, and counted."""
+    """Rows → list of (prompt + chosen + EOS, prompt + rejected + EOS) ids; what cannot be used is dropped,
+    and counted."""
     pairs, same, long = [], 0, 0
     for r in rows:
         sides = [encode_pair(tok, r["prompt"], r[key], max_len, r.get("_at", "")) for key in ("chosen", "rejected")]
@@ -148,7 +152,8 @@ def encode(rows, tok, max_len, what):
 
 
 def length_only(train, test):
-    """Accuracy on `test` of the judge that prefers the longer (or the shorter, whichever is right more often on `train`)."""
+    """Accuracy on `test` of the judge that prefers the longer (or the shorter, whichever is right more often
+    on `train`)."""
     def longer_wins(pairs):
         return sum((len(w) > len(l)) + 0.5 * (len(w) == len(l)) for w, l in pairs) / len(pairs)
 
@@ -170,12 +175,13 @@ def normalise(model, references, tok):
     return model.rewards(tokens, lengths).mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train
 
 
 def train(cfg):
-    """Train on preference pairs; leaves cfg.out/model, a *ForSequenceClassification folder → dict of the final metrics."""
+    """Train on preference pairs; leaves cfg.out/model, a *ForSequenceClassification folder → dict of the
+    final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
     policy, tok = hub.load(cfg.init, "--init", f"python train_sft.py --task {cfg.task}")

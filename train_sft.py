@@ -1,10 +1,11 @@
-"""Supervised fine-tuning: next-token loss on demonstrations. The first stage of RLHF, and the policy that RL starts from.
+"""Supervised fine-tuning: next-token loss on demonstrations. The first stage of RLHF, and the policy that RL
+starts from.
 
     L(θ) = − 1/N · Σ_rows Σ_t log π_θ(y_t | x, y_<t)        N = response tokens of the whole optimizer step, EOS included
 
 The loss counts the response only; `--loss_on_prompt` counts the prompt too, as N+ does (detail 9 of "The N+
-Implementation Details of RLHF with PPO", arXiv 2403.17031). Prompt and response are tokenized apart and joined as ids,
-since that is how the policy will meet them when it samples.
+Implementation Details of RLHF with PPO", arXiv 2403.17031). Prompt and response are tokenized apart and
+joined as ids, since that is how the policy will meet them when it samples.
 
 CPU   python train_sft.py                       reviews, 15 s: held-out loss about 1.9
       python train_sft.py --task chain          15 s: sampled accuracy about 0.4, greedy 0.1, right when it thinks 0.99
@@ -24,7 +25,7 @@ from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_js
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import Tokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Config
 
 
@@ -63,7 +64,7 @@ class Config:
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
     BY_TASK: ClassVar = {
-        "reviews": dict(demos=4000, n_layer=2, d_model=96, max_len=64, steps=300, batch_size=32, lr=3e-3),
+        "reviews": dict(demos=4000, n_layer=2, d_model=96, max_len=64, steps=300, batch_size=32, lr=6e-3),
         "chain": dict(demos=40000, n_layer=1, d_model=64, max_len=32, steps=800, batch_size=64, lr=5e-3),
         "countdown": dict(demos=30000, n_layer=2, d_model=96, max_len=32, steps=500, batch_size=64, lr=2e-3),
     }
@@ -79,17 +80,19 @@ COLUMNS = ["step", "loss", "len", "gnorm", "lr", "tok_s", "s", "eval/loss", "eva
 SHOW = ["loss", "eval/loss", "gnorm", "lr", "tok_s", "s"]
 PANELS = [("loss", "eval/loss"), "gnorm", "lr"]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loss
 
 
 def sft_loss(logp, mask, denom):
-    """logp, mask (B, T) → scalar: minus the sum of log-probs over the mask, over the optimizer step's token count."""
+    """logp, mask (B, T) → scalar: minus the sum of log-probs over the mask, over the optimizer step's token
+    count."""
     return -(logp * mask).sum() / denom
 
 
 def batch_tensors(rows, tok, device, loss_on_prompt=False):
-    """(prompt ids, response ids) rows → tokens (B, T), mask (B, T) bool of the tokens that the loss counts."""
+    """(prompt ids, response ids) rows → tokens (B, T), mask (B, T) bool of the tokens that the loss
+    counts."""
     tokens, lengths = pad([p + r for p, r in rows], tok.pad_id)
     begin = [1 if loss_on_prompt else len(p) for p, _ in rows]  # the first token has nothing before it
     return tokens.to(device), response_mask(begin, lengths, tokens.shape[1]).to(device)
@@ -100,12 +103,13 @@ def learning_rate(step, cfg):
     return cfg.lr * min((step + 1) / warmup, 1 - 0.9 * step / cfg.steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data
 
 
 def demonstrations(cfg, task):
-    """→ (train rows, held-out rows) of {"prompt", "response"}; which prompt is held out depends on its text alone."""
+    """→ (train rows, held-out rows) of {"prompt", "response"}; which prompt is held out depends on its text
+    alone."""
     if cfg.data:
         rows = read_jsonl(cfg.data, ("prompt", "response"), nonempty=("prompt",))
         train, test = split_by_hash(rows, tasks.held_out)
@@ -125,7 +129,8 @@ def new_tokenizer(cfg, task, rows):
 
 
 def encode(rows, tok, max_len):
-    """Rows → list of (prompt ids, response ids + EOS); rows longer than the context are dropped, and counted aloud."""
+    """Rows → list of (prompt ids, response ids + EOS); rows longer than the context are dropped, and counted
+    aloud."""
     pairs = [encode_pair(tok, r["prompt"], r["response"], max_len, r.get("_at", "")) for r in rows]
     kept = [p for p in pairs if p]
     require(kept or not rows, f"all {len(rows)} rows are longer than the context of {max_len} tokens; raise --max_len")
@@ -136,7 +141,8 @@ def encode(rows, tok, max_len):
 
 @torch.no_grad()
 def evaluate(model, tok, task, cfg, test, full):
-    """Held-out loss; with `full`, where the task has a checker, sampled and greedy accuracy on held-out prompts too."""
+    """Held-out loss; with `full`, where the task has a checker, sampled and greedy accuracy on held-out
+    prompts too."""
     out = {}
     if test:
         tokens, mask = batch_tensors(test[:256], tok, model.device, cfg.loss_on_prompt)
@@ -152,7 +158,7 @@ def evaluate(model, tok, task, cfg, test, full):
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train
 
 

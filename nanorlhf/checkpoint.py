@@ -1,11 +1,11 @@
 """Run folders and everything a run needs to go on. Nothing is ever half-written.
 
-    out/config.json  metrics.csv  samples.jsonl  curves.png  model/ (a Hugging Face folder)  state/step-000020/ (resuming)
+    out/config.json  metrics.csv  samples.jsonl  curves.png  model/ (a Hugging Face folder)
+    state/step-000020/ (resuming)
 
-A folder is written under a temporary name, fsynced, and renamed into place; state carries the sha256 of its file, since
-neither torch.load nor safetensors notices a flipped bit. All randomness is derived from (seed, step), so that weights,
-optimizer and step are the whole state of a run.
-"""
+A folder is written under a temporary name, fsynced, and renamed into place; state carries the sha256 of its
+file, since neither torch.load nor safetensors notices a flipped bit. All randomness is derived from (seed,
+step), so that weights, optimizer and step are the whole state of a run. """
 
 import dataclasses
 import hashlib
@@ -24,7 +24,8 @@ KEEP = 2  # complete checkpoints kept in state/
 
 
 def write_folder(folder, files):
-    """Write {name: bytes} as one folder, all or nothing. RunError (old folder intact, nothing left over) if the disk is full."""
+    """Write {name: bytes} as one folder, all or nothing. RunError (old folder intact, nothing left over) if
+    the disk is full."""
     tmp, old = f"{folder}.tmp", f"{folder}.old"
     try:
         for leftover in (tmp, old):
@@ -162,7 +163,8 @@ class Run:
             shutil.rmtree(os.path.join(folder, old), ignore_errors=True)
 
     def checkpoint(self, done, export, extra=None):
-        """After each step: save when due, at the end and when asked to stop. `export` writes model/. True: stop now.
+        """After each step: save when due, at the end and when asked to stop. `export` writes model/. True:
+        stop now.
 
         done: steps finished so far.
         """
@@ -183,7 +185,8 @@ class Run:
             self.log.close(self.panels if kind is None or kind is Interrupted else ())
 
     def check(self, step, loss, gnorm, where):
-        """Stop before the optimizer step if loss or gradient is not finite, so that weights and moments stay as they are."""
+        """Stop before the optimizer step if loss or gradient is not finite, so that weights and moments stay
+        as they are."""
         if not (torch.isfinite(torch.as_tensor(loss)) and torch.isfinite(torch.as_tensor(gnorm))):
             raise RunError(f"step {step}: loss {float(loss):g}, gradient norm {float(gnorm):g} ({where}); the weights were "
                            "not touched. Look at the last rows of metrics.csv (gnorm, kl, ratio_max): most often --lr is "

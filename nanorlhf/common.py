@@ -1,4 +1,5 @@
-"""Plumbing that never moves a learning curve: errors, config → command line, device and threads, seeds, the log."""
+"""Plumbing that never moves a learning curve: errors, config → command line, device and threads, seeds, the
+log."""
 
 import csv
 import dataclasses
@@ -19,11 +20,13 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake of the user's: ends in one line (flag, or file and line, and what would be right), exit status 2."""
+    """A mistake of the user's: ends in one line (flag, or file and line, and what would be right), exit
+    status 2."""
 
 
 class RunError(Exception):
-    """A run that cannot go on (non-finite loss, full disk): one line, exit status 1, last checkpoint intact."""
+    """A run that cannot go on (non-finite loss, full disk): one line, exit status 1, last checkpoint
+    intact."""
 
 
 class Interrupted(Exception):
@@ -34,12 +37,13 @@ class Interrupted(Exception):
         self.code = 128 + signum
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # config → command line
 
 
 def fill_by_task(cfg):
-    """Give every field that is None its value for cfg.task from the class's table BY_TASK (task → {field: value})."""
+    """Give every field that is None its value for cfg.task from the class's table BY_TASK (task → {field:
+    value})."""
     table = type(cfg).BY_TASK
     if cfg.task not in table:
         raise UserError(f"--task {cfg.task}: must be one of {', '.join(table)}")
@@ -109,7 +113,8 @@ def help_text(Config, doc, prog):
 
 
 def parse(Config, argv, doc="", prog="train.py"):
-    """`--name value`, `--name=value`, `-` for `_`; a bool may stand alone; a list field may be repeated → Config.
+    """`--name value`, `--name=value`, `-` for `_`; a bool may stand alone; a list field may be repeated →
+    Config.
 
     Unknown and ill-typed flags raise UserError naming the nearest flag, or what the value must be.
     """
@@ -143,7 +148,8 @@ def parse(Config, argv, doc="", prog="train.py"):
 
 
 def run_cli(Config, train, module_doc, argv=None):
-    """Run a trainer from the command line. A user's mistake: one line, status 2. A run that had to stop: status 1."""
+    """Run a trainer from the command line. A user's mistake: one line, status 2. A run that had to stop:
+    status 1."""
     prog = os.path.basename(sys.argv[0])
     try:
         train(parse(Config, sys.argv[1:] if argv is None else argv, module_doc, prog))
@@ -162,12 +168,13 @@ def run_cli(Config, train, module_doc, argv=None):
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # device, precision, threads, seeds
 
 
 def setup(cfg):
-    """cfg.device, cfg.dtype, cfg.threads, cfg.seed → torch.device; `auto` takes CUDA, then Apple's mps, then the CPU."""
+    """cfg.device, cfg.dtype, cfg.threads, cfg.seed → torch.device; `auto` takes CUDA, then Apple's mps, then
+    the CPU."""
     device = cfg.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -182,9 +189,8 @@ def setup(cfg):
 def to_device(model, cfg, device):
     """Move a model, set its compute dtype (weights stay fp32) and a thread count that suits its size.
 
-    Below a million parameters one thread is faster than two, and on a busy machine a hundred times faster: the threads
-    wait for each other at every small operation.
-    """
+    Below a million parameters one thread is faster than two, and on a busy machine a hundred times faster:
+    the threads wait for each other at every small operation. """
     model = model.to(device)
     trunk = getattr(model, "trunk", model)
     trunk.compute_dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else None
@@ -195,21 +201,21 @@ def to_device(model, cfg, device):
 
 
 def derive_seed(seed, *path):
-    """A seed for one purpose: hash of (seed, path), so that a run's state is its step alone and streams never overlap."""
+    """A seed for one purpose: hash of (seed, path), so that a run's state is its step alone and streams never
+    overlap."""
     digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the log
 
 
 class Log:
     """metrics.csv (one row a step), samples.jsonl, an aligned console line within 80 columns, a bar with ETA.
 
-    A full disk here must not end the run: it is said once and training goes on. `start` > 0 (resuming) drops the rows
-    of steps that will be run again.
-    """
+    A full disk here must not end the run: it is said once and training goes on. `start` > 0 (resuming) drops
+    the rows of steps that will be run again. """
 
     def __init__(self, out, columns, show, steps, start=0, wandb="", config=None):
         self.columns, self.show, self.out = columns, show, out
@@ -256,7 +262,8 @@ class Log:
         self.bar.refresh()
 
     def row(self, step, metrics):
-        """Write one step. Values are plain numbers; a column that is not measured at this step stays empty."""
+        """Write one step. Values are plain numbers; a column that is not measured at this step stays
+        empty."""
         assert set(metrics) <= set(self.columns), set(metrics) - set(self.columns)
         self.last.update(metrics)
         cells = ["" if metrics.get(c) is None else f"{metrics[c]:.6g}" for c in self.columns]
@@ -302,7 +309,8 @@ def _wandb(project, out, config):
 
 
 def plot_curves(out, panels):
-    """Draw metrics.csv into curves.png, one small panel per column (or tuple of columns). Says so once without matplotlib."""
+    """Draw metrics.csv into curves.png, one small panel per column (or tuple of columns). Says so once
+    without matplotlib."""
     plt = pyplot()
     if plt is None:
         return
@@ -326,7 +334,8 @@ def plot_curves(out, panels):
 
 
 def pyplot():
-    """matplotlib.pyplot on a backend that needs no screen, or None (said once) where matplotlib is missing."""
+    """matplotlib.pyplot on a backend that needs no screen, or None (said once) where matplotlib is
+    missing."""
     try:
         import matplotlib
     except ImportError:

@@ -1,10 +1,9 @@
 """Batched sampling with a KV cache → Rollout.
 
-Each distinct prompt is prefilled once and its cache shared out to its n samples. Prompts are ragged and padded on the
-right; while decoding, every row writes the cache at its own position. Rows that have ended leave the batch. The uniform
-random numbers are one table (row × position) drawn from the seed, so that a sample does not depend on which other rows
-are still in the batch.
-"""
+Each distinct prompt is prefilled once and its cache shared out to its n samples. Prompts are ragged and
+padded on the right; while decoding, every row writes the cache at its own position. Rows that have ended
+leave the batch. The uniform random numbers are one table (row × position) drawn from the seed, so that a
+sample does not depend on which other rows are still in the batch. """
 
 import torch
 
@@ -17,8 +16,8 @@ LEAVE = 1 / 8  # share of ended rows at which the batch is compacted: at every r
 def filter_logits(logits, top_k=0, top_p=1.0):
     """(b, V) → (b, V) with −inf outside the top k tokens and the smallest set whose probability reaches p.
 
-    For evaluation and chat only: RL trainers sample from the full softmax, the distribution that they score under.
-    """
+    For evaluation and chat only: RL trainers sample from the full softmax, the distribution that they score
+    under. """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -32,11 +31,12 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """fp32 logits (b, V), uniforms u (b,) in [0, 1) → token (b,), its log-prob (b,) under the sampled distribution.
+    """fp32 logits (b, V), uniforms u (b,) in [0, 1) → token (b,), its log-prob (b,) under the sampled
+    distribution.
 
     Inverse CDF: the first token at which the cumulative probability exceeds u; one cumulative sum, where
-    `torch.multinomial` is ten times slower on a CPU. Temperature 0 is greedy, with the log-prob at temperature 1.
-    """
+    `torch.multinomial` is ten times slower on a CPU. Temperature 0 is greedy, with the log-prob at
+    temperature 1. """
     z = logits / temperature if temperature else logits
     z = filter_logits(z, top_k, top_p)
     top = z.max(-1, keepdim=True)
@@ -84,12 +84,13 @@ def _finish(tokens, logp, plen, new, finished, group):
 @torch.no_grad()
 def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0,
              pad_id=None):
-    """Sample n responses to each prompt (lists of token ids) → Rollout of len(prompts)·n rows, a prompt's n together.
+    """Sample n responses to each prompt (lists of token ids) → Rollout of len(prompts)·n rows, a prompt's n
+    together.
 
-    A response ends with EOS, which belongs to it, or after max_new_tokens without one (finished=False). Log-probs are
-    those of the distribution sampled from (temperature, top_k, top_p applied; temperature 0 is greedy and reports
-    temperature 1). Raises UserError for an empty prompt and for prompts that do not fit the model's context.
-    """
+    A response ends with EOS, which belongs to it, or after max_new_tokens without one (finished=False).
+    Log-probs are those of the distribution sampled from (temperature, top_k, top_p applied; temperature 0 is
+    greedy and reports temperature 1). Raises UserError for an empty prompt and for prompts that do not fit
+    the model's context. """
     tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id)
     logp = torch.zeros(tokens.shape, device=tokens.device)
     new = torch.zeros_like(plen)
@@ -148,10 +149,11 @@ def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=No
 
 
 def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512):
-    """Text in, text out: n responses to each prompt string → (rollouts, responses), a prompt's n responses together.
+    """Text in, text out: n responses to each prompt string → (rollouts, responses), a prompt's n responses
+    together.
 
-    rollouts is a list of Rollout, of at most about `batch` rows each; responses a list of len(prompts)·n strings without EOS.
-    """
+    rollouts is a list of Rollout, of at most about `batch` rows each; responses a list of len(prompts)·n
+    strings without EOS. """
     rolls, texts, per = [], [], max(1, batch // n)
     for i in range(0, len(prompts), per):
         ids = [tok.encode(p) for p in prompts[i : i + per]]

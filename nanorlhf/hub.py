@@ -1,9 +1,9 @@
 """Hugging Face folders, in and out: config.json, model.safetensors, and our tokenizer beside them.
 
-Two families so far: GPT-2 and Llama. For each one table, from our parameter names to theirs, read in both directions.
-A saved folder loads in transformers as it is. Reward models and critics are saved as *ForSequenceClassification with one
-label; their `reward_bias` stands in config.json, and transformers ignores it (its scores are ours minus reward_bias).
-"""
+Two families so far: GPT-2 and Llama. For each one table, from our parameter names to theirs, read in both
+directions. A saved folder loads in transformers as it is. Reward models and critics are saved as
+*ForSequenceClassification with one label; their `reward_bias` stands in config.json, and transformers ignores
+it (its scores are ours minus reward_bias). """
 
 import json
 import os
@@ -75,7 +75,8 @@ def _to_hf(state, cfg, family):
 
 
 def _from_hf(tensors, model, family, folder):
-    """Their tensors → our state dict, through the same table. Missing, extra and mis-shaped tensors raise UserError."""
+    """Their tensors → our state dict, through the same table. Missing, extra and mis-shaped tensors raise
+    UserError."""
     cfg = model.cfg
     state = model.state_dict()
     want = {k: tuple(v.shape) for k, v in _to_hf(state, cfg, family).items()}
@@ -188,9 +189,9 @@ def save(model, tok, folder):
 
 
 def load(folder, flag="--init", hint=""):
-    """Read a folder → (model, tokenizer). model is a ScalarModel for *ForSequenceClassification, else a GPT; the tokenizer
-    is None where the folder has none. Raises UserError, naming `flag` and the file, for anything missing or unfitting.
-    """
+    """Read a folder → (model, tokenizer). model is a ScalarModel for *ForSequenceClassification, else a GPT;
+    the tokenizer is None where the folder has none. Raises UserError, naming `flag` and the file, for
+    anything missing or unfitting. """
     where = os.path.join(folder, "config.json")
     if not os.path.isfile(where):
         what = "has no config.json" if os.path.isdir(folder) else "does not exist"

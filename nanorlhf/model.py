@@ -2,17 +2,18 @@
 
     tokens (B, T) → embedding → n_layer × [x + attention(norm(x)); x + mlp(norm(x))] → norm → hidden (B, T, D)
 
-The model returns *hidden states*; log-probs come from `GPT.logprobs`, which sends only the positions that are asked
-for through the unembedding (`nanorlhf.kernels.linear_logprob`), so that B×T×V logits are never stored in training.
+The model returns *hidden states*; log-probs come from `GPT.logprobs`, which sends only the positions that are
+asked for through the unembedding (`nanorlhf.kernels.linear_logprob`), so that B×T×V logits are never stored
+in training.
 
-There is no dropout anywhere. In RL the same token is scored by the sampler, by the update and by the reference; with
-dropout those three would be different random networks, the importance ratio would not be 1 on fresh samples and the
-KL penalty would punish noise (detail 7 of "The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031).
+There is no dropout anywhere. In RL the same token is scored by the sampler, by the update and by the
+reference; with dropout those three would be different random networks, the importance ratio would not be 1 on
+fresh samples and the KL penalty would punish noise (detail 7 of "The N+ Implementation Details of RLHF with
+PPO", arXiv 2403.17031).
 
 Sources: GPT-2 (Radford et al. 2019), Llama (arXiv 2302.13971), RMSNorm (arXiv 1910.07467), rotary positions
-(arXiv 2104.09864, half-split as in Llama's published weights), SwiGLU (arXiv 2002.05202), grouped-query attention
-(arXiv 2305.13245).
-"""
+(arXiv 2104.09864, half-split as in Llama's published weights), SwiGLU (arXiv 2002.05202), grouped-query
+attention (arXiv 2305.13245). """
 
 import math
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ class Norm(nn.Module):
 
 @lru_cache(maxsize=16)
 def rope_table(head_dim, max_len, theta, device):
-    """(max_len, head_dim/2) cosines and sines. A cache and no buffer: `model.bfloat16()` must not round them."""
+    """(max_len, head_dim/2) cosines and sines. A cache and no buffer: `model.bfloat16()` must not round
+    them."""
     freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.arange(max_len, dtype=torch.float32)[:, None] * freq
     return angle.cos().to(device), angle.sin().to(device)
@@ -166,7 +168,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Right padding only: under the causal mask a pad can then never touch a real token."""
+    """A decoder-only transformer. Right padding only: under the causal mask a pad can then never touch a real
+    token."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -177,9 +180,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = Norm(cfg)
         self.lm_head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
-        # Every matrix starts at N(0, 1/√fan_in), whatever the width (0.02 suits GPT-2's 768 and is far too small for 64);
-        # the embedding is the unembedding, so D is its fan-in too. Residual outputs start smaller, so that depth does not
-        # add variance (GPT-2).
+        # Every matrix starts at N(0, 1/√fan_in), whatever the width (0.02 suits GPT-2's 768 and is far too
+        # small for 64); the embedding is the unembedding, so D is its fan-in too. Residual outputs start
+        # smaller, so that depth does not add variance (GPT-2).
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
@@ -202,9 +205,9 @@ class GPT(nn.Module):
     def forward(self, tokens, cache=None, pos=None):
         """tokens (B, T) int64 → hidden states (B, T, D), after the last norm.
 
-        With a cache and no `pos`: prefill, positions 0 … T-1. With `pos` (B,) and T = 1: decode, each row's token
-        stands at its own position. Raises UserError past `max_len`: rotary positions would extrapolate in silence.
-        """
+        With a cache and no `pos`: prefill, positions 0 … T-1. With `pos` (B,) and T = 1: decode, each row's
+        token stands at its own position. Raises UserError past `max_len`: rotary positions would extrapolate
+        in silence. """
         B, T = tokens.shape
         if T > self.cfg.max_len:
             raise UserError(f"sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}")
@@ -226,20 +229,22 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def head_logits(self, hidden):
-        """hidden (..., D) → fp32 logits (..., V): bf16 operands are widened first, the sums are never rounded back."""
+        """hidden (..., D) → fp32 logits (..., V): bf16 operands are widened first, the sums are never rounded
+        back."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return F.linear(hidden.to(wide), self.unembedding.to(wide))
 
     def logits(self, tokens):
-        """tokens (B, T) → fp32 logits (B, T, V). For sampling, evaluation and tests: training never builds them."""
+        """tokens (B, T) → fp32 logits (B, T, V). For sampling, evaluation and tests: training never builds
+        them."""
         return self.head_logits(self(tokens))
 
     def logprobs(self, tokens, mask, temperature=1.0):
-        """logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]) and the entropy of that distribution, at temperature.
+        """logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]) and the entropy of that distribution, at
+        temperature.
 
-        Indexed by the token they describe and 0 where mask is 0; masked positions never enter the head. Position 0 has
-        nothing before it, so mask[:, 0] must be 0 (ValueError otherwise).
-        """
+        Indexed by the token they describe and 0 where mask is 0; masked positions never enter the head.
+        Position 0 has nothing before it, so mask[:, 0] must be 0 (ValueError otherwise). """
         mask = mask.bool()
         if mask[:, 0].any():
             raise ValueError("mask[:, 0] must be 0: the first token has no distribution to be scored under")
@@ -254,9 +259,8 @@ class GPT(nn.Module):
 class ScalarModel(nn.Module):
     """A GPT trunk with one number per position: a reward model, or PPO's critic.
 
-    The head starts at N(0, 1/√(D+1)) (detail 11 of N+). `reward_bias` is added to every output; train_rm sets it so that
-    reference responses score 0 on average (detail 15 of N+).
-    """
+    The head starts at N(0, 1/√(D+1)) (detail 11 of N+). `reward_bias` is added to every output; train_rm sets
+    it so that reference responses score 0 on average (detail 15 of N+). """
 
     def __init__(self, trunk):
         super().__init__()
@@ -283,6 +287,7 @@ class ScalarModel(nn.Module):
         return self.head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
 
     def values(self, tokens, mask):
-        """(B, T): the estimate *before* each token, from the hidden state of the token to its left; 0 where mask is 0."""
+        """(B, T): the estimate *before* each token, from the hidden state of the token to its left; 0 where
+        mask is 0."""
         value = self.head(self.trunk(tokens[:, :-1]))
         return F.pad(value, (1, 0)) * mask

@@ -11,9 +11,8 @@ from nanorlhf.data import microbatches
 class Rollout:
     """B sampled sequences, prompt and response together, padded on the right to T tokens.
 
-    Every per-token tensor is indexed by the token it describes, and is 0 outside the mask. EOS is inside the mask exactly
-    when it was sampled; a row cut at max_new_tokens has finished=False and no EOS.
-    """
+    Every per-token tensor is indexed by the token it describes, and is 0 outside the mask. EOS is inside the
+    mask exactly when it was sampled; a row cut at max_new_tokens has finished=False and no EOS. """
 
     tokens: torch.Tensor  # (B, T) int64
     mask: torch.Tensor  # (B, T) bool: the sampled tokens; from lengths, never from token ids
@@ -45,14 +44,16 @@ class Rollout:
         return [row[p:e] for row, p, e in zip(self.tokens.tolist(), self.prompt_len.tolist(), ends)]
 
     def microbatches(self, rows, budget):
-        """Cut the given rows (a tensor of indices) by padded tokens, longest first → (row indices, their longest length)."""
+        """Cut the given rows (a tensor of indices) by padded tokens, longest first → (row indices, their
+        longest length)."""
         lengths = self.lengths[rows]
         for mb in microbatches(lengths, budget):
             yield rows[mb], int(lengths[mb].max())
 
     @torch.no_grad()
     def per_token(self, fn, budget):
-        """fn(tokens, mask) → (b, T') for every micro-batch, put together to (B, T), zeros beyond each row. No gradients."""
+        """fn(tokens, mask) → (b, T') for every micro-batch, put together to (B, T), zeros beyond each row. No
+        gradients."""
         out = torch.zeros_like(self.logp)
         for mb, T in self.microbatches(torch.arange(len(self.tokens)), budget):
             out[mb, :T] = fn(self.tokens[mb, :T], self.mask[mb, :T])

@@ -144,7 +144,7 @@ class Reviews(Task):
     name, tokenizer, alphabet, max_new_tokens = "reviews", "bpe", "", 40
 
     def _draw(self, rng):
-        mood = rng.gauss(-0.9, 1.5)
+        mood = rng.gauss(-0.9, 2.8)
         topic = rng.choice(list(TOPICS))
         first, *others = rng.sample(TOPICS[topic], 5)
         count = rng.choices((3, 4, 5, 6), (15, 40, 30, 15))[0]

@@ -1,8 +1,7 @@
 """From hidden states and the unembedding straight to per-token log-prob, entropy and exact KL.
 
-One function per quantity, one backend behind it: chunked torch (`torch_backend.py`), checked against ten-line oracles
-(`reference.py`). The Triton backend goes in `triton_backend.py` with the same two functions.
-"""
+One function per quantity, one backend behind it: chunked torch (`torch_backend.py`), checked against ten-line
+oracles (`reference.py`). The Triton backend goes in `triton_backend.py` with the same two functions. """
 
 from nanorlhf.kernels import torch_backend
 
@@ -22,12 +21,12 @@ def _check(temperature, **shapes):
 
 
 def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None, backend=None):
-    """Log-prob of each target and entropy of each row's distribution softmax((hidden·weightᵀ + bias)/temperature).
+    """Log-prob of each target and entropy of each row's distribution softmax((hidden·weightᵀ +
+    bias)/temperature).
 
-    hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) or None → logp (N,), entropy (N,), both fp32 and
-    differentiable in hidden, weight and bias. Logits are fp32 whatever the operands' dtype and are never stored whole.
-    Raises ValueError on shapes that do not fit and on temperature ≤ 0.
-    """
+    hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) or None → logp (N,), entropy (N,), both fp32
+    and differentiable in hidden, weight and bias. Logits are fp32 whatever the operands' dtype and are never
+    stored whole. Raises ValueError on shapes that do not fit and on temperature ≤ 0. """
     (N, D), V = hidden.shape, len(weight)
     _check(temperature, weight=(weight, (V, D)), targets=(targets, (N,)), bias=(bias, (V,)))
     return _backend(backend).linear_logprob(hidden, weight, targets, temperature, bias)
@@ -35,11 +34,12 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None, backend=
 
 def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None, ref_bias=None,
               backend=None):
-    """Exact KL(policy‖reference) over the vocabulary, per position (N,); reverse=True gives KL(reference‖policy).
+    """Exact KL(policy‖reference) over the vocabulary, per position (N,); reverse=True gives
+    KL(reference‖policy).
 
-    hidden (N, D), weight (V, D); ref_hidden (N, D'), ref_weight (V, D'). Differentiable in the policy's hidden, weight
-    and bias only: the reference is a constant. fp32 logits, never stored whole. Raises ValueError as linear_logprob.
-    """
+    hidden (N, D), weight (V, D); ref_hidden (N, D'), ref_weight (V, D'). Differentiable in the policy's
+    hidden, weight and bias only: the reference is a constant. fp32 logits, never stored whole. Raises
+    ValueError as linear_logprob. """
     (N, D), V, ref_d = hidden.shape, len(weight), ref_hidden.shape[-1]
     _check(temperature, weight=(weight, (V, D)), ref_hidden=(ref_hidden, (N, ref_d)),
            ref_weight=(ref_weight, (V, ref_d)), bias=(bias, (V,)), ref_bias=(ref_bias, (V,)))

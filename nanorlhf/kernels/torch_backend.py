@@ -1,10 +1,12 @@
 """Log-prob, entropy and exact KL straight from hidden states, a chunk of rows at a time, in plain torch.
 
-Both functions save only their inputs and (N,) statistics; the backward pass recomputes each chunk's logits. Memory above
-inputs and gradients is one chunk, CHUNK elements of fp32, whatever N and V are. Logits are fp32 (float64 for float64
-operands) even when the operands are bf16: rounding them costs up to 0.1 nats of log-prob.
+Both functions save only their inputs and (N,) statistics; the backward pass recomputes each chunk's logits.
+Memory above inputs and gradients is one chunk, CHUNK elements of fp32, whatever N and V are. Logits are fp32
+(float64 for float64 operands) even when the operands are bf16: rounding them costs up to 0.1 nats of
+log-prob.
 
-With z = logits/T, p = softmax(z), lse = log Σ exp z, for the target y of a row and upstream gradients g and h:
+With z = logits/T, p = softmax(z), lse = log Σ exp z, for the target y of a row and upstream gradients g and
+h:
 
     logp = z_y − lse          ∂/∂z: g (1_y − p)
     H    = lse − Σ p z        ∂/∂z: −h p (log p + H)
