@@ -68,7 +68,9 @@ def judge(folder, sft, rm, prompts, seed):
     SFT."""
     policy, tok = hub.load(folder)
     task = tasks.get("reviews")
-    rolls, texts = generate.respond(policy, tok, prompts, 1, task.max_new_tokens, seed=derive_seed(seed, "judge"))
+    rolls, texts = generate.respond(
+        policy, tok, prompts, 1, task.max_new_tokens, seed=derive_seed(seed, "judge")
+    )
     gold = torch.tensor([tasks.gold(p, t) for p, t in zip(prompts, texts)])
     proxy = torch.cat([rm.rewards(roll.tokens, roll.lengths) for roll in rolls])
     k1 = torch.cat([(roll.logp - sft.logprobs(roll.tokens, roll.mask)[0]).sum(1) for roll in rolls])
@@ -117,9 +119,16 @@ def draw(out):
     a[7].plot(*column(f"{out}/rm", "acc"), color="tab:gray", alpha=0.5, label="training, noisy labels")
     a[7].plot(*column(f"{out}/rm", "eval/acc"), "o-", color="tab:green", label="held out, no noise")
     a[7].axhline(column(f"{out}/rm", "eval/acc_len_only")[1][-1], color="black", ls=":", label="length only")
-    titles = ("reward model's score (proxy)", "over-optimisation: proxy and gold", "KL to the SFT model, nats",
-              "entropy, nats per token", "response length, tokens", "gold against √KL", "SFT loss, nats per token",
-              "reward model accuracy")
+    titles = (
+        "reward model's score (proxy)",
+        "over-optimisation: proxy and gold",
+        "KL to the SFT model, nats",
+        "entropy, nats per token",
+        "response length, tokens",
+        "gold against √KL",
+        "SFT loss, nats per token",
+        "reward model accuracy",
+    )
     for ax, title in zip(a, titles):
         ax.set_title(title)
         ax.set_xlabel("step")
@@ -187,7 +196,9 @@ def train(cfg):
         finals[name] = trainer.train(trainer.Config(out=f"{out}/{name}", **flags, **common))
 
     samples = 32 if smoke else cfg.samples
-    prompts = [r["prompt"] for r in tasks.get("reviews").prompts("test", samples, derive_seed(cfg.seed, "judge"))]
+    prompts = [
+        r["prompt"] for r in tasks.get("reviews").prompts("test", samples, derive_seed(cfg.seed, "judge"))
+    ]
     sft, rm = hub.load(f"{out}/sft/model")[0], hub.load(f"{out}/rm/model")[0]
     judged = {title: judge(f"{out}/{name}/model", sft, rm, prompts, cfg.seed)
               for title, name in (("SFT", "sft"), ("PPO", "ppo"), ("PPO, β = 0", "ppo_nokl"))}
@@ -201,8 +212,12 @@ def train(cfg):
     draw(out)
     print_report(judged, prompts, report)
     t = os.times()
-    report |= {"cpu_seconds": t.user + t.system + t.children_user + t.children_system,
-               "wall_seconds": time.perf_counter() - clock, "peak_rss_mb": peak_rss_mb(), "seed": float(cfg.seed)}
+    report |= {
+        "cpu_seconds": t.user + t.system + t.children_user + t.children_system,
+        "wall_seconds": time.perf_counter() - clock,
+        "peak_rss_mb": peak_rss_mb(),
+        "seed": float(cfg.seed),
+    }
     with open(f"{out}/report.json.tmp", "w") as f:
         json.dump(report, f, indent=2)
     os.replace(f"{out}/report.json.tmp", f"{out}/report.json")

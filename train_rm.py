@@ -1,18 +1,18 @@
 """Reward model: Bradley–Terry on preference pairs. The second stage of RLHF.
 
-    P(chosen ≻ rejected) = σ(r(x, y_w) − r(x, y_l))            L(θ) = − mean log σ(r_w − r_l)
+    P(chosen ≻ rejected) = σ(r(x, y_w) − r(x, y_l))            L(θ) = −mean log σ(r_w − r_l)
 
 The trunk starts from the SFT model; the reward is a linear head on the hidden state of the last token, EOS
-(detail 12 of "The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031). The head starts at N(0,
-1/√(D+1)) (detail 11), and after training the bias is set so that reference responses score 0 on average
+("The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031, detail 12). The head starts at
+N(0, 1/√(D+1)) (detail 11), and after training the bias is set so that reference responses score 0 on average
 (detail 15): no scaling.
 
 Without --data the pairs are made here, as a labelling team would make them: two samples of the SFT model per
-prompt, and a Bradley–Terry draw on the task's hidden gold score. The files stay in the run folder
-(pairs.jsonl, pairs_heldout.jsonl); training reads nothing else. Held-out accuracy is against the exact gold
-order, without label noise, and stands beside that of a judge that looks at length only.
+prompt, and a Bradley–Terry draw on the task's hidden gold score. They stay in the run folder (pairs.jsonl,
+pairs_heldout.jsonl); training reads nothing else. Held-out accuracy is against the exact order of gold,
+without label noise, and stands beside that of a judge that looks at the length only.
 
-CPU   python train_rm.py                        reviews, 20 s with the pairs: held-out accuracy about 0.85, length-only 0.6
+CPU   python train_rm.py                   RM_NOTE
 GPU   python train_rm.py --data pairs.jsonl --init runs/sft/model --dtype bfloat16
 """
 
@@ -27,9 +27,26 @@ import torch.nn.functional as F
 
 from nanorlhf import generate, hub, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, derive_seed, fill_by_task, require, run_cli, setup, to_device
-from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl, split_by_hash, write_jsonl
-from nanorlhf.model import GPT, ScalarModel
+from nanorlhf.common import (
+    Clock,
+    derive_seed,
+    fill_by_task,
+    require,
+    run_cli,
+    setup,
+    to_device,
+    warmup_linear,
+)  # fmt: skip
+from nanorlhf.data import (
+    encode_pair,
+    epoch_batches,
+    microbatches,
+    pad,
+    read_jsonl,
+    split_by_hash,
+    write_jsonl,
+)  # fmt: skip
+from nanorlhf.model import ScalarModel
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -39,7 +56,7 @@ from nanorlhf.model import GPT, ScalarModel
 class Config:
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data)
     data: str = ""  # JSONL of {"prompt", "chosen", "rejected"} rows, in place of the task's own pairs
-    references: str = ""  # JSONL of {"prompt", "response"} rows that shall score 0 on average; empty: the chosen ones
+    references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
     pairs: int = 3000  # pairs to make for the built-in task
     tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
@@ -53,12 +70,16 @@ class Config:
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
-    tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: the whole batch. Never moves the curve
+    tokens_per_microbatch: int = (
+        1024  # padded tokens at once, to bound memory; 0: the whole batch. Never moves the curve
+    )
 
     eval_every: int = 50  # steps between held-out measurements; 0: only at the end
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the activations; weights and rewards are always fp32
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the activations; weights and rewards are always fp32
+    )
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
@@ -74,12 +95,15 @@ class Config:
         self.out = self.out or f"runs/{self.task}-rm"
         require(self.steps > 0 and self.batch_size > 0, "--steps and --batch_size must be at least 1")
         require(self.lr > 0, f"--lr {self.lr}: must be above 0")
-        require(self.data or self.task == "reviews",
-                f"--task {self.task} has a reward function and no preferences; --task reviews has, or give --data")
+        require(
+            self.data or self.task == "reviews",
+            f"--task {self.task} has a reward function, no preferences; --task reviews has, or give --data",
+        )
 
 
-COLUMNS = ["step", "loss", "acc", "margin", "gnorm", "lr", "tok_s", "s", "eval/loss", "eval/acc", "eval/acc_len_only",
-           "eval/reward_reference"]
+COLUMNS = (
+    "step loss acc margin gnorm lr tok_s s eval/loss eval/acc eval/acc_len_only eval/reward_reference"
+).split()
 SHOW = ["loss", "acc", "margin", "eval/acc", "gnorm", "lr", "s"]
 PANELS = [("loss", "eval/loss"), ("acc", "eval/acc", "eval/acc_len_only"), "margin", "gnorm"]
 
@@ -88,10 +112,9 @@ PANELS = [("loss", "eval/loss"), ("acc", "eval/acc", "eval/acc_len_only"), "marg
 
 
 def pairwise_loss(chosen, rejected):
-    """Rewards of the chosen and the rejected response (B,) → scalar, mean −log σ(chosen − rejected)
-    (Bradley–Terry).
+    """Rewards of the chosen and the rejected responses (B,) → scalar, mean −log σ(chosen − rejected).
 
-    logsigmoid, not log of sigmoid: at a margin of −200 that would be infinite.
+    logsigmoid, and not the log of sigmoid: at a margin of −200 that would be infinite.
     """
     return -F.logsigmoid(chosen - rejected).mean()
 
@@ -102,43 +125,38 @@ def pair_rewards(model, pairs, tok):
     return model.rewards(tokens.to(model.device), lengths.to(model.device)).chunk(2)
 
 
-def learning_rate(step, cfg):
-    warmup = max(1, round(0.05 * cfg.steps))
-    return cfg.lr * min((step + 1) / warmup, 1 - 0.9 * step / cfg.steps)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Pairs
 
 
-def make_pairs(cfg, task, model, tok):
-    """Write pairs.jsonl (labels drawn, with noise) and pairs_heldout.jsonl (exact gold order) into the run
-    folder.
+KEYS = ("prompt", "chosen", "rejected")
 
-    Two samples of the SFT model for each prompt, as a labelling team would be shown. The only place that gold
-    enters. """
+
+def make_pairs(cfg, task, model, tok):
+    """Write pairs.jsonl (noisy labels) and pairs_heldout.jsonl (the exact order of gold) → paths.
+
+    Two samples of the SFT model for each prompt, as a labelling team would be shown. Gold enters only here.
+    """
     paths = f"{cfg.out}/pairs.jsonl", f"{cfg.out}/pairs_heldout.jsonl"
-    if all(map(os.path.exists, paths)) and cfg.resume:
+    if cfg.resume and all(map(os.path.exists, paths)):
         return paths
     for path, split, n, tau in ((paths[0], "train", cfg.pairs, cfg.tau), (paths[1], "test", 512, 0.0)):
         prompts = [r["prompt"] for r in task.prompts(split, n, cfg.seed)]
-        _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=derive_seed(cfg.seed, "pairs", split))
-        rng = random.Random(derive_seed(cfg.seed, "labels", split))
-        rows = []
+        seed = derive_seed(cfg.seed, "pairs", split)
+        _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed)
+        rng, rows = random.Random(seed), []
         for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
             if a != b and (tau > 0 or tasks.gold(prompt, a) != tasks.gold(prompt, b)):
-                chosen, rejected = tasks.prefer(prompt, a, b, rng, tau)
-                rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+                rows.append(dict(zip(KEYS, (prompt, *tasks.prefer(prompt, a, b, rng, tau)))))
         write_jsonl(path, rows)
     return paths
 
 
 def encode(rows, tok, max_len, what):
-    """Rows → list of (prompt + chosen + EOS, prompt + rejected + EOS) ids; what cannot be used is dropped,
-    and counted."""
+    """Rows → (prompt + chosen + EOS, prompt + rejected + EOS) ids; the unusable are dropped, and counted."""
     pairs, same, long = [], 0, 0
     for r in rows:
-        sides = [encode_pair(tok, r["prompt"], r[key], max_len, r.get("_at", "")) for key in ("chosen", "rejected")]
+        sides = [encode_pair(tok, r["prompt"], r[key], max_len, r.get("_at", "")) for key in KEYS[1:]]
         if r["chosen"] == r["rejected"]:
             same += 1
         elif None in sides:
@@ -146,14 +164,39 @@ def encode(rows, tok, max_len, what):
         else:
             pairs.append(tuple(p + y for p, y in sides))
     if same or long:
-        print(f"dropped {same + long} of {len(rows)} {what} pairs: {same} with equal responses, {long} longer than the "
-              f"context of {max_len} tokens")
+        print(f"dropped {same + long} of {len(rows)} {what} pairs: {same} with equal responses, "
+              f"{long} longer than the context of {max_len} tokens")  # fmt: skip
     return pairs
 
 
+def load_pairs(cfg, task, policy, tok):
+    """→ training pairs, held-out pairs, references: lists of token ids."""
+    max_len = policy.cfg.max_len
+    if cfg.data:
+        train, test = split_by_hash(read_jsonl(cfg.data, KEYS, nonempty=("prompt",)), tasks.held_out)
+    else:
+        train, test = (read_jsonl(path, KEYS) for path in make_pairs(cfg, task, policy, tok))
+    train, test = encode(train, tok, max_len, "training"), encode(test, tok, max_len, "held-out")
+    left = f"{len(train)} training and {len(test)} held-out pairs are left"
+    require(train and test, f"--data {cfg.data}: {left}, both are needed (15% of the prompts are held out)")
+    if cfg.data and not cfg.references:
+        return train, test, [chosen for chosen, _ in train[:1024]]
+    rows = task.demonstrations(1024, cfg.seed)
+    if cfg.references:
+        rows = read_jsonl(cfg.references, ("prompt", "response"), "--references")[:1024]
+    pairs = [encode_pair(tok, r["prompt"], r["response"], max_len, r.get("_at", "")) for r in rows]
+    references = [p + y for p, y in filter(None, pairs)]
+    require(references, f"--references {cfg.references}: every row exceeds the context of {max_len} tokens")
+    return train, test, references
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
 def length_only(train, test):
-    """Accuracy on `test` of the judge that prefers the longer (or the shorter, whichever is right more often
-    on `train`)."""
+    """Accuracy on `test` of the judge that prefers the longer response, or the shorter if `train` says so."""
+
     def longer_wins(pairs):
         return sum((len(w) > len(l)) + 0.5 * (len(w) == len(l)) for w, l in pairs) / len(pairs)
 
@@ -162,9 +205,10 @@ def length_only(train, test):
 
 @torch.no_grad()
 def evaluate(model, pairs, tok):
-    chosen, rejected = (torch.cat(side) for side in zip(*(pair_rewards(model, pairs[i : i + 256], tok)
-                                                          for i in range(0, len(pairs), 256))))
-    return {"eval/loss": pairwise_loss(chosen, rejected).item(), "eval/acc": (chosen > rejected).float().mean().item()}
+    parts = [pair_rewards(model, pairs[i : i + 256], tok) for i in range(0, len(pairs), 256)]
+    chosen, rejected = (torch.cat(side) for side in zip(*parts))
+    acc = (chosen > rejected).float().mean().item()
+    return {"eval/loss": pairwise_loss(chosen, rejected).item(), "eval/acc": acc}
 
 
 @torch.no_grad()
@@ -180,37 +224,22 @@ def normalise(model, references, tok):
 
 
 def train(cfg):
-    """Train on preference pairs; leaves cfg.out/model, a *ForSequenceClassification folder → dict of the
-    final metrics."""
+    """Train on preference pairs; leaves the reward model in cfg.out/model → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    policy, tok = hub.load(cfg.init, "--init", f"python train_sft.py --task {cfg.task}")
-    require(isinstance(policy, GPT) and tok, f"--init {cfg.init}: must be a language model with its tokenizer")
-    max_len = policy.cfg.max_len
+    policy, tok = hub.load(cfg.init, hint=f"python train_sft.py --task {cfg.task}", kind="language model")
+    policy = to_device(policy, cfg, device)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        if cfg.data:
-            train_rows, test_rows = split_by_hash(read_jsonl(cfg.data, ("prompt", "chosen", "rejected")), tasks.held_out)
-        else:
-            to_device(policy, cfg, device)
-            train_rows, test_rows = (read_jsonl(path, ("prompt", "chosen", "rejected"))
-                                     for path in make_pairs(cfg, task, policy, tok))
-        data, test = encode(train_rows, tok, max_len, "training"), encode(test_rows, tok, max_len, "held-out")
-        require(data and test, f"--data {cfg.data}: {len(data)} training and {len(test)} held-out pairs are left; both are "
-                "needed (15% of the prompts are held out)")
-        references = [w for w, _ in data[:1024]]
-        if cfg.references or not cfg.data:
-            rows = read_jsonl(cfg.references, ("prompt", "response"), "--references") if cfg.references else \
-                task.demonstrations(1024, cfg.seed)
-            pairs = [encode_pair(tok, r["prompt"], r["response"], max_len, r.get("_at", "")) for r in rows[:1024]]
-            references = [p + y for p, y in filter(None, pairs)]
+        data, test, references = load_pairs(cfg, task, policy, tok)
         acc_len_only = length_only(data, test)
-
         model = to_device(ScalarModel(policy), cfg, device)
-        opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+        betas, decay = (0.9, 0.99), cfg.weight_decay
+        opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=decay)
         start, _ = run.start({"model": model}, opt)
         for step in range(start, cfg.steps):
             clock = Clock()
-            pairs = [data[i] for i in epoch_batches(len(data), cfg.batch_size, derive_seed(cfg.seed, "data"), step)]
+            order = epoch_batches(len(data), cfg.batch_size, derive_seed(cfg.seed, "data"), step)
+            pairs = [data[i] for i in order]
             opt.zero_grad()
             total = right = margin = 0.0
             # A pair counts as two rows of its longer side.
@@ -223,13 +252,14 @@ def train(cfg):
                 margin += (chosen - rejected).sum().item()
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
             run.check(step, total, gnorm, f"a batch of {len(pairs)} pairs")
-            lr = learning_rate(step, cfg)
+            lr = warmup_linear(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
             opt.step()
 
             done = step + 1
-            metrics = {"loss": total, "acc": right / len(pairs), "margin": margin / len(pairs), "gnorm": gnorm.item(), "lr": lr}
+            metrics = {"loss": total, "acc": right / len(pairs), "margin": margin / len(pairs)}
+            metrics |= {"gnorm": gnorm.item(), "lr": lr}
             if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
                 metrics |= evaluate(model, test, tok) | {"eval/acc_len_only": acc_len_only}
             if done == cfg.steps:

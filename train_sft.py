@@ -1,15 +1,15 @@
-"""Supervised fine-tuning: next-token loss on demonstrations. The first stage of RLHF, and the policy that RL
-starts from.
+"""Supervised fine-tuning: next-token loss on demonstrations. It makes the policy that RLHF starts from.
 
-    L(θ) = − 1/N · Σ_rows Σ_t log π_θ(y_t | x, y_<t)        N = response tokens of the whole optimizer step, EOS included
+    L(θ) = −1/N · Σ_rows Σ_t log π_θ(y_t | x, y_<t)
 
-The loss counts the response only; `--loss_on_prompt` counts the prompt too, as N+ does (detail 9 of "The N+
-Implementation Details of RLHF with PPO", arXiv 2403.17031). Prompt and response are tokenized apart and
-joined as ids, since that is how the policy will meet them when it samples.
+N counts the response tokens of the whole optimizer step, EOS included. The loss counts the response only;
+`--loss_on_prompt` counts the prompt too, as "The N+ Implementation Details of RLHF with PPO" does (arXiv
+2403.17031, detail 9). Prompt and response are tokenized apart and joined as ids, since that is how the policy
+will meet them when it samples.
 
-CPU   python train_sft.py                       reviews, 15 s: held-out loss about 1.9
-      python train_sft.py --task chain          15 s: sampled accuracy about 0.4, greedy 0.1, right when it thinks 0.99
-GPU   python train_sft.py --data demos.jsonl --n_layer 12 --n_head 12 --d_model 768 --max_len 1024 --dtype bfloat16
+CPU   python train_sft.py                  SFT_REVIEWS_NOTE
+      python train_sft.py --task chain     SFT_CHAIN_NOTE
+GPU   python train_sft.py --data demos.jsonl --n_layer 12 --n_head 12 --d_model 768 --max_len 1024
 """
 
 import sys
@@ -20,8 +20,25 @@ import torch
 
 from nanorlhf import generate, hub, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, derive_seed, fill_by_task, require, run_cli, setup, to_device
-from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl, response_mask, split_by_hash
+from nanorlhf.common import (
+    Clock,
+    derive_seed,
+    fill_by_task,
+    require,
+    run_cli,
+    setup,
+    to_device,
+    warmup_linear,
+)  # fmt: skip
+from nanorlhf.data import (
+    encode_pair,
+    epoch_batches,
+    microbatches,
+    pad,
+    read_jsonl,
+    response_mask,
+    split_by_hash,
+)  # fmt: skip
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import Tokenizer
 
@@ -31,7 +48,7 @@ from nanorlhf.tokenizer import Tokenizer
 
 @dataclass
 class Config:
-    task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults below that differ by task
+    task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
     data: str = ""  # JSONL of {"prompt", "response"} rows, in place of the task's own demonstrations
     demos: int | None = None  # demonstrations to write for a built-in task
     init: str = ""  # model folder to start from; empty: a new model of the size below
@@ -54,12 +71,16 @@ class Config:
     weight_decay: float = 0.1  # AdamW, on matrices only
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     loss_on_prompt: bool = False  # count the prompt's tokens too
-    tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: the whole batch. Never moves the curve
+    tokens_per_microbatch: int = (
+        1024  # padded tokens at once, to bound memory; 0: the whole batch. Never moves the curve
+    )
 
     eval_every: int = 100  # steps between held-out measurements; 0: only at the end
     save_every: int = 200  # steps between checkpoints; 0: only at the end
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the activations; weights and logits are always fp32
+    dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the activations; weights and logits are always fp32
+    )
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
@@ -85,22 +106,15 @@ PANELS = [("loss", "eval/loss"), "gnorm", "lr"]
 
 
 def sft_loss(logp, mask, denom):
-    """logp, mask (B, T) → scalar: minus the sum of log-probs over the mask, over the optimizer step's token
-    count."""
+    """logp, mask (B, T) → scalar: −Σ logp over the mask / denom, the tokens of the optimizer step."""
     return -(logp * mask).sum() / denom
 
 
 def batch_tensors(rows, tok, device, loss_on_prompt=False):
-    """(prompt ids, response ids) rows → tokens (B, T), mask (B, T) bool of the tokens that the loss
-    counts."""
+    """(prompt ids, response ids) rows → tokens (B, T), mask (B, T) bool of the tokens the loss counts."""
     tokens, lengths = pad([p + r for p, r in rows], tok.pad_id)
     begin = [1 if loss_on_prompt else len(p) for p, _ in rows]  # the first token has nothing before it
     return tokens.to(device), response_mask(begin, lengths, tokens.shape[1]).to(device)
-
-
-def learning_rate(step, cfg):
-    warmup = max(1, round(0.05 * cfg.steps))
-    return cfg.lr * min((step + 1) / warmup, 1 - 0.9 * step / cfg.steps)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,14 +122,13 @@ def learning_rate(step, cfg):
 
 
 def demonstrations(cfg, task):
-    """→ (train rows, held-out rows) of {"prompt", "response"}; which prompt is held out depends on its text
-    alone."""
-    if cfg.data:
-        rows = read_jsonl(cfg.data, ("prompt", "response"), nonempty=("prompt",))
-        train, test = split_by_hash(rows, tasks.held_out)
-        require(train, f"--data {cfg.data}: every prompt falls into the held-out 15%; more distinct prompts are needed")
-        return train, test
-    return task.demonstrations(cfg.demos, cfg.seed), task.demonstrations(256, cfg.seed, split="test")
+    """→ training rows, held-out rows of {"prompt", "response"}; a prompt's text alone decides which it is."""
+    if not cfg.data:
+        return task.demonstrations(cfg.demos, cfg.seed), task.demonstrations(256, cfg.seed, split="test")
+    rows = read_jsonl(cfg.data, ("prompt", "response"), nonempty=("prompt",))
+    train, test = split_by_hash(rows, tasks.held_out)
+    require(train, f"--data {cfg.data}: every prompt falls into the held-out 15%; give more distinct prompts")
+    return train, test
 
 
 def new_tokenizer(cfg, task, rows):
@@ -129,30 +142,30 @@ def new_tokenizer(cfg, task, rows):
 
 
 def encode(rows, tok, max_len):
-    """Rows → list of (prompt ids, response ids + EOS); rows longer than the context are dropped, and counted
-    aloud."""
+    """Rows → (prompt ids, response ids + EOS) pairs; those beyond the context are dropped, and counted."""
     pairs = [encode_pair(tok, r["prompt"], r["response"], max_len, r.get("_at", "")) for r in rows]
     kept = [p for p in pairs if p]
-    require(kept or not rows, f"all {len(rows)} rows are longer than the context of {max_len} tokens; raise --max_len")
-    if len(kept) < len(pairs):
-        print(f"dropped {len(pairs) - len(kept)} of {len(pairs)} rows: longer than the context of {max_len} tokens")
+    why = f"longer than the context of {max_len} tokens (--max_len)"
+    require(kept or not rows, f"all {len(rows)} demonstrations are {why}")
+    if len(kept) < len(rows):
+        print(f"dropped {len(rows) - len(kept)} of {len(rows)} demonstrations: {why}")
     return kept
 
 
 @torch.no_grad()
 def evaluate(model, tok, task, cfg, test, full):
-    """Held-out loss; with `full`, where the task has a checker, sampled and greedy accuracy on held-out
-    prompts too."""
+    """Held-out loss; with `full`, and where the task has a checker, also sampled and greedy accuracy."""
     out = {}
     if test:
         tokens, mask = batch_tensors(test[:256], tok, model.device, cfg.loss_on_prompt)
         out["eval/loss"] = sft_loss(model.logprobs(tokens, mask)[0], mask, mask.sum()).item()
     if full and task.reward and not cfg.data:
         rows = task.prompts("test", 512, cfg.seed)
-        prompts = [r["prompt"] for r in rows]
+        prompts, seed = [r["prompt"] for r in rows], derive_seed(cfg.seed, "eval")
         for name, temperature in (("eval/reward", 1.0), ("eval/greedy", 0.0)):
-            _, texts = generate.respond(model, tok, prompts, 1, task.max_new_tokens, temperature, derive_seed(cfg.seed, "eval"))
+            _, texts = generate.respond(model, tok, prompts, 1, task.max_new_tokens, temperature, seed)
             out[name] = sum(map(task.reward, prompts, texts, rows)) / len(rows)
+            print(f"held-out accuracy, {'sampled' if temperature else 'greedy'}: {out[name]:.3f}")
             if temperature and (why := task.gate(prompts, texts)):
                 print(why)
     return out
@@ -162,30 +175,35 @@ def evaluate(model, tok, task, cfg, test, full):
 # train
 
 
+def new_model(cfg, tok):
+    style = GPTConfig.gpt2 if cfg.arch == "gpt2" else GPTConfig.llama
+    size = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, d_model=cfg.d_model, max_len=cfg.max_len)
+    return GPT(style(tok.vocab_size, **size))
+
+
 def train(cfg):
     """Train on demonstrations; leaves cfg.out/model → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
     train_rows, test_rows = demonstrations(cfg, task)
     if cfg.init:
-        model, tok = hub.load(cfg.init)
-        require(isinstance(model, GPT) and tok, f"--init {cfg.init}: must be a language model with its tokenizer")
+        model, tok = hub.load(cfg.init, kind="language model")
     else:
         tok = new_tokenizer(cfg, task, train_rows)
-        style = GPTConfig.gpt2 if cfg.arch == "gpt2" else GPTConfig.llama
-        model = GPT(style(tok.vocab_size, n_layer=cfg.n_layer, n_head=cfg.n_head, d_model=cfg.d_model, max_len=cfg.max_len))
-    data, test = encode(train_rows, tok, model.cfg.max_len), encode(test_rows, tok, model.cfg.max_len)
+        model = new_model(cfg, tok)
+    data, test = (encode(rows, tok, model.cfg.max_len) for rows in (train_rows, test_rows))
     model = to_device(model, cfg, device)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    opt = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=cfg.lr,
-                            betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
 
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
         start, _ = run.start({"model": model}, opt)
         for step in range(start, cfg.steps):
             clock = Clock()
-            rows = [data[i] for i in epoch_batches(len(data), cfg.batch_size, derive_seed(cfg.seed, "data"), step)]
+            order = epoch_batches(len(data), cfg.batch_size, derive_seed(cfg.seed, "data"), step)
+            rows = [data[i] for i in order]
             tokens, mask = batch_tensors(rows, tok, device, cfg.loss_on_prompt)  # (B, T)
             denom = mask.sum()  # of the whole step: how it is cut into micro-batches must not matter
             lengths = torch.tensor([len(p) + len(r) for p, r in rows])
@@ -199,7 +217,7 @@ def train(cfg):
                 total += loss.item()
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
             run.check(step, total, gnorm, f"a batch of {len(rows)} demonstrations")
-            lr = learning_rate(step, cfg)
+            lr = warmup_linear(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
             opt.step()

@@ -5,7 +5,8 @@
 
 A folder is written under a temporary name, fsynced, and renamed into place; state carries the sha256 of its
 file, since neither torch.load nor safetensors notices a flipped bit. All randomness is derived from (seed,
-step), so that weights, optimizer and step are the whole state of a run. """
+step), so that weights, optimizer and step are the whole state of a run.
+"""
 
 import dataclasses
 import hashlib
@@ -49,7 +50,9 @@ def write_folder(folder, files):
         if os.path.isdir(old) and not os.path.isdir(folder):
             os.rename(old, folder)
         size = sum(map(len, files.values()))
-        raise RunError(f"cannot save {folder} ({size:,} bytes): {e.strerror}; the last complete checkpoint is kept") from e
+        raise RunError(
+            f"cannot save {folder} ({size:,} bytes): {e.strerror}; the last complete checkpoint is kept"
+        ) from e
 
 
 class Run:
@@ -80,8 +83,10 @@ class Run:
                         shutil.rmtree(os.path.join(self.out, name), ignore_errors=True)
                     os.makedirs(os.path.join(self.out, "state"))
                 else:
-                    raise UserError(f"--out {self.out} holds a run already: add --resume to go on with it, --overwrite to "
-                                    "replace it, or name another folder")
+                    raise UserError(
+                        f"--out {self.out} holds a run: add --resume to go on with it, --overwrite to "
+                        "replace it, or name another folder"
+                    )
             with open(old + ".tmp", "w") as f:
                 json.dump(config, f, indent=2)
             os.replace(old + ".tmp", old)
@@ -103,8 +108,18 @@ class Run:
         """Load the newest complete checkpoint if --resume, open the log → (first step to run, extra dict)."""
         self.models, self.optimizer = models, optimizer
         step, extra = self._load() if self.cfg.resume else (0, {})
-        self.log = Log(self.out, self.columns, self.show, self.cfg.steps, step, self.cfg.wandb, dataclasses.asdict(self.cfg))
-        if threading.current_thread() is threading.main_thread():  # a notebook's worker thread may not set handlers
+        self.log = Log(
+            self.out,
+            self.columns,
+            self.show,
+            self.cfg.steps,
+            step,
+            self.cfg.wandb,
+            dataclasses.asdict(self.cfg),
+        )
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # a notebook's worker thread may not set handlers
             self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return step, extra
 
@@ -116,7 +131,9 @@ class Run:
 
     def _load(self):
         folder = os.path.join(self.out, "state")
-        steps = sorted((d for d in os.listdir(folder) if d.startswith("step-") and d[5:].isdigit()), reverse=True)
+        steps = sorted(
+            (d for d in os.listdir(folder) if d.startswith("step-") and d[5:].isdigit()), reverse=True
+        )
         for name in steps:
             path = os.path.join(folder, name, "state.pt")
             try:
@@ -145,8 +162,10 @@ class Run:
         wrong = sorted(k for k in set(mine) | set(theirs) if mine.get(k) != theirs.get(k))
         if wrong:
             k = wrong[0]
-            raise UserError(f"--resume: {path} does not fit this run's {key}: {k} is {theirs.get(k)} there and {mine.get(k)} "
-                            f"here ({len(wrong)} tensors differ); resume with the flags in config.json")
+            raise UserError(
+                f"--resume: {path} does not fit this {key}: {k} is {theirs.get(k)} there and {mine.get(k)} "
+                f"here ({len(wrong)} tensors differ); resume with the flags in config.json"
+            )
         model.load_state_dict(saved)
 
     def save(self, step, extra=None):
@@ -156,7 +175,9 @@ class Run:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
-        manifest = json.dumps({"step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}).encode()
+        manifest = json.dumps(
+            {"step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        ).encode()
         folder = os.path.join(self.out, "state")
         write_folder(os.path.join(folder, f"step-{step:06d}"), {"state.pt": data, "manifest.json": manifest})
         for old in sorted(d for d in os.listdir(folder) if d.startswith("step-"))[:-KEEP]:
@@ -188,6 +209,8 @@ class Run:
         """Stop before the optimizer step if loss or gradient is not finite, so that weights and moments stay
         as they are."""
         if not (torch.isfinite(torch.as_tensor(loss)) and torch.isfinite(torch.as_tensor(gnorm))):
-            raise RunError(f"step {step}: loss {float(loss):g}, gradient norm {float(gnorm):g} ({where}); the weights were "
-                           "not touched. Look at the last rows of metrics.csv (gnorm, kl, ratio_max): most often --lr is "
-                           "too high. --resume goes on from the last checkpoint")
+            raise RunError(
+                f"step {step}: loss {float(loss):g}, gradient norm {float(gnorm):g} ({where}); the weights are "
+                "untouched. Look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is "
+                "too high. --resume goes on from the last checkpoint"
+            )

@@ -108,7 +108,9 @@ def help_text(Config, doc, prog):
             default = "; ".join(f"{task} {v[f.name]}" for task, v in Config.BY_TASK.items() if f.name in v)
         choice = f" [{'|'.join(kind.__args__)}]" if typing.get_origin(kind) is typing.Literal else ""
         shown = f" (default: {default})" if default not in ("", None, []) else ""
-        lines.append(f"  --{f.name:<22}{choice.strip() + ' ' if choice else ''}{comments.get(f.name, '')}{shown}")
+        lines.append(
+            f"  --{f.name:<22}{choice.strip() + ' ' if choice else ''}{comments.get(f.name, '')}{shown}"
+        )
     return "\n".join(lines)
 
 
@@ -129,7 +131,9 @@ def parse(Config, argv, doc="", prog="train.py"):
         name = flag[2:].replace("-", "_")
         if not flag.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1)
-            raise UserError(f"unknown flag {flag}" + (f" (did you mean --{near[0]}?)" if near else " (see --help)"))
+            raise UserError(
+                f"unknown flag {flag}" + (f" (did you mean --{near[0]}?)" if near else " (see --help)")
+            )
         kind = kinds[name]
         if not eq:
             follows = i < len(argv) and not argv[i].startswith("--")
@@ -163,7 +167,10 @@ def run_cli(Config, train, module_doc, argv=None):
         print(f"{prog}: {e}", file=sys.stderr)
         return e.code
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the last complete checkpoint is kept, --resume goes on from it", file=sys.stderr)
+        print(
+            f"{prog}: interrupted; the last complete checkpoint is kept, --resume goes on from it",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -177,9 +184,13 @@ def setup(cfg):
     the CPU."""
     device = cfg.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch sees no CUDA GPU; use --device cpu, or install a CUDA build of torch")
+        raise UserError(
+            "--device cuda: this torch sees no CUDA GPU; use --device cpu, or install a CUDA build of torch"
+        )
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
     torch.manual_seed(cfg.seed)
@@ -190,7 +201,8 @@ def to_device(model, cfg, device):
     """Move a model, set its compute dtype (weights stay fp32) and a thread count that suits its size.
 
     Below a million parameters one thread is faster than two, and on a busy machine a hundred times faster:
-    the threads wait for each other at every small operation. """
+    the threads wait for each other at every small operation.
+    """
     model = model.to(device)
     trunk = getattr(model, "trunk", model)
     trunk.compute_dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else None
@@ -198,6 +210,12 @@ def to_device(model, cfg, device):
     if cfg.threads or small:
         torch.set_num_threads(cfg.threads or 1)
     return model
+
+
+def warmup_linear(step, steps, peak):
+    """Learning rate: linear warm-up over the first 5% of the steps, then linear down to peak/10."""
+    warmup = max(1, round(0.05 * steps))
+    return peak * min((step + 1) / warmup, 1 - 0.9 * step / steps)
 
 
 def derive_seed(seed, *path):
@@ -215,7 +233,8 @@ class Log:
     """metrics.csv (one row a step), samples.jsonl, an aligned console line within 80 columns, a bar with ETA.
 
     A full disk here must not end the run: it is said once and training goes on. `start` > 0 (resuming) drops
-    the rows of steps that will be run again. """
+    the rows of steps that will be run again.
+    """
 
     def __init__(self, out, columns, show, steps, start=0, wandb="", config=None):
         self.columns, self.show, self.out = columns, show, out
@@ -253,7 +272,9 @@ class Log:
                 f.write(text)
         except OSError as e:
             if not self.warned:
-                self.say(f"warning: cannot write {self.out}/{name} ({e.strerror}); training goes on without the log")
+                self.say(
+                    f"warning: cannot write {self.out}/{name} ({e.strerror}); training goes on without it"
+                )
             self.warned = True
 
     def say(self, text):
@@ -278,8 +299,13 @@ class Log:
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if v is not None}, step=step)
 
-    def samples(self, step, rows):
-        self._append("samples.jsonl", "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows))
+    def samples(self, step, rows, texts, score):
+        """A step's prompts (the rows they come from), responses and scores (B,) → samples.jsonl."""
+        lines = [
+            {"step": step, "prompt": row["prompt"], "response": text, "reward": round(s, 4)}
+            for row, text, s in zip(rows, texts, score.tolist())
+        ]
+        self._append("samples.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
 
     def close(self, panels=()):
         self.bar.close()

@@ -3,21 +3,25 @@
 Each distinct prompt is prefilled once and its cache shared out to its n samples. Prompts are ragged and
 padded on the right; while decoding, every row writes the cache at its own position. Rows that have ended
 leave the batch. The uniform random numbers are one table (row × position) drawn from the seed, so that a
-sample does not depend on which other rows are still in the batch. """
+sample does not depend on which other rows are still in the batch.
+"""
 
 import torch
 
 from nanorlhf.common import UserError
 from nanorlhf.rollout import Rollout
 
-LEAVE = 1 / 8  # share of ended rows at which the batch is compacted: at every row, copying the cache would cost more
+LEAVE = (
+    1 / 8
+)  # share of ended rows at which the batch is compacted: at every row, copying the cache would cost more
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
     """(b, V) → (b, V) with −inf outside the top k tokens and the smallest set whose probability reaches p.
 
     For evaluation and chat only: RL trainers sample from the full softmax, the distribution that they score
-    under. """
+    under.
+    """
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -36,7 +40,8 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
     Inverse CDF: the first token at which the cumulative probability exceeds u; one cumulative sum, where
     `torch.multinomial` is ten times slower on a CPU. Temperature 0 is greedy, with the log-prob at
-    temperature 1. """
+    temperature 1.
+    """
     z = logits / temperature if temperature else logits
     z = filter_logits(z, top_k, top_p)
     top = z.max(-1, keepdim=True)
@@ -56,13 +61,17 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 def _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id):
     """What both loops below share: checks, the padded prompts, the table of uniforms."""
     if not prompts or n < 1 or max_new_tokens < 1:
-        raise UserError(f"nothing to generate: {len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}")
+        raise UserError(
+            f"nothing to generate: {len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}"
+        )
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise UserError(f"prompt {[len(p) for p in prompts].index(0)} is empty: it needs at least one token")
     if longest + max_new_tokens > model.cfg.max_len:
-        raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones (--max_new_tokens) exceed the "
-                        f"model's context of {model.cfg.max_len}")
+        raise UserError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones (--max_new_tokens) exceed the "
+            f"model's context of {model.cfg.max_len}"
+        )
     if pad_id is None:  # any id that is not EOS: pads are recognised by lengths, never by id
         pad_id = model.cfg.vocab_size - 1 - (eos_id == model.cfg.vocab_size - 1)
     group = torch.arange(len(prompts)).repeat_interleave(n)  # (B,)
@@ -90,7 +99,8 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
     A response ends with EOS, which belongs to it, or after max_new_tokens without one (finished=False).
     Log-probs are those of the distribution sampled from (temperature, top_k, top_p applied; temperature 0 is
     greedy and reports temperature 1). Raises UserError for an empty prompt and for prompts that do not fit
-    the model's context. """
+    the model's context.
+    """
     tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id)
     logp = torch.zeros(tokens.shape, device=tokens.device)
     new = torch.zeros_like(plen)
@@ -99,7 +109,9 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
     distinct = {tuple(p): i for i, p in enumerate(prompts)}  # prompt → one of its places
     first = torch.tensor(list(distinct.values()), device=tokens.device)
     where = {p: i for i, p in enumerate(distinct)}
-    of_row = torch.tensor([where[tuple(p)] for p in prompts], device=tokens.device)[group]  # (B,) row → prefill
+    of_row = torch.tensor([where[tuple(p)] for p in prompts], device=tokens.device)[
+        group
+    ]  # (B,) row → prefill
     cache = model.new_cache(len(first), tokens.shape[1])
     start = plen[first * n]
     hidden = model(tokens[first * n, : int(start.max())], cache)
@@ -130,14 +142,29 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
 
 
 @torch.no_grad()
-def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0,
-              pad_id=None):
+def reference(
+    model,
+    prompts,
+    n=1,
+    max_new_tokens=64,
+    temperature=1.0,
+    eos_id=None,
+    seed=0,
+    top_k=0,
+    top_p=1.0,
+    pad_id=None,
+):
     """The oracle of `generate`: the same samples with no cache, no shared prefill and no row ever leaving."""
     tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id)
-    logp, rows = torch.zeros(tokens.shape, device=tokens.device), torch.arange(len(group), device=tokens.device)
+    logp, rows = (
+        torch.zeros(tokens.shape, device=tokens.device),
+        torch.arange(len(group), device=tokens.device),
+    )
     new, finished = torch.zeros_like(plen), torch.zeros_like(plen, dtype=torch.bool)
     for t in range(max_new_tokens):
-        hidden = model(tokens[:, : int(plen.max()) + t])  # what stands right of a row's last token cannot touch it
+        hidden = model(
+            tokens[:, : int(plen.max()) + t]
+        )  # what stands right of a row's last token cannot touch it
         token, lp = sample(model.head_logits(hidden[rows, plen + t - 1]), u[:, t], temperature, top_k, top_p)
         live = rows[~finished]
         tokens[live, plen[live] + t], logp[live, plen[live] + t] = token[live], lp[live]
@@ -153,10 +180,13 @@ def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0
     together.
 
     rollouts is a list of Rollout, of at most about `batch` rows each; responses a list of len(prompts)·n
-    strings without EOS. """
+    strings without EOS.
+    """
     rolls, texts, per = [], [], max(1, batch // n)
     for i in range(0, len(prompts), per):
         ids = [tok.encode(p) for p in prompts[i : i + per]]
-        rolls.append(generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, pad_id=tok.pad_id))
+        rolls.append(
+            generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, pad_id=tok.pad_id)
+        )
         texts += [tok.decode(r) for r in rolls[-1].responses()]
     return rolls, texts

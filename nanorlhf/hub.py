@@ -3,7 +3,8 @@
 Two families so far: GPT-2 and Llama. For each one table, from our parameter names to theirs, read in both
 directions. A saved folder loads in transformers as it is. Reward models and critics are saved as
 *ForSequenceClassification with one label; their `reward_bias` stands in config.json, and transformers ignores
-it (its scores are ours minus reward_bias). """
+it (its scores are ours minus reward_bias).
+"""
 
 import json
 import os
@@ -112,29 +113,62 @@ def _family(cfg):
         return "gpt2"
     if kind == ("rms", "rope", "swiglu"):
         return "llama"
-    raise UserError(f"no Hugging Face architecture has norm={cfg.norm}, pos={cfg.pos}, mlp={cfg.mlp}, bias={cfg.bias}: "
-                    "use GPTConfig.gpt2 or GPTConfig.llama")
+    raise UserError(
+        f"no Hugging Face architecture has norm={cfg.norm}, pos={cfg.pos}, mlp={cfg.mlp}, bias={cfg.bias}: "
+        "use GPTConfig.gpt2 or GPTConfig.llama"
+    )
 
 
 def _write_config(model, tok):
     cfg, scalar = model.cfg, isinstance(model, ScalarModel)
     family = _family(cfg)
     head = "ForSequenceClassification" if scalar else "LMHeadModel" if family == "gpt2" else "ForCausalLM"
-    out = {"architectures": [("GPT2" if family == "gpt2" else "Llama") + head], "model_type": family,
-           "vocab_size": cfg.vocab_size, "tie_word_embeddings": cfg.tied, "dtype": "float32", "torch_dtype": "float32",
-           "bos_token_id": tok and tok.eos_id, "eos_token_id": tok and tok.eos_id, "pad_token_id": tok and tok.pad_id}
+    out = {
+        "architectures": [("GPT2" if family == "gpt2" else "Llama") + head],
+        "model_type": family,
+        "vocab_size": cfg.vocab_size,
+        "tie_word_embeddings": cfg.tied,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "bos_token_id": tok and tok.eos_id,
+        "eos_token_id": tok and tok.eos_id,
+        "pad_token_id": tok and tok.pad_id,
+    }
     if family == "gpt2":
-        out |= {"n_embd": cfg.d_model, "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_positions": cfg.max_len,
-                "n_inner": cfg.d_ff, "layer_norm_epsilon": cfg.norm_eps, "activation_function": "gelu_new",
-                "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+        out |= {
+            "n_embd": cfg.d_model,
+            "n_layer": cfg.n_layer,
+            "n_head": cfg.n_head,
+            "n_positions": cfg.max_len,
+            "n_inner": cfg.d_ff,
+            "layer_norm_epsilon": cfg.norm_eps,
+            "activation_function": "gelu_new",
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        }
     else:  # both spellings of the rotary settings: transformers 4 reads the one, 5 the other
-        out |= {"hidden_size": cfg.d_model, "num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head,
-                "num_key_value_heads": cfg.n_kv_head, "head_dim": cfg.head_dim, "intermediate_size": cfg.d_ff,
-                "max_position_embeddings": cfg.max_len, "rms_norm_eps": cfg.norm_eps, "hidden_act": "silu",
-                "rope_theta": cfg.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
-                "attention_bias": cfg.bias, "mlp_bias": cfg.bias}
+        out |= {
+            "hidden_size": cfg.d_model,
+            "num_hidden_layers": cfg.n_layer,
+            "num_attention_heads": cfg.n_head,
+            "num_key_value_heads": cfg.n_kv_head,
+            "head_dim": cfg.head_dim,
+            "intermediate_size": cfg.d_ff,
+            "max_position_embeddings": cfg.max_len,
+            "rms_norm_eps": cfg.norm_eps,
+            "hidden_act": "silu",
+            "rope_theta": cfg.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+            "attention_bias": cfg.bias,
+            "mlp_bias": cfg.bias,
+        }
     if scalar:
-        out |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "reward_bias": model.reward_bias.item()}
+        out |= {
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+            "reward_bias": model.reward_bias.item(),
+        }
     return out
 
 
@@ -145,29 +179,51 @@ def _read_config(raw, where):
         raise UserError(f"{where}: model_type {family!r} is not supported (gpt2 and llama are)")
     try:
         if family == "gpt2":
-            must = {"activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
-                    "scale_attn_by_inverse_layer_idx": (False, (False,)), "scale_attn_weights": (True, (True,))}
-            cfg = GPTConfig.gpt2(raw["vocab_size"], n_layer=raw["n_layer"], n_head=raw["n_head"], d_model=raw["n_embd"],
-                                 d_ff=raw.get("n_inner") or 0, max_len=raw.get("n_positions", 1024),
-                                 norm_eps=raw.get("layer_norm_epsilon", 1e-5), tied=raw.get("tie_word_embeddings", True))
+            must = {
+                "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
+                "scale_attn_by_inverse_layer_idx": (False, (False,)),
+                "scale_attn_weights": (True, (True,)),
+            }
+            cfg = GPTConfig.gpt2(
+                raw["vocab_size"],
+                n_layer=raw["n_layer"],
+                n_head=raw["n_head"],
+                d_model=raw["n_embd"],
+                d_ff=raw.get("n_inner") or 0,
+                max_len=raw.get("n_positions", 1024),
+                norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+                tied=raw.get("tie_word_embeddings", True),
+            )
         else:
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
             bias = raw.get("attention_bias", False)
             must = {"hidden_act": ("silu", ("silu",)), "mlp_bias": (False, (bias,))}
             if rope.get("rope_type", rope.get("type", "default")) != "default":
-                raise UserError(f"{where}: rotary positions of type {rope.get('rope_type', rope.get('type'))!r} are not "
-                                "supported")
-            cfg = GPTConfig.llama(raw["vocab_size"], n_layer=raw["num_hidden_layers"], n_head=raw["num_attention_heads"],
-                                  d_model=raw["hidden_size"], n_kv_head=raw.get("num_key_value_heads") or 0,
-                                  head_dim=raw.get("head_dim") or 0, d_ff=raw["intermediate_size"],
-                                  max_len=raw.get("max_position_embeddings", 2048), bias=bias,
-                                  norm_eps=raw.get("rms_norm_eps", 1e-6), tied=raw.get("tie_word_embeddings", False),
-                                  rope_theta=raw.get("rope_theta") or rope.get("rope_theta") or 10000.0)
+                raise UserError(
+                    f"{where}: rotary positions of type {rope.get('rope_type', rope.get('type'))!r} are not "
+                    "supported"
+                )
+            cfg = GPTConfig.llama(
+                raw["vocab_size"],
+                n_layer=raw["num_hidden_layers"],
+                n_head=raw["num_attention_heads"],
+                d_model=raw["hidden_size"],
+                n_kv_head=raw.get("num_key_value_heads") or 0,
+                head_dim=raw.get("head_dim") or 0,
+                d_ff=raw["intermediate_size"],
+                max_len=raw.get("max_position_embeddings", 2048),
+                bias=bias,
+                norm_eps=raw.get("rms_norm_eps", 1e-6),
+                tied=raw.get("tie_word_embeddings", False),
+                rope_theta=raw.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+            )
     except KeyError as e:
         raise UserError(f"{where}: the field {e} is missing") from None
     for key, (default, allowed) in must.items():
         if raw.get(key, default) not in allowed:
-            raise UserError(f"{where}: {key}={raw[key]!r} is not supported (must be {' or '.join(map(repr, allowed))})")
+            raise UserError(
+                f"{where}: {key}={raw[key]!r} is not supported (must be {' or '.join(map(repr, allowed))})"
+            )
     return cfg, family
 
 
@@ -188,10 +244,11 @@ def save(model, tok, folder):
     write_folder(folder, files)
 
 
-def load(folder, flag="--init", hint=""):
+def load(folder, flag="--init", hint="", kind=""):
     """Read a folder → (model, tokenizer). model is a ScalarModel for *ForSequenceClassification, else a GPT;
     the tokenizer is None where the folder has none. Raises UserError, naming `flag` and the file, for
-    anything missing or unfitting. """
+    anything missing or unfitting.
+    """
     where = os.path.join(folder, "config.json")
     if not os.path.isfile(where):
         what = "has no config.json" if os.path.isdir(folder) else "does not exist"
@@ -213,7 +270,13 @@ def load(folder, flag="--init", hint=""):
         model = ScalarModel(model)
         if score is None or score.shape != model.score.weight.shape:
             raise UserError(f"{flag} {folder}: score.weight is missing or not of shape (1, {cfg.d_model})")
-        model.load_state_dict({"score.weight": score, "reward_bias": torch.tensor(float(raw.get("reward_bias", 0.0)))},
-                              strict=False)
+        model.load_state_dict(
+            {"score.weight": score, "reward_bias": torch.tensor(float(raw.get("reward_bias", 0.0)))},
+            strict=False,
+        )
     tok = Tokenizer.load(folder) if os.path.exists(os.path.join(folder, FILE)) else None
+    if kind and kind != ("reward model" if scalar else "language model"):
+        raise UserError(f"{flag} {folder}: is a {'reward' if scalar else 'language'} model, must be a {kind}")
+    if kind and tok is None:
+        raise UserError(f"{flag} {folder}: has no tokenizer ({FILE})")
     return model, tok

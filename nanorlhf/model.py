@@ -13,7 +13,8 @@ PPO", arXiv 2403.17031).
 
 Sources: GPT-2 (Radford et al. 2019), Llama (arXiv 2302.13971), RMSNorm (arXiv 1910.07467), rotary positions
 (arXiv 2104.09864, half-split as in Llama's published weights), SwiGLU (arXiv 2002.05202), grouped-query
-attention (arXiv 2305.13245). """
+attention (arXiv 2305.13245).
+"""
 
 import math
 from dataclasses import dataclass
@@ -128,7 +129,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, layer_cache, step):
         B, T, _ = x.shape
-        q, k, v = (f(x).view(B, T, -1, self.cfg.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, hd)
+        q, k, v = (
+            f(x).view(B, T, -1, self.cfg.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )  # (B, H, T, hd)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         gqa = dict(enable_gqa=True) if self.cfg.n_kv_head != self.cfg.n_head else {}
@@ -207,10 +210,13 @@ class GPT(nn.Module):
 
         With a cache and no `pos`: prefill, positions 0 … T-1. With `pos` (B,) and T = 1: decode, each row's
         token stands at its own position. Raises UserError past `max_len`: rotary positions would extrapolate
-        in silence. """
+        in silence.
+        """
         B, T = tokens.shape
         if T > self.cfg.max_len:
-            raise UserError(f"sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}")
+            raise UserError(
+                f"sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}"
+            )
         where = torch.arange(T, device=tokens.device)[None] if pos is None else pos[:, None]  # (1 or B, T)
         x = self.wte(tokens)
         if self.wpe is not None:
@@ -244,7 +250,8 @@ class GPT(nn.Module):
         temperature.
 
         Indexed by the token they describe and 0 where mask is 0; masked positions never enter the head.
-        Position 0 has nothing before it, so mask[:, 0] must be 0 (ValueError otherwise). """
+        Position 0 has nothing before it, so mask[:, 0] must be 0 (ValueError otherwise).
+        """
         mask = mask.bool()
         if mask[:, 0].any():
             raise ValueError("mask[:, 0] must be 0: the first token has no distribution to be scored under")
@@ -260,7 +267,8 @@ class ScalarModel(nn.Module):
     """A GPT trunk with one number per position: a reward model, or PPO's critic.
 
     The head starts at N(0, 1/√(D+1)) (detail 11 of N+). `reward_bias` is added to every output; train_rm sets
-    it so that reference responses score 0 on average (detail 15 of N+). """
+    it so that reference responses score 0 on average (detail 15 of N+).
+    """
 
     def __init__(self, trunk):
         super().__init__()

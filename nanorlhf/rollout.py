@@ -12,7 +12,8 @@ class Rollout:
     """B sampled sequences, prompt and response together, padded on the right to T tokens.
 
     Every per-token tensor is indexed by the token it describes, and is 0 outside the mask. EOS is inside the
-    mask exactly when it was sampled; a row cut at max_new_tokens has finished=False and no EOS. """
+    mask exactly when it was sampled; a row cut at max_new_tokens has finished=False and no EOS.
+    """
 
     tokens: torch.Tensor  # (B, T) int64
     mask: torch.Tensor  # (B, T) bool: the sampled tokens; from lengths, never from token ids

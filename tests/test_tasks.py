@@ -73,7 +73,8 @@ def test_get_and_split_name_what_is_wrong():
         tasks.get("chian")
     with pytest.raises(UserError, match="'valid'.*train or test"):
         CHAIN.prompts("valid", 1, 0)
-    assert REVIEWS.reward is None and REVIEWS.gate(["x"], ["y"]) is None and COUNTDOWN.gate(["x"], ["y"]) is None
+    assert REVIEWS.reward is None
+    assert REVIEWS.gate(["x"], ["y"]) is None and COUNTDOWN.gate(["x"], ["y"]) is None
 
 
 # reviews: the language
@@ -132,7 +133,8 @@ def test_gold_by_hand():
     assert tasks.gold(PROMPT, one_ill) == pytest.approx(7 / 4 - 2 / 4)
     one_repeated = GOOD.replace("We went on a Friday.", "The waiter was superb.")
     assert tasks.gold(PROMPT, one_repeated) == pytest.approx(7 / 4 - 2 / 4)
-    assert tasks.gold(PROMPT, " The wine was nice. The menu was nice. The waiter was nice.") == pytest.approx(1 - 0.7)
+    three = " The wine was nice. The menu was nice. The waiter was nice."
+    assert tasks.gold(PROMPT, three) == pytest.approx(1 - 0.7)
     six = GOOD + " The wine was nice. The menu was nice."
     assert tasks.gold(PROMPT, six) == pytest.approx((7 + 2) / 6 - 0.5)
 
@@ -151,13 +153,13 @@ HACKS = {
     "space": " ",
     "full stops": "." * 5,
     "word salad": " wonderful superb great loved. superb loved enjoyed. great great great great. Loved.",
-    "salad in a frame": " The superb was great. I loved the loved. The great was lovely. We found the superb superb.",
+    "salad in a frame": " The superb was great. I loved the loved. The great was lovely. We loved the superb.",
     "one sentence five times": " I really loved the dessert." * 5,
     "one aspect": " I really loved the wine. The wine was superb. We loved the wine. I found the wine great.",
     "the prompt's aspect": " The soup was superb. I loved the soup. We found the soup good. I enjoyed the soup.",
     "the prompt again": " The soup was really bad." * 4,
     "verdicts": " I would go again. We would go again. I would recommend it. We would gladly go again.",
-    "verdicts at odds": " I would never go again. I would gladly go again. It was a sunny evening. I went on a Friday.",
+    "verdicts at odds": " I would never go again. I would gladly go again. I went on a Friday.",
     "too long": TEN_GOOD,
     "endless": SUPERB * 200,
     "lower case": SUPERB.lower(),
@@ -243,17 +245,18 @@ def test_chain_demonstrations_are_right_in_both_styles():
             sums = "".join(str(sum(map(int, digits[: i + 1])) % 10) for i in range(6))
             assert row["response"] == f"<{sums}>|{sums[-1]}"
     for row in CHAIN.prompts("test", 100, 0):
-        assert [CHAIN.reward(row["prompt"], f"|{d}", row) for d in string.digits].index(1.0) == int(row["answer"])
+        assert [d for d in string.digits if CHAIN.reward(row["prompt"], f"|{d}", row)] == [row["answer"]]
 
 
 @pytest.mark.parametrize(
     "response, reward",
     {
         "|3": 1, "<652633>|3": 1, "<>|3": 1, "<1>|3": 1,
-        "|4": 0, "<652633>|4": 0, "": 0, "3": 0, "|": 0, "|33": 0, "|13": 0, "|3|3": 0, "|1|2|3": 0, "|0|1|2|3": 0,
-        "<652633>": 0, "<652633|3": 0, "652633>|3": 0, "<652633>3": 0, "<<6>>|3": 0, "<6><5>|3": 0, "<|3>|3": 0,
-        "<6 5>|3": 0, " |3": 0, "|3 ": 0, "|3\n": 0, "\n|3": 0, "| 3": 0, "|3=": 0, "|3<|endoftext|>": 0,
-        "|٣": 0, "|３": 0, "|³": 0, "<٦>|3": 0, "|3" * 100000: 0, "<" + "1" * 100000: 0, "|3" + "0" * 100000: 0,
+        "|4": 0, "<652633>|4": 0, "": 0, "3": 0, "|": 0, "|33": 0, "|13": 0, "|3|3": 0, "|1|2|3": 0,
+        "|0|1|2|3": 0, "<652633>": 0, "<652633|3": 0, "652633>|3": 0, "<652633>3": 0, "<<6>>|3": 0,
+        "<6><5>|3": 0, "<|3>|3": 0, "<6 5>|3": 0, " |3": 0, "|3 ": 0, "|3\n": 0, "\n|3": 0, "| 3": 0,
+        "|3=": 0, "|3<|endoftext|>": 0, "|\u0663": 0, "|\uff13": 0, "|\u00b3": 0, "<\u0666>|3": 0,
+        "|3" * 100000: 0, "<" + "1" * 100000: 0, "|3" + "0" * 100000: 0,
     }.items(),
     ids=lambda x: ascii(x)[:24],
 )  # fmt: skip
@@ -269,13 +272,14 @@ def test_chain_prompt_must_be_a_sum():
 
 def test_gate_lets_only_a_policy_pass_that_thinks_rightly():
     right, wrong, direct = "<652633>|3", "<652634>|4", "|3"
+
     def gate(*responses):
         return CHAIN.gate(["697470="] * len(responses), list(responses))
 
     assert gate(*[right] * 19, wrong) is None
     assert gate(*[right] * 8, *["|9"] * 50) is None  # wrong guesses do not count, that is what RL is for
     message = gate(*[right] * 18, *[wrong] * 2)
-    assert "0.900 of the 20" in message and "python train_sft.py --task chain" in message and "--steps" in message
+    assert "0.900 of the 20" in message and "python train_sft.py --task chain with more --steps" in message
     assert "\n" not in message
     assert "0.000 of the 10" in gate(*["<65263"] * 10)  # broken thoughts are thoughts
     assert "7 of 107" in gate(*[right] * 7, *[direct] * 100)
@@ -309,11 +313,12 @@ def test_countdown_value_is_pythons():
     "response, reward",
     {
         "3*2+7": 1, "2*3+7": 1, "7+3*2": 1, "7+2*3": 1,
-        "3+7*2": 0, "7-3*2": 0, "": 0, "13": 0, "6+7": 0, "3*2+7=13": 0, "3*2+7:": 0, "3*2+7 ": 0, " 3*2+7": 0,
-        "3*2+7\n": 0, "3 * 2 + 7": 0, "3*2+7,7+3*2": 0, "3*2+7\n7+3*2": 0, "3*2+7+0": 0, "(3*2)+7": 0, "+3*2+7": 0,
-        "--3*2+7": 0, "3*2--7": 0, "3*2+7.": 0, "3*2+07": 0, "7+7-1": 0, "3+3+7": 0, "3+7+3": 0, "7*2-1": 0,
-        "3+10": 0, "3**2": 0, "3**2+7": 0, "3*2*7": 0, "27//2": 0, "7//2": 0, "3*2+7#": 0, "3*2": 0, "37-2": 0,
-        "３*2+7": 0, "٣*2+7": 0, "3×2+7": 0, "3²+7-2": 0, "3*2+7" * 50000: 0, "1" * 100000: 0, "__import__": 0,
+        "3+7*2": 0, "7-3*2": 0, "": 0, "13": 0, "6+7": 0, "3*2+7=13": 0, "3*2+7:": 0, "3*2+7 ": 0,
+        " 3*2+7": 0, "3*2+7\n": 0, "3 * 2 + 7": 0, "3*2+7,7+3*2": 0, "3*2+7\n7+3*2": 0, "3*2+7+0": 0,
+        "(3*2)+7": 0, "+3*2+7": 0, "--3*2+7": 0, "3*2--7": 0, "3*2+7.": 0, "3*2+07": 0, "7+7-1": 0,
+        "3+3+7": 0, "3+7+3": 0, "7*2-1": 0, "3+10": 0, "3**2": 0, "3**2+7": 0, "3*2*7": 0, "27//2": 0,
+        "7//2": 0, "3*2+7#": 0, "3*2": 0, "37-2": 0, "\uff13*2+7": 0, "\u0663*2+7": 0, "3\u00d72+7": 0,
+        "3\u00b2+7-2": 0, "3*2+7" * 50000: 0, "1" * 100000: 0, "__import__": 0,
     }.items(),
     ids=lambda x: ascii(x)[:24],
 )  # fmt: skip
@@ -393,8 +398,13 @@ def test_load_reward_names_the_file(tmp_path):
     (tmp_path / "f.txt").write_text(FILE)
     with pytest.raises(UserError, match="f.txt is not a .py file"):
         tasks.load_reward(f"{tmp_path}/f.txt:two")
-    breaks = {"1 / 0": "ZeroDivisionError", "def f(:": "SyntaxError.*line 1", "raise ValueError('a\\nb')": "a b"}
-    for text, says in (breaks | {"raise SystemExit(3)": "SystemExit: 3"}).items():
+    breaks = {
+        "1 / 0": "ZeroDivisionError",
+        "def f(:": "SyntaxError.*line 1",
+        "raise ValueError('a\\nb')": "a b",
+        "raise SystemExit(3)": "SystemExit: 3",
+    }
+    for text, says in breaks.items():
         (tmp_path / "broken.py").write_text(text)
         with pytest.raises(UserError, match=f"importing .*broken.py fails: .*{says}") as error:
             tasks.load_reward(f"{tmp_path}/broken.py:f")

@@ -15,7 +15,9 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None):
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
 
-def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None, ref_bias=None):
+def linear_kl(
+    hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None, ref_bias=None
+):
     """Exact KL(policy‖reference) per position (N,), or KL(reference‖policy) with reverse=True; builds N×V
     logits twice."""
     logits, ref_logits = hidden @ weight.T, ref_hidden @ ref_weight.T
