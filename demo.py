@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 
@@ -133,6 +134,7 @@ def draw(out):
         ax.set_title(title)
         ax.set_xlabel("step")
         ax.legend(fontsize=8)
+    a[1].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))  # the corners are full of curves
     a[2].set_yscale("symlog", linthresh=10)
     a[5].set_xlabel("√KL")
     save_figure(fig, f"{out}/report.png")
@@ -150,16 +152,11 @@ def print_report(judged, prompts, report):
     for i in range(5):
         print(f"\n{prompts[i]}")
         for name, j in (("SFT", before), ("PPO", after), ("β = 0", nokl)):
-            print(wrap(f"{name:>7} │{j.responses[i]}"))
-
-
-def wrap(text, width=80, indent=9):
-    lines = [""]
-    for word in text.split(" "):
-        if len(lines[-1]) + len(word) + 1 > width:
-            lines.append(" " * indent)
-        lines[-1] += (" " if lines[-1].strip() else "") + word
-    return "\n".join(lines)
+            print(
+                textwrap.fill(
+                    j.responses[i].strip(), 80, initial_indent=f"{name:>5} │ ", subsequent_indent=" " * 8
+                )
+            )
 
 
 def peak_rss_mb():
