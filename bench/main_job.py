@@ -81,7 +81,7 @@ def main():
         "wall seconds": (lambda r: r["wall_seconds"], "≤ 120", lambda v: v <= 120),
         "peak memory, MB": (lambda r: r["peak_rss_mb"], "< 1500", lambda v: v < 1500),
         "reward model, held-out accuracy": (lambda r: r["rm_acc"], "≥ 0.80", lambda v: v >= 0.8),
-        "… above length-only by": (lambda r: r["rm_acc"] - r["rm_acc_len_only"], "≥ 0.10", lambda v: v >= 0.1),
+        "… above length-only": (lambda r: r["rm_acc"] - r["rm_acc_len_only"], "≥ 0.10", lambda v: v >= 0.1),
         "gold, PPO − SFT": (lambda r: r["gold_ppo"] - r["gold_sft"], "≥ 1.5", lambda v: v >= 1.5),
         "KL(policy‖SFT), nats per sequence": (lambda r: r["kl_ppo"], "≤ 6", lambda v: v <= 6),
         "unique outputs / SFT's": (lambda r: r["unique_ppo"] / r["unique_sft"], "≥ 0.8", lambda v: v >= 0.8),

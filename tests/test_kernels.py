@@ -1,0 +1,286 @@
+"""linear_logprob and linear_kl against float64 oracles, finite differences and torch.log_softmax."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanorlhf.kernels import linear_kl, linear_logprob, reference, torch_backend
+
+INF = float("inf")
+
+
+def operands(N, V, D=5, seed=0, std=3.0, dtype=torch.float64):
+    """hidden, weight with logits of about the given standard deviation, targets, bias."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=g, dtype=torch.float64)
+    weight = torch.randn(V, D, generator=g, dtype=torch.float64) * std / D**0.5
+    bias = torch.randn(V, generator=g, dtype=torch.float64)
+    targets = torch.randint(V, (N,), generator=g)
+    return hidden.to(dtype), weight.to(dtype), targets, bias.to(dtype)
+
+
+def differentiate(fn, inputs, seed=1):
+    """fn(*inputs) → its outputs and the gradients of inputs under random upstream gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = fn(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    g = torch.Generator().manual_seed(seed)
+    up = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype) for y in out]
+    return [y.detach() for y in out], torch.autograd.grad(out, leaves, up)
+
+
+def close(got, want, tol):
+    """Errors below tol times the largest entry (at least 1), entry by entry; infinities must be equal."""
+    for a, b in zip(got, want, strict=True):
+        a, b = a.double(), b.double()
+        assert a.shape == b.shape and not a.isnan().any() and not b.isnan().any()
+        finite = b.isfinite()
+        assert torch.equal(a[~finite], b[~finite])
+        scale = max(1.0, b[finite].abs().max().item()) if finite.any() else 1.0
+        assert ((a - b)[finite].abs() <= tol * scale).all(), (a - b)[finite].abs().max()
+
+
+sizes = dict(
+    N=st.integers(0, 9),
+    V=st.integers(1, 40),
+    chunk=st.sampled_from([1, 7, 16, 33, 64, 1 << 21]),
+    temperature=st.floats(0.3, 2.0),
+    std=st.floats(1.0, 100.0),
+    seed=st.integers(0, 999),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(**sizes, with_bias=st.booleans())
+def test_logprob_is_the_oracle_float64(N, V, chunk, temperature, std, seed, with_bias):
+    """Values and gradients in float64, for any shape on either side of a chunk, N = 0 included."""
+    hidden, weight, targets, bias = operands(N, V, seed=seed, std=std)
+    inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
+    with mock.patch.object(torch_backend, "CHUNK", chunk):
+        got = differentiate(lambda h, w, b=None: linear_logprob(h, w, targets, temperature, b), inputs)
+    want = differentiate(lambda h, w, b=None: reference.linear_logprob(h, w, targets, temperature, b), inputs)
+    for a, b in zip(got, want):
+        close(a, b, 1e-11 * (1 + std / temperature))  # the rounding grows with the logits
+    logits = hidden @ weight.T + (bias if with_bias else 0)
+    direct = torch.log_softmax(logits / temperature, -1)[torch.arange(N), targets]
+    close([got[0][0]], [direct], 1e-12)
+
+
+@settings(max_examples=80, deadline=None)
+@given(**sizes, ref_d=st.sampled_from([2, 5]), reverse=st.booleans(), with_bias=st.booleans())
+def test_kl_is_the_oracle_float64(N, V, chunk, temperature, std, seed, ref_d, reverse, with_bias):
+    """Both directions, a reference of another width, with a bias and without; never below zero."""
+    hidden, weight, _, bias = operands(N, V, seed=seed, std=std)
+    ref_hidden, ref_weight, _, ref_bias = operands(N, V, D=ref_d, seed=seed + 1, std=std)
+    inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
+    ref_bias = ref_bias if with_bias else None
+
+    def run(fn):
+        return lambda h, w, b=None: fn(h, w, ref_hidden, ref_weight, temperature, reverse, b, ref_bias)
+
+    with mock.patch.object(torch_backend, "CHUNK", chunk):
+        got = differentiate(run(linear_kl), inputs)
+    want = differentiate(run(reference.linear_kl), inputs)
+    for a, b in zip(got, want):
+        close(a, b, 1e-11 * (1 + std / temperature))  # the rounding grows with the logits
+    assert (got[0][0] >= -1e-12 * std / temperature).all()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("part", ["logp", "entropy", "both"])
+def test_logprob_gradcheck(part, with_bias):
+    """The gradient against finite differences: of each output alone, and of a random sum of the two."""
+    hidden, weight, targets, bias = operands(4, 7, D=3)
+    g, h = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def f(hidden, weight, bias=None):
+        logp, entropy = linear_logprob(hidden, weight, targets, 0.7, bias)
+        return {"logp": logp, "entropy": entropy, "both": g * logp + h * entropy}[part]
+
+    inputs = [x.requires_grad_() for x in ((hidden, weight, bias) if with_bias else (hidden, weight))]
+    with mock.patch.object(torch_backend, "CHUNK", 14):
+        assert torch.autograd.gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_kl_gradcheck(reverse, with_bias):
+    """The gradient of KL(policy‖reference) and of KL(reference‖policy) against finite differences."""
+    hidden, weight, _, bias = operands(4, 7, D=3)
+    ref_hidden, ref_weight, _, ref_bias = operands(4, 7, D=2, seed=5)
+    inputs = [x.requires_grad_() for x in ((hidden, weight, bias) if with_bias else (hidden, weight))]
+
+    def f(hidden, weight, bias=None):
+        return linear_kl(hidden, weight, ref_hidden, ref_weight, 0.7, reverse, bias, ref_bias)
+
+    with mock.patch.object(torch_backend, "CHUNK", 14):
+        assert torch.autograd.gradcheck(f, inputs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**sizes)
+def test_fp32_close_to_float64(N, V, chunk, temperature, std, seed):
+    """fp32 operands: errors within fp32 rounding of the logits; log-probs ≤ 0 and entropies ≥ 0, exactly."""
+    hidden, weight, targets, bias = operands(N, V, seed=seed, std=std, dtype=torch.float32)
+    with mock.patch.object(torch_backend, "CHUNK", chunk):
+        logp, entropy = linear_logprob(hidden, weight, targets, temperature, bias)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert (logp <= 0).all() and (entropy >= 0).all()
+    wide = [x.double() for x in (hidden, weight, bias)]
+    want = reference.linear_logprob(*wide[:2], targets, temperature, wide[2])
+    largest = (wide[0] @ wide[1].T).abs().max().item() / temperature if N else 1
+    for a, b in zip((logp, entropy), want):
+        assert (a - b).abs().le(2e-6 * max(1, largest)).all()
+
+
+@pytest.mark.parametrize("fn", ["logprob", "kl"])
+def test_bf16_operands_keep_fp32_logits(fn):
+    """bf16 operands, logit std 6: log-probs are off by ≤ 2e-5; logits rounded to bf16 would give 1e-2."""
+    hidden, weight, targets, _ = operands(128, 499, D=64, std=6.0, dtype=torch.bfloat16)
+    ref_hidden, ref_weight, _, _ = operands(128, 499, D=64, std=6.0, seed=1, dtype=torch.bfloat16)
+
+    def run(module, cast):
+        h, w, rh, rw = (cast(x) for x in (hidden, weight, ref_hidden, ref_weight))
+        if fn == "logprob":
+            return differentiate(lambda h, w: module.linear_logprob(h, w, targets), (h, w))
+        return differentiate(lambda h, w: module.linear_kl(h, w, rh, rw), (h, w))
+
+    got, grads = run(torch_backend_with_defaults, lambda x: x)
+    want, want_grads = run(reference, torch.Tensor.double)
+    assert got[0].dtype == torch.float32 and grads[0].dtype == grads[1].dtype == torch.bfloat16
+    assert ((got[0] - want[0]).abs() <= (2e-5 if fn == "logprob" else 2e-6 * want[0].clamp(min=1))).all()
+    for a, b in zip(grads, want_grads):  # only the last rounding, 8 bits of mantissa
+        assert (a - b).abs().max() <= 2**-8 * b.abs().max()
+
+
+class torch_backend_with_defaults:
+    linear_logprob, linear_kl = staticmethod(linear_logprob), staticmethod(linear_kl)
+
+
+def test_minus_infinity_in_the_bias():
+    """Forbidden tokens: no NaN anywhere, 0·log 0 = 0, a forbidden target has log-prob −∞."""
+    hidden, weight, targets, bias = operands(6, 11)
+    bias[[0, 4, 10]] = -INF
+    targets[:] = torch.tensor([1, 2, 3, 4, 9, 5])
+    got, grads = differentiate(lambda h, w, b: linear_logprob(h, w, targets, 0.8, b), (hidden, weight, bias))
+    allowed = bias > -INF
+    logits = (hidden @ weight.T + bias)[:, allowed] / 0.8
+    p = logits.softmax(-1)
+    close([got[1]], [-(p * p.log()).sum(-1)], 1e-12)
+    assert got[0][3] == -INF and got[0][[0, 1, 2, 4, 5]].isfinite().all()
+    assert all(g.isfinite().all() for g in grads)
+    ref_hidden, ref_weight, _, _ = operands(6, 11, seed=1)
+    for reverse in (False, True):
+        both, grads = differentiate(
+            lambda h, w, b, r=reverse: linear_kl(h, w, ref_hidden, ref_weight, 0.8, r, b, bias),
+            (hidden, weight, bias),
+        )
+        want = reference.linear_kl(
+            hidden, weight[allowed], ref_hidden, ref_weight[allowed], 0.8, reverse, bias[allowed], bias[allowed]
+        )
+        close([both[0]], [want], 1e-12)
+        assert all(g.isfinite().all() for g in grads)
+    forward = linear_kl(hidden, weight, ref_hidden, ref_weight, 0.8, bias=bias)
+    assert forward.isfinite().all()  # the policy may leave out what the reference allows
+    assert (linear_kl(hidden, weight, ref_hidden, ref_weight, 0.8, reverse=True, bias=bias) == INF).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_duplicated_maximum_and_edge_targets(dtype):
+    """k equal largest logits far above the rest: log-prob −log k, entropy log k, at the first and last id."""
+    hidden = torch.ones(4, 1, dtype=dtype)
+    weight = torch.tensor([300.0, 0, -300, 300, 300], dtype=dtype)[:, None]
+    logp, entropy = linear_logprob(hidden, weight, torch.tensor([0, 4, 1, 2]))
+    want = torch.tensor([0.0, 0.0, -300.0, -600.0], dtype=torch.float64) - torch.tensor(3.0).double().log()
+    close([logp, entropy], [want, torch.full((4,), 3.0).double().log()], 1e-7)
+
+
+def test_kl_of_equal_models_is_zero():
+    """Step 0 of every run: KL(policy‖reference) is 0 with a zero gradient, in fp32 too."""
+    hidden, weight, _, _ = operands(50, 101, D=16, std=6.0, dtype=torch.float32)
+    for reverse in (False, True):
+        (kl,), grads = differentiate(
+            lambda h, w, r=reverse: linear_kl(h, w, hidden, weight, 0.7, r), (hidden, weight)
+        )
+        assert kl.abs().max() <= 1e-6 and max(g.abs().max() for g in grads) <= 1e-5
+
+
+class Watch(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("fn", ["logprob", "kl"])
+def test_logits_are_never_stored_whole(fn):
+    """No operation, forward or backward, returns more than a chunk; what is saved is inputs and (N,) rows."""
+    N, V, D, chunk = 64, 256, 4, 2048
+    hidden, weight, targets, bias = operands(N, V, D=D)
+    ref_hidden, ref_weight, _, ref_bias = operands(N, V, D=D, seed=1)
+
+    def run(module):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        h, w, b = leaves
+        if fn == "logprob":
+            out = sum(module.linear_logprob(h, w, targets, 1.0, b))
+        else:
+            out = module.linear_kl(h, w, ref_hidden, ref_weight, 1.0, False, b, ref_bias)
+        out.sum().backward()
+
+    saved = []
+    with mock.patch.object(torch_backend, "CHUNK", chunk), Watch() as watch:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            run(torch_backend_with_defaults)
+    assert watch.largest == chunk
+    assert N * D + V * D < sum(saved) <= 2 * (N * D + V * D + V) + 3 * N < N * V
+    with Watch() as watch:  # the oracle does store them: the watch can see
+        run(reference)
+    assert watch.largest == N * V
+
+
+def test_reference_gets_no_gradient():
+    """The reference model is a constant, even when its tensors ask for a gradient."""
+    hidden, weight, _, bias = (x.requires_grad_() if x.is_floating_point() else x for x in operands(5, 7))
+    ref = [x for x in operands(5, 7, seed=1) if x.is_floating_point()]
+    for x in ref:
+        x.requires_grad_()
+    linear_kl(hidden, weight, ref[0], ref[1], bias=bias, ref_bias=ref[2]).sum().backward()
+    assert hidden.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0 and bias.grad.abs().sum() > 0
+    assert all(x.grad is None for x in ref)
+
+
+def test_bad_arguments_are_refused():
+    """Shapes that do not fit, a temperature of 0 or less, and an unknown backend raise ValueError."""
+    hidden, weight, targets, bias = operands(5, 7)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            linear_logprob(hidden, weight, targets, temperature)
+        with pytest.raises(ValueError, match="temperature"):
+            linear_kl(hidden, weight, hidden, weight, temperature)
+    with pytest.raises(ValueError, match="weight"):
+        linear_logprob(hidden, weight[:, :-1], targets)
+    with pytest.raises(ValueError, match="targets"):
+        linear_logprob(hidden, weight, targets[:-1])
+    with pytest.raises(ValueError, match="bias"):
+        linear_logprob(hidden, weight, targets, bias=bias[:-1])
+    with pytest.raises(ValueError, match="ref_hidden"):
+        linear_kl(hidden, weight, hidden[:-1], weight)
+    with pytest.raises(ValueError, match="ref_weight"):
+        linear_kl(hidden, weight, hidden, weight[:-1])
+    with pytest.raises(ValueError, match="ref_bias"):
+        linear_kl(hidden, weight, hidden, weight, ref_bias=bias[:-1])
+    with pytest.raises(ValueError):
+        linear_logprob(hidden[None], weight, targets)
+    with pytest.raises(ValueError, match="backend"):
+        linear_logprob(hidden, weight, targets, backend="cuda")
