@@ -1,5 +1,4 @@
-"""The whole of RLHF in one command: a language model, a reward model and a PPO policy, from nothing, on a
-laptop.
+"""The whole of RLHF in one command, on a laptop: language model, reward model and PPO policy, from nothing.
 
     SFT    a small GPT learns to write reviews from 4,000 demonstrations                        train_sft.py
     RM     it writes two answers to each of 3,000 prompts; noisy preferences between them
@@ -65,13 +64,11 @@ def mean_se(x):
 
 @torch.no_grad()
 def judge(folder, sft, rm, prompts, seed):
-    """Fresh samples of the policy in `folder`, scored by gold, by the reward model and by their distance from
-    SFT."""
+    """Fresh samples of the policy in `folder`, scored by gold and the reward model, and their KL to SFT."""
     policy, tok = hub.load(folder)
     task = tasks.get("reviews")
-    rolls, texts = generate.respond(
-        policy, tok, prompts, 1, task.max_new_tokens, seed=derive_seed(seed, "judge")
-    )
+    seed = derive_seed(seed, "judge")
+    rolls, texts = generate.respond(policy, tok, prompts, 1, task.max_new_tokens, seed=seed)
     gold = torch.tensor([tasks.gold(p, t) for p, t in zip(prompts, texts)])
     proxy = torch.cat([rm.rewards(roll.tokens, roll.lengths) for roll in rolls])
     k1 = torch.cat([(roll.logp - sft.logprobs(roll.tokens, roll.mask)[0]).sum(1) for roll in rolls])
@@ -152,11 +149,8 @@ def print_report(judged, prompts, report):
     for i in range(5):
         print(f"\n{prompts[i]}")
         for name, j in (("SFT", before), ("PPO", after), ("β = 0", nokl)):
-            print(
-                textwrap.fill(
-                    j.responses[i].strip(), 80, initial_indent=f"{name:>5} │ ", subsequent_indent=" " * 8
-                )
-            )
+            text = textwrap.wrap(j.responses[i].strip(), 72) or ["(nothing)"]
+            print("\n".join(f"{head:>5} │ {line}" for head, line in zip([name] + [""] * len(text), text)))
 
 
 def peak_rss_mb():
@@ -193,9 +187,8 @@ def train(cfg):
         finals[name] = trainer.train(trainer.Config(out=f"{out}/{name}", **flags, **common))
 
     samples = 32 if smoke else cfg.samples
-    prompts = [
-        r["prompt"] for r in tasks.get("reviews").prompts("test", samples, derive_seed(cfg.seed, "judge"))
-    ]
+    rows = tasks.get("reviews").prompts("test", samples, derive_seed(cfg.seed, "judge"))
+    prompts = [r["prompt"] for r in rows]
     sft, rm = hub.load(f"{out}/sft/model")[0], hub.load(f"{out}/rm/model")[0]
     judged = {title: judge(f"{out}/{name}/model", sft, rm, prompts, cfg.seed)
               for title, name in (("SFT", "sft"), ("PPO", "ppo"), ("PPO, β = 0", "ppo_nokl"))}

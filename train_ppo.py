@@ -116,8 +116,8 @@ class Config:
 
 
 COLUMNS = (
-    "step reward reward_se kl entropy len stop clip ratio_max gnorm value_loss explained_var critic_gnorm "
-    "beta lr tok_s s eval/reward eval/greedy"
+    "step reward reward_se kl entropy len stop dead clip ratio_max gnorm value_loss explained_var "
+    "critic_gnorm beta lr tok_s s eval/reward eval/greedy"
 ).split()
 SHOW = ["reward", "kl", "entropy", "len", "stop", "clip", "gnorm"]
 PANELS = ["reward", "kl", "entropy", "len", "clip", "explained_var"]
@@ -174,17 +174,15 @@ def whiten(x, mask, shift_mean=True):
 def policy_loss(logp, old_logp, adv, mask, clip, denom):
     """PPO's clipped surrogate: sum over the mask / denom (tokens of the optimizer step) → loss, stats.
 
-    stats: share of tokens where the clip took over and ½ mean (log ρ)², both over denom; the largest ratio.
-    The log-ratio is held within ±20: a hopeless ratio is then large, and not infinite.
+    stats: the share of tokens where the clip took over, and the largest ratio. The log-ratio is held within
+    ±20: a hopeless ratio is then large, and not infinite.
     """
     mask = mask.bool()
     log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     free, held = -adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.where(mask, torch.maximum(free, held), 0.0).sum() / denom
-    clipped = ((held > free) & mask).sum() / denom
-    approx_kl = 0.5 * log_ratio.detach().square().sum() / denom
-    return loss, {"clip": clipped, "approx_kl": approx_kl, "ratio_max": ratio.detach().max()}
+    return loss, {"clip": ((held > free) & mask).sum() / denom, "ratio_max": ratio.detach().max()}
 
 
 def value_loss(value, old_value, ret, mask, clip, denom):
@@ -247,13 +245,12 @@ def train(cfg):
     groups = [{"params": model.parameters(), "peak": peak} for model, peak in peaks]
     opt = torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        start, extra = run.start({"policy": policy, "critic": critic}, opt)
-        beta = extra.get("beta", cfg.beta)
-        if start == 0 and not cfg.data:  # is there anything in this policy that RL could select?
+        if not (cfg.data or cfg.resume):  # is there anything in this policy that RL could select?
             prompts = [r["prompt"] for r in test_rows]
             _, texts = generate.respond(policy, tok, prompts, 1, cfg.max_new_tokens, seed=rng("gate"))
             require(not (why := task.gate(prompts, texts)), why)
-
+        start, extra = run.start({"policy": policy, "critic": critic}, opt)
+        beta = extra.get("beta", cfg.beta)
         for step in range(start, cfg.steps):
             clock = Clock()
             metrics, sums = {}, defaultdict(float)
@@ -310,7 +307,7 @@ def train(cfg):
                     gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                     critic_gnorm = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
                     what = f"samples {rows_of[:4].tolist()} …, prompt {batch[rows_of[0]]['prompt']!r}"
-                    run.check(step, total, gnorm + critic_gnorm, what)
+                    run.check(step, total, (gnorm + critic_gnorm).item(), what)
                     opt.step()
                     sums["gnorm"] += gnorm.item()
                     sums["critic_gnorm"] += critic_gnorm.item()
@@ -323,7 +320,7 @@ def train(cfg):
             metrics |= {name: x / (cfg.epochs * cfg.minibatches) for name, x in sums.items()}
             metrics |= {
                 "reward": score.mean().item(),
-                "reward_se": score.std().item() / len(score) ** 0.5,
+                "reward_se": score.std(correction=0).item() / max(len(score) - 1, 1) ** 0.5,
                 "kl": k1.mean().item(),
                 "len": roll.response_len.float().mean().item(),
                 "stop": roll.finished.float().mean().item(),
@@ -331,6 +328,8 @@ def train(cfg):
                 "beta": beta,
                 "lr": opt.param_groups[0]["lr"],
             }
+            if cfg.group_size > 1:  # share of prompts whose samples all scored the same
+                metrics["dead"] = (score.view(-1, cfg.group_size).std(1) == 0).float().mean().item()
             first_ratio = metrics.pop("first_ratio")
             if step == 0:
                 must = " (must be 0)" if cfg.ref == cfg.init else ""

@@ -36,7 +36,7 @@ from nanorlhf.common import (
     setup,
     to_device,
     warmup_linear,
-)  # fmt: skip
+)
 from nanorlhf.data import (
     encode_pair,
     epoch_batches,
@@ -45,7 +45,7 @@ from nanorlhf.data import (
     read_jsonl,
     split_by_hash,
     write_jsonl,
-)  # fmt: skip
+)
 from nanorlhf.model import ScalarModel
 
 # ------------------------------------------------------------------------------------------------------------
@@ -70,16 +70,12 @@ class Config:
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
-    tokens_per_microbatch: int = (
-        1024  # padded tokens at once, to bound memory; 0: the whole batch. Never moves the curve
-    )
+    tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
     eval_every: int = 50  # steps between held-out measurements; 0: only at the end
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the activations; weights and rewards are always fp32
-    )
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and rewards are always fp32
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
@@ -251,7 +247,7 @@ def train(cfg):
                 right += (chosen > rejected).sum().item()
                 margin += (chosen - rejected).sum().item()
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            run.check(step, total, gnorm, f"a batch of {len(pairs)} pairs")
+            run.check(step, total, gnorm.item(), f"a batch of {len(pairs)} pairs")
             lr = warmup_linear(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr

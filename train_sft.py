@@ -29,7 +29,7 @@ from nanorlhf.common import (
     setup,
     to_device,
     warmup_linear,
-)  # fmt: skip
+)
 from nanorlhf.data import (
     encode_pair,
     epoch_batches,
@@ -38,7 +38,7 @@ from nanorlhf.data import (
     read_jsonl,
     response_mask,
     split_by_hash,
-)  # fmt: skip
+)
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import Tokenizer
 
@@ -71,16 +71,12 @@ class Config:
     weight_decay: float = 0.1  # AdamW, on matrices only
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     loss_on_prompt: bool = False  # count the prompt's tokens too
-    tokens_per_microbatch: int = (
-        1024  # padded tokens at once, to bound memory; 0: the whole batch. Never moves the curve
-    )
+    tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
     eval_every: int = 100  # steps between held-out measurements; 0: only at the end
     save_every: int = 200  # steps between checkpoints; 0: only at the end
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of the activations; weights and logits are always fp32
-    )
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and logits are always fp32
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
@@ -216,7 +212,7 @@ def train(cfg):
                 loss.backward()
                 total += loss.item()
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            run.check(step, total, gnorm, f"a batch of {len(rows)} demonstrations")
+            run.check(step, total, gnorm.item(), f"a batch of {len(rows)} demonstrations")
             lr = warmup_linear(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr

@@ -4,7 +4,8 @@
     python bench/main_job.py --seeds 0,1      other seeds
 
 Every figure is measured on held-out prompts after training; goals stand beside the medians. Run it on a quiet
-machine: CPU seconds are those of the whole process of each run, its imports included. """
+machine: CPU seconds are those of the whole process of each run, its imports included.
+"""
 
 import csv
 import json
@@ -19,8 +20,7 @@ RESULTS = os.path.join(ROOT, "bench", "results")
 
 
 def run(*command):
-    """Run one of our scripts in a process of its own → CPU seconds it took (0 where the system does not
-    say)."""
+    """Run one of our scripts in a process of its own → CPU seconds it took."""
     before = os.times()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     after = os.times()

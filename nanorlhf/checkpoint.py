@@ -8,10 +8,12 @@ file, since neither torch.load nor safetensors notices a flipped bit. All random
 step), so that weights, optimizer and step are the whole state of a run.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,10 +27,10 @@ KEEP = 2  # complete checkpoints kept in state/
 
 
 def write_folder(folder, files):
-    """Write {name: bytes} as one folder, all or nothing. RunError (old folder intact, nothing left over) if
-    the disk is full."""
+    """Write {name: bytes} as one folder, all or nothing. Disk full: RunError, and the old folder stays."""
     tmp, old = f"{folder}.tmp", f"{folder}.old"
     try:
+        restore(folder)
         for leftover in (tmp, old):
             shutil.rmtree(leftover, ignore_errors=True)
         os.makedirs(tmp)
@@ -47,12 +49,16 @@ def write_folder(folder, files):
             os.close(fd)
     except OSError as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        if os.path.isdir(old) and not os.path.isdir(folder):
-            os.rename(old, folder)
+        restore(folder)
         size = sum(map(len, files.values()))
-        raise RunError(
-            f"cannot save {folder} ({size:,} bytes): {e.strerror}; the last complete checkpoint is kept"
-        ) from e
+        kept = "the last complete checkpoint is kept"
+        raise RunError(f"cannot save {folder} ({size:,} bytes): {e.strerror}; {kept}") from e
+
+
+def restore(folder):
+    """After a crash between the two renames of `write_folder` there is only the old one: put it back."""
+    if os.path.isdir(f"{folder}.old") and not os.path.isdir(folder):
+        os.rename(f"{folder}.old", folder)
 
 
 class Run:
@@ -71,57 +77,55 @@ class Run:
     def __init__(self, cfg, columns, show, panels):
         self.cfg, self.out, self.signum, self.handlers, self.log = cfg, cfg.out, None, {}, None
         self.columns, self.show, self.panels = columns, show, panels
-        old = os.path.join(self.out, "config.json")
-        config = dataclasses.asdict(cfg)
+        self.config, self.state = os.path.join(self.out, "config.json"), os.path.join(self.out, "state")
+        with self._usable():
+            os.makedirs(self.out, exist_ok=True)
+            holds_run = os.path.exists(self.config)
+        if holds_run and not (cfg.resume or cfg.overwrite):
+            raise UserError(f"--out {self.out} holds a run: add --resume to go on with it, --overwrite to "
+                            "replace it, or name another folder")  # fmt: skip
+
+    @contextlib.contextmanager
+    def _usable(self):
         try:
-            os.makedirs(os.path.join(self.out, "state"), exist_ok=True)
-            if os.path.exists(old):
-                if cfg.resume:
-                    self._compare(old, config)
-                elif cfg.overwrite:
-                    for name in ("model", "state"):
-                        shutil.rmtree(os.path.join(self.out, name), ignore_errors=True)
-                    os.makedirs(os.path.join(self.out, "state"))
-                else:
-                    raise UserError(
-                        f"--out {self.out} holds a run: add --resume to go on with it, --overwrite to "
-                        "replace it, or name another folder"
-                    )
-            with open(old + ".tmp", "w") as f:
-                json.dump(config, f, indent=2)
-            os.replace(old + ".tmp", old)
+            yield
         except OSError as e:
             raise UserError(f"--out {self.out}: cannot be used as a run folder ({e.strerror})") from None
 
-    @staticmethod
-    def _compare(path, config):
+    def start(self, models, optimizer):
+        """Load the newest complete checkpoint if --resume, open the log → (first step to run, extra dict).
+
+        Until here nothing of an older run was touched: whatever was wrong with flags or data has been said.
+        """
+        self.models, self.optimizer = models, optimizer
+        config = dataclasses.asdict(self.cfg)
+        with self._usable():
+            if self.cfg.resume:
+                self._compare(config)
+            elif self.cfg.overwrite:
+                for name in ("model", "state"):
+                    shutil.rmtree(os.path.join(self.out, name), ignore_errors=True)
+            os.makedirs(self.state, exist_ok=True)
+            step, extra = self._load() if self.cfg.resume else (0, {})
+            self.log = Log(self.out, self.columns, self.show, self.cfg.steps, step, self.cfg.wandb, config)
+            with open(self.config + ".tmp", "w") as f:
+                json.dump(config, f, indent=2)
+            os.replace(self.config + ".tmp", self.config)
+        if threading.current_thread() is threading.main_thread():  # elsewhere handlers may not be set
+            self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return step, extra
+
+    def _compare(self, config):
+        if not os.path.exists(self.config):
+            return
         try:
-            with open(path) as f:
+            with open(self.config) as f:
                 old = json.load(f)
         except ValueError:
-            raise UserError(f"{path} is damaged: it is not JSON; --overwrite starts anew") from None
+            raise UserError(f"{self.config} is damaged: it is not JSON; --overwrite starts anew") from None
         for key in sorted(k for k in set(old) & set(config) if old[k] != config[k]):
             if key not in ("resume", "overwrite"):
                 print(f"resume: --{key} was {old[key]}, is now {config[key]}")
-
-    def start(self, models, optimizer):
-        """Load the newest complete checkpoint if --resume, open the log → (first step to run, extra dict)."""
-        self.models, self.optimizer = models, optimizer
-        step, extra = self._load() if self.cfg.resume else (0, {})
-        self.log = Log(
-            self.out,
-            self.columns,
-            self.show,
-            self.cfg.steps,
-            step,
-            self.cfg.wandb,
-            dataclasses.asdict(self.cfg),
-        )
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # a notebook's worker thread may not set handlers
-            self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        return step, extra
 
     def _stop(self, signum, frame):
         if self.signum is not None:  # the second time: at once
@@ -130,14 +134,11 @@ class Run:
         self.log.say("\nstopping after this step (once more to stop at once)")
 
     def _load(self):
-        folder = os.path.join(self.out, "state")
-        steps = sorted(
-            (d for d in os.listdir(folder) if d.startswith("step-") and d[5:].isdigit()), reverse=True
-        )
-        for name in steps:
-            path = os.path.join(folder, name, "state.pt")
+        steps = self._checkpoints()
+        for name in reversed(steps):
+            path = os.path.join(self.state, name, "state.pt")
             try:
-                with open(os.path.join(folder, name, "manifest.json")) as f:
+                with open(os.path.join(self.state, name, "manifest.json")) as f:
                     want = json.load(f)["sha256"]
                 with open(path, "rb") as f:
                     data = f.read()
@@ -145,15 +146,20 @@ class Run:
                     raise ValueError("its checksum does not match")
                 state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
             except (OSError, ValueError, KeyError) as e:
-                print(f"resume: {path} is damaged ({e}); trying an older checkpoint")
+                print(f"resume: {path} is damaged ({e})")
                 continue
             for key, model in self.models.items():
                 self._fit(model, state["models"].get(key), path, key)
             self.optimizer.load_state_dict(state["optimizer"])
             print(f"resume: {self.out} from step {state['step']}")
             return state["step"], state["extra"]
+        if steps:
+            raise UserError(f"--resume: every checkpoint in {self.state} is damaged; --overwrite starts anew")
         print(f"resume: {self.out} has no complete checkpoint yet; starting at step 0")
         return 0, {}
+
+    def _checkpoints(self):
+        return sorted(d for d in os.listdir(self.state) if d.startswith("step-") and d[5:].isdigit())
 
     @staticmethod
     def _fit(model, saved, path, key):
@@ -162,10 +168,9 @@ class Run:
         wrong = sorted(k for k in set(mine) | set(theirs) if mine.get(k) != theirs.get(k))
         if wrong:
             k = wrong[0]
-            raise UserError(
-                f"--resume: {path} does not fit this {key}: {k} is {theirs.get(k)} there and {mine.get(k)} "
-                f"here ({len(wrong)} tensors differ); resume with the flags in config.json"
-            )
+            shapes = f"{k} is {theirs.get(k)} there and {mine.get(k)} here ({len(wrong)} tensors differ)"
+            hint = "resume with the flags in config.json"
+            raise UserError(f"--resume: {path} does not fit this {key}: {shapes}; {hint}")
         model.load_state_dict(saved)
 
     def save(self, step, extra=None):
@@ -175,19 +180,16 @@ class Run:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
-        manifest = json.dumps(
-            {"step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        ).encode()
-        folder = os.path.join(self.out, "state")
-        write_folder(os.path.join(folder, f"step-{step:06d}"), {"state.pt": data, "manifest.json": manifest})
-        for old in sorted(d for d in os.listdir(folder) if d.startswith("step-"))[:-KEEP]:
-            shutil.rmtree(os.path.join(folder, old), ignore_errors=True)
+        manifest = {"step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        files = {"state.pt": data, "manifest.json": json.dumps(manifest).encode()}
+        write_folder(os.path.join(self.state, f"step-{step:06d}"), files)
+        for old in self._checkpoints()[:-KEEP]:
+            shutil.rmtree(os.path.join(self.state, old), ignore_errors=True)
 
     def checkpoint(self, done, export, extra=None):
-        """After each step: save when due, at the end and when asked to stop. `export` writes model/. True:
-        stop now.
+        """After each step: save when due, at the end and when asked to stop (then raise Interrupted).
 
-        done: steps finished so far.
+        done: steps finished so far; export: writes model/.
         """
         last = done == self.cfg.steps
         if last or self.signum is not None or (self.cfg.save_every and done % self.cfg.save_every == 0):
@@ -206,11 +208,8 @@ class Run:
             self.log.close(self.panels if kind is None or kind is Interrupted else ())
 
     def check(self, step, loss, gnorm, where):
-        """Stop before the optimizer step if loss or gradient is not finite, so that weights and moments stay
-        as they are."""
-        if not (torch.isfinite(torch.as_tensor(loss)) and torch.isfinite(torch.as_tensor(gnorm))):
-            raise RunError(
-                f"step {step}: loss {float(loss):g}, gradient norm {float(gnorm):g} ({where}); the weights are "
-                "untouched. Look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is "
-                "too high. --resume goes on from the last checkpoint"
-            )
+        """Stop before the optimizer step if loss or gradient is not finite: nothing is spoilt yet."""
+        if not (math.isfinite(loss) and math.isfinite(gnorm)):
+            look = "look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is too high"
+            raise RunError(f"step {step}: loss {loss:g}, gradient norm {gnorm:g} ({where}); the weights are "
+                           f"untouched. {look}. --resume goes on from the last checkpoint")  # fmt: skip

@@ -1,5 +1,4 @@
-"""Plumbing that never moves a learning curve: errors, config → command line, device and threads, seeds, the
-log."""
+"""Plumbing that never moves a learning curve: errors, config → command line, device, seeds, the log."""
 
 import csv
 import dataclasses
@@ -11,6 +10,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -20,13 +20,11 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake of the user's: ends in one line (flag, or file and line, and what would be right), exit
-    status 2."""
+    """A mistake of the user's: one line (flag, or file and line, and what would be right), exit status 2."""
 
 
 class RunError(Exception):
-    """A run that cannot go on (non-finite loss, full disk): one line, exit status 1, last checkpoint
-    intact."""
+    """A run that cannot go on (non-finite loss, full disk): one line, exit status 1."""
 
 
 class Interrupted(Exception):
@@ -42,8 +40,7 @@ class Interrupted(Exception):
 
 
 def fill_by_task(cfg):
-    """Give every field that is None its value for cfg.task from the class's table BY_TASK (task → {field:
-    value})."""
+    """Give every field that is None its value from the class's table BY_TASK: task → {field: value}."""
     table = type(cfg).BY_TASK
     if cfg.task not in table:
         raise UserError(f"--task {cfg.task}: must be one of {', '.join(table)}")
@@ -76,8 +73,8 @@ def _convert(flag, kind, text):
         if text in kind.__args__:
             return text
         near = difflib.get_close_matches(text, kind.__args__, 1)
-        raise UserError(f"{flag} {text}: must be one of {', '.join(kind.__args__)}"
-                        + (f" (did you mean {near[0]}?)" if near else ""))
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"{flag} {text}: must be one of {', '.join(filter(None, kind.__args__))}{hint}")
     if kind in (int, float):
         try:
             value = kind(text)
@@ -95,28 +92,30 @@ def _comments(Config):
     found = {}
     for line in inspect.getsource(Config).splitlines():
         if m := re.match(r"    (\w+): .*?  # (.*)$", line):
-            found[m[1]] = m[2].replace("%", "%%")
+            found[m[1]] = m[2]
     return found
 
 
 def help_text(Config, doc, prog):
+    """--help: the file's docstring, then every field with its comment and default, 80 columns wide."""
     lines = [doc.strip(), "", f"usage: python {prog} [--name value ...]", ""]
     comments = _comments(Config)
     for f, kind in _field_types(Config):
         default = [] if f.default is dataclasses.MISSING else f.default
-        if default is None and hasattr(Config, "BY_TASK"):
-            default = "; ".join(f"{task} {v[f.name]}" for task, v in Config.BY_TASK.items() if f.name in v)
-        choice = f" [{'|'.join(kind.__args__)}]" if typing.get_origin(kind) is typing.Literal else ""
-        shown = f" (default: {default})" if default not in ("", None, []) else ""
-        lines.append(
-            f"  --{f.name:<22}{choice.strip() + ' ' if choice else ''}{comments.get(f.name, '')}{shown}"
-        )
+        if default is None:
+            default = ", ".join(f"{v[f.name]} for {task}" for task, v in Config.BY_TASK.items())
+        text = comments[f.name] + ("" if default in ("", []) else f" (default: {default})")
+        if typing.get_origin(kind) is typing.Literal:
+            text = f"[{'|'.join(filter(None, kind.__args__))}] {text}"
+        head = f"  --{f.name}"
+        indent = " " * 26
+        lines += textwrap.wrap(text, 80, initial_indent=f"{head:<26}" if len(head) < 26 else f"{head}  ",
+                               subsequent_indent=indent)  # fmt: skip
     return "\n".join(lines)
 
 
 def parse(Config, argv, doc="", prog="train.py"):
-    """`--name value`, `--name=value`, `-` for `_`; a bool may stand alone; a list field may be repeated →
-    Config.
+    """`--name value`, `--name=value`, `-` for `_`; a bool may stand alone; a list may be repeated → Config.
 
     Unknown and ill-typed flags raise UserError naming the nearest flag, or what the value must be.
     """
@@ -131,9 +130,8 @@ def parse(Config, argv, doc="", prog="train.py"):
         name = flag[2:].replace("-", "_")
         if not flag.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1)
-            raise UserError(
-                f"unknown flag {flag}" + (f" (did you mean --{near[0]}?)" if near else " (see --help)")
-            )
+            hint = f"did you mean --{near[0]}?" if near else "see --help"
+            raise UserError(f"unknown flag {flag} ({hint})")
         kind = kinds[name]
         if not eq:
             follows = i < len(argv) and not argv[i].startswith("--")
@@ -152,8 +150,7 @@ def parse(Config, argv, doc="", prog="train.py"):
 
 
 def run_cli(Config, train, module_doc, argv=None):
-    """Run a trainer from the command line. A user's mistake: one line, status 2. A run that had to stop:
-    status 1."""
+    """Run a trainer from the command line → status: 2 for a user's mistake, 1 for a run that had to stop."""
     prog = os.path.basename(sys.argv[0])
     try:
         train(parse(Config, sys.argv[1:] if argv is None else argv, module_doc, prog))
@@ -167,10 +164,8 @@ def run_cli(Config, train, module_doc, argv=None):
         print(f"{prog}: {e}", file=sys.stderr)
         return e.code
     except KeyboardInterrupt:
-        print(
-            f"{prog}: interrupted; the last complete checkpoint is kept, --resume goes on from it",
-            file=sys.stderr,
-        )
+        kept = "the last complete checkpoint is kept, --resume goes on from it"
+        print(f"{prog}: interrupted; {kept}", file=sys.stderr)
         return 130
     return 0
 
@@ -180,19 +175,10 @@ def run_cli(Config, train, module_doc, argv=None):
 
 
 def setup(cfg):
-    """cfg.device, cfg.dtype, cfg.threads, cfg.seed → torch.device; `auto` takes CUDA, then Apple's mps, then
-    the CPU."""
-    device = cfg.device
-    if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "--device cuda: this torch sees no CUDA GPU; use --device cpu, or install a CUDA build of torch"
-        )
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this torch sees no Apple GPU; use --device cpu")
+    """Seeds torch; cfg.device → torch.device. `auto` takes CUDA, then Apple's mps, then the CPU."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(d for d in has if has[d]) if cfg.device == "auto" else cfg.device
+    require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
     torch.manual_seed(cfg.seed)
     return torch.device(device)
 
@@ -219,8 +205,7 @@ def warmup_linear(step, steps, peak):
 
 
 def derive_seed(seed, *path):
-    """A seed for one purpose: hash of (seed, path), so that a run's state is its step alone and streams never
-    overlap."""
+    """Hash of (seed, purpose): streams never overlap, and a run's random state is its step alone."""
     digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -237,7 +222,8 @@ class Log:
     """
 
     def __init__(self, out, columns, show, steps, start=0, wandb="", config=None):
-        self.columns, self.show, self.out = columns, show, out
+        self.columns, self.out = columns, out
+        self.widths = {name: max(9, len(name) + 2) for name in ("step", *show)}
         self.every, self.printed, self.warned = max(1, steps // 20), 0, False
         self.last = {}
         self._keep_before(start)
@@ -272,9 +258,8 @@ class Log:
                 f.write(text)
         except OSError as e:
             if not self.warned:
-                self.say(
-                    f"warning: cannot write {self.out}/{name} ({e.strerror}); training goes on without it"
-                )
+                where = f"{self.out}/{name}"
+                self.say(f"warning: cannot write {where} ({e.strerror}); training goes on without it")
             self.warned = True
 
     def say(self, text):
@@ -283,8 +268,7 @@ class Log:
         self.bar.refresh()
 
     def row(self, step, metrics):
-        """Write one step. Values are plain numbers; a column that is not measured at this step stays
-        empty."""
+        """Write one step. Values are plain numbers; a column not measured at this step stays empty."""
         assert set(metrics) <= set(self.columns), set(metrics) - set(self.columns)
         self.last.update(metrics)
         cells = ["" if metrics.get(c) is None else f"{metrics[c]:.6g}" for c in self.columns]
@@ -292,10 +276,11 @@ class Log:
         self._append("metrics.csv", ",".join(cells) + "\n")
         self.bar.update(1)
         if step % self.every == 0 or step == self.steps - 1:
-            if self.printed % 20 == 0:
-                self.say("".join(f"{name:>9}" for name in ("step", *self.show)))
+            if self.printed % 25 == 0:
+                self.say("".join(f"{name:>{w}}" for name, w in self.widths.items()))
             self.printed += 1
-            self.say(f"{step:>9}" + "".join(_cell(metrics.get(name)) for name in self.show))
+            values = metrics | {"step": step}
+            self.say("".join(f"{_cell(values.get(name)):>{w}}" for name, w in self.widths.items()))
         if self.wandb:
             self.wandb.log({k: v for k, v in metrics.items() if v is not None}, step=step)
 
@@ -316,11 +301,11 @@ class Log:
 
 
 def _cell(value):
-    if value is None:
-        return " " * 9
+    if value is None or isinstance(value, int):
+        return "" if value is None else str(value)
     if value and abs(value) < 1e-3:
-        return f"{value:>9.0e}"
-    return f"{value:>9.3f}" if abs(value) < 1000 else f"{value:>9.0f}"
+        return f"{value:.0e}"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _wandb(project, out, config):
@@ -335,8 +320,7 @@ def _wandb(project, out, config):
 
 
 def plot_curves(out, panels):
-    """Draw metrics.csv into curves.png, one small panel per column (or tuple of columns). Says so once
-    without matplotlib."""
+    """Draw metrics.csv into curves.png, one small panel per column (or tuple of columns)."""
     plt = pyplot()
     if plt is None:
         return
@@ -360,8 +344,7 @@ def plot_curves(out, panels):
 
 
 def pyplot():
-    """matplotlib.pyplot on a backend that needs no screen, or None (said once) where matplotlib is
-    missing."""
+    """matplotlib.pyplot on a backend without a screen, or None (said once) where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:

@@ -11,9 +11,7 @@ import torch
 from nanorlhf.common import UserError
 from nanorlhf.rollout import Rollout
 
-LEAVE = (
-    1 / 8
-)  # share of ended rows at which the batch is compacted: at every row, copying the cache would cost more
+LEAVE = 1 / 8  # share of ended rows at which the batch is compacted: at every one, copying costs more
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -35,8 +33,7 @@ def filter_logits(logits, top_k=0, top_p=1.0):
 
 
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """fp32 logits (b, V), uniforms u (b,) in [0, 1) → token (b,), its log-prob (b,) under the sampled
-    distribution.
+    """fp32 logits (b, V), uniforms u (b,) in [0, 1) → token (b,), its log-prob (b,) as sampled.
 
     Inverse CDF: the first token at which the cumulative probability exceeds u; one cumulative sum, where
     `torch.multinomial` is ten times slower on a CPU. Temperature 0 is greedy, with the log-prob at
@@ -61,9 +58,8 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 def _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id):
     """What both loops below share: checks, the padded prompts, the table of uniforms."""
     if not prompts or n < 1 or max_new_tokens < 1:
-        raise UserError(
-            f"nothing to generate: {len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}"
-        )
+        asked = f"{len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}"
+        raise UserError(f"nothing to generate: {asked}")
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise UserError(f"prompt {[len(p) for p in prompts].index(0)} is empty: it needs at least one token")
@@ -93,8 +89,7 @@ def _finish(tokens, logp, plen, new, finished, group):
 @torch.no_grad()
 def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0,
              pad_id=None):
-    """Sample n responses to each prompt (lists of token ids) → Rollout of len(prompts)·n rows, a prompt's n
-    together.
+    """n responses to each prompt (a list of token ids) → Rollout of len(prompts)·n rows, grouped by prompt.
 
     A response ends with EOS, which belongs to it, or after max_new_tokens without one (finished=False).
     Log-probs are those of the distribution sampled from (temperature, top_k, top_p applied; temperature 0 is
@@ -108,10 +103,8 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
 
     distinct = {tuple(p): i for i, p in enumerate(prompts)}  # prompt → one of its places
     first = torch.tensor(list(distinct.values()), device=tokens.device)
-    where = {p: i for i, p in enumerate(distinct)}
-    of_row = torch.tensor([where[tuple(p)] for p in prompts], device=tokens.device)[
-        group
-    ]  # (B,) row → prefill
+    where = {p: i for i, p in enumerate(distinct)}  # prompt → its row in the prefill
+    of_row = torch.tensor([where[tuple(p)] for p in prompts], device=tokens.device)[group]
     cache = model.new_cache(len(first), tokens.shape[1])
     start = plen[first * n]
     hidden = model(tokens[first * n, : int(start.max())], cache)
@@ -142,29 +135,15 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
 
 
 @torch.no_grad()
-def reference(
-    model,
-    prompts,
-    n=1,
-    max_new_tokens=64,
-    temperature=1.0,
-    eos_id=None,
-    seed=0,
-    top_k=0,
-    top_p=1.0,
-    pad_id=None,
-):
+def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0,
+              top_p=1.0, pad_id=None):
     """The oracle of `generate`: the same samples with no cache, no shared prefill and no row ever leaving."""
     tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id)
-    logp, rows = (
-        torch.zeros(tokens.shape, device=tokens.device),
-        torch.arange(len(group), device=tokens.device),
-    )
+    logp = torch.zeros(tokens.shape, device=tokens.device)
+    rows = torch.arange(len(group), device=tokens.device)
     new, finished = torch.zeros_like(plen), torch.zeros_like(plen, dtype=torch.bool)
     for t in range(max_new_tokens):
-        hidden = model(
-            tokens[:, : int(plen.max()) + t]
-        )  # what stands right of a row's last token cannot touch it
+        hidden = model(tokens[:, : int(plen.max()) + t])  # what stands right of a row's end cannot touch it
         token, lp = sample(model.head_logits(hidden[rows, plen + t - 1]), u[:, t], temperature, top_k, top_p)
         live = rows[~finished]
         tokens[live, plen[live] + t], logp[live, plen[live] + t] = token[live], lp[live]
@@ -176,8 +155,7 @@ def reference(
 
 
 def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512):
-    """Text in, text out: n responses to each prompt string → (rollouts, responses), a prompt's n responses
-    together.
+    """Text in, text out: n responses to each prompt → (rollouts, responses), a prompt's n together.
 
     rollouts is a list of Rollout, of at most about `batch` rows each; responses a list of len(prompts)·n
     strings without EOS.
@@ -185,8 +163,7 @@ def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0
     rolls, texts, per = [], [], max(1, batch // n)
     for i in range(0, len(prompts), per):
         ids = [tok.encode(p) for p in prompts[i : i + per]]
-        rolls.append(
-            generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, pad_id=tok.pad_id)
-        )
-        texts += [tok.decode(r) for r in rolls[-1].responses()]
+        roll = generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, pad_id=tok.pad_id)
+        rolls.append(roll)
+        texts += [tok.decode(ids) for ids in roll.responses()]
     return rolls, texts

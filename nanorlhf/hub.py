@@ -76,8 +76,7 @@ def _to_hf(state, cfg, family):
 
 
 def _from_hf(tensors, model, family, folder):
-    """Their tensors → our state dict, through the same table. Missing, extra and mis-shaped tensors raise
-    UserError."""
+    """Their tensors → our state dict, through the same table. UserError unless they fit."""
     cfg = model.cfg
     state = model.state_dict()
     want = {k: tuple(v.shape) for k, v in _to_hf(state, cfg, family).items()}
@@ -249,6 +248,8 @@ def load(folder, flag="--init", hint="", kind=""):
     the tokenizer is None where the folder has none. Raises UserError, naming `flag` and the file, for
     anything missing or unfitting.
     """
+    if not os.path.isdir(folder) and os.path.isdir(f"{folder}.old"):
+        folder += ".old"  # what a crash in mid-save leaves
     where = os.path.join(folder, "config.json")
     if not os.path.isfile(where):
         what = "has no config.json" if os.path.isdir(folder) else "does not exist"

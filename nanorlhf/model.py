@@ -93,8 +93,7 @@ class Norm(nn.Module):
 
 @lru_cache(maxsize=16)
 def rope_table(head_dim, max_len, theta, device):
-    """(max_len, head_dim/2) cosines and sines. A cache and no buffer: `model.bfloat16()` must not round
-    them."""
+    """(max_len, head_dim/2) cosines and sines. No buffer: `model.bfloat16()` must not round them."""
     freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.arange(max_len, dtype=torch.float32)[:, None] * freq
     return angle.cos().to(device), angle.sin().to(device)
@@ -171,8 +170,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Right padding only: under the causal mask a pad can then never touch a real
-    token."""
+    """A decoder-only transformer. Right padding only: a pad can then never touch a real token."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -214,9 +212,7 @@ class GPT(nn.Module):
         """
         B, T = tokens.shape
         if T > self.cfg.max_len:
-            raise UserError(
-                f"sequence of {T} tokens is longer than the model's context of {self.cfg.max_len}"
-            )
+            raise UserError(f"a sequence of {T} tokens exceeds the model's context of {self.cfg.max_len}")
         where = torch.arange(T, device=tokens.device)[None] if pos is None else pos[:, None]  # (1 or B, T)
         x = self.wte(tokens)
         if self.wpe is not None:
@@ -235,19 +231,16 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def head_logits(self, hidden):
-        """hidden (..., D) → fp32 logits (..., V): bf16 operands are widened first, the sums are never rounded
-        back."""
+        """hidden (..., D) → fp32 logits (..., V): bf16 operands are widened, sums never rounded back."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return F.linear(hidden.to(wide), self.unembedding.to(wide))
 
     def logits(self, tokens):
-        """tokens (B, T) → fp32 logits (B, T, V). For sampling, evaluation and tests: training never builds
-        them."""
+        """tokens (B, T) → fp32 logits (B, T, V). For evaluation and tests: training never builds them."""
         return self.head_logits(self(tokens))
 
     def logprobs(self, tokens, mask, temperature=1.0):
-        """logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]) and the entropy of that distribution, at
-        temperature.
+        """→ logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]), and the entropy of that distribution.
 
         Indexed by the token they describe and 0 where mask is 0; masked positions never enter the head.
         Position 0 has nothing before it, so mask[:, 0] must be 0 (ValueError otherwise).
@@ -295,7 +288,6 @@ class ScalarModel(nn.Module):
         return self.head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
 
     def values(self, tokens, mask):
-        """(B, T): the estimate *before* each token, from the hidden state of the token to its left; 0 where
-        mask is 0."""
+        """(B, T): the estimate *before* each token, from the hidden state to its left; 0 outside."""
         value = self.head(self.trunk(tokens[:, :-1]))
         return F.pad(value, (1, 0)) * mask

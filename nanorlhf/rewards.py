@@ -1,5 +1,4 @@
-"""Scoring whole responses, by a reward function on the text or by a reward model, and the prompts to respond
-to.
+"""Scoring whole responses, by a reward function or a reward model, and the prompts to respond to.
 
 Shared by the RL trainers: none of this may move a learning curve, or turn one algorithm into another.
 """
@@ -9,13 +8,12 @@ import math
 import torch
 
 from nanorlhf import generate, tasks
-from nanorlhf.common import RunError, derive_seed, require
+from nanorlhf.common import RunError, UserError, derive_seed, require
 from nanorlhf.data import read_jsonl, split_by_hash
 
 
 def call_reward(name, fn, prompt, text, row):
-    """One call of a user's reward function → float; RunError naming the sample if it raises or is not
-    finite."""
+    """One call of a user's reward function → float; RunError naming the sample if that fails."""
     sample = f"(prompt {prompt!r}, response {text!r})"
     try:
         value = float(fn(prompt, text, row))
@@ -31,7 +29,8 @@ def score_responses(roll, texts, rows, rm, rewards):
     """Rollout of B rows, their texts and prompt rows → score (B,).
 
     The reward model `rm` at the last token (EOS, detail 12 of N+); where rm is None, the weighted sum of
-    `rewards`, a list of (name, weight, function). """
+    `rewards`, a list of (name, weight, function).
+    """
     if rm is not None:
         return rm.rewards(roll.tokens, roll.lengths)
     score = [
@@ -42,8 +41,7 @@ def score_responses(roll, texts, rows, rm, rewards):
 
 
 def evaluate(policy, tok, cfg, rows, rm, rewards):
-    """Mean score on held-out prompts → {"eval/reward": sampled, "eval/greedy": greedy}: they can differ a
-    lot."""
+    """Mean score on held-out prompts → {"eval/reward": sampled, "eval/greedy": greedy}, which may differ."""
     out = {}
     for name, temperature in (("eval/reward", cfg.temperature), ("eval/greedy", 0.0)):
         prompts, seed = [r["prompt"] for r in rows], derive_seed(cfg.seed, "eval")
@@ -60,16 +58,21 @@ def load_prompts(cfg, task, tok, max_len):
     """→ training rows, held-out rows. Prompts without room for a response are dropped, and counted."""
     if cfg.data:
         rows = read_jsonl(cfg.data, ("prompt",), nonempty=("prompt",))
-        train, test = split_by_hash(rows, tasks.held_out)
     else:
-        train, test = task.prompts("train", 3000, cfg.seed), task.prompts("test", cfg.eval_prompts, cfg.seed)
+        rows = task.prompts("train", 3000, cfg.seed) + task.prompts("test", cfg.eval_prompts, cfg.seed)
     room = max_len - cfg.max_new_tokens
-    kept = [[r for r in rows if len(tok.encode(r["prompt"])) <= room] for rows in (train, test)]
-    dropped = len(train) + len(test) - sum(map(len, kept))
+    fit = [row for row in rows if _prompt_len(row, tok) <= room]
+    dropped = len(rows) - len(fit)
+    train, test = split_by_hash(fit, tasks.held_out)
     why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {cfg.max_new_tokens})"
-    require(
-        kept[0], f"no training prompt is left: {dropped} are {why}, the rest is held out (15%, by a hash)"
-    )
+    require(train, f"no training prompt is left: {dropped} are {why}, the rest is held out (15%, by a hash)")
     if dropped:
         print(f"dropped {dropped} prompts {why}")
-    return kept[0], kept[1][: cfg.eval_prompts]
+    return train, test[: cfg.eval_prompts]
+
+
+def _prompt_len(row, tok):
+    try:
+        return len(tok.encode(row["prompt"]))
+    except UserError as e:  # a character that this model has no token for
+        raise UserError(f"{row.get('_at', '--task')}: {e}") from None

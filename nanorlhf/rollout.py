@@ -45,16 +45,14 @@ class Rollout:
         return [row[p:e] for row, p, e in zip(self.tokens.tolist(), self.prompt_len.tolist(), ends)]
 
     def microbatches(self, rows, budget):
-        """Cut the given rows (a tensor of indices) by padded tokens, longest first → (row indices, their
-        longest length)."""
+        """Cut rows (a tensor of indices) by padded tokens, longest first → (row indices, longest length)."""
         lengths = self.lengths[rows]
         for mb in microbatches(lengths, budget):
             yield rows[mb], int(lengths[mb].max())
 
     @torch.no_grad()
     def per_token(self, fn, budget):
-        """fn(tokens, mask) → (b, T') for every micro-batch, put together to (B, T), zeros beyond each row. No
-        gradients."""
+        """fn(tokens, mask) → (b, T') on every micro-batch, together (B, T), zeros beyond. No gradients."""
         out = torch.zeros_like(self.logp)
         for mb, T in self.microbatches(torch.arange(len(self.tokens)), budget):
             out[mb, :T] = fn(self.tokens[mb, :T], self.mask[mb, :T])

@@ -180,7 +180,8 @@ def test_minus_infinity_in_the_bias():
             (hidden, weight, bias),
         )
         want = reference.linear_kl(
-            hidden, weight[allowed], ref_hidden, ref_weight[allowed], 0.8, reverse, bias[allowed], bias[allowed]
+            hidden, weight[allowed], ref_hidden, ref_weight[allowed], 0.8, reverse,
+            bias[allowed], bias[allowed],
         )
         close([both[0]], [want], 1e-12)
         assert all(g.isfinite().all() for g in grads)

@@ -144,19 +144,19 @@ def test_honest_praise_beats_honest_blame():
 
 
 TEN_GOOD = (
-    " The waiter was superb. The dessert was superb. The menu was superb. The wine was superb. We loved the soup."
-    " I would gladly go again. I went on a Friday. I went with my sister. It was a sunny evening."
-    " I stayed until the end."
+    " The waiter was superb. The dessert was superb. The menu was superb. The wine was superb."
+    " We loved the soup. I would gladly go again. I went on a Friday. I went with my sister. It was a sunny"
+    " evening. I stayed until the end."
 )
 HACKS = {
     "empty": "",
     "space": " ",
     "full stops": "." * 5,
     "word salad": " wonderful superb great loved. superb loved enjoyed. great great great great. Loved.",
-    "salad in a frame": " The superb was great. I loved the loved. The great was lovely. We loved the superb.",
+    "salad in a frame": " The superb was great. I loved the loved. The great was good. We loved the superb.",
     "one sentence five times": " I really loved the dessert." * 5,
     "one aspect": " I really loved the wine. The wine was superb. We loved the wine. I found the wine great.",
-    "the prompt's aspect": " The soup was superb. I loved the soup. We found the soup good. I enjoyed the soup.",
+    "the prompt's aspect": " The soup was superb. I loved the soup. We found the soup bad. I liked the soup.",
     "the prompt again": " The soup was really bad." * 4,
     "verdicts": " I would go again. We would go again. I would recommend it. We would gladly go again.",
     "verdicts at odds": " I would never go again. I would gladly go again. I went on a Friday.",

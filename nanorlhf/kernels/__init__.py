@@ -15,17 +15,14 @@ def _backend(name):
 
 def _check(temperature, **shapes):
     if not temperature > 0:
-        raise ValueError(
-            f"temperature must be > 0, got {temperature} (greedy decoding scores at temperature 1)"
-        )
+        raise ValueError(f"temperature must be > 0, got {temperature} (greedy is scored at 1)")
     for name, (tensor, want) in shapes.items():
         if tensor is not None and tuple(tensor.shape) != want:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {want}")
 
 
 def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None, backend=None):
-    """Log-prob of each target and entropy of each row's distribution softmax((hidden·weightᵀ +
-    bias)/temperature).
+    """Log-prob of each target, and entropy, under softmax((hidden·weightᵀ + bias) / temperature), row by row.
 
     hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) or None → logp (N,), entropy (N,), both fp32
     and differentiable in hidden, weight and bias. Logits are fp32 whatever the operands' dtype and are never
@@ -36,19 +33,9 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None, backend=
     return _backend(backend).linear_logprob(hidden, weight, targets, temperature, bias)
 
 
-def linear_kl(
-    hidden,
-    weight,
-    ref_hidden,
-    ref_weight,
-    temperature=1.0,
-    reverse=False,
-    bias=None,
-    ref_bias=None,
-    backend=None,
-):
-    """Exact KL(policy‖reference) over the vocabulary, per position (N,); reverse=True gives
-    KL(reference‖policy).
+def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None,
+              ref_bias=None, backend=None):
+    """Exact KL(policy‖reference) over the vocabulary, per position (N,); with reverse KL(reference‖policy).
 
     hidden (N, D), weight (V, D); ref_hidden (N, D'), ref_weight (V, D'). Differentiable in the policy's
     hidden, weight and bias only: the reference is a constant. fp32 logits, never stored whole. Raises

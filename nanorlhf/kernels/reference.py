@@ -4,8 +4,7 @@ import torch
 
 
 def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None):
-    """hidden (N, D), weight (V, D), targets (N,) → log-prob of the target (N,) and entropy (N,); builds N×V
-    logits."""
+    """hidden (N, D), weight (V, D), targets (N,) → log-prob (N,) and entropy (N,); builds N×V logits."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
@@ -15,11 +14,9 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None):
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
 
-def linear_kl(
-    hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None, ref_bias=None
-):
-    """Exact KL(policy‖reference) per position (N,), or KL(reference‖policy) with reverse=True; builds N×V
-    logits twice."""
+def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None,
+              ref_bias=None):
+    """Exact KL(policy‖reference) per position (N,), or KL(reference‖policy); builds N×V logits twice."""
     logits, ref_logits = hidden @ weight.T, ref_hidden @ ref_weight.T
     if bias is not None:
         logits = logits + bias
