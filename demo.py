@@ -141,13 +141,15 @@ def print_report(judged, prompts, report):
     print("\nOn held-out prompts, mean ± standard error; KL in nats per sequence:\n")
     print(f"{'':12}{'gold':>14}{'proxy':>14}{'KL to SFT':>15}{'length':>9}{'unique':>9}")
     for name, j in judged.items():
-        cells = "".join(f"{m:{w}.2f} ± {se:.2f}" for w, (m, se) in ((7, j.gold), (7, j.proxy), (8, j.kl)))
+        columns = ((7, j.gold), (7, j.proxy), (8, j.kl))
+        cells = "".join(f"{round(m, 2) + 0.0:{w}.2f} ± {se:.2f}" for w, (m, se) in columns)
         print(f"{name:12}{cells}{j.length:>9.1f}{j.unique:>9.2f}")
     print(f"\nReward model: {report['rm_acc']:.1%} of the held-out pairs in gold's order "
           f"(by length alone: {report['rm_acc_len_only']:.1%})")
     before, after, nokl = judged.values()
-    for i in range(5):
-        print(f"\n{prompts[i]}")
+    for prompt in list(dict.fromkeys(prompts))[:5]:
+        i = prompts.index(prompt)
+        print(f"\n{prompt}")
         for name, j in (("SFT", before), ("PPO", after), ("β = 0", nokl)):
             text = textwrap.wrap(j.responses[i].strip(), 72) or ["(nothing)"]
             print("\n".join(f"{head:>5} │ {line}" for head, line in zip([name] + [""] * len(text), text)))

@@ -333,8 +333,8 @@ def train(cfg):
             first_ratio = metrics.pop("first_ratio")
             if step == 0:
                 must = " (must be 0)" if cfg.ref == cfg.init else ""
-                kl = f"KL {metrics['kl']:.6f}{must}"
-                run.log.say(f"first minibatch: ratio {first_ratio:.6f} (must be 1), {kl}")
+                kl = f"KL {abs(metrics['kl']):.6f}{must}"
+                run.log.say(f"first minibatch: largest ratio {first_ratio:.6f} (must be 1), {kl}")
             if cfg.kl_target:
                 beta = adapt_beta(beta, metrics["kl"], cfg, len(mask))
             done = step + 1

@@ -303,8 +303,9 @@ class Log:
 def _cell(value):
     if value is None or isinstance(value, int):
         return "" if value is None else str(value)
-    if value and abs(value) < 1e-3:
+    if 1e-6 < abs(value) < 1e-3:
         return f"{value:.0e}"
+    value = round(value, 3) + 0.0  # no −0.000
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
