@@ -1,7 +1,7 @@
 """The whole of RLHF in one command, on a laptop: language model, reward model and PPO policy, from nothing.
 
     SFT    a small GPT learns to write reviews from 4,000 demonstrations                        train_sft.py
-    RM     it writes two answers to each of 3,000 prompts; noisy preferences between them
+    RM     it writes two answers to each of 4,000 prompts; noisy preferences between them
            train a reward model                                                                 train_rm.py
     PPO    the policy climbs the reward model, held to the SFT model by a KL penalty            train_ppo.py
     PPO    once more without the penalty: the proxy climbs on while the text falls apart        --beta 0

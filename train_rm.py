@@ -29,6 +29,7 @@ from nanorlhf import generate, hub, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
+    check_ranges,
     derive_seed,
     fill_by_task,
     require,
@@ -57,7 +58,7 @@ class Config:
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data)
     data: str = ""  # JSONL of {"prompt", "chosen", "rejected"} rows, in place of the task's own pairs
     references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
-    pairs: int = 3000  # pairs to make for the built-in task
+    pairs: int = 4000  # pairs to make for the built-in task
     tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     out: str = ""  # run folder; empty: runs/TASK-rm
@@ -80,7 +81,7 @@ class Config:
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
     BY_TASK: ClassVar = {
-        "reviews": dict(steps=200, lr=1e-3),
+        "reviews": dict(steps=260, lr=1e-3),
         "chain": dict(steps=200, lr=1e-3),
         "countdown": dict(steps=200, lr=1e-3),
     }
@@ -89,8 +90,7 @@ class Config:
         fill_by_task(self)
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.out = self.out or f"runs/{self.task}-rm"
-        require(self.steps > 0 and self.batch_size > 0, "--steps and --batch_size must be at least 1")
-        require(self.lr > 0, f"--lr {self.lr}: must be above 0")
+        check_ranges(self, ("pairs", "steps", "batch_size", "lr"))
         require(
             self.data or self.task == "reviews",
             f"--task {self.task} has a reward function, no preferences; --task reviews has, or give --data",
@@ -112,12 +112,12 @@ def pairwise_loss(chosen, rejected):
 
     logsigmoid, and not the log of sigmoid: at a margin of −200 that would be infinite.
     """
-    return -F.logsigmoid(chosen - rejected).mean()
+    return -F.logsigmoid(chosen - rejected).mean()  # detail 10
 
 
 def pair_rewards(model, pairs, tok):
     """(chosen ids, rejected ids) rows → two tensors of rewards (B,), from one forward pass."""
-    tokens, lengths = pad([w for w, _ in pairs] + [l for _, l in pairs], tok.pad_id)
+    tokens, lengths = pad([w for w, _ in pairs] + [l for _, l in pairs], tok.pad_id)  # detail 6
     return model.rewards(tokens.to(model.device), lengths.to(model.device)).chunk(2)
 
 
@@ -203,7 +203,7 @@ def length_only(train, test):
 def evaluate(model, pairs, tok):
     parts = [pair_rewards(model, pairs[i : i + 256], tok) for i in range(0, len(pairs), 256)]
     chosen, rejected = (torch.cat(side) for side in zip(*parts))
-    acc = (chosen > rejected).float().mean().item()
+    acc = (chosen > rejected).float().mean().item()  # detail 16
     return {"eval/loss": pairwise_loss(chosen, rejected).item(), "eval/acc": acc}
 
 
@@ -211,7 +211,7 @@ def evaluate(model, pairs, tok):
 def normalise(model, references, tok):
     """Set the bias so that the references' mean reward is 0 (detail 15 of N+) → that mean, measured again."""
     tokens, lengths = (t.to(model.device) for t in pad(references, tok.pad_id))
-    model.reward_bias -= model.rewards(tokens, lengths).mean()
+    model.reward_bias -= model.rewards(tokens, lengths).mean()  # detail 15
     return model.rewards(tokens, lengths).mean().item()
 
 
