@@ -68,7 +68,7 @@ def judge(folder, sft, rm, prompts, seed):
     policy, tok = hub.load(folder)
     task = tasks.get("reviews")
     seed = derive_seed(seed, "judge")
-    rolls, texts = generate.respond(policy, tok, prompts, 1, task.max_new_tokens, seed=seed)
+    rolls, texts = generate.respond(policy, tok, prompts, 1, task.max_new_tokens, seed=seed, desc="judging")
     gold = torch.tensor([tasks.gold(p, t) for p, t in zip(prompts, texts)])
     proxy = torch.cat([rm.rewards(roll.tokens, roll.lengths) for roll in rolls])
     k1 = torch.cat([(roll.logp - sft.logprobs(roll.tokens, roll.mask)[0]).sum(1) for roll in rolls])
@@ -144,7 +144,7 @@ def print_report(judged, prompts, report):
         columns = ((7, j.gold), (7, j.proxy), (8, j.kl))
         cells = "".join(f"{round(m, 2) + 0.0:{w}.2f} ± {se:.2f}" for w, (m, se) in columns)
         print(f"{name:12}{cells}{j.length:>9.1f}{j.unique:>9.2f}")
-    print(f"\nReward model: {report['rm_acc']:.1%} of the held-out pairs in gold's order "
+    print(f"\nReward model: {report['rm_acc']:.1%} of held-out pairs in gold's order "
           f"(by length alone: {report['rm_acc_len_only']:.1%})")
     before, after, nokl = judged.values()
     for prompt in list(dict.fromkeys(prompts))[:5]:

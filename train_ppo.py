@@ -28,7 +28,7 @@ import torch
 
 from nanorlhf import generate, hub, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, derive_seed, fill_by_task, require, run_cli, setup, to_device
+from nanorlhf.common import Clock, check_ranges, derive_seed, fill_by_task, require, run_cli, setup, to_device
 from nanorlhf.data import epoch_batches
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.rewards import evaluate, load_prompts, score_responses
@@ -64,7 +64,7 @@ class Config:
 
     beta: float | None = None  # KL coefficient, reward per nat
     kl_target: float = 0.0  # nats per sequence that an adaptive beta steers to; 0: beta is fixed
-    kl_horizon: int = 10000  # samples over which the adaptive beta moves
+    kl_horizon: int = 1000  # samples over which the adaptive beta moves
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's λ
     clip: float = 0.2  # ε of the policy ratio
@@ -106,10 +106,10 @@ class Config:
             self.rm = f"runs/{self.task}-rm/model"
         self.critic_init = self.critic_init or self.rm or self.init
         self.out = self.out or f"runs/{self.task}-ppo"
-        for name in ("steps", "prompts_per_step", "group_size", "max_new_tokens", "epochs", "minibatches"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("lr", "critic_lr", "temperature"):
-            require(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: must be above 0")
+        counts = "steps prompts_per_step group_size max_new_tokens epochs minibatches kl_horizon sample_every"
+        above_zero = [*counts.split(), "lr", "critic_lr", "temperature"]
+        check_ranges(self, above_zero, any_sign=("seed", "no_eos_score"))
+        require(max(self.gamma, self.lam) <= 1, "--gamma and --lam: must not be above 1")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
         rows = self.prompts_per_step * self.group_size
         require(rows >= self.minibatches, f"--minibatches {self.minibatches}: a step has {rows} samples only")
@@ -136,7 +136,7 @@ def shape_rewards(score, logp, ref_logp, mask, finished, beta, no_eos_score=-1.0
     mask = mask.bool()
     reward = torch.where(mask, -beta * (logp - ref_logp), 0.0)
     if no_eos_score is not None:
-        score = torch.where(finished.bool(), score, no_eos_score)
+        score = torch.where(finished.bool(), score, no_eos_score)  # detail 23.3
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # EOS, where the response ended
     return reward + last * score[:, None]
 
@@ -182,7 +182,8 @@ def policy_loss(logp, old_logp, adv, mask, clip, denom):
     ratio = log_ratio.exp()
     free, held = -adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.where(mask, torch.maximum(free, held), 0.0).sum() / denom
-    return loss, {"clip": ((held > free) & mask).sum() / denom, "ratio_max": ratio.detach().max()}
+    largest = torch.where(mask, ratio.detach(), 0.0).max()
+    return loss, {"clip": ((held > free) & mask).sum() / denom, "ratio_max": largest}
 
 
 def value_loss(value, old_value, ret, mask, clip, denom):
@@ -240,7 +241,7 @@ def train(cfg):
         hub.save(policy, tok, f"{cfg.out}/model")
         hub.save(critic, tok, f"{cfg.out}/critic")
 
-    # detail 20: Adam's eps is 1e-5; with PyTorch's 1e-8 the first steps are several times as long
+    # detail 20: Adam's eps is 1e-5; with PyTorch's 1e-8 the first step is about a fifth longer
     peaks = ((policy, cfg.lr), (critic, cfg.critic_lr))
     groups = [{"params": model.parameters(), "peak": peak} for model, peak in peaks]
     opt = torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
@@ -324,7 +325,7 @@ def train(cfg):
                 "kl": k1.mean().item(),
                 "len": roll.response_len.float().mean().item(),
                 "stop": roll.finished.float().mean().item(),
-                "explained_var": 1 - (error / spread.clamp(min=1e-8)).item(),
+                "explained_var": 1 - (error / spread).item() if spread > 1e-8 else None,
                 "beta": beta,
                 "lr": opt.param_groups[0]["lr"],
             }

@@ -139,7 +139,7 @@ def make_pairs(cfg, task, model, tok):
     for path, split, n, tau in ((paths[0], "train", cfg.pairs, cfg.tau), (paths[1], "test", 512, 0.0)):
         prompts = [r["prompt"] for r in task.prompts(split, n, cfg.seed)]
         seed = derive_seed(cfg.seed, "pairs", split)
-        _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed)
+        _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed, desc="pairs")
         rng, rows = random.Random(seed), []
         for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
             if a != b and (tau > 0 or tasks.gold(prompt, a) != tasks.gold(prompt, b)):

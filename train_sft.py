@@ -22,6 +22,7 @@ from nanorlhf import generate, hub, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
+    check_ranges,
     derive_seed,
     fill_by_task,
     require,
@@ -70,7 +71,7 @@ class Config:
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW, on matrices only
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
-    loss_on_prompt: bool = False  # count the prompt's tokens too
+    loss_on_prompt: bool = False  # count the prompt's tokens too (detail 9)
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
     eval_every: int = 100  # steps between held-out measurements; 0: only at the end
@@ -89,8 +90,7 @@ class Config:
     def __post_init__(self):
         fill_by_task(self)
         self.out = self.out or f"runs/{self.task}-sft"
-        require(self.steps > 0 and self.batch_size > 0, "--steps and --batch_size must be at least 1")
-        require(self.lr > 0, f"--lr {self.lr}: must be above 0")
+        check_ranges(self, "demos n_layer n_head d_model max_len vocab_size steps batch_size lr".split())
 
 
 COLUMNS = ["step", "loss", "len", "gnorm", "lr", "tok_s", "s", "eval/loss", "eval/reward", "eval/greedy"]
@@ -108,7 +108,7 @@ def sft_loss(logp, mask, denom):
 
 def batch_tensors(rows, tok, device, loss_on_prompt=False):
     """(prompt ids, response ids) rows → tokens (B, T), mask (B, T) bool of the tokens the loss counts."""
-    tokens, lengths = pad([p + r for p, r in rows], tok.pad_id)
+    tokens, lengths = pad([p + r for p, r in rows], tok.pad_id)  # detail 5
     begin = [1 if loss_on_prompt else len(p) for p, _ in rows]  # the first token has nothing before it
     return tokens.to(device), response_mask(begin, lengths, tokens.shape[1]).to(device)
 

@@ -21,7 +21,7 @@ import threading
 
 import torch
 
-from nanorlhf.common import Interrupted, Log, RunError, UserError
+from nanorlhf.common import Interrupted, Log, RunError, UserError, import_wandb
 
 KEEP = 2  # complete checkpoints kept in state/
 
@@ -78,6 +78,7 @@ class Run:
         self.cfg, self.out, self.signum, self.handlers, self.log = cfg, cfg.out, None, {}, None
         self.columns, self.show, self.panels = columns, show, panels
         self.config, self.state = os.path.join(self.out, "config.json"), os.path.join(self.out, "state")
+        import_wandb(cfg.wandb)  # if it is missing, say so before anything is touched
         with self._usable():
             os.makedirs(self.out, exist_ok=True)
             holds_run = os.path.exists(self.config)

@@ -1,8 +1,10 @@
 """Plumbing that never moves a learning curve: errors, config → command line, device, seeds, the log."""
 
+import contextlib
 import csv
 import dataclasses
 import difflib
+import errno
 import hashlib
 import inspect
 import json
@@ -52,6 +54,18 @@ def fill_by_task(cfg):
 def require(ok, message):
     if not ok:
         raise UserError(message)
+
+
+def check_ranges(cfg, above_zero, any_sign=("seed",)):
+    """UserError for a number out of range: those named must be above 0, the others not below it."""
+    for f, kind in _field_types(type(cfg)):
+        value = getattr(cfg, f.name)
+        if kind not in (int, float) or value is None or f.name in any_sign:
+            continue
+        least = "must be at least 1" if kind is int else "must be above 0"
+        require(value > 0 or f.name not in above_zero, f"--{f.name} {value}: {least}")
+        require(value >= 0, f"--{f.name} {value}: must not be negative")
+    require(-(2**63) <= cfg.seed < 2**63, f"--seed {cfg.seed}: must fit into 64 bits")
 
 
 def _field_types(Config):
@@ -127,7 +141,7 @@ def parse(Config, argv, doc="", prog="train.py"):
         if flag in ("-h", "--help"):
             print(help_text(Config, doc, prog))
             raise SystemExit(0)
-        name = flag[2:].replace("-", "_")
+        name = flag.lstrip("-").replace("-", "_")
         if not flag.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1)
             hint = f"did you mean --{near[0]}?" if near else "see --help"
@@ -159,6 +173,14 @@ def run_cli(Config, train, module_doc, argv=None):
         return 2
     except RunError as e:
         print(f"{prog}: stopped: {e}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        print(f"{prog}: stopped: the disk is full ({e})", file=sys.stderr)
         return 1
     except Interrupted as e:
         print(f"{prog}: {e}", file=sys.stderr)
@@ -230,27 +252,35 @@ class Log:
         self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
                         desc=os.path.basename(out), file=sys.stdout)
         self.steps = steps
-        self.wandb = _wandb(wandb, out, config)
+        wandb, project = import_wandb(wandb), wandb
+        self.wandb = wandb and wandb.init(project=project, name=os.path.basename(out), config=config)
 
     def _keep_before(self, start):
+        """Both logs without the steps from `start` on, and without lines that a crash or a full disk tore."""
         path = os.path.join(self.out, "metrics.csv")
         rows = []
         if start and os.path.exists(path):
             with open(path, newline="") as f:
-                rows = [r for r in csv.DictReader(f) if int(r["step"]) < start]
-        with open(path, "w", newline="") as f:
+                whole = (r for r in csv.DictReader(f) if None not in (*r, *r.values()))
+                rows = [r for r in whole if int(r["step"]) < start]
+        with open(path + ".tmp", "w", newline="") as f:
             writer = csv.DictWriter(f, self.columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        os.replace(path + ".tmp", path)
         for row in rows:  # a run resumed at its very end still knows its figures
             self.last.update({k: float(v) for k, v in row.items() if v and k != "step"})
         path = os.path.join(self.out, "samples.jsonl")
         lines = []
         if start and os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                lines = [line for line in f if json.loads(line)["step"] < start]
-        with open(path, "w", encoding="utf-8") as f:
+            with open(path, encoding="utf-8", errors="replace") as f:
+                for line in f:
+                    with contextlib.suppress(ValueError):
+                        if json.loads(line)["step"] < start:
+                            lines.append(line)
+        with open(path + ".tmp", "w", encoding="utf-8", newline="") as f:
             f.writelines(lines)
+        os.replace(path + ".tmp", path)
 
     def _append(self, name, text):
         try:
@@ -309,15 +339,15 @@ def _cell(value):
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def _wandb(project, out, config):
-    """The optional hook: `pip install wandb` and `--wandb PROJECT`."""
+def import_wandb(project):
+    """The optional hook, `pip install wandb` and `--wandb PROJECT`: the module, or None without the flag."""
     if not project:
         return None
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs the wandb package: pip install wandb") from None
-    return wandb.init(project=project, name=os.path.basename(out), config=config)
+    return wandb
 
 
 def plot_curves(out, panels):

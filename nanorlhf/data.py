@@ -145,7 +145,8 @@ def encode_pair(
         raise UserError(f"{prefix}{e}") from None
     if not prompt_ids:
         raise UserError(f"{prefix}the prompt is empty; a response needs at least one token before it")
-    response_ids = response_ids + [tok.eos_id]
+    response_ids = response_ids + [tok.eos_id]  # detail 3
+    # detail 4: never truncated; what does not fit is dropped
     return (prompt_ids, response_ids) if len(prompt_ids) + len(response_ids) <= max_len else None
 
 

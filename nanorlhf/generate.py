@@ -7,6 +7,7 @@ sample does not depend on which other rows are still in the batch.
 """
 
 import torch
+from tqdm import tqdm
 
 from nanorlhf.common import UserError
 from nanorlhf.rollout import Rollout
@@ -74,7 +75,7 @@ def _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id):
     plen = torch.tensor([len(p) for p in prompts])[group]  # (B,)
     tokens = torch.full((len(group), longest + max_new_tokens), pad_id)
     for row, g in enumerate(group.tolist()):
-        tokens[row, : len(prompts[g])] = torch.tensor(prompts[g])
+        tokens[row, : len(prompts[g])] = torch.tensor(prompts[g])  # detail 6: N+ pads on the left
     u = torch.rand(len(group), max_new_tokens, generator=torch.Generator().manual_seed(seed % 2**63))
     return tokens.to(model.device), plen.to(model.device), group.to(model.device), u.to(model.device)
 
@@ -117,11 +118,11 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
         token, lp = sample(model.head_logits(last), u[rows, t], temperature, top_k, top_p)
         write = rows[alive]
         tokens[write, plen[write] + t] = token[alive]
-        logp[write, plen[write] + t] = lp[alive]
+        logp[write, plen[write] + t] = lp[alive].to(logp.dtype)
         new[write] += 1
         if eos_id is not None:
-            finished[write] = token[alive] == eos_id
-            alive = alive & (token != eos_id)
+            finished[write] = token[alive] == eos_id  # detail 23.2: nothing is kept behind EOS
+            alive = alive & (token != eos_id)  # detail 23.1: N+ samples on to a fixed length
             left = int(alive.sum())
             if left == 0:
                 break
@@ -146,7 +147,8 @@ def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=No
         hidden = model(tokens[:, : int(plen.max()) + t])  # what stands right of a row's end cannot touch it
         token, lp = sample(model.head_logits(hidden[rows, plen + t - 1]), u[:, t], temperature, top_k, top_p)
         live = rows[~finished]
-        tokens[live, plen[live] + t], logp[live, plen[live] + t] = token[live], lp[live]
+        tokens[live, plen[live] + t] = token[live]
+        logp[live, plen[live] + t] = lp[live].to(logp.dtype)
         new[live] += 1
         finished[live] = token[live] == (-1 if eos_id is None else eos_id)
         if finished.all():
@@ -154,14 +156,14 @@ def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=No
     return _finish(tokens, logp, plen, new, finished, group)
 
 
-def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512):
+def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512, desc=""):
     """Text in, text out: n responses to each prompt → (rollouts, responses), a prompt's n together.
 
     rollouts is a list of Rollout, of at most about `batch` rows each; responses a list of len(prompts)·n
-    strings without EOS.
+    strings without EOS. With a `desc` a progress bar shows it on a terminal.
     """
     rolls, texts, per = [], [], max(1, batch // n)
-    for i in range(0, len(prompts), per):
+    for i in tqdm(range(0, len(prompts), per), desc, leave=False, disable=None if desc else True):
         ids = [tok.encode(p) for p in prompts[i : i + per]]
         roll = generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, pad_id=tok.pad_id)
         rolls.append(roll)

@@ -75,7 +75,7 @@ def _to_hf(state, cfg, family):
     return out
 
 
-def _from_hf(tensors, model, family, folder):
+def _from_hf(tensors, model, family, weights):
     """Their tensors → our state dict, through the same table. UserError unless they fit."""
     cfg = model.cfg
     state = model.state_dict()
@@ -85,7 +85,7 @@ def _from_hf(tensors, model, family, folder):
         if want.get(name) != have.get(name):
             what = "is missing" if name not in have else "is unknown to this model" if name not in want else \
                 f"has shape {have[name]}, config.json says {want[name]}"
-            raise UserError(f"{folder}/model.safetensors: tensor {name} {what}")
+            raise UserError(f"{weights}: tensor {name} {what}")
     for ours, theirs in _names(GPT2 if family == "gpt2" else LLAMA, cfg):
         if ours.endswith(".weight"):
             state[ours] = tensors[theirs]
@@ -173,6 +173,8 @@ def _write_config(model, tok):
 
 def _read_config(raw, where):
     """config.json → (GPTConfig, family). What we could not represent exactly is refused by name."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: is not a JSON object")
     family = raw.get("model_type")
     if family not in ("gpt2", "llama"):
         raise UserError(f"{where}: model_type {family!r} is not supported (gpt2 and llama are)")
@@ -190,7 +192,7 @@ def _read_config(raw, where):
                 d_model=raw["n_embd"],
                 d_ff=raw.get("n_inner") or 0,
                 max_len=raw.get("n_positions", 1024),
-                norm_eps=raw.get("layer_norm_epsilon", 1e-5),
+                norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
                 tied=raw.get("tie_word_embeddings", True),
             )
         else:
@@ -212,17 +214,20 @@ def _read_config(raw, where):
                 d_ff=raw["intermediate_size"],
                 max_len=raw.get("max_position_embeddings", 2048),
                 bias=bias,
-                norm_eps=raw.get("rms_norm_eps", 1e-6),
+                norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
                 tied=raw.get("tie_word_embeddings", False),
-                rope_theta=raw.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+                rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
             )
     except KeyError as e:
         raise UserError(f"{where}: the field {e} is missing") from None
+    except UserError as e:  # a size that is none, or sizes that do not go together
+        raise UserError(str(e) if where in str(e) else f"{where}: {e}") from None
+    except (TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{where}: damaged ({e})") from None
     for key, (default, allowed) in must.items():
         if raw.get(key, default) not in allowed:
-            raise UserError(
-                f"{where}: {key}={raw[key]!r} is not supported (must be {' or '.join(map(repr, allowed))})"
-            )
+            choice = " or ".join(map(repr, allowed))
+            raise UserError(f"{where}: {key}={raw.get(key, default)!r} is not supported (must be {choice})")
     return cfg, family
 
 
@@ -240,7 +245,7 @@ def save(model, tok, folder):
              "model.safetensors": safetensors.save(tensors, metadata={"format": "pt"})}
     if tok is not None:
         files |= tok.files()
-    write_folder(folder, files)
+    write_folder(os.path.normpath(folder), files)
 
 
 def load(folder, flag="--init", hint="", kind=""):
@@ -248,36 +253,52 @@ def load(folder, flag="--init", hint="", kind=""):
     the tokenizer is None where the folder has none. Raises UserError, naming `flag` and the file, for
     anything missing or unfitting.
     """
+    folder = os.path.normpath(folder)  # "model/" and a Path too
     if not os.path.isdir(folder) and os.path.isdir(f"{folder}.old"):
         folder += ".old"  # what a crash in mid-save leaves
-    where = os.path.join(folder, "config.json")
-    if not os.path.isfile(where):
+    if not os.path.isfile(os.path.join(folder, "config.json")):
         what = "has no config.json" if os.path.isdir(folder) else "does not exist"
         raise UserError(f"{flag} {folder} {what}" + (f"; make it with: {hint}" if hint else ""))
     try:
+        model, tok = _read(folder)
+    except UserError as e:
+        raise UserError(f"{flag} {e}") from None
+    is_a = "reward model" if isinstance(model, ScalarModel) else "language model"
+    if kind and kind != is_a:
+        raise UserError(f"{flag} {folder}: is a {is_a}, must be a {kind}")
+    if kind and tok is None:
+        raise UserError(f"{flag} {folder}: has no tokenizer ({FILE})")
+    return model, tok
+
+
+def _read(folder):
+    """A folder → (model, tokenizer or None), or a UserError that begins with the file at fault."""
+    where, weights = os.path.join(folder, "config.json"), os.path.join(folder, "model.safetensors")
+    try:
         with open(where, encoding="utf-8") as f:
             raw = json.load(f)
-        cfg, family = _read_config(raw, where)
-        tensors = safetensors.load_file(os.path.join(folder, "model.safetensors"))
+    except (ValueError, OSError) as e:
+        raise UserError(f"{where}: {e}") from None
+    cfg, family = _read_config(raw, where)
+    try:
+        tensors = safetensors.load_file(weights)
     except (ValueError, OSError, SafetensorError) as e:
-        raise UserError(f"{flag} {folder}: {e}") from None
+        raise UserError(f"{weights}: {e}") from None
     scalar = (raw.get("architectures") or [""])[0].endswith("ForSequenceClassification")
-    score = tensors.pop("score.weight", None)
+    score = tensors.pop("score.weight", None) if scalar else None
     if scalar:
         cfg.tied = True  # no unembedding of its own: `score` is the head
     model = GPT(cfg)
-    model.load_state_dict(_from_hf(tensors, model, family, folder))
+    model.load_state_dict(_from_hf(tensors, model, family, weights))
     if scalar:
         model = ScalarModel(model)
         if score is None or score.shape != model.score.weight.shape:
-            raise UserError(f"{flag} {folder}: score.weight is missing or not of shape (1, {cfg.d_model})")
-        model.load_state_dict(
-            {"score.weight": score, "reward_bias": torch.tensor(float(raw.get("reward_bias", 0.0)))},
-            strict=False,
-        )
+            raise UserError(f"{weights}: score.weight is missing or not of shape (1, {cfg.d_model})")
+        bias = raw.get("reward_bias", 0.0)
+        if not isinstance(bias, (int, float)):
+            raise UserError(f"{where}: reward_bias={bias!r} must be a number")
+        model.load_state_dict({"score.weight": score, "reward_bias": torch.tensor(float(bias))}, strict=False)
     tok = Tokenizer.load(folder) if os.path.exists(os.path.join(folder, FILE)) else None
-    if kind and kind != ("reward model" if scalar else "language model"):
-        raise UserError(f"{flag} {folder}: is a {'reward' if scalar else 'language'} model, must be a {kind}")
-    if kind and tok is None:
-        raise UserError(f"{flag} {folder}: has no tokenizer ({FILE})")
+    if tok and tok.vocab_size > cfg.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tok.vocab_size} ids, the model only {cfg.vocab_size}")
     return model, tok

@@ -47,6 +47,17 @@ class GPTConfig:
     tied: bool = True  # the unembedding is the embedding
 
     def __post_init__(self):
+        allowed = dict(norm=("layer", "rms"), pos=("learned", "rope"), mlp=("gelu", "swiglu"))
+        for name, kinds in allowed.items():
+            if getattr(self, name) not in kinds:
+                raise UserError(f"{name}={getattr(self, name)!r} must be {' or '.join(kinds)}")
+        optional = ("n_kv_head", "head_dim", "d_ff")  # 0: see above
+        for name in ("vocab_size", "n_layer", "n_head", "d_model", "max_len", *optional):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < (name not in optional):
+                raise UserError(f"{name}={value!r} must be a positive whole number")
+        if not self.head_dim and self.d_model % self.n_head:
+            raise UserError(f"n_head={self.n_head} must divide d_model={self.d_model}")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.d_model // self.n_head
         if not self.d_ff:
@@ -101,7 +112,7 @@ def rope_table(head_dim, max_len, theta, device):
 
 def rotate(x, cos, sin):
     """Rotary positions for x (B, H, T, hd); cos, sin (B or 1, 1, T, hd/2). Pairs are (i, i + hd/2)."""
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -165,7 +176,7 @@ class Block(nn.Module):
         self.norm1, self.attn, self.norm2, self.mlp = Norm(cfg), Attention(cfg), Norm(cfg), MLP(cfg)
 
     def forward(self, x, rope, layer_cache, step):
-        x = x + self.attn(self.norm1(x), rope, layer_cache, step)
+        x = x + self.attn(self.norm1(x), rope, layer_cache, step)  # detail 7: no dropout
         return x + self.mlp(self.norm2(x))
 
 
@@ -267,7 +278,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.score = Linear(trunk.cfg.d_model, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=1 / math.sqrt(trunk.cfg.d_model + 1))
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(trunk.cfg.d_model + 1))  # detail 11
         self.register_buffer("reward_bias", torch.zeros(()))
 
     @property
@@ -285,7 +296,7 @@ class ScalarModel(nn.Module):
     def rewards(self, tokens, lengths):
         """tokens (B, T), lengths (B,) → (B,): read at each row's last token (detail 12 of N+)."""
         hidden = self.trunk(tokens)
-        return self.head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])
+        return self.head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])  # detail 12
 
     def values(self, tokens, mask):
         """(B, T): the estimate *before* each token, from the hidden state to its left; 0 outside."""

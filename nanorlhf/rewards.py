@@ -32,7 +32,7 @@ def score_responses(roll, texts, rows, rm, rewards):
     `rewards`, a list of (name, weight, function).
     """
     if rm is not None:
-        return rm.rewards(roll.tokens, roll.lengths)
+        return rm.rewards(roll.tokens, roll.lengths)  # detail 13: at no other position
     score = [
         sum(weight * call_reward(name, fn, row["prompt"], text, row) for name, weight, fn in rewards)
         for text, row in zip(texts, rows, strict=True)
@@ -61,7 +61,7 @@ def load_prompts(cfg, task, tok, max_len):
     else:
         rows = task.prompts("train", 3000, cfg.seed) + task.prompts("test", cfg.eval_prompts, cfg.seed)
     room = max_len - cfg.max_new_tokens
-    fit = [row for row in rows if _prompt_len(row, tok) <= room]
+    fit = [row for row in rows if _prompt_len(row, tok) <= room]  # detail 2: N+ truncates
     dropped = len(rows) - len(fit)
     train, test = split_by_hash(fit, tasks.held_out)
     why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {cfg.max_new_tokens})"

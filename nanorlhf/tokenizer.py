@@ -45,7 +45,7 @@ class Tokenizer:
             raise UserError("tokenizer: all 256 single bytes must be tokens, or some text has no ids")
         self.kind, self.name = kind, f"nanorlhf-{kind}"
         self.pattern, self.tokens = pattern, list(tokens)
-        self.eos_id, self.pad_id = len(tokens), len(tokens) + 1
+        self.eos_id, self.pad_id = len(tokens), len(tokens) + 1  # detail 3: pad is not EOS
         self.vocab_size = len(tokens) + 2
         self.specials = {"<|eos|>": self.eos_id, "<|pad|>": self.pad_id}
         self._shown = self.tokens + [text.encode() for text in self.specials]

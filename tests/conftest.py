@@ -1,3 +1,36 @@
+import pytest
 import torch
 
+from nanorlhf import common
+
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """curves.png is not drawn: it takes longer than a tiny run."""
+    monkeypatch.setattr(common, "pyplot", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """Data files, and an SFT and a reward model made of them; stages.config gives runs of 50 ms."""
+    from stages import Stages
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(common, "pyplot", lambda: None)
+        return Stages(tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """What reaches the optimizer before it is clipped: one list of gradients a step."""
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def record(parameters, max_norm):
+        parameters = list(parameters)
+        seen.append([p.grad.clone() for p in parameters])
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    return seen

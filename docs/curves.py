@@ -1,0 +1,148 @@
+"""The curves of the pages in docs/: real runs, their metrics.csv in docs/data/, pictures in docs/img/.
+
+    python docs/curves.py            draw docs/img/*.png from docs/data/*.csv and bench/results/*.csv
+    python docs/curves.py --run      first make docs/data/*.csv anew: two CPU minutes, seed 0
+
+After --run, `python tests/test_docs.py --update` brings the figures quoted in the pages up to date.
+"""
+
+import csv
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, IMG, BENCH = ROOT / "docs/data", ROOT / "docs/img", ROOT / "bench/results"
+sys.path.insert(0, str(ROOT))
+
+# name of the CSV → the command; {name} stands for the run folder of an earlier one
+RUNS = {
+    "sft": "train_sft.py",
+    "rm": "train_rm.py --init {sft}/model",
+    "ppo": "train_ppo.py --init {sft}/model --rm {rm}/model",
+    "ppo_beta0": "train_ppo.py --init {sft}/model --rm {rm}/model --beta 0",
+    "chain_sft": "train_sft.py --task chain",
+    "chain_ppo": "train_ppo.py --task chain --init {chain_sft}/model",
+}
+BLUE, RED, GREEN, GREY = "tab:blue", "tab:red", "tab:green", "tab:gray"
+
+
+def run_all():
+    from demo import gold_along  # gold is read after training, from the samples that the run logged
+
+    with tempfile.TemporaryDirectory() as tmp:
+        folders = {name: f"{tmp}/{name}" for name in RUNS}
+        for name, command in RUNS.items():
+            print(f"── {name}: python {command.format(**{n: f'RUN/{n}' for n in RUNS})}", flush=True)
+            argv = [sys.executable, *command.format(**folders).split(), "--out", folders[name], "--seed", "0"]
+            subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            shutil.copy(f"{folders[name]}/metrics.csv", DATA / f"{name}.csv")
+        steps, with_kl = gold_along(folders["ppo"])
+        rows = zip(steps, with_kl, gold_along(folders["ppo_beta0"])[1])
+        with open(DATA / "gold.csv", "w", newline="") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerow(("step", "gold_ppo", "gold_ppo_beta0"))
+            writer.writerows((step, f"{a:.6g}", f"{b:.6g}") for step, a, b in rows)
+
+
+def column(name, key, x="step", folder=DATA):
+    """The points (x, key) of a CSV, where key was measured → two lists."""
+    with open(folder / f"{name}.csv", newline="") as f:
+        points = [(float(r[x]), float(r[key])) for r in csv.DictReader(f) if r[key]]
+    return [list(side) for side in zip(*points)]
+
+
+def panels(plt, high, wide, *titles):
+    size = (4.2 * wide, 2.9 * high)
+    fig, axes = plt.subplots(high, wide, figsize=size, layout="constrained", squeeze=False)
+    for ax, title in zip(axes.flat, titles):
+        ax.set(title=title, xlabel="step")
+        ax.grid(alpha=0.25)
+    return fig, axes.flat
+
+
+def draw_sft(plt):
+    fig, (a, b, c) = panels(plt, 1, 3, "reviews: loss, nats per token", "reviews: gradient norm",
+                            "chain: loss, nats per token")
+    for ax, name in ((a, "sft"), (c, "chain_sft")):
+        ax.plot(*column(name, "loss"), color=GREY, lw=1, label="loss")
+        ax.plot(*column(name, "eval/loss"), "o-", color=GREEN, label="eval/loss")
+        ax.legend()
+    b.plot(*column("sft", "gnorm"), color=BLUE, lw=1)
+    return fig
+
+
+def draw_rm(plt):
+    fig, (a, b, c) = panels(plt, 1, 3, "loss", "accuracy", "margin, chosen − rejected")
+    a.plot(*column("rm", "loss"), color=GREY, lw=1, alpha=0.6, label="loss (noisy labels)")
+    a.plot(*column("rm", "eval/loss"), "o-", color=GREEN, label="eval/loss (no noise)")
+    a.axhline(math.log(2), color="black", ls=":", label="log 2")
+    b.plot(*column("rm", "acc"), color=GREY, lw=1, alpha=0.6, label="acc (noisy labels)")
+    b.plot(*column("rm", "eval/acc"), "o-", color=GREEN, label="eval/acc (no noise)")
+    b.axhline(column("rm", "eval/acc_len_only")[1][-1], color="black", ls=":", label="eval/acc_len_only")
+    c.plot(*column("rm", "margin"), color=BLUE, lw=1)
+    a.legend()
+    b.legend()
+    return fig
+
+
+def draw_ppo(plt):
+    keys = ("reward", "kl", "entropy", "len", "clip", "explained_var")
+    titles = ("reward (proxy)", "kl, nats per sequence", "entropy, nats per token", "len, tokens",
+              "clip, share of tokens", "explained_var")
+    fig, axes = panels(plt, 2, 3, *titles)
+    for ax, key in zip(axes, keys):
+        ax.plot(*column("ppo", key), color=BLUE, label="β = 0.3")
+        ax.plot(*column("ppo_beta0", key), color=RED, label="β = 0")
+    axes[0].legend()
+    axes[1].set_yscale("symlog", linthresh=10)
+    return fig
+
+
+def draw_overoptimisation(plt):
+    fig, (a, b) = panels(plt, 1, 2, "seed 0, while training", "five seeds, at the end")
+    for run, gold, colour, name in (("ppo", "gold_ppo", BLUE, "β = 0.3"),
+                                    ("ppo_beta0", "gold_ppo_beta0", RED, "β = 0")):
+        a.plot(*column(run, "reward"), color=colour, ls="--", alpha=0.6, label=f"{name}: proxy")
+        a.plot(*column("gold", gold), ".-", color=colour, label=f"{name}: gold")
+    for name, colour, marker, label in (("sft", GREY, "s", "SFT"), ("ppo", BLUE, "o", "PPO, β = 0.3"),
+                                        ("ppo_nokl", RED, "X", "PPO, β = 0")):
+        b.plot(*column("demo", f"gold_{name}", f"proxy_{name}", BENCH), marker, color=colour, label=label)
+    b.set(xlabel="proxy: the reward model's score", ylabel="gold")
+    a.set_ylabel("score")
+    a.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.27))  # the corners are full of curves
+    b.legend(fontsize=8)
+    return fig
+
+
+def draw_chain(plt):
+    titles = ("reward: accuracy while sampling", "len, tokens", "entropy, nats per token")
+    fig, axes = panels(plt, 1, 3, *titles)
+    for ax, key in zip(axes, ("reward", "len", "entropy")):
+        ax.plot(*column("chain_ppo", key), color=BLUE, label=key)
+    for key, mark, colour in (("eval/reward", "o", GREEN), ("eval/greedy", "X", RED)):
+        axes[0].plot(*column("chain_ppo", key), mark, color=colour, label=key, clip_on=False, zorder=3)
+    axes[0].legend()
+    return fig
+
+
+def main():
+    from nanorlhf.common import pyplot, save_figure
+
+    if sys.argv[1:] not in ([], ["--run"]):
+        sys.exit(__doc__)
+    if sys.argv[1:]:
+        run_all()
+    plt = pyplot()
+    if plt is None:
+        return
+    for name, draw in (("sft", draw_sft), ("rm", draw_rm), ("ppo", draw_ppo), ("chain", draw_chain),
+                       ("overoptimisation", draw_overoptimisation)):
+        save_figure(draw(plt), str(IMG / f"{name}.png"))
+
+
+if __name__ == "__main__":
+    main()

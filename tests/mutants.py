@@ -1,0 +1,194 @@
+"""Mutation test: plants one bug at a time, and checks that the tests named beside it fail.
+
+    python tests/mutants.py            all of them (3 CPU-minutes, two at a time)
+    python tests/mutants.py kl temp    those with one of these words in their name
+
+Each mutant is one string of one source file, replaced in a copy of the repository: the working tree is never
+touched. First the killing tests must pass on an unchanged copy. A mutant is killed when pytest reports a
+failure (exit status 1); anything else, a syntax error among them, counts as survival.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PPO, LEARNING = "tests/test_ppo.py::test_", "tests/test_learning_ppo.py::test_"
+ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
+
+# (name, file, source, replacement, killing tests); a mutant of one line has its smallest direct test first
+MUTANTS = [
+    ("advantage sign", "train_ppo.py",
+     "            adv = whiten(adv, mask)  #", "            adv = -whiten(adv, mask)  #",
+     [LEARNING + "learns_to_answer_the_prompt"]),
+    ("GAE: value one token late", "train_ppo.py",
+     "+ gamma * next_value - value[:, t]", "+ gamma * next_value - value[:, t - 1]",
+     [PPO + "gae_is_the_double_sum"]),
+    ("GAE: next value of this token", "train_ppo.py",
+     "delta = reward[:, t] + gamma * next_value", "delta = reward[:, t] + gamma * value[:, t]",
+     [PPO + "golden_gae"]),
+    ("GAE runs on behind the end", "train_ppo.py",
+     "next_value = torch.where(mask[:, t], value[:, t], next_value)", "next_value = value[:, t]",
+     [PPO + "gae_is_the_double_sum"]),
+    ("inverted ratio", "train_ppo.py",
+     "torch.where(mask, logp - old_logp, 0.0)", "torch.where(mask, old_logp - logp, 0.0)",
+     [PPO + "policy_loss_branches"]),
+    ("max for min in the policy loss", "train_ppo.py",
+     "torch.where(mask, torch.maximum(free, held)", "torch.where(mask, torch.minimum(free, held)",
+     [PPO + "policy_loss_branches"]),
+    ("policy loss without a clip", "train_ppo.py",
+     "-adv * ratio.clamp(1 - clip, 1 + clip)", "-adv * ratio",
+     [PPO + "policy_loss_branches"]),
+    ("max for min in the value loss", "train_ppo.py",
+     "torch.maximum(free_error, held_error)", "torch.minimum(free_error, held_error)",
+     [PPO + "value_loss_branches"]),
+    ("KL sign", "train_ppo.py",
+     "-beta * (logp - ref_logp)", "-beta * (ref_logp - logp)",
+     [PPO + "reward_sums_to_score_less_kl"]),
+    ("KL sign, seen by learning", "train_ppo.py",
+     "-beta * (logp - ref_logp)", "-beta * (ref_logp - logp)",
+     [LEARNING + "the_kl_penalty_draws_the_policy_to_the_reference"]),
+    ("score on the last token but one", "train_ppo.py",
+     "cumsum(1).flip(1) == 1)", "cumsum(1).flip(1) == 2)",
+     [PPO + "score_stands_on_the_last_token_alone"]),
+    ("no-EOS score inverted", "train_ppo.py",
+     "torch.where(finished.bool(), score, no_eos_score)", "torch.where(finished.bool(), no_eos_score, score)",
+     [PPO + "score_stands_on_the_last_token_alone"]),
+    ("whitening: mean without the mask", "train_ppo.py",
+     "mean = torch.where(mask, x, 0.0).sum() / n", "mean = x.mean()",
+     [PPO + "golden_gae"]),
+    ("whitening: unbiased variance", "train_ppo.py",
+     "0.0).square().sum() / n\n", "0.0).square().sum() / (n - 1)\n",
+     [PPO + "golden_whiten"]),
+    ("adaptive beta runs away", "train_ppo.py",
+     "kl / cfg.kl_target - 1", "1 - kl / cfg.kl_target",
+     [PPO + "adaptive_beta"]),
+    ("wrong grouping of prompts and rewards", "train_ppo.py",
+     "[batch[g] for g in roll.group.tolist()]", "batch * cfg.group_size",
+     [ORACLE, PPO + "log_line_is_what_happened"]),
+    ("wrong grouping in the sampler", "nanorlhf/generate.py",
+     "torch.arange(len(prompts)).repeat_interleave(n)", "torch.arange(len(prompts)).repeat(n)",
+     [PPO + "first_minibatch_has_ratio_1_and_kl_0"]),
+    ("advantages not permuted", "train_ppo.py",
+     "old_logp[mb, :T], adv[mb, :T]", "old_logp[mb, :T], adv[: len(mb), :T]",
+     [PPO + "every_row_is_in_one_minibatch_and_its_own"]),
+    ("returns not permuted", "train_ppo.py",
+     "old_value[mb, :T], ret[mb, :T]", "old_value[mb, :T], ret[: len(mb), :T]",
+     [PPO + "every_row_is_in_one_minibatch_and_its_own"]),
+    ("no zero_grad", "train_ppo.py",
+     "                    opt.zero_grad()\n", "",
+     [PPO + "gradients_do_not_accumulate_over_steps"]),
+    ("denominator of the micro-batch", "train_ppo.py",
+     "m, cfg.clip, denom)", "m, cfg.clip, m.sum())",
+     [PPO + "microbatches_do_not_move_the_step"]),
+    ("old log-probs recomputed", "train_ppo.py",
+     "policy_loss(logp, old_logp[mb, :T],", "policy_loss(logp, logp.detach(),",
+     [PPO + "old_logp_is_the_samplers"]),
+    ("EOS unscored: mask by token id", "train_ppo.py",
+     "= roll.mask, roll.logp, cfg", "= roll.mask & (roll.tokens != tok.eos_id), roll.logp, cfg",
+     [ORACLE]),
+    ("pad scored", "nanorlhf/generate.py",
+     "(place < (plen + new)[:, None])", "(place < (plen + new + 1)[:, None])",
+     [PPO + "eos_is_scored_and_the_prompt_is_not"]),
+    ("temperature forgotten in the update", "train_ppo.py",
+     "policy.logprobs(x, m, cfg.temperature)", "policy.logprobs(x, m)",
+     [PPO + "first_minibatch_has_ratio_1_and_kl_0"]),
+    ("temperature forgotten in the reference", "train_ppo.py",
+     "ref.logprobs(x, m, cfg.temperature)", "ref.logprobs(x, m)",
+     [PPO + "first_minibatch_has_ratio_1_and_kl_0"]),
+    ("temperature forgotten in the sampler's log-prob", "nanorlhf/generate.py",
+     "z = logits / temperature if temperature else logits", "z = logits",
+     [PPO + "first_minibatch_has_ratio_1_and_kl_0"]),
+    ("log-probs one position late", "nanorlhf/model.py",
+     "hidden = self(tokens[:, :-1])  #", "hidden = self(tokens)[:, 1:]  #",
+     [PPO + "first_minibatch_has_ratio_1_and_kl_0"]),
+    ("critic sees its own token", "nanorlhf/model.py",
+     "        value = self.head(self.trunk(tokens[:, :-1]))\n        return F.pad(value, (1, 0)) * mask",
+     "        return self.head(self.trunk(tokens)) * mask",
+     [ORACLE]),
+    ("critic is not trained", "train_ppo.py",
+     "loss = pg + cfg.vf_coef * vf", "loss = pg + 0 * vf",
+     [PPO + "the_critic_learns"]),
+    ("critic is the reward model itself", "train_ppo.py",
+     'critic, critic_tok = hub.load(cfg.critic_init, "--critic_init")', "critic, critic_tok = rm, rm_tok",
+     [PPO + "only_policy_and_critic_learn"]),
+    ("reward model read before the end", "nanorlhf/model.py",
+     "lengths - 1])", "lengths - 2])",
+     [ORACLE]),
+    ("reward model read at the padded end", "nanorlhf/rewards.py",
+     "roll.tokens, roll.lengths)", "roll.tokens, roll.lengths * 0 + roll.tokens.shape[1])",
+     [ORACLE]),
+    ("weights of rewards forgotten", "nanorlhf/rewards.py",
+     "weight * call_reward(", "call_reward(",
+     [PPO + "rewards_are_summed_with_their_weights"]),
+    ("kernel: no temperature in the gradient", "nanorlhf/kernels/torch_backend.py",
+     "            dz /= ctx.temperature\n", "",
+     [ORACLE, "tests/test_kernels.py::test_logprob_gradcheck"]),
+    ("pairwise loss: sign", "train_rm.py",
+     "-F.logsigmoid(chosen - rejected)", "-F.logsigmoid(rejected - chosen)",
+     ["tests/test_rm.py::test_loss_is_minus_log_sigmoid"]),
+    ("SFT: first response token unscored", "train_sft.py",
+     "else len(p) for p, _ in rows]", "else len(p) + 1 for p, _ in rows]",
+     ["tests/test_sft.py::test_loss_and_gradient_are_those_of_float64"]),
+    ("SFT: EOS unscored", "nanorlhf/data.py",
+     "(position < lengths[:, None])", "(position < lengths[:, None] - 1)",
+     ["tests/test_sft.py::test_loss_and_gradient_are_those_of_float64"]),
+]  # fmt: skip
+
+
+def pytest(root, tests):
+    """Run the tests in a copy of the repository → exit status, output."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
+
+
+def copy(root):
+    """Sources and tests, and nothing else."""
+    for name in ("nanorlhf", "tests"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy(path, root / path.name)
+    return root
+
+
+def verdict(mutant):
+    """Plant the bug in a copy → "killed", or what happened instead, and the seconds it took."""
+    _, file, source, replacement, tests = mutant
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        root = copy(Path(folder) / "repo")
+        text = (root / file).read_text("utf-8")
+        (root / file).write_text(text.replace(source, replacement), "utf-8")
+        status = [pytest(root, [test])[0] for test in tests]  # each of those named must fail by itself
+    what = "killed" if set(status) == {1} else f"SURVIVED (pytest: {', '.join(map(str, status))})"
+    return what, time.perf_counter() - start
+
+
+def main(words):
+    chosen = [m for m in MUTANTS if not words or any(w.lower() in m[0].lower() for w in words)]
+    for name, file, source, _, _ in chosen:
+        found = (ROOT / file).read_text("utf-8").count(source)
+        if found != 1:
+            return f"{name}: {file} holds {source!r} {found} times, must be once; update the list of mutants"
+    tests = sorted({test for m in chosen for test in m[4]})
+    with tempfile.TemporaryDirectory() as folder:
+        status, output = pytest(copy(Path(folder) / "repo"), tests)
+    if status != 0:
+        return f"{output}\nthe killing tests must pass before a bug is planted (pytest: {status})"
+    wide = [max(len(m[i]) for m in chosen) for i in (0, 1)]
+    killed = 0
+    with ThreadPoolExecutor(2) as pool:
+        for (name, file, *_), (what, seconds) in zip(chosen, pool.map(verdict, chosen)):
+            print(f"{name:<{wide[0]}}  {file:<{wide[1]}}  {seconds:5.1f} s  {what}", flush=True)
+            killed += what == "killed"
+    print(f"{killed} of {len(chosen)} killed")
+    return int(killed < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

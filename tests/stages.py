@@ -1,0 +1,57 @@
+"""The three trainers at their smallest: words of letters to reverse, models of one layer, runs of 50 ms."""
+
+import random
+from pathlib import Path
+
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf.data import write_jsonl
+
+TRAINERS = [train_sft, train_rm, train_ppo]
+LOSS = {train_sft: "sft_loss", train_rm: "pairwise_loss", train_ppo: "policy_loss"}
+
+
+def words(n, seed=0, letters="abcdef"):
+    """n demonstrations of a rule that depends on the prompt: `abc=` → `cba`."""
+    rng = random.Random(seed)
+    drawn = ["".join(rng.choices(letters, k=3)) for _ in range(n)]
+    return [{"prompt": f"{word}=", "response": word[::-1]} for word in drawn]
+
+
+def rows_of(trainer, n=64):
+    """n rows of the data that this trainer reads; in pairs, the rejected word is any other."""
+    rows, rng = words(n), random.Random("rejected")
+    if trainer is not train_rm:
+        return rows
+    other = ["".join(rng.choices("abcdef", k=rng.randint(1, 4))) for _ in rows]
+    return [{"prompt": r["prompt"], "chosen": r["response"], "rejected": o} for r, o in zip(rows, other)]
+
+
+class Stages:
+    """A folder with data files, and the SFT and reward models that the later stages start from."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        for trainer in TRAINERS:
+            write_jsonl(self.folder / f"{trainer.__name__}.jsonl", rows_of(trainer))
+        for trainer, name in ((train_sft, "sft"), (train_rm, "rm")):
+            trainer.train(self.config(trainer, self.folder / name))
+
+    def flags(self, trainer, out, **more):
+        """The flags of a run of 6 steps into `out`, a checkpoint every 2."""
+        flags = dict(data=f"{self.folder}/{trainer.__name__}.jsonl", out=str(out), steps=6, lr=0.01,
+                     save_every=2, threads=1)  # fmt: skip
+        if trainer is train_sft:
+            flags |= dict(n_layer=1, n_head=2, d_model=32, max_len=16, tokenizer="chars", batch_size=8)
+        else:
+            flags |= dict(init=f"{self.folder}/sft/model")
+        if trainer is train_rm:
+            flags |= dict(batch_size=8)
+        if trainer is train_ppo:
+            flags |= dict(rm=f"{self.folder}/rm/model", prompts_per_step=8, max_new_tokens=5, minibatches=2,
+                          eval_prompts=4, sample_every=1)  # fmt: skip
+        return flags | more
+
+    def config(self, trainer, out, **more):
+        return trainer.Config(**self.flags(trainer, out, **more))

@@ -1,0 +1,207 @@
+"""Command lines: help, every kind of mistake in one line, and modules that do nothing when imported."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import demo
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf.common import RunError, UserError, parse, run_cli
+
+ROOT = Path(__file__).parents[1]
+TRAINERS = [train_sft, train_rm, train_ppo]
+PROGRAMS = pytest.mark.parametrize("module", [*TRAINERS, demo], ids=lambda m: m.__name__)
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """cli(module, *argv) → status and the lines on stderr; a run that would start fails the test."""
+
+    def call(module, *argv, train=lambda cfg: pytest.fail("a run was started")):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *argv])
+        status = run_cli(module.Config, train, module.__doc__)
+        return status, capsys.readouterr().err.splitlines()
+
+    return call
+
+
+# help
+
+
+@PROGRAMS
+def test_help_has_every_flag_with_its_comment_and_default(module, cli, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli(module, "--seed", "1", "--help")
+    out = capsys.readouterr().out
+    assert stop.value.code in (0, None) and module.__doc__.strip() in out
+    flags = out[out.index("usage: python ") :]
+    assert max(map(len, flags.splitlines())) <= 80 and f"python {module.__name__}.py" in flags
+    entries = {m[1]: " ".join(m[0].split()) for m in re.finditer(r"^  --(\w+)(.|\n {3})*", flags, re.M)}
+    assert list(entries) == [field.name for field in dataclasses.fields(module.Config)]
+    source = inspect.getsource(module.Config)
+    for field in dataclasses.fields(module.Config):
+        comment = re.search(rf"^    {field.name}: .*?  # (.+)$", source, re.M)
+        assert comment, f"{field.name} has no comment"
+        entry = entries[field.name]
+        assert " ".join(comment[1].split()) in entry
+        if field.default is None:
+            for task, defaults in module.Config.BY_TASK.items():
+                assert f"{defaults[field.name]} for {task}" in entry
+        elif field.default not in ("", dataclasses.MISSING):
+            assert f"(default: {field.default})" in entry
+
+
+@PROGRAMS
+def test_every_default_of_a_task_is_a_field_that_waits_for_it(module):
+    by_task = getattr(module.Config, "BY_TASK", {})
+    waiting = {f.name for f in dataclasses.fields(module.Config) if f.default is None}
+    assert all(set(defaults) == waiting for defaults in by_task.values())
+
+
+# values
+
+
+def test_ways_to_write_a_flag():
+    """--name value, --name=value, dashes for underscores, a bare bool, a repeated list, negative numbers."""
+
+    def ppo(*argv):
+        return parse(train_ppo.Config, argv)
+
+    assert ppo("--lr", "3e-4").lr == ppo("--lr=3e-4").lr == 3e-4
+    assert ppo("--max-new-tokens", "7").max_new_tokens == ppo("--max_new_tokens=7").max_new_tokens == 7
+    assert ppo("--resume").resume is ppo("--resume=1").resume is ppo("--resume", "True").resume is True
+    assert ppo().resume is ppo("--resume", "false").resume is ppo("--resume=0").resume is False
+    assert ppo("--resume", "--seed", "3").seed == 3 and ppo("--seed", "-3").seed == -3
+    assert ppo("--reward", "a.py:f", "--reward=b.py:g*0.2").reward == ["a.py:f", "b.py:g*0.2"]
+    assert ppo("--reward", "a.py:f", "--data=x=y.jsonl").data == "x=y.jsonl"
+    assert ppo("--steps", "1", "--steps", "2").steps == 2  # the last one counts, as everywhere
+    assert ppo("--seed", "5") == train_ppo.Config(seed=5)
+    assert isinstance(ppo("--beta", "1").beta, float) and ppo().reward is not ppo().reward
+
+
+@pytest.mark.parametrize(
+    "module, argv, says",
+    [
+        (train_sft, "--stepz 3", "unknown flag --stepz (did you mean --steps?)"),
+        (train_ppo, "--max-new-token 3", "unknown flag --max-new-token (did you mean --max_new_tokens?)"),
+        (demo, "--smoky", "unknown flag --smoky (did you mean --smoke?)"),
+        (train_rm, "--zzzzzz 1", "unknown flag --zzzzzz (see --help)"),
+        (train_rm, "extra", "unknown flag extra (see --help)"),
+        (train_rm, "-seed 1", "unknown flag -seed"),
+        (train_sft, "--BY_TASK x", "unknown flag --BY_TASK"),
+        (train_sft, "--steps", "--steps needs a value"),
+        (train_sft, "--out --seed 1", "--out needs a value"),
+        (train_sft, "--steps 1.5", "--steps 1.5: must be an integer such as 100"),
+        (train_sft, "--steps=", "--steps : must be an integer"),
+        (train_sft, "--lr fast", "--lr fast: must be a number such as 3e-4"),
+        (train_sft, "--resume=maybe", "--resume maybe: must be true or false"),
+        (train_sft, "--resume maybe", "unknown flag maybe"),
+        (train_sft, "--arch lama", "--arch lama: must be one of gpt2, llama (did you mean llama?)"),
+        (train_rm, "--device tpu", "--device tpu: must be one of auto, cpu, cuda, mps"),
+        (train_ppo, "--task sums", "--task sums: must be one of reviews, chain, countdown"),
+        *((m, "--lr nan", "--lr nan: must be a finite number") for m in TRAINERS),
+        *((m, "--lr 1e999", "--lr 1e999: must be a finite number") for m in TRAINERS),
+        *((m, "--lr 0", "--lr 0.0: must be above 0") for m in TRAINERS),
+        *((m, "--steps 0", "--steps 0: must be at least 1") for m in TRAINERS),
+        *((m, "--threads -1", "--threads -1: must not be negative") for m in TRAINERS),
+        *((m, f"--seed {2**63}", f"--seed {2**63}: must fit into 64 bits") for m in TRAINERS),
+        (train_sft, "--n_head 0", "--n_head 0: must be at least 1"),
+        (train_sft, "--demos 0", "--demos 0: must be at least 1"),
+        (train_sft, "--weight_decay -0.1", "--weight_decay -0.1: must not be negative"),
+        (train_sft, "--eval_every -1", "--eval_every -1: must not be negative"),
+        (train_rm, "--pairs 0", "--pairs 0: must be at least 1"),
+        (train_rm, "--batch_size 0", "--batch_size 0: must be at least 1"),
+        (train_rm, "--tau -1", "--tau -1.0: must not be negative"),
+        (train_rm, "--task chain", "--task chain has a reward function, no preferences"),
+        (train_ppo, "--temperature 0", "--temperature 0.0: must be above 0"),
+        (train_ppo, "--sample_every 0", "--sample_every 0: must be at least 1"),
+        (train_ppo, "--gamma 1.1", "--gamma and --lam: must not be above 1"),
+        (train_ppo, "--rm a --reward b.py:f", "--rm and --reward: give one of the two"),
+        (train_ppo, "--prompts_per_step 2 --minibatches 3", "--minibatches 3: a step has 2 samples only"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_status_2(module, argv, says, cli):
+    status, lines = cli(module, *argv.split(" "))
+    assert status == 2 and len(lines) == 1
+    assert lines[0].startswith(f"{module.__name__}.py: error: {says}")
+
+
+@PROGRAMS
+def test_statuses(module, cli):
+    """0 for a run that ends, 2 for a user's mistake, 1 for a run that had to stop; a bug its traceback."""
+
+    def raises(error):
+        def train(cfg):
+            raise error
+
+        return train
+
+    assert cli(module, train=lambda cfg: {"loss": 1.0}) == (0, [])
+    name = f"{module.__name__}.py"
+    assert cli(module, train=raises(UserError("x.jsonl:3: bad"))) == (2, [f"{name}: error: x.jsonl:3: bad"])
+    assert cli(module, train=raises(RunError("step 3"))) == (1, [f"{name}: stopped: step 3"])
+    status, lines = cli(module, train=raises(OSError(28, "No space left on device")))
+    assert status == 1 and len(lines) == 1 and "No space left on device" in lines[0]
+    status, lines = cli(module, train=raises(KeyboardInterrupt()))
+    assert status == 130 and len(lines) == 1 and "--resume" in lines[0]
+    for bug in (ZeroDivisionError("bug"), OSError(5, "Input/output error")):
+        with pytest.raises(type(bug)):
+            cli(module, train=raises(bug))
+
+
+@pytest.mark.parametrize(
+    "module, flags, says",
+    [
+        (train_rm, "", "--init runs/reviews-sft/model does not exist; make it with: {sft} reviews"),
+        (train_ppo, "", "--init runs/reviews-sft/model does not exist; make it with: {sft} reviews"),
+        (train_ppo, "--task chain", "--init runs/chain-sft/model does not exist; make it with: {sft} chain"),
+        (train_ppo, "--init SFT", "--rm runs/reviews-rm/model does not exist; make it with: {rm} reviews"),
+        (train_ppo, "--init SFT --rm RM --critic_init nope", "--critic_init nope does not exist"),
+        (train_ppo, "--init SFT --rm RM --ref nope", "--ref nope does not exist"),
+    ],
+)
+def test_missing_checkpoint_names_the_command(module, flags, says, cli, stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {"SFT": f"{stages.folder}/sft/model", "RM": f"{stages.folder}/rm/model"}
+    status, lines = cli(module, *(folders.get(flag, flag) for flag in flags.split()), train=module.train)
+    says = says.format(sft="python train_sft.py --task", rm="python train_rm.py --task")
+    assert (status, lines) == (2, [f"{module.__name__}.py: error: {says}"])
+    assert not (tmp_path / "runs").exists()
+
+
+# real processes
+
+
+def test_a_mistake_in_a_real_process(tmp_path):
+    argv = [sys.executable, str(ROOT / "train_sft.py"), "--stepz", "3"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and not any(tmp_path.iterdir())
+    assert done.stderr == "train_sft.py: error: unknown flag --stepz (did you mean --steps?)\n"
+
+
+IMPORT = """
+import os, random, signal, sys
+sys.modules |= {"triton": None, "matplotlib": None, "wandb": None}  # importing any of them raises ImportError
+import numpy, torch
+def state():
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    numbers = random.getstate(), torch.get_rng_state().tolist(), str(numpy.random.get_state())
+    return handlers, numbers, torch.get_num_threads(), torch.get_default_dtype(), os.listdir("."), os.getcwd()
+before = state()
+import train_sft, train_rm, train_ppo, demo
+assert state() == before
+"""
+
+
+def test_importing_a_trainer_does_nothing(tmp_path):
+    """Nothing printed, no handlers, no random numbers, no run; neither Triton nor matplotlib is needed."""
+    run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{IMPORT}"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

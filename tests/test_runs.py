@@ -1,0 +1,578 @@
+"""Run folders: what is in them, resuming, stopping, refusing, and every way in which a disk can fail."""
+
+import contextlib
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from stages import LOSS, TRAINERS
+
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf import checkpoint, common, hub
+from nanorlhf.checkpoint import Run, restore, write_folder
+from nanorlhf.common import Interrupted, Log, RunError, UserError, run_cli
+from nanorlhf.data import write_jsonl
+
+ROOT = Path(__file__).parents[1]
+EACH = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda t: t.__name__)
+
+
+@pytest.fixture(autouse=True)
+def quick(no_curves, monkeypatch):
+    """No curves, and no fsync: neither is what these tests are about, and both are slow."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(k, action): call action once in step k, between gradients and update; returns an undo."""
+
+    def install(k, action):
+        check, todo = Run.check, [action]
+
+        def check_and_act(run, step, *args):
+            if step == k and todo:
+                todo.pop()()
+            return check(run, step, *args)
+
+        monkeypatch.setattr(Run, "check", check_and_act)
+        return lambda: monkeypatch.setattr(Run, "check", check)
+
+    return install
+
+
+def snapshot(folder):
+    """{path: contents} of everything in a folder."""
+    files = (p for p in sorted(Path(folder).rglob("*")) if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def metrics(out):
+    """The rows of metrics.csv without the two columns that are times."""
+    with open(Path(out) / "metrics.csv", newline="") as f:
+        return [{k: v for k, v in row.items() if k not in ("s", "tok_s")} for row in csv.DictReader(f)]
+
+
+def same_run(a, b):
+    a, b = Path(a), Path(b)
+    assert metrics(a) == metrics(b)
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    assert snapshot(a / "model") == snapshot(b / "model")
+    assert states(a)[-1] == states(b)[-1] and equal(state(a), state(b))
+
+
+def states(out):
+    return sorted(p.name for p in (Path(out) / "state").iterdir())
+
+
+def state(out, name=None):
+    return torch.load(Path(out) / "state" / (name or states(out)[-1]) / "state.pt", weights_only=True)
+
+
+def equal(a, b):
+    """Nested dicts, lists and tensors, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# what a run leaves
+
+
+@EACH
+def test_contents(trainer, stages, tmp_path, monkeypatch):
+    monkeypatch.undo()  # with curves
+    cfg = stages.config(trainer, tmp_path / "run")
+    last = trainer.train(cfg)
+    have = {p.name for p in (tmp_path / "run").iterdir()}
+    files = {"config.json", "metrics.csv", "samples.jsonl", "curves.png", "model", "state"}
+    assert have == files | ({"critic"} if trainer is train_ppo else set())
+    assert json.loads((tmp_path / "run/config.json").read_text()) == vars(cfg)
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list("012345")
+    assert list(rows[0]) == [c for c in trainer.COLUMNS if c not in ("s", "tok_s")]
+    assert all(float(rows[-1][k]) == pytest.approx(v, rel=1e-5) for k, v in last.items() if k in rows[-1])
+    assert (tmp_path / "run/curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert states(tmp_path / "run") == ["step-000004", "step-000006"]  # the newest two
+    model, _ = hub.load(tmp_path / "run/model")
+    saved = state(tmp_path / "run")["models"]["policy" if trainer is train_ppo else "model"]
+    assert equal(dict(model.state_dict()), saved)
+
+
+def test_samples_hold_what_ppo_saw(stages, tmp_path):
+    train_ppo.train(stages.config(train_ppo, tmp_path / "run", group_size=2, sample_every=2))
+    rows = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [step for step in (0, 2, 4, 5) for _ in range(16)]
+    assert all(rows[i]["prompt"] == rows[i + 1]["prompt"] for i in range(0, len(rows), 2))
+    mean = sum(r["reward"] for r in rows[:16]) / 16
+    assert mean == pytest.approx(float(metrics(tmp_path / "run")[0]["reward"]), abs=1e-3)
+
+
+@EACH
+def test_a_single_step_draws_its_curves(trainer, stages, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=1))
+    assert (tmp_path / "run/curves.png").stat().st_size > 1000 and len(metrics(tmp_path / "run")) == 1
+
+
+# resuming
+
+
+class Crash(BaseException):
+    """A power cut: nothing catches it."""
+
+
+def crash():
+    raise Crash
+
+
+@EACH
+@pytest.mark.parametrize(
+    "stop, error, resumed",
+    [
+        (lambda: signal.raise_signal(signal.SIGTERM), Interrupted, 4),
+        (lambda: signal.raise_signal(signal.SIGINT), Interrupted, 4),
+        (crash, Crash, 2),  # step 2 was logged and is run again
+    ],
+    ids=["SIGTERM", "SIGINT", "crash"],
+)
+def test_resuming_is_bit_exact(trainer, stop, error, resumed, stages, tmp_path, at_step, capsys):
+    """6 steps at a time, and the same broken off in the middle of step 3: not one bit of difference."""
+    more = dict(kl_target=0.05, kl_horizon=50) if trainer is train_ppo else {}  # beta is part of the state
+    trainer.train(stages.config(trainer, tmp_path / "whole", **more))
+    undo = at_step(3, stop)
+    with pytest.raises(error):
+        trainer.train(stages.config(trainer, tmp_path / "run", **more))
+    undo()
+    assert len(metrics(tmp_path / "run")) < 6
+    torch.manual_seed(123)  # nothing may hang on the global generator
+    trainer.train(stages.config(trainer, tmp_path / "run", resume=True, **more))
+    assert f"resume: {tmp_path}/run from step {resumed}\n" in capsys.readouterr().out
+    same_run(tmp_path / "whole", tmp_path / "run")
+    if more:
+        assert len({row["beta"] for row in metrics(tmp_path / "run")}) == 6
+
+
+def test_resuming_a_finished_run_changes_nothing(stages, tmp_path):
+    last = train_sft.train(stages.config(train_sft, tmp_path / "run"))
+    before = snapshot(tmp_path / "run")
+    again = train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
+    after = snapshot(tmp_path / "run")
+    before.pop("config.json"), after.pop("config.json")  # says "resume" now
+    assert after == before and again == pytest.approx({k: v for k, v in last.items() if k in again}, rel=1e-5)
+
+
+def test_more_steps_than_before(stages, tmp_path, capsys):
+    train_sft.train(stages.config(train_sft, tmp_path / "run", steps=2))
+    train_sft.train(stages.config(train_sft, tmp_path / "run", steps=5, resume=True))
+    assert "resume: --steps was 2, is now 5" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(tmp_path / "run")] == list("01234")
+
+
+def test_resume_before_the_first_checkpoint_starts_anew(stages, tmp_path, at_step, capsys):
+    undo = at_step(1, crash)
+    with pytest.raises(Crash):
+        train_sft.train(stages.config(train_sft, tmp_path / "run"))
+    undo()
+    for out in ("run", "whole"):
+        train_sft.train(stages.config(train_sft, tmp_path / out, resume=True))
+    same_run(tmp_path / "whole", tmp_path / "run")
+    assert capsys.readouterr().out.count("no complete checkpoint yet; starting at step 0") == 2
+
+
+def test_torn_log_lines_are_dropped_on_resume(stages, tmp_path):
+    """A crash or a full disk can cut the last line of a log short."""
+    train_ppo.train(stages.config(train_ppo, tmp_path / "whole"))
+    train_ppo.train(stages.config(train_ppo, tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run/state/step-000006")
+    for name, torn in (("metrics.csv", b"6,0.1,0."), ("samples.jsonl", b'{"step": 3, "prompt": "\xc3')):
+        with open(tmp_path / "run" / name, "ab") as f:
+            f.write(torn)
+    train_ppo.train(stages.config(train_ppo, tmp_path / "run", resume=True))
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags, says", [
+    (dict(d_model=64), r"not fit this model: blocks\.0\.attn\.k\.bias is \(32,\) there and \(64,\) here"),
+    (dict(n_layer=2), r"blocks\.1\.attn\.k\.bias is None there and \(32,\) here \(16 tensors differ\)"),
+])  # fmt: skip
+def test_resume_with_another_size(flags, says, stages, tmp_path):
+    train_sft.train(stages.config(train_sft, tmp_path / "run"))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(UserError, match=says):
+        train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True, **flags))
+    assert snapshot(tmp_path / "run") == before
+
+
+# refusing
+
+
+@EACH
+def test_a_second_run_is_refused_and_touches_nothing(trainer, stages, tmp_path):
+    trainer.train(stages.config(trainer, tmp_path / "run"))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run: add --resume to go on with it, --overwrite to"):
+        trainer.train(stages.config(trainer, tmp_path / "run", seed=1))
+    assert snapshot(tmp_path / "run") == before
+
+
+@EACH
+@pytest.mark.parametrize("flags, says", [
+    (dict(data="bad.jsonl"), r'bad.jsonl:1: missing key'),
+    (dict(init="nowhere"), "--init nowhere does not exist"),
+    (dict(wandb="project"), "--wandb needs the wandb package: pip install wandb"),
+])  # fmt: skip
+def test_a_mistaken_overwrite_loses_nothing(trainer, flags, says, stages, tmp_path, monkeypatch):
+    trainer.train(stages.config(trainer, tmp_path / "run"))
+    before = snapshot(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    write_jsonl("bad.jsonl", [{"promt": ""}])
+    with pytest.raises(UserError, match=says):
+        trainer.train(stages.config(trainer, tmp_path / "run", overwrite=True, **flags))
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_gate_that_refuses_loses_nothing(stages, tmp_path):
+    """PPO on chain from a policy that cannot add: refused, and the run that stood there is still whole."""
+    flags = dict(task="chain", demos=64, steps=1, batch_size=8, d_model=32, eval_every=0)
+    train_sft.train(train_sft.Config(out=f"{tmp_path}/sft", **flags))
+    train_ppo.train(stages.config(train_ppo, tmp_path / "run"))
+    before = snapshot(tmp_path / "run")
+    flags = dict(init=f"{tmp_path}/sft/model", out=f"{tmp_path}/run", overwrite=True)
+    with pytest.raises(UserError, match="--task chain: .* has not passed SFT's phase transition"):
+        train_ppo.train(train_ppo.Config("chain", **flags))
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(stages, tmp_path):
+    train_sft.train(stages.config(train_sft, tmp_path / "run", steps=8, seed=1))
+    for out in ("run", "new"):
+        train_sft.train(stages.config(train_sft, tmp_path / out, overwrite=True))
+    same_run(tmp_path / "new", tmp_path / "run")
+    assert states(tmp_path / "run") == states(tmp_path / "new")
+
+
+def test_out_that_cannot_be_a_folder(stages, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="--out .*/file: cannot be used as a run folder"):
+        train_sft.train(stages.config(train_sft, tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# damage
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: flip(folder / "state.pt"),
+        lambda folder: (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:-1]),
+        lambda folder: (folder / "state.pt").write_bytes(b""),
+        lambda folder: (folder / "state.pt").unlink(),
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "manifest.json").write_text('{"step": 6}'),
+        lambda folder: (folder / "manifest.json").write_text("{"),
+    ],
+    ids="flipped truncated empty no-state no-manifest no-checksum bad-manifest".split(),
+)
+
+
+@DAMAGE
+def test_damaged_state_falls_back_to_the_older_one(damage, stages, tmp_path, capsys):
+    for out in ("whole", "run"):
+        train_sft.train(stages.config(train_sft, tmp_path / out))
+    damage(tmp_path / "run/state/step-000006")
+    train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
+    out = capsys.readouterr().out
+    assert "step-000006/state.pt is damaged (" in out and "run from step 4" in out
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_all_checkpoints_damaged(stages, tmp_path):
+    train_sft.train(stages.config(train_sft, tmp_path / "run"))
+    for name in states(tmp_path / "run"):
+        flip(tmp_path / "run/state" / name / "state.pt")
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged; --overwrite starts anew"):
+        train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_damaged_config(stages, tmp_path):
+    train_sft.train(stages.config(train_sft, tmp_path / "run"))
+    (tmp_path / "run/config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged: it is not JSON; --overwrite starts anew"):
+        train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
+
+
+@pytest.mark.parametrize("power", [True, False], ids=["crash", "disk full"])
+def test_write_folder_is_all_or_nothing(power, tmp_path, monkeypatch):
+    """Broken at its first, second, … call of the operating system, it leaves the old folder or the whole new
+    one (after a crash `restore` finds it), and the next write succeeds."""
+    folder, old, new = tmp_path / "f", {"a": b"1", "b": b"2"}, {"a": b"3", "c": b"4"}
+    left = None  # calls until it breaks
+
+    def breaking(fn):
+        def call(*args, **kw):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Crash if power else OSError(errno.ENOSPC, "No space left on device")
+            return fn(*args, **kw)
+
+        return call
+
+    seen, whole = [], False
+    for k in range(1, 40):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_folder(folder, old)
+        with monkeypatch.context() as patch:
+            left = k
+            for name in ("rename", "makedirs", "fsync"):
+                patch.setattr(os, name, breaking(getattr(os, name)))
+            patch.setattr(checkpoint, "open", breaking(open), raising=False)
+            if power:
+                patch.setattr(shutil, "rmtree", breaking(shutil.rmtree))
+            with contextlib.suppress(Crash, RunError):
+                write_folder(folder, new)
+                whole = True
+        if power:  # a full disk must leave things in order by itself
+            restore(folder)
+        assert folder.is_dir() and (power or not (tmp_path / "f.tmp").exists())
+        seen.append(snapshot(folder))
+        write_folder(folder, new)
+        assert snapshot(folder) == new and not (tmp_path / "f.old").exists()
+        if whole:
+            break
+    assert whole and k > 8 and all(s in (old, new) for s in seen) and old in seen and seen[-1] == new
+
+
+def test_crash_between_the_renames_of_model(stages, tmp_path):
+    """model/ is then called model.old/: it loads, and the next save puts things in order."""
+    train_sft.train(stages.config(train_sft, tmp_path / "run"))
+    before = snapshot(tmp_path / "run/model")
+    os.rename(tmp_path / "run/model", tmp_path / "run/model.old")
+    hub.save(*hub.load(tmp_path / "run/model"), tmp_path / "run/model")
+    assert snapshot(tmp_path / "run/model") == before and not (tmp_path / "run/model.old").exists()
+
+
+# a full disk
+
+
+def disk_full(*args, **kw):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_for(monkeypatch, mode):
+    """The log finds no space when it opens a file in this mode."""
+    opened = {mode: disk_full}
+    monkeypatch.setattr(common, "open", lambda p, m="r", **kw: opened.get(m, open)(p, m, **kw), raising=False)
+
+
+@EACH
+def test_disk_full_while_saving(trainer, stages, tmp_path, monkeypatch, at_step, capsys):
+    """Exit status 1 and one line; the older checkpoint goes on to the same end; no *.tmp is left."""
+    trainer.train(stages.config(trainer, tmp_path / "whole"))
+    undo = at_step(3, lambda: monkeypatch.setattr(os, "fsync", disk_full))
+    argv = [f"--{k}={v}" for k, v in stages.flags(trainer, tmp_path / "run").items()]
+    assert run_cli(trainer.Config, trainer.train, "", argv) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and "cannot save" in err[0] and "step-000004" in err[0] and "No space left" in err[0]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    undo()
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    assert hub.load(tmp_path / "run/model")
+    trainer.train(stages.config(trainer, tmp_path / "run", resume=True))
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_disk_full_on_the_log_is_said_once(stages, tmp_path, monkeypatch, capsys):
+    train_ppo.train(stages.config(train_ppo, tmp_path / "whole"))
+    full_for(monkeypatch, "a")
+    train_ppo.train(stages.config(train_ppo, tmp_path / "run"))
+    assert capsys.readouterr().out.count("warning: cannot write") == 1
+    assert metrics(tmp_path / "run") == []
+    assert snapshot(tmp_path / "run/model") == snapshot(tmp_path / "whole/model")
+
+
+def test_disk_full_when_resuming_keeps_the_logs(stages, tmp_path, monkeypatch):
+    train_ppo.train(stages.config(train_ppo, tmp_path / "run"))
+    before = snapshot(tmp_path / "run")
+    full_for(monkeypatch, "w")
+    with pytest.raises(UserError, match="cannot be used as a run folder .No space left"):
+        train_ppo.train(stages.config(train_ppo, tmp_path / "run", resume=True, steps=8))
+    assert snapshot(tmp_path / "run") == before
+
+
+# stopping
+
+
+@EACH
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_loss_stops_before_the_update(trainer, value, stages, tmp_path, monkeypatch, capsys):
+    """One line with the step and where to look; the weights in memory are those of the last checkpoint."""
+    loss, models, start = getattr(trainer, LOSS[trainer]), {}, Run.start
+    cfg = stages.flags(trainer, tmp_path / "run", save_every=1)
+
+    def spoilt(*args):
+        out = loss(*args)
+        if not (tmp_path / "run/state/step-000002").exists():  # not yet step 2
+            return out
+        return (out[0] * value, *out[1:]) if isinstance(out, tuple) else out * value
+
+    monkeypatch.setattr(trainer, LOSS[trainer], spoilt)
+    monkeypatch.setattr(Run, "start", lambda run, m, opt: models.update(m) or start(run, m, opt))
+    argv = [f"--{k}={v}" for k, v in cfg.items()]
+    assert run_cli(trainer.Config, trainer.train, "", argv) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and f"stopped: step 2: loss {value:g}" in err[0].replace("-inf", "inf")
+    assert "the weights are untouched" in err[0] and "metrics.csv" in err[0] and "--lr" in err[0]
+    saved = state(tmp_path / "run", "step-000002")["models"]
+    assert all(equal(dict(models[name].state_dict()), saved[name]) for name in saved)
+    assert len(metrics(tmp_path / "run")) == 2 and hub.load(tmp_path / "run/model")
+
+
+def test_a_second_ctrl_c_stops_at_once(stages, tmp_path, at_step, capsys):
+    undo = at_step(3, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    argv = [f"--{k}={v}" for k, v in stages.flags(train_sft, tmp_path / "run").items()]
+    assert run_cli(train_sft.Config, train_sft.train, "", argv) == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    undo()
+    assert states(tmp_path / "run") == ["step-000002"]
+    train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
+
+
+def test_handlers_are_put_back_whatever_happens(stages, tmp_path, at_step):
+    mine = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        before = [signal.getsignal(s) for s in mine]
+        during = []
+        undo = at_step(1, lambda: during.extend(signal.getsignal(s) for s in mine))
+        train_sft.train(stages.config(train_sft, tmp_path / "a"))
+        undo()
+        at_step(1, crash)
+        with pytest.raises(Crash):
+            train_sft.train(stages.config(train_sft, tmp_path / "b"))
+        assert [signal.getsignal(s) for s in mine] == before and not set(during) & set(before)
+    finally:
+        for s, handler in mine.items():
+            signal.signal(s, handler)
+
+
+def test_train_in_a_thread_sets_no_handlers(stages, tmp_path, at_step):
+    before, during, results = signal.getsignal(signal.SIGINT), [], []
+    at_step(1, lambda: during.append(signal.getsignal(signal.SIGINT)))
+    cfg = stages.config(train_sft, tmp_path / "run")
+    thread = threading.Thread(target=lambda: results.append(train_sft.train(cfg)))
+    thread.start()
+    thread.join()
+    assert results and during == [before]
+    train_sft.train(stages.config(train_sft, tmp_path / "main"))
+    same_run(tmp_path / "main", tmp_path / "run")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
+def test_ctrl_c_in_a_real_process(stages, tmp_path):
+    """Exit status 130, one line; what is left resumes behind the last step that was logged."""
+    flags = stages.flags(train_sft, tmp_path / "run", steps=10**6, save_every=0)
+    argv = [sys.executable, str(ROOT / "train_sft.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run/metrics.csv"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "train_sft.py: interrupted; the checkpoint is saved, --resume goes on from it\n"
+    done = len(metrics(tmp_path / "run"))
+    assert states(tmp_path / "run") == [f"step-{done:06d}"] and hub.load(tmp_path / "run/model")
+    train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True, steps=done + 1, save_every=0))
+    assert [int(row["step"]) for row in metrics(tmp_path / "run")] == list(range(done + 1))
+
+
+# what need not be there
+
+
+def test_no_network(stages, tmp_path, monkeypatch):
+    """SFT, reward model and PPO on the built-in task without a socket."""
+
+    def refuse(*args, **kw):
+        raise AssertionError("a connection was tried")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    size = dict(n_layer=1, d_model=16, n_head=2, demos=60, vocab_size=400, max_len=128)
+    for trainer, flags in (
+        (train_sft, dict(out="sft", batch_size=4, eval_every=0, **size)),
+        (train_rm, dict(out="rm", init="sft/model", pairs=16, batch_size=4)),
+        (train_ppo, dict(out="ppo", init="sft/model", rm="rm/model", prompts_per_step=4, eval_prompts=4)),
+    ):
+        monkeypatch.chdir(tmp_path)
+        trainer.train(trainer.Config(steps=1, **flags))
+
+
+def test_without_matplotlib_it_says_so_once(stages, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delattr(common.pyplot, "said", raising=False)
+    for name in "ab":
+        train_sft.train(stages.config(train_sft, tmp_path / name))
+        assert len(metrics(tmp_path / name)) == 6 and not (tmp_path / name / "curves.png").exists()
+    assert capsys.readouterr().out.count("matplotlib is not installed: no curves are drawn") == 1
+
+
+def test_wandb_gets_every_row(stages, tmp_path, monkeypatch):
+    calls, rows, finished = [], [], []
+
+    class FakeRun:
+        log = staticmethod(lambda row, step: rows.append((step, row)))
+        finish = staticmethod(lambda: finished.append(1))
+
+    fake = types.SimpleNamespace(init=lambda **kw: calls.append(kw) or FakeRun)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    cfg = stages.config(train_sft, tmp_path / "run", wandb="project")
+    train_sft.train(cfg)
+    assert calls == [dict(project="project", name="run", config=vars(cfg))] and finished == [1]
+    for (step, row), line in zip(rows, metrics(tmp_path / "run"), strict=True):
+        assert step == int(line["step"]) and row["loss"] == pytest.approx(float(line["loss"]), rel=1e-5)
+
+
+# the console
+
+
+def test_console_stays_within_80_columns(tmp_path, capsys):
+    """Aligned columns, about twenty lines a run, for numbers of every size."""
+    for trainer in TRAINERS:
+        log = Log(str(tmp_path), trainer.COLUMNS, trainer.SHOW, steps=100)
+        for step in range(100):
+            values = dict.fromkeys(trainer.SHOW, (-1) ** step * 10.0 ** (step % 9 - 4))
+            log.row(step, values)
+        log.close()
+        lines = capsys.readouterr().out.splitlines()
+        assert 20 <= len(lines) <= 25 and max(map(len, lines)) <= 80
+        assert len({len(line) for line in lines}) == 1 and "-0.000" not in "".join(lines)
