@@ -298,9 +298,11 @@ class Log:
         self.bar.refresh()
 
     def row(self, step, metrics):
-        """Write one step. Values are plain numbers; a column not measured at this step stays empty."""
+        """Write one step. Values are plain numbers, None where nothing was measured."""
         assert set(metrics) <= set(self.columns), set(metrics) - set(self.columns)
-        self.last.update(metrics)
+        unknown = {name for name, value in metrics.items() if value is None}
+        metrics = {name: value for name, value in metrics.items() if name not in unknown}
+        self.last = {k: v for k, v in self.last.items() if k not in unknown} | metrics
         cells = ["" if metrics.get(c) is None else f"{metrics[c]:.6g}" for c in self.columns]
         cells[0] = str(step)
         self._append("metrics.csv", ",".join(cells) + "\n")
@@ -312,7 +314,7 @@ class Log:
             values = metrics | {"step": step}
             self.say("".join(f"{_cell(values.get(name)):>{w}}" for name, w in self.widths.items()))
         if self.wandb:
-            self.wandb.log({k: v for k, v in metrics.items() if v is not None}, step=step)
+            self.wandb.log(metrics, step=step)
 
     def samples(self, step, rows, texts, score):
         """A step's prompts (the rows they come from), responses and scores (B,) → samples.jsonl."""
