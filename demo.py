@@ -214,7 +214,8 @@ def train(cfg):
         json.dump(report, f, indent=2)
     os.replace(f"{out}/report.json.tmp", f"{out}/report.json")
     print(f"\n{report['cpu_seconds']:.0f} CPU-seconds, {report['wall_seconds']:.0f} s wall, "
-          f"{report['peak_rss_mb']:.0f} MB at most. Written: {out}/report.png, {out}/report.json")
+          f"{report['peak_rss_mb']:.0f} MB at most.\n"
+          f"Written: {out}/report.png, {out}/report.json")
     return report
 
 

@@ -246,7 +246,7 @@ def train(cfg):
     groups = [{"params": model.parameters(), "peak": peak} for model, peak in peaks]
     opt = torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        if not (cfg.data or cfg.resume):  # is there anything in this policy that RL could select?
+        if test_rows and not (cfg.data or cfg.resume):  # has the policy anything that RL could select?
             prompts = [r["prompt"] for r in test_rows]
             _, texts = generate.respond(policy, tok, prompts, 1, cfg.max_new_tokens, seed=rng("gate"))
             require(not (why := task.gate(prompts, texts)), why)

@@ -175,7 +175,10 @@ class Run:
         model.load_state_dict(saved)
 
     def save(self, step, extra=None):
-        """State after `step` steps. RunError if it cannot be written; the older checkpoints stay."""
+        """State after `step` steps. RunError if it cannot or must not be written; the older ones stay."""
+        for name, model in self.models.items():
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise RunError(f"step {step - 1} left weights of the {name} that are not finite; lower --lr")
         state = {"step": step, "models": {k: m.state_dict() for k, m in self.models.items()},
                  "optimizer": self.optimizer.state_dict(), "extra": extra or {}}
         buffer = io.BytesIO()

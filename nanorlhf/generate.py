@@ -56,10 +56,10 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return token.squeeze(1), logp
 
 
-def _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id):
+def _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id):
     """What both loops below share: checks, the padded prompts, the table of uniforms."""
-    if not prompts or n < 1 or max_new_tokens < 1:
-        asked = f"{len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}"
+    if not prompts or n < 1 or max_new_tokens < 1 or temperature < 0:
+        asked = f"{len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}"
         raise UserError(f"nothing to generate: {asked}")
     longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
@@ -97,7 +97,7 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
     greedy and reports temperature 1). Raises UserError for an empty prompt and for prompts that do not fit
     the model's context.
     """
-    tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id)
+    tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id)
     logp = torch.zeros(tokens.shape, device=tokens.device)
     new = torch.zeros_like(plen)
     finished = torch.zeros_like(plen, dtype=torch.bool)
@@ -139,7 +139,7 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
 def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0,
               top_p=1.0, pad_id=None):
     """The oracle of `generate`: the same samples with no cache, no shared prefill and no row ever leaving."""
-    tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, eos_id, seed, pad_id)
+    tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id)
     logp = torch.zeros(tokens.shape, device=tokens.device)
     rows = torch.arange(len(group), device=tokens.device)
     new, finished = torch.zeros_like(plen), torch.zeros_like(plen, dtype=torch.bool)

@@ -357,6 +357,7 @@ def test_sequence_frequencies_by_enumeration(eos, how):
     "prompts, how, says",
     [
         ([], {}, "nothing to generate: 0 prompts"),
+        ([[1]], dict(temperature=-1.0), "temperature=-1.0"),
         ([[1]], dict(n=0), "n=0"),
         ([[1]], dict(max_new_tokens=0), "max_new_tokens=0"),
         ([[1], [2], []], {}, "prompt 2 is empty"),

@@ -372,12 +372,17 @@ def test_write_folder_is_all_or_nothing(power, tmp_path, monkeypatch):
     assert whole and k > 8 and all(s in (old, new) for s in seen) and old in seen and seen[-1] == new
 
 
-def test_crash_between_the_renames_of_model(stages, tmp_path):
-    """model/ is then called model.old/: it loads, and the next save puts things in order."""
+def test_crash_between_the_renames_of_model(stages, tmp_path, monkeypatch):
+    """model/ is then called model.old/: it loads, a failing save leaves it, the next one replaces it."""
     train_sft.train(stages.config(train_sft, tmp_path / "run"))
     before = snapshot(tmp_path / "run/model")
     os.rename(tmp_path / "run/model", tmp_path / "run/model.old")
-    hub.save(*hub.load(tmp_path / "run/model"), tmp_path / "run/model")
+    loaded = hub.load(tmp_path / "run/model")
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="cannot save"):
+        patch.setattr(os, "fsync", disk_full)
+        hub.save(*loaded, tmp_path / "run/model")
+    hub.load(tmp_path / "run/model")
+    hub.save(*loaded, tmp_path / "run/model")
     assert snapshot(tmp_path / "run/model") == before and not (tmp_path / "run/model.old").exists()
 
 
@@ -455,6 +460,13 @@ def test_non_finite_loss_stops_before_the_update(trainer, value, stages, tmp_pat
     saved = state(tmp_path / "run", "step-000002")["models"]
     assert all(equal(dict(models[name].state_dict()), saved[name]) for name in saved)
     assert len(metrics(tmp_path / "run")) == 2 and hub.load(tmp_path / "run/model")
+
+
+def test_weights_that_the_last_update_spoilt_are_not_saved(stages, tmp_path):
+    cfg = stages.config(train_sft, tmp_path / "run", steps=1, lr=1e40)
+    with pytest.raises(RunError, match="weights of the model that are not finite; lower --lr"):
+        train_sft.train(cfg)
+    assert states(tmp_path / "run") == [] and not (tmp_path / "run/model").exists()
 
 
 def test_a_second_ctrl_c_stops_at_once(stages, tmp_path, at_step, capsys):
