@@ -7,8 +7,8 @@ N counts the response tokens of the whole optimizer step, EOS included. The loss
 2403.17031, detail 9). Prompt and response are tokenized apart and joined as ids, since that is how the policy
 will meet them when it samples.
 
-CPU   python train_sft.py                  SFT_REVIEWS_NOTE
-      python train_sft.py --task chain     SFT_CHAIN_NOTE
+CPU   python train_sft.py                  14 s on one core; held-out loss 0.94 to 0.96
+      python train_sft.py --task chain     14 s; accuracy 0.40 to 0.48 sampled, 0.1 greedy
 GPU   python train_sft.py --data demos.jsonl --n_layer 12 --n_head 12 --d_model 768 --max_len 1024
 """
 

@@ -10,12 +10,16 @@ medians over the rounds.
 import csv
 import os
 import statistics
+import sys
 import time
 
 import torch
 
-from nanorlhf import generate
-from nanorlhf.model import GPT, GPTConfig
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from nanorlhf import generate  # noqa: E402
+from nanorlhf.model import GPT, GPTConfig  # noqa: E402
 
 ROUNDS, ROWS, NEW, VOCAB = 9, 64, 32, 543
 
@@ -49,7 +53,7 @@ def main():
                      "highest": max(ratios)})  # fmt: skip
         speed = f"{uncached / cached:.1f} × (rounds {min(ratios):.1f} to {max(ratios):.1f})"
         print(f"prompt {prompt_len:>2}: {1e3 * cached:.1f} ms cached, {1e3 * uncached:.1f} without: {speed}")
-    out = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "kv_cache.csv")
+    out = os.path.join(ROOT, "bench", "results", "kv_cache.csv")
     with open(out, "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0], lineterminator="\n")
         writer.writeheader()
