@@ -28,8 +28,10 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed, pyplot, require, run_cli, save_figure
+from nanorlhf.common import Interrupted, derive_seed, pyplot, require, run_cli, save_figure
 from nanorlhf.data import write_jsonl
+
+STAGES = ("sft", "rm", "ppo", "ppo_nokl")  # the run folders within --out
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Judged:
     gold: tuple[float, float]
     proxy: tuple[float, float]
     kl: tuple[float, float]  # nats per sequence: Σ_t log π − log π_SFT over the response
-    length: float  # tokens
+    length: tuple[float, float]  # tokens
     unique: float  # share of distinct responses: a policy can win by one template
 
 
@@ -72,8 +74,9 @@ def judge(folder, sft, rm, prompts, seed):
     gold = torch.tensor([tasks.gold(p, t) for p, t in zip(prompts, texts)])
     proxy = torch.cat([rm.rewards(roll.tokens, roll.lengths) for roll in rolls])
     k1 = torch.cat([(roll.logp - sft.logprobs(roll.tokens, roll.mask)[0]).sum(1) for roll in rolls])
-    length = torch.cat([roll.response_len for roll in rolls]).float().mean().item()
-    return Judged(texts, mean_se(gold), mean_se(proxy), mean_se(k1), length, len(set(texts)) / len(texts))
+    length = torch.cat([roll.response_len for roll in rolls]).float()
+    unique = len(set(texts)) / len(texts)
+    return Judged(texts, mean_se(gold), mean_se(proxy), mean_se(k1), mean_se(length), unique)
 
 
 def gold_along(out):
@@ -132,18 +135,19 @@ def draw(out):
         ax.set_xlabel("step")
         ax.legend(fontsize=8)
     a[1].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))  # the corners are full of curves
-    a[2].set_yscale("symlog", linthresh=10)
+    if a[2].get_ylim()[1] > 10:
+        a[2].set_yscale("symlog", linthresh=10)
     a[5].set_xlabel("√KL")
     save_figure(fig, f"{out}/report.png")
 
 
 def print_report(judged, prompts, report):
     print("\nOn held-out prompts, mean ± standard error; KL in nats per sequence:\n")
-    print(f"{'':12}{'gold':>14}{'proxy':>14}{'KL to SFT':>15}{'length':>9}{'unique':>9}")
+    print(f"{'':10}{'gold':>14}{'proxy':>14}{'KL to SFT':>15}{'length':>14}{'unique':>8}")
     for name, j in judged.items():
-        columns = ((7, j.gold), (7, j.proxy), (8, j.kl))
+        columns = ((7, j.gold), (7, j.proxy), (8, j.kl), (7, j.length))
         cells = "".join(f"{round(m, 2) + 0.0:{w}.2f} ± {se:.2f}" for w, (m, se) in columns)
-        print(f"{name:12}{cells}{j.length:>9.1f}{j.unique:>9.2f}")
+        print(f"{name:10}{cells}{j.unique:>8.2f}")
     print(f"\nReward model: {report['rm_acc']:.1%} of held-out pairs in gold's order "
           f"(by length alone: {report['rm_acc_len_only']:.1%})")
     before, after, nokl = judged.values()
@@ -168,8 +172,9 @@ def train(cfg):
     """SFT → RM → PPO, with and without KL, and the report → the dict that report.json holds."""
     clock = time.perf_counter()
     require(cfg.samples >= 5, f"--samples {cfg.samples}: must be at least 5")
-    require(cfg.overwrite or not os.path.exists(f"{cfg.out}/report.json"),
-            f"--out {cfg.out} holds a report already: add --overwrite to replace it, or name another folder")
+    held = [x for x in (*STAGES, "report.json") if os.path.exists(f"{cfg.out}/{x}")]
+    require(cfg.overwrite or not held, f"--out {cfg.out} holds {', '.join(held)} already: add --overwrite to "
+                                       "replace all of it, or name another folder")
     out, smoke = cfg.out, cfg.smoke
     common = dict(seed=cfg.seed, threads=cfg.threads, overwrite=True, device="cpu", save_every=0)
     stages = (
@@ -186,7 +191,11 @@ def train(cfg):
         if trainer is train_ppo:
             flags = flags | {"rm": f"{out}/rm/model", "sample_every": 2}
             flags |= dict(steps=3, prompts_per_step=16, eval_prompts=16) if smoke else {}
-        finals[name] = trainer.train(trainer.Config(out=f"{out}/{name}", **flags, **common))
+        try:
+            finals[name] = trainer.train(trainer.Config(out=f"{out}/{name}", **flags, **common))
+        except Interrupted as e:
+            e.args = ("interrupted; the demo does not resume: run it again with --overwrite",)
+            raise
 
     samples = 32 if smoke else cfg.samples
     rows = tasks.get("reviews").prompts("test", samples, derive_seed(cfg.seed, "judge"))
@@ -198,7 +207,7 @@ def train(cfg):
     for name, j in zip(("sft", "ppo", "ppo_nokl"), judged.values()):
         report |= {f"gold_{name}": j.gold[0], f"gold_{name}_se": j.gold[1], f"proxy_{name}": j.proxy[0],
                    f"proxy_{name}_se": j.proxy[1], f"kl_{name}": j.kl[0], f"kl_{name}_se": j.kl[1],
-                   f"len_{name}": j.length, f"unique_{name}": j.unique}
+                   f"len_{name}": j.length[0], f"len_{name}_se": j.length[1], f"unique_{name}": j.unique}
     write_jsonl(f"{out}/before_after.jsonl", [dict(zip(("prompt", "sft", "ppo", "ppo_nokl"), row)) for row in
                                               zip(prompts, *(j.responses for j in judged.values()))])
     draw(out)

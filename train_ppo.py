@@ -17,6 +17,7 @@ their own.
 CPU   python train_ppo.py                  25 s on one core; gold + 1.8 to + 2.4 at a KL of 4 to 5
       python train_ppo.py --task chain     11 s; sampled accuracy 0.43 → 0.98, greedy 0.1 → 1.0
 GPU   python train_ppo.py --init runs/sft/model --rm runs/rm/model --data prompts.jsonl --dtype bfloat16
+      not measured yet
 """
 
 import sys
@@ -31,7 +32,7 @@ from nanorlhf.checkpoint import Run
 from nanorlhf.common import Clock, check_ranges, derive_seed, fill_by_task, require, run_cli, setup, to_device
 from nanorlhf.data import epoch_batches
 from nanorlhf.model import GPT, ScalarModel
-from nanorlhf.rewards import evaluate, load_prompts, score_responses
+from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -40,7 +41,7 @@ from nanorlhf.rewards import evaluate, load_prompts, score_responses
 @dataclass
 class Config:
     task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
-    data: str = ""  # JSONL of {"prompt", ...} rows, in place of the task's own prompts
+    data: str = ""  # JSONL of {"prompt", ...} rows for the task's own prompts; --task still sets the defaults
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     rm: str = ""  # reward model folder; empty: runs/TASK-rm/model, unless there is a reward function
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
@@ -96,9 +97,11 @@ class Config:
             steps=200, prompts_per_step=512, max_new_tokens=6, minibatches=4,
             lr=2e-4, critic_lr=1e-3, beta=0.0, no_eos_score=0.0,
         ),
-    }  # fmt: skip
+    }
 
     def __post_init__(self):
+        if self.rm and self.beta is None:
+            self.beta = 0.3  # a learnt reward has to be held, whatever the task
         fill_by_task(self)
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.ref = self.ref or self.init
@@ -107,7 +110,7 @@ class Config:
         self.critic_init = self.critic_init or self.rm or self.init
         self.out = self.out or f"runs/{self.task}-ppo"
         counts = "steps prompts_per_step group_size max_new_tokens epochs minibatches kl_horizon sample_every"
-        above_zero = [*counts.split(), "lr", "critic_lr", "temperature"]
+        above_zero = [*counts.split(), "lr", "critic_lr", "temperature", "max_grad_norm"]
         check_ranges(self, above_zero, any_sign=("seed", "no_eos_score"))
         require(max(self.gamma, self.lam) <= 1, "--gamma and --lam: must not be above 1")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
@@ -211,19 +214,19 @@ def adapt_beta(beta, kl, cfg, samples):
 def load_models(cfg, device):
     """→ policy, reference, critic, reward model (or None), tokenizer. All must share one vocabulary."""
     policy, tok = hub.load(cfg.init, "--init", f"python train_sft.py --task {cfg.task}", "language model")
-    ref, ref_tok = hub.load(cfg.ref, "--ref", kind="language model")
+    ref, ref_tok = hub.load(cfg.ref, "--ref", f"python train_sft.py --task {cfg.task}", "language model")
     rm, rm_tok = None, tok
     if cfg.rm:
         rm, rm_tok = hub.load(cfg.rm, "--rm", f"python train_rm.py --task {cfg.task}", "reward model")
-    critic, critic_tok = hub.load(cfg.critic_init, "--critic_init")  # detail 22: by default the reward model
+    # detail 22: the critic starts as the reward model
+    critic, critic_tok = hub.load(cfg.critic_init, "--critic_init", f"python train_rm.py --task {cfg.task}")
     for flag, other in (("ref", ref_tok), ("rm", rm_tok), ("critic_init", critic_tok)):
         where = f"--{flag} {getattr(cfg, flag)}"
         require(other == tok, f"{where}: not the vocabulary of --init {cfg.init}; both need one SFT run")
     if isinstance(critic, GPT):
         critic = ScalarModel(critic)
         torch.nn.init.zeros_(critic.score.weight)  # with no reward model behind it the best first guess is 0
-    models = [m and to_device(m, cfg, device) for m in (policy, ref, critic, rm)]
-    return *models, tok
+    return *to_device(cfg, device, policy, ref, critic, rm), tok
 
 
 def train(cfg):
@@ -234,7 +237,7 @@ def train(cfg):
     policy, ref, critic, rm, tok = load_models(cfg, device)
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len)
 
-    def rng(*purpose):
+    def seed_for(*purpose):
         return derive_seed(cfg.seed, *purpose)
 
     def export():
@@ -246,27 +249,25 @@ def train(cfg):
     groups = [{"params": model.parameters(), "peak": peak} for model, peak in peaks]
     opt = torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        if test_rows and not (cfg.data or cfg.resume):  # has the policy anything that RL could select?
-            prompts = [r["prompt"] for r in test_rows]
-            _, texts = generate.respond(policy, tok, prompts, 1, cfg.max_new_tokens, seed=rng("gate"))
-            require(not (why := task.gate(prompts, texts)), why)
-        start, extra = run.start({"policy": policy, "critic": critic}, opt)
-        beta = extra.get("beta", cfg.beta)
+        if not (cfg.data or cfg.resume):
+            pass_gate(policy, tok, task, cfg.max_new_tokens, seed_for("gate"))
+        start, extra = run.start({"policy": policy, "critic": critic}, opt, frozen=(ref,))
+        beta = extra["beta"] if extra and cfg.kl_target else cfg.beta
         for step in range(start, cfg.steps):
-            clock = Clock()
-            metrics, sums = {}, defaultdict(float)
+            metrics, sums, first_ratio = {}, defaultdict(float), None
             if test_rows and (step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
-                metrics |= evaluate(policy, tok, cfg, test_rows, rm, rewards)
+                metrics |= evaluate(policy, tok, cfg, test_rows, rm, rewards, run.log.say)
+            clock = Clock()
 
             # ---- prompts (detail 21: reshuffled when they end)
-            batch = [rows[i] for i in epoch_batches(len(rows), cfg.prompts_per_step, rng("data"), step)]
+            batch = [rows[i] for i in epoch_batches(len(rows), cfg.prompts_per_step, seed_for("data"), step)]
             prompts = [tok.encode(r["prompt"]) for r in batch]
 
             # ---- rollout (detail 7: no dropout, so the sampler's log-probs are the old policy's own)
             roll = generate.generate(
                 policy, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, tok.eos_id,
-                rng("rollout", step), pad_id=tok.pad_id,
-            )  # fmt: skip
+                seed_for("rollout", step), pad_id=tok.pad_id,
+            )
             mask, old_logp, budget = roll.mask, roll.logp, cfg.tokens_per_microbatch  # (B, T), (B, T)
             ref_logp = roll.per_token(lambda x, m: ref.logprobs(x, m, cfg.temperature)[0], budget)  # (B, T)
 
@@ -287,7 +288,7 @@ def train(cfg):
             for group in opt.param_groups:
                 group["lr"] = group["peak"] * (1 - step / cfg.steps)  # detail 20: linear to 0
             for epoch in range(cfg.epochs):
-                order = torch.Generator().manual_seed(rng("minibatches", step, epoch))
+                order = torch.Generator().manual_seed(seed_for("minibatches", step, epoch))
                 for rows_of in torch.randperm(len(mask), generator=order).tensor_split(cfg.minibatches):
                     denom = mask[rows_of].sum()  # of this optimizer step, however micro-batches cut it
                     opt.zero_grad()
@@ -313,7 +314,7 @@ def train(cfg):
                     sums["gnorm"] += gnorm.item()
                     sums["critic_gnorm"] += critic_gnorm.item()
                     metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), largest)
-                    metrics.setdefault("first_ratio", largest)
+                    first_ratio = first_ratio or largest
 
             # ---- one log line
             k1 = (old_logp - ref_logp).sum(1)  # (B,) nats per sequence
@@ -331,19 +332,19 @@ def train(cfg):
             }
             if cfg.group_size > 1:  # share of prompts whose samples all scored the same
                 metrics["dead"] = (score.view(-1, cfg.group_size).std(1) == 0).float().mean().item()
-            first_ratio = metrics.pop("first_ratio")
             if step == 0:
                 must = " (must be 0)" if cfg.ref == cfg.init else ""
                 kl = f"KL {abs(metrics['kl']):.6f}{must}"
                 run.log.say(f"first minibatch: largest ratio {first_ratio:.6f} (must be 1), {kl}")
             if cfg.kl_target:
                 beta = adapt_beta(beta, metrics["kl"], cfg, len(mask))
+            metrics |= clock.columns(mask.sum().item())
             done = step + 1
             if step % cfg.sample_every == 0 or done == cfg.steps:
                 run.log.samples(step, batch, texts, score)
             if done == cfg.steps and test_rows:
-                metrics |= evaluate(policy, tok, cfg, test_rows, rm, rewards)
-            run.log.row(step, metrics | clock.columns(mask.sum().item()))
+                metrics |= evaluate(policy, tok, cfg, test_rows, rm, rewards, run.log.say)
+            run.log.row(step, metrics)
             run.checkpoint(done, export, {"beta": beta})
     return run.log.last
 

@@ -50,7 +50,7 @@ def main():
         ratios = [u / c for c, u in zip(*times.values())]
         rows.append({"prompt_tokens": prompt_len, "new_tokens": NEW, "rows": ROWS, "cached_ms": 1e3 * cached,
                      "uncached_ms": 1e3 * uncached, "speedup": uncached / cached, "lowest": min(ratios),
-                     "highest": max(ratios)})  # fmt: skip
+                     "highest": max(ratios)})
         speed = f"{uncached / cached:.1f} × (rounds {min(ratios):.1f} to {max(ratios):.1f})"
         print(f"prompt {prompt_len:>2}: {1e3 * cached:.1f} ms cached, {1e3 * uncached:.1f} without: {speed}")
     out = os.path.join(ROOT, "bench", "results", "kv_cache.csv")

@@ -49,7 +49,7 @@ def chain(seed, tmp):
         "seed": seed, "sampled_before": sampled[0], "sampled_after": sampled[1], "greedy_before": greedy[0],
         "greedy_after": greedy[1], "len_before": length[0], "len_after": length[1],
         "cpu_seconds_sft": cpu_sft, "cpu_seconds_ppo": cpu_ppo,
-    }  # fmt: skip
+    }
 
 
 def write(name, rows):
@@ -87,13 +87,13 @@ def main():
         "unique outputs / SFT's": (lambda r: r["unique_ppo"] / r["unique_sft"], "≥ 0.8", lambda v: v >= 0.8),
         "β = 0: proxy − PPO's": (lambda r: r["proxy_ppo_nokl"] - r["proxy_ppo"], "≥ 0", lambda v: v >= 0),
         "β = 0: gold − PPO's": (lambda r: r["gold_ppo_nokl"] - r["gold_ppo"], "≤ −1", lambda v: v <= -1),
-    })  # fmt: skip
+    })
     show("python train_ppo.py --task chain", chains, {
         "sampled accuracy before": (lambda r: r["sampled_before"], "≤ 0.50", lambda v: v <= 0.5),
         "sampled accuracy after": (lambda r: r["sampled_after"], "≥ 0.90", lambda v: v >= 0.9),
         "greedy accuracy before": (lambda r: r["greedy_before"], "≤ 0.2", lambda v: v <= 0.2),
         "greedy accuracy after": (lambda r: r["greedy_after"], "≥ 0.95", lambda v: v >= 0.95),
-    })  # fmt: skip
+    })
 
 
 if __name__ == "__main__":

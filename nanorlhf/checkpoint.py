@@ -21,7 +21,7 @@ import threading
 
 import torch
 
-from nanorlhf.common import Interrupted, Log, RunError, UserError, import_wandb
+from nanorlhf.common import Interrupted, Log, RunError, UserError, import_wandb, require
 
 KEEP = 2  # complete checkpoints kept in state/
 
@@ -79,12 +79,13 @@ class Run:
         self.columns, self.show, self.panels = columns, show, panels
         self.config, self.state = os.path.join(self.out, "config.json"), os.path.join(self.out, "state")
         import_wandb(cfg.wandb)  # if it is missing, say so before anything is touched
+        require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
         with self._usable():
             os.makedirs(self.out, exist_ok=True)
             holds_run = os.path.exists(self.config)
         if holds_run and not (cfg.resume or cfg.overwrite):
             raise UserError(f"--out {self.out} holds a run: add --resume to go on with it, --overwrite to "
-                            "replace it, or name another folder")  # fmt: skip
+                            "replace it, or name another folder")
 
     @contextlib.contextmanager
     def _usable(self):
@@ -93,12 +94,14 @@ class Run:
         except OSError as e:
             raise UserError(f"--out {self.out}: cannot be used as a run folder ({e.strerror})") from None
 
-    def start(self, models, optimizer):
+    def start(self, models, optimizer, frozen=()):
         """Load the newest complete checkpoint if --resume, open the log → (first step to run, extra dict).
 
+        frozen: models that the run only reads and that must be the same ones when it is resumed.
         Until here nothing of an older run was touched: whatever was wrong with flags or data has been said.
         """
         self.models, self.optimizer = models, optimizer
+        self.frozen = [sum(p.double().sum().item() for p in model.parameters()) for model in frozen]
         config = dataclasses.asdict(self.cfg)
         with self._usable():
             if self.cfg.resume:
@@ -124,6 +127,8 @@ class Run:
                 old = json.load(f)
         except ValueError:
             raise UserError(f"{self.config} is damaged: it is not JSON; --overwrite starts anew") from None
+        if not isinstance(old, dict):
+            raise UserError(f"{self.config} is damaged: it is no JSON object; --overwrite starts anew")
         for key in sorted(k for k in set(old) & set(config) if old[k] != config[k]):
             if key not in ("resume", "overwrite"):
                 print(f"resume: --{key} was {old[key]}, is now {config[key]}")
@@ -151,7 +156,12 @@ class Run:
                 continue
             for key, model in self.models.items():
                 self._fit(model, state["models"].get(key), path, key)
+            if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(state["frozen"], self.frozen)):
+                raise UserError(f"--resume: the reference is not the one that {self.out} was started with")
+            hyper = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            for group, mine in zip(self.optimizer.param_groups, hyper):
+                group.update(mine)  # moments come from the checkpoint, --lr and --weight_decay from this run
             print(f"resume: {self.out} from step {state['step']}")
             return state["step"], state["extra"]
         if steps:
@@ -160,7 +170,8 @@ class Run:
         return 0, {}
 
     def _checkpoints(self):
-        return sorted(d for d in os.listdir(self.state) if d.startswith("step-") and d[5:].isdigit())
+        names = (d for d in os.listdir(self.state) if d.startswith("step-") and d[5:].isdigit())
+        return sorted(names, key=lambda d: int(d[5:]))
 
     @staticmethod
     def _fit(model, saved, path, key):
@@ -175,12 +186,9 @@ class Run:
         model.load_state_dict(saved)
 
     def save(self, step, extra=None):
-        """State after `step` steps. RunError if it cannot or must not be written; the older ones stay."""
-        for name, model in self.models.items():
-            if not all(p.isfinite().all() for p in model.parameters()):
-                raise RunError(f"step {step - 1} left weights of the {name} that are not finite; lower --lr")
+        """State after `step` steps. RunError if it cannot be written; the older checkpoints stay."""
         state = {"step": step, "models": {k: m.state_dict() for k, m in self.models.items()},
-                 "optimizer": self.optimizer.state_dict(), "extra": extra or {}}
+                 "optimizer": self.optimizer.state_dict(), "extra": extra or {}, "frozen": self.frozen}
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
@@ -197,9 +205,12 @@ class Run:
         """
         last = done == self.cfg.steps
         if last or self.signum is not None or (self.cfg.save_every and done % self.cfg.save_every == 0):
+            for name, model in self.models.items():
+                if not all(p.isfinite().all() for p in model.parameters()):
+                    raise RunError(f"step {done - 1} left weights of the {name} not finite; lower --lr")
+            export()  # first: were it lost after the state of the last step, no --resume would make it again
             self.save(done, extra)
-            export()
-        if self.signum is not None and not last:
+        if self.signum is not None:
             raise Interrupted(self.signum)
 
     def __enter__(self):
@@ -210,10 +221,13 @@ class Run:
             signal.signal(s, handler)
         if self.log is not None:
             self.log.close(self.panels if kind is None or kind is Interrupted else ())
+        if kind is None:
+            print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png")
 
     def check(self, step, loss, gnorm, where):
         """Stop before the optimizer step if loss or gradient is not finite: nothing is spoilt yet."""
         if not (math.isfinite(loss) and math.isfinite(gnorm)):
             look = "look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is too high"
-            raise RunError(f"step {step}: loss {loss:g}, gradient norm {gnorm:g} ({where}); the weights are "
-                           f"untouched. {look}. --resume goes on from the last checkpoint")  # fmt: skip
+            kept = "--resume goes on from the last checkpoint" if self._checkpoints() else "no checkpoint yet"
+            found = f"step {step}: loss {loss:g}, gradient norm {gnorm:g} ({where})"
+            raise RunError(f"{found}; this update was not made; {look}; {kept}")

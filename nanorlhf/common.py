@@ -111,8 +111,9 @@ def _comments(Config):
 
 
 def help_text(Config, doc, prog):
-    """--help: the file's docstring, then every field with its comment and default, 80 columns wide."""
-    lines = [doc.strip(), "", f"usage: python {prog} [--name value ...]", ""]
+    """--help: the docstring's first paragraph, then every field with its comment and default; 80 columns."""
+    about = textwrap.wrap(doc.strip().split("\n\n")[0], 80)
+    lines = [*about, "", f"usage: python {prog} [--name value ...]", f"equations and examples: {prog}", ""]
     comments = _comments(Config)
     for f, kind in _field_types(Config):
         default = [] if f.default is dataclasses.MISSING else f.default
@@ -124,7 +125,7 @@ def help_text(Config, doc, prog):
         head = f"  --{f.name}"
         indent = " " * 26
         lines += textwrap.wrap(text, 80, initial_indent=f"{head:<26}" if len(head) < 26 else f"{head}  ",
-                               subsequent_indent=indent)  # fmt: skip
+                               subsequent_indent=indent)
     return "\n".join(lines)
 
 
@@ -166,6 +167,9 @@ def parse(Config, argv, doc="", prog="train.py"):
 def run_cli(Config, train, module_doc, argv=None):
     """Run a trainer from the command line → status: 2 for a user's mistake, 1 for a run that had to stop."""
     prog = os.path.basename(sys.argv[0])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # Windows writes to a pipe in a code page without β and │
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         train(parse(Config, sys.argv[1:] if argv is None else argv, module_doc, prog))
     except UserError as e:
@@ -186,8 +190,7 @@ def run_cli(Config, train, module_doc, argv=None):
         print(f"{prog}: {e}", file=sys.stderr)
         return e.code
     except KeyboardInterrupt:
-        kept = "the last complete checkpoint is kept, --resume goes on from it"
-        print(f"{prog}: interrupted; {kept}", file=sys.stderr)
+        print(f"{prog}: interrupted at once; checkpoints saved before are kept", file=sys.stderr)
         return 130
     return 0
 
@@ -205,19 +208,22 @@ def setup(cfg):
     return torch.device(device)
 
 
-def to_device(model, cfg, device):
-    """Move a model, set its compute dtype (weights stay fp32) and a thread count that suits its size.
+THREADS = torch.get_num_threads()  # torch's own choice
+
+
+def to_device(cfg, device, *models):
+    """Move models (or None), set their compute dtype (weights stay fp32) and the number of threads → models.
 
     Below a million parameters one thread is faster than two, and on a busy machine a hundred times faster:
-    the threads wait for each other at every small operation.
+    the threads wait for each other at every small operation. The largest model decides.
     """
-    model = model.to(device)
-    trunk = getattr(model, "trunk", model)
-    trunk.compute_dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else None
-    small = sum(p.numel() for p in model.parameters()) < 1_000_000
-    if cfg.threads or small:
-        torch.set_num_threads(cfg.threads or 1)
-    return model
+    size = 0
+    for model in filter(None, models):
+        model.to(device)
+        getattr(model, "trunk", model).compute_dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else None
+        size = max(size, sum(p.numel() for p in model.parameters()))
+    torch.set_num_threads(cfg.threads or (1 if size < 1_000_000 else THREADS))
+    return models
 
 
 def warmup_linear(step, steps, peak):
@@ -284,7 +290,9 @@ class Log:
 
     def _append(self, name, text):
         try:
-            with open(os.path.join(self.out, name), "a", encoding="utf-8", newline="") as f:
+            path = os.path.join(self.out, name)
+            # A lone surrogate has no UTF-8; what backslashreplace makes of it is its JSON escape.
+            with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="") as f:
                 f.write(text)
         except OSError as e:
             if not self.warned:
@@ -317,11 +325,10 @@ class Log:
             self.wandb.log(metrics, step=step)
 
     def samples(self, step, rows, texts, score):
-        """A step's prompts (the rows they come from), responses and scores (B,) → samples.jsonl."""
-        lines = [
-            {"step": step, "prompt": row["prompt"], "response": text, "reward": round(s, 4)}
-            for row, text, s in zip(rows, texts, score.tolist())
-        ]
+        """A step's prompts (the rows they come from), responses and scores (B,) or None → samples.jsonl."""
+        lines = [{"step": step, "prompt": row["prompt"], "response": text} for row, text in zip(rows, texts)]
+        for line, s in zip(lines, [] if score is None else score.tolist()):
+            line["reward"] = round(s, 4)
         self._append("samples.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
 
     def close(self, panels=()):
@@ -335,7 +342,7 @@ class Log:
 def _cell(value):
     if value is None or isinstance(value, int):
         return "" if value is None else str(value)
-    if 1e-6 < abs(value) < 1e-3:
+    if 1e-5 < abs(value) < 1e-3:
         return f"{value:.0e}"
     value = round(value, 3) + 0.0  # no −0.000
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"

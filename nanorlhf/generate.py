@@ -9,7 +9,7 @@ sample does not depend on which other rows are still in the batch.
 import torch
 from tqdm import tqdm
 
-from nanorlhf.common import UserError
+from nanorlhf.common import RunError, UserError
 from nanorlhf.rollout import Rollout
 
 LEAVE = 1 / 8  # share of ended rows at which the batch is compacted: at every one, copying costs more
@@ -43,6 +43,8 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     z = logits / temperature if temperature else logits
     z = filter_logits(z, top_k, top_p)
     top = z.max(-1, keepdim=True)
+    if not top.values.isfinite().all():
+        raise RunError("the model's logits are not finite; lower --lr, or start from another checkpoint")
     e = (z - top.values).exp_()
     if temperature:
         cdf = e.cumsum(-1)

@@ -256,9 +256,13 @@ def load(folder, flag="--init", hint="", kind=""):
     folder = os.path.normpath(folder)  # "model/" and a Path too
     if not os.path.isdir(folder) and os.path.isdir(f"{folder}.old"):
         folder += ".old"  # what a crash in mid-save leaves
+    if os.path.isfile(os.path.join(folder, "model", "config.json")):
+        raise UserError(f"{flag} {folder} is a run folder; give {os.path.join(folder, 'model')}")
     if not os.path.isfile(os.path.join(folder, "config.json")):
         what = "has no config.json" if os.path.isdir(folder) else "does not exist"
-        raise UserError(f"{flag} {folder} {what}" + (f"; make it with: {hint}" if hint else ""))
+        run, name = os.path.split(folder)
+        out = f" --out {run}" if run and name == "model" else ""
+        raise UserError(f"{flag} {folder} {what}" + (f"; make it with: {hint}{out}" if hint else ""))
     try:
         model, tok = _read(folder)
     except UserError as e:

@@ -11,13 +11,17 @@ from nanorlhf import generate, tasks
 from nanorlhf.common import RunError, UserError, derive_seed, require
 from nanorlhf.data import read_jsonl, split_by_hash
 
+SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to bound memory
+
 
 def call_reward(name, fn, prompt, text, row):
     """One call of a user's reward function → float; RunError naming the sample if that fails."""
     sample = f"(prompt {prompt!r}, response {text!r})"
     try:
         value = float(fn(prompt, text, row))
-    except Exception as e:
+    except UserError as e:  # a built-in reward meets a prompt that is not of its task
+        raise UserError(f"{row.get('_at', name)}: {e}") from None
+    except (Exception, SystemExit) as e:
         raise RunError(f"reward {name} raised {type(e).__name__}: {e} {sample}") from e
     if not math.isfinite(value):
         raise RunError(f"reward {name} returned {value} {sample}; it must be finite")
@@ -32,7 +36,9 @@ def score_responses(roll, texts, rows, rm, rewards):
     `rewards`, a list of (name, weight, function).
     """
     if rm is not None:
-        return rm.rewards(roll.tokens, roll.lengths)  # detail 13: at no other position
+        size = max(1, SCORE_TOKENS // roll.tokens.shape[1])  # rows at once
+        parts = zip(roll.tokens.split(size), roll.lengths.split(size))
+        return torch.cat([rm.rewards(*part) for part in parts])  # detail 13: at no other position
     score = [
         sum(weight * call_reward(name, fn, row["prompt"], text, row) for name, weight, fn in rewards)
         for text, row in zip(texts, rows, strict=True)
@@ -40,8 +46,16 @@ def score_responses(roll, texts, rows, rm, rewards):
     return torch.tensor(score, device=roll.tokens.device)
 
 
-def evaluate(policy, tok, cfg, rows, rm, rewards):
-    """Mean score on held-out prompts → {"eval/reward": sampled, "eval/greedy": greedy}, which may differ."""
+def pass_gate(policy, tok, task, limit, seed):
+    """UserError, saying why, if 256 held-out samples of the policy hold nothing that RL could select."""
+    prompts = [row["prompt"] for row in task.prompts("test", 256, seed)]
+    _, texts = generate.respond(policy, tok, prompts, 1, limit, seed=seed)
+    why = task.gate(prompts, texts)
+    require(why is None, why)
+
+
+def evaluate(policy, tok, cfg, rows, rm, rewards, say=print):
+    """Mean score on held-out prompts → {"eval/reward": sampled, "eval/greedy": greedy}; may differ a lot."""
     out = {}
     for name, temperature in (("eval/reward", cfg.temperature), ("eval/greedy", 0.0)):
         prompts, seed = [r["prompt"] for r in rows], derive_seed(cfg.seed, "eval")
@@ -51,6 +65,7 @@ def evaluate(policy, tok, cfg, rows, rm, rewards):
             part = slice(start, start := start + len(roll.tokens))
             scores.append(score_responses(roll, texts[part], rows[part], rm, rewards))
         out[name] = torch.cat(scores).mean().item()
+    say(f"held out ({len(rows)} prompts): sampled {out['eval/reward']:.3f}, greedy {out['eval/greedy']:.3f}")
     return out
 
 
@@ -62,12 +77,15 @@ def load_prompts(cfg, task, tok, max_len):
         rows = task.prompts("train", 3000, cfg.seed) + task.prompts("test", cfg.eval_prompts, cfg.seed)
     room = max_len - cfg.max_new_tokens
     fit = [row for row in rows if _prompt_len(row, tok) <= room]  # detail 2: N+ truncates
-    dropped = len(rows) - len(fit)
+    dropped, of = len(rows) - len(fit), f"--data {cfg.data}: " if cfg.data else ""
     train, test = split_by_hash(fit, tasks.held_out)
     why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {cfg.max_new_tokens})"
-    require(train, f"no training prompt is left: {dropped} are {why}, the rest is held out (15%, by a hash)")
+    long = f"{dropped} of {len(rows)} prompts are {why}"
+    rest = f"{len(test)} are held out (15% of all prompts, by a hash)"
+    left = ", ".join([long] * bool(dropped) + [rest] * bool(test))
+    require(train, f"{of}no training prompt is left: {left}")
     if dropped:
-        print(f"dropped {dropped} prompts {why}")
+        print(f"{of}{long}; dropped")
     return train, test[: cfg.eval_prompts]
 
 

@@ -23,7 +23,7 @@ from nanorlhf.common import UserError
 
 def held_out(prompt: str) -> bool:
     """True for the ~15% of all prompts that are kept for testing; depends on nothing but the text."""
-    return int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) < 0.15 * 2**32
+    return int(hashlib.sha256(prompt.encode(errors="replace")).hexdigest()[:8], 16) < 0.15 * 2**32
 
 
 class Task:
@@ -77,7 +77,7 @@ ADJECTIVES = {
     "wonderful": 3, "superb": 3, "great": 2, "lovely": 2, "delightful": 2, "good": 1, "nice": 1, "decent": 1,
     "dull": -1, "ordinary": -1, "forgettable": -1, "bad": -2, "poor": -2, "disappointing": -2, "awful": -3,
     "terrible": -3,
-}  # fmt: skip
+}
 ADVERBS = {"really": 1.2, "truly": 1.2, "quite": 0.8, "rather": 0.7}
 VERBS = {"loved": 3, "enjoyed": 2, "liked": 1, "disliked": -2, "hated": -3}
 VERDICTS = {"would": 2, "would gladly": 2.5, "would not": -2, "would never": -2.5}
@@ -371,11 +371,19 @@ def load_reward(spec: str):
         raise wrong(f"{path} defines no {name}")
     if not callable(function):
         raise wrong(f"{name} in {path} is not a function")
-    if _takes(function, 3):
+    if _wants_row(function):
         return name, weight, function
     if _takes(function, 2):
         return name, weight, lambda prompt, response, row: function(prompt, response)
     raise wrong(f"{name} takes neither (prompt, response, row) nor (prompt, response)")
+
+
+def _wants_row(function) -> bool:
+    """Whether a third argument is the row: not where it is an option of the function's own, `scale=1.0`."""
+    if _takes(function, 3) and _takes(function, 2):
+        names = list(inspect.signature(function).parameters) if callable(function) else []
+        return len(names) > 2 and names[2] == "row"
+    return _takes(function, 3)
 
 
 def _takes(function, count: int) -> bool:

@@ -156,7 +156,7 @@ def test_the_terminal_shows_the_table_and_five_prompts(ran):
 def test_a_second_demo_is_refused_and_touches_nothing(ran):
     out = ran[0]
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    with pytest.raises(UserError, match="holds a report already: add --overwrite to replace it"):
+    with pytest.raises(UserError, match="holds sft, rm, ppo, ppo_nokl, report.json already: add --overwrite"):
         demo.train(demo.Config(smoke=True, out=str(out)))
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 

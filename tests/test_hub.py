@@ -293,7 +293,7 @@ def remove(name):
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FAULTS = [  # style, fault, file named, what the line says
-    ("gpt2", remove(CONFIG), "", "has no config.json; make it with: python x.py"),
+    ("gpt2", remove(CONFIG), "", "has no config.json; make it with: python x.py --out"),
     ("gpt2", write(CONFIG, b"{not json"), CONFIG, "Expecting"),
     ("gpt2", write(CONFIG, b"\xff\xfe{}"), CONFIG, "decode"),
     ("gpt2", write(CONFIG, b"[1, 2]"), CONFIG, "not a JSON object"),

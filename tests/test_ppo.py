@@ -761,7 +761,7 @@ def test_prompts_without_room_are_dropped(lab, capsys):
     rows = [json.dumps({"prompt": p}) + "\n" for p in PROMPTS[:9] + long]
     Path(f"{lab}/long.jsonl").write_text("".join(rows))
     train(config(lab, data=f"{lab}/long.jsonl"))
-    assert "dropped 2 prompts longer than 11 tokens" in capsys.readouterr().out
+    assert "2 of 11 prompts are longer than 11 tokens" in capsys.readouterr().out
 
 
 OTHER = Tokenizer.from_chars("dcba=")

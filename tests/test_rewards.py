@@ -169,7 +169,7 @@ def test_prompts_without_room_for_a_response_are_dropped_and_counted(tmp_path, c
     rows = [{"prompt": "a" * n + "="} for n in range(1, 12)]
     train, test = load(tmp_path, rows)
     assert max(len(r["prompt"]) for r in train + test) <= 12 - 5 and len(train + test) == 6
-    says = "dropped 5 prompts longer than 7 tokens (the context of 12 less --max_new_tokens 5)"
+    says = "5 of 11 prompts are longer than 7 tokens (the context of 12 less --max_new_tokens 5); dropped"
     assert says in capsys.readouterr().out
 
 
@@ -181,8 +181,8 @@ def test_prompts_without_room_for_a_response_are_dropped_and_counted(tmp_path, c
         ([{"prompt": "a="}, {"prompt": 3}], 'p.jsonl:2: "prompt" is a number, expected a string'),
         ([{"prompt": "a="}, {"prompt": " "}], 'p.jsonl:2: "prompt" is empty'),
         ([{"prompt": "a="}, {"prompt": "é="}], "p.jsonl:2: tokenizer: character 'é' is not in alphabet"),
-        ([{"prompt": "a" * 9}] * 2, "no training prompt is left: 2 are longer than 7 tokens"),
-        ([{"prompt": "bed="}], "no training prompt is left: 0 are longer than 7 tokens"),
+        ([{"prompt": "a" * 9}] * 2, "no training prompt is left: 2 of 2 prompts are longer than 7 tokens"),
+        ([{"prompt": "bed="}], "no training prompt is left: 1 are held out (15% of all prompts, by a hash)"),
     ],
 )  # fmt: skip
 def test_bad_prompts_are_named_by_file_and_line(rows, says, tmp_path):

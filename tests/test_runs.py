@@ -407,7 +407,7 @@ def test_disk_full_while_saving(trainer, stages, tmp_path, monkeypatch, at_step,
     argv = [f"--{k}={v}" for k, v in stages.flags(trainer, tmp_path / "run").items()]
     assert run_cli(trainer.Config, trainer.train, "", argv) == 1
     err = capsys.readouterr().err.splitlines()
-    assert len(err) == 1 and "cannot save" in err[0] and "step-000004" in err[0] and "No space left" in err[0]
+    assert len(err) == 1 and "cannot save" in err[0] and "run/model" in err[0] and "No space left" in err[0]
     assert not list((tmp_path / "run").rglob("*.tmp"))
     undo()
     monkeypatch.setattr(os, "fsync", lambda fd: None)
@@ -451,12 +451,13 @@ def test_non_finite_loss_stops_before_the_update(trainer, value, stages, tmp_pat
         return (out[0] * value, *out[1:]) if isinstance(out, tuple) else out * value
 
     monkeypatch.setattr(trainer, LOSS[trainer], spoilt)
-    monkeypatch.setattr(Run, "start", lambda run, m, opt: models.update(m) or start(run, m, opt))
+    spy = lambda run, m, *args, **kw: models.update(m) or start(run, m, *args, **kw)  # noqa: E731
+    monkeypatch.setattr(Run, "start", spy)
     argv = [f"--{k}={v}" for k, v in cfg.items()]
     assert run_cli(trainer.Config, trainer.train, "", argv) == 1
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1 and f"stopped: step 2: loss {value:g}" in err[0].replace("-inf", "inf")
-    assert "the weights are untouched" in err[0] and "metrics.csv" in err[0] and "--lr" in err[0]
+    assert "this update was not made" in err[0] and "metrics.csv" in err[0] and "--lr" in err[0]
     saved = state(tmp_path / "run", "step-000002")["models"]
     assert all(equal(dict(models[name].state_dict()), saved[name]) for name in saved)
     assert len(metrics(tmp_path / "run")) == 2 and hub.load(tmp_path / "run/model")
@@ -468,9 +469,73 @@ def test_weights_that_the_last_update_spoilt_are_not_saved(stages, tmp_path, mon
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
     cfg = stages.config(train_sft, tmp_path / "run", steps=1)
-    with pytest.raises(RunError, match="weights of the model that are not finite; lower --lr"):
+    with pytest.raises(RunError, match="not finite; lower --lr"):
         train_sft.train(cfg)
     assert states(tmp_path / "run") == [] and not (tmp_path / "run/model").exists()
+
+
+@EACH
+def test_a_model_lost_at_the_last_step_is_made_by_resume(trainer, stages, tmp_path, monkeypatch):
+    """A full disk while the last step's model/ is written: --resume must not find the run complete."""
+    cfg = stages.config(trainer, tmp_path / "run", save_every=0)
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="cannot save"):
+        patch.setattr(os, "fsync", disk_full)
+        trainer.train(cfg)
+    trainer.train(stages.config(trainer, tmp_path / "run", save_every=0, resume=True))
+    assert hub.load(tmp_path / "run/model")
+
+
+@EACH
+def test_resume_takes_the_hyper_parameters_of_this_run(trainer, stages, tmp_path, capsys):
+    """A flag that resume announces as changed is changed: learning rate, weight decay, a fixed beta."""
+    more = dict(beta=0.7, critic_lr=1e-9) if trainer is train_ppo else dict(weight_decay=0.5)
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=2))
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=4, lr=1e-9, resume=True, **more))
+    assert "--lr was 0.01, is now 1e-09" in capsys.readouterr().out
+    last = metrics(tmp_path / "run")[-1]
+    assert float(last["lr"]) <= 1e-9 and float(last.get("beta", 0.7)) == 0.7
+    groups = state(tmp_path / "run", "step-000004")["optimizer"]["param_groups"]
+    if trainer is train_ppo:
+        assert groups[1]["peak"] == 1e-9
+    else:
+        assert groups[0]["weight_decay"] == 0.5
+
+
+def test_resume_refuses_another_reference(stages, tmp_path):
+    """Retrained meanwhile, the folder of --ref would move the KL in silence."""
+    ref = shutil.copytree(stages.folder / "sft/model", tmp_path / "ref")
+    train_ppo.train(stages.config(train_ppo, tmp_path / "run", steps=2, ref=str(ref)))
+    model, tok = hub.load(ref)
+    model.wte.weight.data += 0.01
+    hub.save(model, tok, ref)
+    with pytest.raises(UserError, match="reference is not the one"):
+        train_ppo.train(stages.config(train_ppo, tmp_path / "run", steps=4, ref=str(ref), resume=True))
+
+
+def test_resume_and_overwrite_together_are_refused(stages, tmp_path):
+    train_sft.train(stages.config(train_sft, tmp_path / "run"))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(UserError, match="--resume and --overwrite"):
+        train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True, overwrite=True))
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_ctrl_c_in_the_last_step_is_not_forgotten(stages, tmp_path, at_step):
+    """The demo must not go on to its next stage; the run itself is complete."""
+    cfg = stages.config(train_sft, tmp_path / "run")
+    at_step(cfg.steps - 1, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted):
+        train_sft.train(cfg)
+    assert states(tmp_path / "run")[-1] == f"step-{cfg.steps:06d}" and hub.load(tmp_path / "run/model")
+
+
+def test_checkpoints_are_ordered_by_number(stages, tmp_path):
+    """As text, step-1000000 stands before step-999999."""
+    train_sft.train(stages.config(train_sft, tmp_path / "run", steps=2))
+    for step in ("999999", "1000000"):
+        shutil.copytree(tmp_path / "run/state/step-000002", tmp_path / f"run/state/step-{step}")
+    run = Run(stages.config(train_sft, tmp_path / "run", resume=True), [], [], [])
+    assert run._checkpoints() == ["step-000002", "step-999999", "step-1000000"]
 
 
 def test_a_second_ctrl_c_stops_at_once(stages, tmp_path, at_step, capsys):
