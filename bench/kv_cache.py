@@ -2,9 +2,9 @@
 
     python bench/kv_cache.py        half a minute; writes bench/results/kv_cache.csv
 
-The demo's model, 64 rows, one thread, 32 new tokens each, no row ever leaving (no EOS). The two take turns (A
-B A B …), with the same seeds, and must return the same tokens and log-probs. CPU seconds of the process,
-medians over the rounds.
+The demo's model, 64 rows, one thread, 32 new tokens each, no row ever leaving (no EOS). The two take
+turns with the same seeds and must return the same tokens and log-probs. CPU seconds of the process, medians
+over the rounds.
 """
 
 import csv

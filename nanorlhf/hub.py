@@ -83,8 +83,9 @@ def _from_hf(tensors, model, family, weights):
     have = {k: tuple(v.shape) for k, v in tensors.items()}
     for name in sorted(set(want) | set(have)):
         if want.get(name) != have.get(name):
-            what = "is missing" if name not in have else "is unknown to this model" if name not in want else \
-                f"has shape {have[name]}, config.json says {want[name]}"
+            what = f"has shape {have.get(name)}, config.json says {want.get(name)}"
+            if name not in have or name not in want:
+                what = "is missing" if name not in have else "is unknown to this model"
             raise UserError(f"{weights}: tensor {name} {what}")
     for ours, theirs in _names(GPT2 if family == "gpt2" else LLAMA, cfg):
         if ours.endswith(".weight"):

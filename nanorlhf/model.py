@@ -139,9 +139,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, layer_cache, step):
         B, T, _ = x.shape
-        q, k, v = (
-            f(x).view(B, T, -1, self.cfg.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )  # (B, H, T, hd)
+        parts = (f(x).view(B, T, -1, self.cfg.head_dim) for f in (self.q, self.k, self.v))
+        q, k, v = (part.transpose(1, 2) for part in parts)  # (B, H, T, hd)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         gqa = dict(enable_gqa=True) if self.cfg.n_kv_head != self.cfg.n_head else {}

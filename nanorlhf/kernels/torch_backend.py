@@ -5,8 +5,7 @@ Memory above inputs and gradients is one chunk, CHUNK elements of fp32, whatever
 (float64 for float64 operands) even when the operands are bf16: rounding them costs up to 0.1 nats of
 log-prob.
 
-With z = logits/T, p = softmax(z), lse = log Σ exp z, for the target y of a row and upstream gradients g and
-h:
+With z = logits/T, p = softmax(z), lse = log Σ exp z, the row's target y and upstream gradients g and h:
 
     logp = z_y − lse          ∂/∂z: g (1_y − p)
     H    = lse − Σ p z        ∂/∂z: −h p (log p + H)
