@@ -72,6 +72,7 @@ class Config:
     value_clip: float = 0.2  # ε_v of the critic's move
     vf_coef: float = 0.1  # c
     no_eos_score: float | None = None  # score of a response that never ends (detail 23.3)
+    whiten_advantages: bool = True  # advantages get mean 0 and variance 1 over the rollout
     whiten_rewards: bool = False  # divide rewards by their standard deviation (detail 24)
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
@@ -282,7 +283,8 @@ def train(cfg):
             # ---- advantage
             old_value = roll.per_token(critic.values, budget)  # (B, T)
             adv, ret = gae(reward, old_value, mask, cfg.gamma, cfg.lam)  # (B, T)
-            adv = whiten(adv, mask)  # detail 25: over the whole rollout
+            if cfg.whiten_advantages:
+                adv = whiten(adv, mask)  # detail 25: over the whole rollout
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             for group in opt.param_groups:

@@ -41,14 +41,17 @@ class Interrupted(Exception):
 # config → command line
 
 
-def fill_by_task(cfg):
-    """Give every field that is None its value from the class's table BY_TASK: task → {field: value}."""
+def fill_by_task(cfg, recipe=None, defaults=None):
+    """Give every field that is None its value from the tables {field: value}, the first that has one.
+
+    In this order: recipe, the class's table BY_TASK[cfg.task], defaults. What was given explicitly stays.
+    """
     table = type(cfg).BY_TASK
-    if cfg.task not in table:
-        raise UserError(f"--task {cfg.task}: must be one of {', '.join(table)}")
-    for field, value in table[cfg.task].items():
-        if getattr(cfg, field) is None:
-            setattr(cfg, field, value)
+    require(cfg.task in table, f"--task {cfg.task}: must be one of {', '.join(table)}")
+    for values in (recipe or {}, table[cfg.task], defaults or {}):
+        for field, value in values.items():
+            if getattr(cfg, field) is None:
+                setattr(cfg, field, value)
 
 
 def require(ok, message):
@@ -72,7 +75,7 @@ def _field_types(Config):
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         kind = hints[f.name]
-        if isinstance(kind, types.UnionType):  # "float | None": None stands for the task's own default
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):  # None: a default from a table
             kind = next(k for k in kind.__args__ if k is not type(None))
         yield f, kind
 

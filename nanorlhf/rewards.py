@@ -29,21 +29,24 @@ def call_reward(name, fn, prompt, text, row):
 
 
 @torch.no_grad()
-def score_responses(roll, texts, rows, rm, rewards):
+def score_responses(roll, texts, rows, rm, rewards, parts=None):
     """Rollout of B rows, their texts and prompt rows → score (B,).
 
     The reward model `rm` at the last token (EOS, detail 12 of N+); where rm is None, the weighted sum of
-    `rewards`, a list of (name, weight, function).
+    `rewards`, a list of (name, weight, function). The dict `parts` receives each alone: {name: (B,)}.
     """
     if rm is not None:
         size = max(1, SCORE_TOKENS // roll.tokens.shape[1])  # rows at once
-        parts = zip(roll.tokens.split(size), roll.lengths.split(size))
-        return torch.cat([rm.rewards(*part) for part in parts])  # detail 13: at no other position
-    score = [
-        sum(weight * call_reward(name, fn, row["prompt"], text, row) for name, weight, fn in rewards)
-        for text, row in zip(texts, rows, strict=True)
-    ]
-    return torch.tensor(score, device=roll.tokens.device)
+        chunks = zip(roll.tokens.split(size), roll.lengths.split(size))
+        return torch.cat([rm.rewards(*chunk) for chunk in chunks])  # detail 13: at no other position
+    score = torch.zeros(len(texts))
+    for name, weight, fn in rewards:
+        values = [call_reward(name, fn, row["prompt"], t, row) for t, row in zip(texts, rows, strict=True)]
+        part = torch.tensor(values)
+        score += weight * part
+        if parts is not None:
+            parts[name] = part.to(roll.tokens.device)
+    return score.to(roll.tokens.device)
 
 
 def pass_gate(policy, tok, task, limit, seed):
@@ -54,12 +57,15 @@ def pass_gate(policy, tok, task, limit, seed):
     require(why is None, why)
 
 
-def evaluate(policy, tok, cfg, rows, rm, rewards, say=print):
-    """Mean score on held-out prompts → {"eval/reward": sampled, "eval/greedy": greedy}; may differ a lot."""
-    out = {}
+def evaluate(policy, tok, cfg, rows, rm, rewards, say=print, limit=None):
+    """Mean score on held-out prompts → {"eval/reward": sampled, "eval/greedy": greedy}; may differ a lot.
+
+    limit: tokens of a response at most, if not cfg.max_new_tokens.
+    """
+    out, limit = {}, limit or cfg.max_new_tokens
     for name, temperature in (("eval/reward", cfg.temperature), ("eval/greedy", 0.0)):
         prompts, seed = [r["prompt"] for r in rows], derive_seed(cfg.seed, "eval")
-        rolls, texts = generate.respond(policy, tok, prompts, 1, cfg.max_new_tokens, temperature, seed)
+        rolls, texts = generate.respond(policy, tok, prompts, 1, limit, temperature, seed)
         scores, start = [], 0
         for roll in rolls:
             part = slice(start, start := start + len(roll.tokens))
@@ -69,17 +75,58 @@ def evaluate(policy, tok, cfg, rows, rm, rewards, say=print):
     return out
 
 
-def load_prompts(cfg, task, tok, max_len):
-    """→ training rows, held-out rows. Prompts without room for a response are dropped, and counted."""
+def health(log_ratio, kl, adv, dead, stop, tokens):
+    """The first step's vital signs, for the reader; a figure that is not as it must be is explained below."""
+    reference = "no reference" if kl is None else f"KL {abs(kl):.6f}"
+    line = f"health: ratio 1 ± {log_ratio:.0e} · {reference} · mean advantage {abs(adv):.3f} · "
+    line += f"dead {dead:.0%} · stop {stop:.0%} · {tokens} tokens"
+    for bad, word in (
+        (log_ratio > 1e-4, "ratio is not 1: sampling and scoring disagree"),
+        (kl is not None and abs(kl) > 1e-3, "KL is not 0: the reference is not the policy"),
+        (abs(adv) > 0.1, "mean advantage is not near 0: rewards and groups do not belong together"),
+        (dead > 0.8, "most groups are dead: there is little to learn from prompts so hard or so easy"),
+        (stop < 0.5, "most responses are cut: raise --max_new_tokens"),
+    ):
+        line += f"\n  !! {word}" if bad else ""
+    return line
+
+
+def length_schedule(max_new_tokens, lengthen_at):
+    """'24,40,64', '40,80' or '0.2' → limits [24, 40, 64]; steps [40, 80] or the truncation rate 0.2."""
+    try:
+        limits = [int(x) for x in str(max_new_tokens).split(",")]
+    except ValueError:
+        limits = []
+    rising = bool(limits) and limits[0] > 0 and all(a < b for a, b in zip(limits, limits[1:]))
+    require(rising, f"--max_new_tokens {max_new_tokens}: must be an integer, or rising ones such as 24,40,64")
+    try:
+        at = [float(x) for x in lengthen_at.split(",") if x]
+    except ValueError:
+        at = []
+    if len(at) == 1 and 0 < at[0] < 1:
+        return limits, at[0]
+    want = f"{len(limits) - 1} rising steps, one for each lengthening, or a truncation rate such as 0.2"
+    steps = [int(x) for x in at]
+    right = len(steps) == len(limits) - 1 and steps == at == sorted(set(at)) and min(steps, default=1) > 0
+    require(right, f"--lengthen_at {lengthen_at!r}: must be {want}")
+    return limits, steps
+
+
+def load_prompts(cfg, task, tok, max_len, limit=None):
+    """→ training rows, held-out rows. Prompts without room for a response are dropped, and counted.
+
+    limit: tokens of a response at most, if not cfg.max_new_tokens.
+    """
+    limit = limit or cfg.max_new_tokens
     if cfg.data:
         rows = read_jsonl(cfg.data, ("prompt",), nonempty=("prompt",))
     else:
         rows = task.prompts("train", 3000, cfg.seed) + task.prompts("test", cfg.eval_prompts, cfg.seed)
-    room = max_len - cfg.max_new_tokens
+    room = max_len - limit
     fit = [row for row in rows if _prompt_len(row, tok) <= room]  # detail 2: N+ truncates
     dropped, of = len(rows) - len(fit), f"--data {cfg.data}: " if cfg.data else ""
     train, test = split_by_hash(fit, tasks.held_out)
-    why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {cfg.max_new_tokens})"
+    why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {limit})"
     long = f"{dropped} of {len(rows)} prompts are {why}"
     rest = f"{len(test)} are held out (15% of all prompts, by a hash)"
     left = ", ".join([long] * bool(dropped) + [rest] * bool(test))

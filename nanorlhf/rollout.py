@@ -1,8 +1,10 @@
 """The one object that flows through every RL trainer, with its invariants asserted in one place."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from nanorlhf.data import microbatches
 
@@ -43,6 +45,21 @@ class Rollout:
         """Token lists of the responses, without the EOS that ended them."""
         ends = (self.lengths - self.finished.long()).tolist()
         return [row[p:e] for row, p, e in zip(self.tokens.tolist(), self.prompt_len.tolist(), ends)]
+
+    def select(self, rows):
+        """The given rows (a tensor of indices), with groups numbered anew from 0."""
+        group = self.group[rows].unique(return_inverse=True)[1]
+        parts = (x[rows] for x in (self.tokens, self.mask, self.logp, self.finished))
+        return Rollout(*parts, group, self.prompt_len[rows])
+
+    @classmethod
+    def cat(cls, rolls):
+        """Several rollouts as one, padded to the longest; their groups stay apart."""
+        T = max(roll.tokens.shape[1] for roll in rolls)
+        wide = [[F.pad(x, (0, T - x.shape[1])) for x in (r.tokens, r.mask, r.logp)] for r in rolls]
+        first = [0, *itertools.accumulate(int(r.group.max()) + 1 for r in rolls)]
+        narrow = [(r.finished, r.group + start, r.prompt_len) for r, start in zip(rolls, first)]
+        return cls(*(torch.cat(x) for x in zip(*wide)), *(torch.cat(x) for x in zip(*narrow)))
 
     def microbatches(self, rows, budget):
         """Cut rows (a tensor of indices) by padded tokens, longest first → (row indices, longest length)."""

@@ -17,6 +17,7 @@ import os
 import random
 import re
 import sys
+from fractions import Fraction
 
 from nanorlhf.common import UserError
 
@@ -328,6 +329,46 @@ def get(name: str) -> Task:
     if name not in TASKS:
         raise UserError(f"--task {name}: no such task; choose one of {', '.join(TASKS)}")
     return TASKS[name]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# rewards for rows with an "answer": --reward nanorlhf/tasks.py:numeric_answer
+
+
+def final_answer(text: str) -> str | None:
+    r"""What a solution says in \boxed{…} or behind #### (GSM8K), else the whole text. None if it says two."""
+    found = re.findall(r"\\boxed\{([^{}]*)\}", text) or re.findall(r"####([^\n]*)", text) or [text]
+    answers = {answer.strip() for answer in found}
+    return answers.pop() if len(answers) == 1 else None
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of `-1,234.50`, `$7`, `3/4` or `1e3`; None for anything else, `50%` and `7 apples` too.
+
+    ASCII digits only, and the whole text: who writes ten numbers must not be right with one of them.
+    """
+    text = text.strip().removesuffix(".").replace("\u2212", "-")
+    digits = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,2})?(?:/[0-9]+)?"
+    match = re.fullmatch(rf"([-+]?)\$?({digits})", text)
+    if len(text) > 40 or match is None:
+        return None
+    try:
+        top, _, bottom = "".join(match.groups()).replace(",", "").partition("/")
+        return Fraction(top) / Fraction(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def exact_answer(prompt: str, response: str, row: dict) -> float:
+    """1 if the response's final answer is row["answer"], white space at the ends aside, else 0."""
+    answer = final_answer(response)
+    return float(answer is not None and answer == final_answer(str(row["answer"])))
+
+
+def numeric_answer(prompt: str, response: str, row: dict) -> float:
+    """1 if the response's final answer and row["answer"] are the same number, however written, else 0."""
+    got, want = (parse_number(final_answer(text) or "") for text in (response, str(row["answer"])))
+    return float(got is not None and got == want)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -572,6 +572,15 @@ def test_every_row_is_in_one_minibatch_and_its_own(lab, spy):
     assert orders[0] != orders[1]
 
 
+def test_advantages_can_stay_as_they_are(lab, spy):
+    """--whiten_advantages false: the loss gets those of GAE; by default it does not."""
+    for raw in (True, False):
+        returns, losses = spy(train_ppo, "gae"), spy(train_ppo, "policy_loss")
+        train(config(lab, whiten_advantages=not raw, tokens_per_microbatch=0))
+        same = torch.equal(losses[0][0][2].sort(0).values, returns[0][1][0].sort(0).values)
+        assert same == raw
+
+
 def test_microbatches_do_not_move_the_step(lab, gradients):
     """All at once, 64 padded tokens or one row at a time: the same gradients, and the same weights after."""
     results = []

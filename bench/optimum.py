@@ -1,0 +1,245 @@
+"""Which optimum does each algorithm really reach? The trainers against exact enumeration.
+
+    python bench/optimum.py                  five seeds, 4 CPU minutes → bench/results/optimum.csv
+    python bench/optimum.py --seeds 0,1      other seeds
+    python bench/optimum.py --draw           docs/img/optimum.png from the CSV
+
+A policy with 4 tokens and responses of at most 3 has 40 responses: nanorlhf.exact computes the optimum π* ∝
+π_ref exp(r/β) of RLHF, and the fixed points of the losses that lead elsewhere. Here every
+algorithm is trained from π_ref until it settles, by the trainers' own train(), and KLs are sums over all
+responses. docs/optimum.md explains the results; tests/test_optimum.py asserts them.
+"""
+
+import contextlib
+import copy
+import csv
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CSV = os.path.join(ROOT, "bench", "results", "optimum.csv")
+sys.path.insert(0, ROOT)
+
+from train_dpo import preference_loss  # noqa: E402
+
+import train_grpo  # noqa: E402
+import train_ppo  # noqa: E402
+from nanorlhf import exact, hub  # noqa: E402
+from nanorlhf.model import GPT, GPTConfig  # noqa: E402
+from nanorlhf.tokenizer import Tokenizer  # noqa: E402
+
+TOK = Tokenizer.from_chars("ab")  # with EOS and pad four ids; the policy may sample pad like any other
+PROMPT = "a"
+LIMIT, BETA = 3, 1.0
+TREE = exact.Tree(TOK.vocab_size, LIMIT, TOK.eos_id)
+TEXTS = [TOK.decode(y[:-1] if y[-1] == TOK.eos_id else y) for y in TREE.responses]  # all different
+
+REWARD_FILE = "def reward(prompt, response, row):\n    return row['reward'][response]\n"
+
+
+def table(model):
+    with torch.no_grad():
+        return TREE.table(model, TOK.encode(PROMPT))
+
+
+def kl(policy, other):
+    """Exact KL of whole responses."""
+    return exact.kl(TREE.logp(policy), TREE.logp(other)).item()
+
+
+def pi_star(ref, reward):
+    return TREE.from_logp(exact.optimum(TREE.logp(ref), reward, BETA))
+
+
+def reverse_kl(ref, reward):
+    return TREE.backward_induction(ref, reward, lambda s, q: exact.reverse_kl_rule(s, q, BETA))
+
+
+def forward_kl(ref, reward):
+    return TREE.backward_induction(ref, reward, lambda s, q: exact.forward_kl_rule(s, q, BETA))
+
+
+def over_sigma(ref, reward):
+    return exact.normalised(TREE, ref, reward, BETA)[0]
+
+
+# What the algorithms share: one optimizer step on each batch, so that nothing is clipped or off-policy
+COMMON = dict(steps=200, lr=7e-3, minibatches=1, max_grad_norm=1e6, beta=BETA, tokens_per_microbatch=0,
+              eval_prompts=0, save_every=0)
+PPO = dict(prompts_per_step=256, max_new_tokens=LIMIT, lr=5e-3, critic_lr=1e-2, gamma=1.0, lam=1.0,
+           whiten_advantages=False)
+GROUPS = dict(prompts_per_step=32, group_size=8, max_new_tokens=str(LIMIT), agg="seq_sum_const")
+LARGE = GROUPS | dict(prompts_per_step=1, group_size=512)  # a mean and a σ that hardly depend on the sample
+IN_LOSS = LARGE | dict(kl_in="loss", norm="none")
+
+# name → trainer, its flags, the fixed point: π* or another policy, None where there is none
+ALGORITHMS = {
+    "ppo": (train_ppo, PPO, pi_star),
+    "dr_grpo": (train_grpo, GROUPS | dict(norm="none", kl="k1", kl_in="reward"), pi_star),
+    "rloo": (train_grpo, GROUPS | dict(recipe="rloo"), pi_star),
+    "grpo_k1_reward": (train_grpo, LARGE | dict(norm="group_std", kl="k1", kl_in="reward"), pi_star),
+    "dpo": (None, {}, pi_star),
+    "k2_loss": (train_grpo, IN_LOSS | dict(kl="k2"), reverse_kl),
+    "k3_ratio_loss": (train_grpo, IN_LOSS | dict(kl="k3", kl_unbiased=True), reverse_kl),
+    "k3_loss": (train_grpo, IN_LOSS | dict(kl="k3"), forward_kl),
+    "grpo_k2_loss": (train_grpo, IN_LOSS | dict(kl="k2", norm="group_std"), over_sigma),
+    "k1_loss": (train_grpo, IN_LOSS | dict(kl="k1"), None),
+    "k3_reward": (train_grpo, LARGE | dict(norm="none", kl="k3", kl_in="reward"), None),
+}
+
+
+class Problem:
+    """A random reference policy, and a random reward of every response.
+
+    Rewards are drawn until the distributions to be told apart differ: π* from π_ref in both directions, and
+    from the other fixed points.
+    """
+
+    def __init__(self, seed, folder):
+        self.seed, self.folder = seed, folder
+        torch.manual_seed(seed)
+        shape = dict(n_layer=1, n_head=4, d_model=32, max_len=1 + LIMIT, tied=False)
+        self.model = GPT(GPTConfig.gpt2(TOK.vocab_size, **shape))
+        self.model.lm_head.weight.data *= 0.5  # no response so rare that nobody samples it
+        self.ref, self.reward = table(self.model), None
+        while self.reward is None or not self.tells_apart():
+            self.reward = 1.2 * torch.randn(len(TEXTS), dtype=torch.float64)
+        hub.save(self.model, TOK, f"{folder}/ref")
+        row = {"prompt": PROMPT, "reward": dict(zip(TEXTS, self.reward.tolist()))}
+        for name, text in (("prompts.jsonl", json.dumps(row)), ("reward.py", REWARD_FILE)):
+            with open(f"{folder}/{name}", "w") as f:
+                f.write(text)
+
+    def tells_apart(self):
+        try:
+            star, *others = (self.fixed_point(rule) for rule in (pi_star, reverse_kl, forward_kl, over_sigma))
+        except ValueError:  # group_std would collapse
+            return False
+        far = kl(star, self.ref) > 0.55 and kl(self.ref, star) > 0.35
+        near = max(kl(x, self.ref) for x in (star, *others)) < 1.2
+        return far and near and min(kl(other, star) for other in others) > 0.08
+
+    def fixed_point(self, rule):
+        return rule(self.ref, self.reward)
+
+    def measure(self, policy, rule):
+        """→ KL to π*, KL to the algorithm's own fixed point, KL to π_ref, expected reward."""
+        return {
+            "star": kl(policy, self.fixed_point(pi_star)),
+            "own": kl(policy, self.fixed_point(rule)) if rule else None,
+            "ref": kl(policy, self.ref),
+            "reward": exact.mean_std(TREE.logp(policy), self.reward)[0].item(),
+        }
+
+
+def train_with(trainer, flags, problem, name):
+    """Train through the trainer's own train() → the policy."""
+    folder, out = problem.folder, f"{problem.folder}/{name}"
+    cfg = trainer.Config(
+        data=f"{folder}/prompts.jsonl", reward=[f"{folder}/reward.py:reward"], init=f"{folder}/ref", out=out,
+        seed=problem.seed, overwrite=True, sample_every=10**6, **COMMON | flags,
+    )
+    if trainer is train_ppo:
+        cfg.no_eos_score = None  # a truncated response has its reward like any other
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train(cfg)
+    return table(hub.load(f"{out}/model")[0])
+
+
+def train_dpo(problem, pairs=1_000_000, steps=300, lr=5e-3):
+    """DPO on pairs drawn from π_ref and labelled by Bradley–Terry with the same rewards → the policy.
+
+    Equal pairs are counted, not repeated, and a step sees them all. (train_dpo.train reads text, which always
+    ends with EOS; here a truncated response counts.)
+    """
+    draw, ref, reward = torch.Generator().manual_seed(problem.seed), TREE.logp(problem.ref), problem.reward
+    a, b = ref.exp().multinomial(2 * pairs, True, generator=draw).view(2, pairs)
+    a_wins = torch.rand(pairs, generator=draw, dtype=torch.float64) < (reward[a] - reward[b]).sigmoid()
+    chosen_rejected = torch.where(a_wins, torch.stack([a, b]), torch.stack([b, a]))
+    (w, l), times = chosen_rejected.unique(dim=1, return_counts=True)
+    model = copy.deepcopy(problem.model)
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * (1 - step / steps)
+        opt.zero_grad()
+        logp = TREE.logp(TREE.table(model, TOK.encode(PROMPT)))
+        losses, *_ = preference_loss(logp[w], logp[l], ref[w], ref[l], BETA, loss="dpo")
+        ((times / pairs) * losses).sum().backward()
+        opt.step()
+    return table(model)
+
+
+def run(name, problem):
+    """Train one algorithm on the problem → its measures, and the CPU seconds it took."""
+    trainer, flags, rule = ALGORITHMS[name]
+    start = time.process_time()
+    policy = train_with(trainer, flags, problem, name) if trainer else train_dpo(problem)
+    return problem.measure(policy, rule) | {"cpu_seconds": time.process_time() - start}
+
+
+def run_all(seeds):
+    rows = []
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            problem = Problem(seed, folder)
+            ideal = problem.measure(problem.fixed_point(pi_star), None)
+            row = {"seed": seed} | {f"star_{k}": ideal[k] for k in ("ref", "reward")}
+            for name in ALGORITHMS:
+                row |= {f"{name}_{k}": v for k, v in run(name, problem).items() if v is not None}
+                own = f"{row[f'{name}_own']:.4f}" if f"{name}_own" in row else "(none)"
+                star = f"{row[f'{name}_star']:.4f}"
+                print(f"seed {seed}  {name:<15} KL to π* {star}, to its own {own}", flush=True)
+            rows.append(row)
+    with open(CSV, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" for k, v in row.items()} for row in rows)
+
+
+def draw():
+    """Left: how far each algorithm ends from π* and from its own fixed point. Right: reward against KL."""
+    from nanorlhf.common import pyplot, save_figure
+
+    plt = pyplot()
+    if plt is None:
+        return
+    with open(CSV, newline="") as f:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+    fig, (a, b) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    for y, name in enumerate(ALGORITHMS):
+        for key, marker, colour in (("star", "o", "tab:blue"), ("own", "x", "tab:red")):
+            values = [r[f"{name}_{key}"] for r in rows if f"{name}_{key}" in r]
+            a.plot(values, [-y] * len(values), marker, color=colour, alpha=0.7)
+    a.plot([], [], "o", color="tab:blue", label="to π*")
+    a.plot([], [], "x", color="tab:red", label="to its own fixed point")
+    a.axvline(0.02, color="black", ls=":", label="0.02 nats")
+    a.set(xscale="log", title="KL from the trained policy, five seeds", xlabel="nats",
+          yticks=[-y for y in range(len(ALGORITHMS))], yticklabels=ALGORITHMS)
+    with tempfile.TemporaryDirectory() as folder:  # the frontier of the first seed
+        problem = Problem(int(rows[0]["seed"]), folder)
+    betas = [10 ** (x / 40) for x in range(80, -60, -1)]
+    b.plot(*exact.frontier(TREE.logp(problem.ref), problem.reward, betas), color="black",
+           label="exact frontier: tilts of π_ref")
+    b.plot(rows[0]["star_ref"], rows[0]["star_reward"], "*", ms=16, color="black", label="π*, β = 1")
+    for i, name in enumerate(ALGORITHMS):
+        point = rows[0][f"{name}_ref"], rows[0][f"{name}_reward"]
+        b.plot(*point, "os^vDPX"[i % 7], color=f"C{i % 10}", alpha=0.8, label=name)
+    b.set(title="reward against KL(π‖π_ref), seed 0", xlabel="nats", ylabel="expected reward")
+    for ax in (a, b):
+        ax.grid(alpha=0.25)
+        ax.legend(fontsize=8)
+    save_figure(fig, os.path.join(ROOT, "docs", "img", "optimum.png"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:] != ["--draw"]:
+        seeds = sys.argv[2] if sys.argv[1:2] == ["--seeds"] else "0,1,2,3,4"
+        run_all(map(int, seeds.split(",")))
+    draw()

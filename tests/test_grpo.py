@@ -1,0 +1,779 @@
+"""GRPO and its family: functions against golden vectors, loops and exact enumeration; then train() itself.
+
+Golden vectors were computed by running verl's functions on the inputs that stand here. What the trained
+policies converge to is tested in test_optimum.py.
+"""
+
+import csv
+import json
+import math
+from itertools import product
+
+import pytest
+import torch
+from helpers import randint, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_grpo
+from nanorlhf import generate, hub
+from nanorlhf.common import UserError, parse
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.rewards import length_schedule
+from nanorlhf.tokenizer import Tokenizer
+from train_grpo import (
+    RECIPES,
+    Config,
+    advantages,
+    health,
+    kl_estimate,
+    overlong,
+    policy_loss,
+    token_weights,
+    train,
+)
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+NORMS = ("group_std", "batch_std", "none", "leave_one_out", "batch_whiten")
+AGGS = ("seq_mean", "token", "seq_sum_const", "prompt_mean")
+
+
+def f64(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def close(got, want, atol=1e-6, rtol=0.0):
+    got, want = torch.as_tensor(got), torch.as_tensor(want)
+    torch.testing.assert_close(got, want, atol=atol, rtol=rtol, check_dtype=False)
+
+
+def variant(**kw):
+    """A config of one variant of the loss, for responses of at most 4 tokens."""
+    return Config(**{**dict(max_new_tokens="4"), **kw})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Advantages
+
+TWO_GROUPS = torch.arange(2).repeat_interleave(4)
+
+
+@pytest.mark.parametrize("norm, want", [
+    ("group_std", [0.866024, -0.866024, -0.866024, 0.866024, 0.499999, 0.499999, 0.499999, -1.499997]),
+    ("none", [0.5, -0.5, -0.5, 0.5, 0.25, 0.25, 0.25, -0.75]),
+    ("leave_one_out", [0.666667, -0.666667, -0.666667, 0.666667, 0.333333, 0.333333, 0.333333, -1.0]),
+    ("batch_whiten", [1.046536, -1.046536, -1.046536, 1.046536, 0.523268, 0.523268, 0.523268, -1.569804]),
+    ("batch_std", [0.999998, -0.999998, -0.999998, 0.999998, 0.499999, 0.499999, 0.499999, -1.499997]),
+])
+def test_golden_advantages(norm, want):
+    """verl's GRPO, Dr. GRPO, RLOO, REINFORCE++-baseline on responses of 3 tokens; ScaleRL by hand: σ = ½."""
+    reward = f64([1, 0, 0, 1, 1, 1, 1, 0])
+    close(advantages(reward, TWO_GROUPS, norm, 1e-6, torch.full((8,), 3)), f64(want))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), groups=st.integers(1, 4), G=st.integers(2, 5))
+def test_advantages_are_the_loop(data, groups, G):
+    """Each group on its own, whatever order its rows stand in: against lists of floats."""
+    numbers = st.sampled_from([0.0, 0.1, 1 / 3, 1.0, -2.5])
+    rewards = [data.draw(st.lists(numbers, min_size=G, max_size=G)) for _ in range(groups)]
+    order = data.draw(st.permutations(range(groups * G)))
+    reward = f64([x for row in rewards for x in row])[order]
+    group = torch.arange(groups).repeat_interleave(G)[order]
+    got = {norm: advantages(reward, group, norm)[torch.tensor(order).argsort()].tolist() for norm in NORMS}
+    for g, row in enumerate(rewards):
+        mean = sum(row) / G
+        std = math.sqrt(sum((x - mean) ** 2 for x in row) / (G - 1))
+        for i, x in enumerate(row):
+            at, dead = g * G + i, len(set(row)) == 1
+            assert got["none"][at] == pytest.approx(0 if dead else x - mean, abs=1e-12)
+            assert got["group_std"][at] == pytest.approx(0 if dead else (x - mean) / (std + 1e-6), abs=1e-9)
+            others = (sum(row) - x) / (G - 1)
+            assert got["leave_one_out"][at] == pytest.approx(0 if dead else x - others, abs=1e-12)
+    for norm in ("none", "leave_one_out", "group_std", "batch_std"):
+        assert sum(got[norm]) == pytest.approx(0, abs=1e-9)
+    close(f64(got["leave_one_out"]), G / (G - 1) * f64(got["none"]), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm, value", [*product(NORMS, (0.1, 1 / 3, 1.0, -7.7))])
+def test_dead_groups_are_exactly_zero(norm, value, dtype):
+    """Equal rewards that no float holds exactly: their mean is off by an ulp, which eps would blow up."""
+    reward = torch.tensor([value] * 7 + [0.0, 1.0, 0.5, 0.3, 0.9, 0.2, 0.1], dtype=dtype)
+    group = torch.arange(2).repeat_interleave(7)
+    adv = advantages(reward, group, norm)
+    assert (adv[:7] == 0).all() and adv[7:].abs().min() > 0 and adv.isfinite().all()
+    assert (advantages(reward[:7], group[:7], norm) == 0).all()
+
+
+def test_batch_whiten_counts_tokens():
+    """REINFORCE++ whitens over tokens: mean 0 and unbiased variance 1, each advantage length times."""
+    reward, length = f64([0, 1, 0, 1, 1, 0, 0.2, 0.7]), torch.tensor([1, 5, 2, 3, 4, 1, 2, 6])
+    tokens = advantages(reward, TWO_GROUPS, "batch_whiten", length=length).repeat_interleave(length)
+    close([tokens.mean().item(), tokens.var().item()], [0.0, 1.0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Weights
+
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+LOGP = f64([[-1, -2, -0.5, -1], [-0.7, -1.5, 0, 0]])
+OLD = f64([[-1.2, -1.5, -0.5, -1.4], [-0.9, -1.1, 0, 0]])
+ADV = f64([1.0, -1.0])
+
+
+@pytest.mark.parametrize("kw, value, grad, clip", [
+    (dict(agg="token"), -0.330855, [[0, -0.10109, -0.16667, 0], [0.20357, 0, 0, 0]], 0.5),
+    (dict(agg="token", clip_high=0.28), -0.347755, None, 1 / 3),
+    (dict(agg="seq_mean"), 0.004534, None, None),
+    (dict(agg="prompt_mean"), 0.004534, None, None),  # two prompts of one response each
+    (dict(agg="seq_sum_const"), -0.496282 / 2, None, None),  # verl does not divide by rows; the paper does
+    (dict(agg="seq_mean", ratio="sequence", clip_low=3e-4, clip_high=4e-4), -0.000350, [[0] * 4] * 2, 1.0),
+    (dict(agg="seq_mean", ratio="sequence"), -0.060239,
+     [[-0.12816] * 4, [0.22621] * 2 + [0, 0]], 0.0),
+    (dict(agg="token", loss="cispo"), 0.427638,
+     [[-0.20357, -0.10109, -0.16667, -0.24864], [0.20357, 0.11172, 0, 0]], 0.0),
+    (dict(agg="token", loss="cispo", cispo_cap=1.2), 0.377930,
+     [[-0.2, -0.10109, -0.16667, -0.2], [0.2, 0.11172, 0, 0]], 0.5),  # a clipped token keeps its gradient
+    (dict(agg="token", loss="reinforce"), (1 + 2 + 0.5 + 1 - 0.7 - 1.5) / 6,
+     [[-1 / 6] * 4, [1 / 6, 1 / 6, 0, 0]], 0.0),
+])
+def test_golden_policy_loss(kw, value, grad, clip):
+    """Value, gradient and clipped share; NaN outside the mask is not read."""
+    cfg = variant(**kw)
+    logp = torch.where(MASK, LOGP, math.nan).requires_grad_()
+    w = token_weights(MASK, torch.arange(2), cfg)
+    loss, stats = policy_loss(logp, OLD, None, ADV, MASK, w, cfg)
+    loss.backward()
+    close(loss.item(), value)
+    if grad:
+        close(logp.grad, f64(grad), atol=6e-6)
+    if clip is not None:
+        close(stats["clip"], clip)
+    largest = 1.025315 if cfg.ratio == "sequence" else 1.491825
+    close(stats["ratio_max"], largest)
+
+
+def test_golden_kl_estimates():
+    close(kl_estimate(LOGP, OLD, "k1"), f64([[0.2, -0.5, 0, 0.4], [0.2, -0.4, 0, 0]]))
+    close(kl_estimate(LOGP, OLD, "k3"), f64([[0.018731, 0.148721, 0, 0.070320], [0.018731, 0.091825, 0, 0]]))
+
+
+def ragged(seed, B=8, T=6):
+    """(B, T) mask of response tokens: different prompts and lengths, one row to the end."""
+    start, length = 1 + randint(2, B, seed=seed), 1 + randint(4, B, seed=seed + 1)
+    place = torch.arange(T)
+    mask = (place >= start[:, None]) & (place < (start + length)[:, None])
+    mask[0, start[0] :] = True
+    return mask
+
+
+@pytest.mark.parametrize("agg", AGGS)
+def test_weights_are_the_mean_that_they_claim(agg):
+    """Σ w·l on random l is the loop's mean of means; w is 0 outside the mask."""
+    mask, group = ragged(3), torch.tensor([5, 5, 2, 2, 2, 7, 7, 7])  # a minibatch has any prompts' rows
+    x = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    w = token_weights(mask, group, variant(agg=agg))
+    assert (w[~mask] == 0).all()
+    rows = [x[b][mask[b]].tolist() for b in range(8)]
+    prompts = [[v for b in range(8) if group[b] == g for v in rows[b]] for g in (2, 5, 7)]
+    want = {
+        "seq_mean": sum(sum(r) / len(r) for r in rows) / 8,
+        "token": sum(map(sum, rows)) / sum(map(len, rows)),
+        "seq_sum_const": sum(map(sum, rows)) / (8 * 4),
+        "prompt_mean": sum(sum(p) / len(p) for p in prompts) / 3,
+    }
+    close((w * x).sum(), want[agg], atol=1e-5)
+
+
+@pytest.mark.parametrize("agg", AGGS)
+def test_weights_of_rows_without_tokens(agg):
+    """A response that is masked out (overlong filter) weighs 0, and nothing is divided by 0."""
+    mask = ragged(4)
+    mask[2:5] = False
+    w = token_weights(mask, torch.tensor([0, 0, 1, 1, 1, 2, 2, 2]), variant(agg=agg))
+    assert w.isfinite().all() and (w[2:5] == 0).all() and w.sum() > 0
+
+
+@pytest.mark.parametrize("agg, kw", [(agg, kw) for agg in AGGS for kw in (
+    dict(), dict(ratio="sequence"), dict(loss="cispo"), dict(kl="k3", beta=0.5, kl_unbiased=True),
+)])
+def test_microbatches_do_not_move_the_gradient(agg, kw):
+    """1×8, 2×4 and 8×1 rows give one gradient of a real model in float64."""
+    cfg, model, mask = variant(agg=agg, **kw), tiny(dtype=torch.float64), ragged(5)
+    tokens, group = randint(13, 8, 6, seed=6), TWO_GROUPS
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        logp = model.logprobs(tokens, mask)[0]
+    old, ref = (logp + 0.3 * torch.randn(logp.shape, generator=g) * mask for _ in range(2))
+    adv, w = torch.randn(8, generator=g, dtype=torch.float64), token_weights(mask, group, cfg)
+    grads = []
+    for rows in (8, 4, 1):
+        model.zero_grad()
+        for mb in torch.arange(8).split(rows):
+            logp, _ = model.logprobs(tokens[mb], mask[mb])
+            policy_loss(logp, old[mb], ref[mb], adv[mb], mask[mb], w[mb], cfg)[0].backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert max(x.abs().max() for x in grads[0]) > 1e-3
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other, strict=True):
+            close(a, b, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+@pytest.mark.parametrize("ratio, adv, kw, loss, grad", [
+    (1.5, 1.0, {}, -1.2, 0.0),  # raised enough
+    (1.5, -1.0, {}, 1.5, 1.5),  # raised although bad: the full pull back
+    (0.5, 1.0, {}, -0.5, -0.5),  # lowered although good
+    (0.5, -1.0, {}, 0.8, 0.0),  # lowered enough
+    (1.25, 2.0, dict(clip_high=0.28), -2.5, -2.5),  # clip-higher leaves more room upwards,
+    (0.75, -2.0, dict(clip_high=0.28), 1.6, 0.0),  # and none downwards
+    (5.0, -1.0, {}, 5.0, 5.0),
+    (5.0, -1.0, dict(dual_clip=3.0), 3.0, 0.0),  # dual clip: a bound on the pull back
+    (2.5, -1.0, dict(dual_clip=3.0), 2.5, 2.5),
+    (5.0, 1.0, dict(dual_clip=3.0), -1.2, 0.0),  # for A < 0 only
+    (9.0, 1.0, dict(clip_high=10.0, clip_low=10.0), -9.0, -9.0),  # R1-Zero's ε of 10
+])
+def test_clip_branches(ratio, adv, kw, loss, grad):
+    """Loss, and its slope in logp, of one token on every branch."""
+    logp = f64([[math.log(ratio)]]).requires_grad_()
+    one = torch.ones(1, 1)
+    got, _ = policy_loss(logp, f64([[0.0]]), None, f64([adv]), one, one, variant(**kw))
+    got.backward()
+    close([got.item(), logp.grad.item()], [loss, grad], atol=1e-12)
+
+
+def test_gspo_gradient_is_the_sequence_ratios_own():
+    """s = exp(mean log-ratio): the gradient is that of −A·s per row, by central differences."""
+    cfg = variant(ratio="sequence", agg="seq_mean", clip_low=0.9, clip_high=9.0)
+    mask, adv = ragged(7), f64(range(-3, 5))
+    g = torch.Generator().manual_seed(2)
+    logp, old = (torch.randn(mask.shape, generator=g, dtype=torch.float64) * mask for _ in range(2))
+    logp.requires_grad_()
+    w = token_weights(mask, torch.arange(8), cfg).double()
+    policy_loss(logp, old, None, adv, mask, w, cfg)[0].backward()
+
+    def value(x):
+        s = [math.exp((x - old)[b][mask[b]].mean()) for b in range(8)]
+        return sum(-a * r for a, r in zip(adv.tolist(), s)) / 8
+
+    for b, t in mask.nonzero().tolist():
+        step = torch.zeros_like(logp)
+        step[b, t] = 1e-6
+        slope = (value(logp.detach() + step) - value(logp.detach() - step)) / 2e-6
+        assert logp.grad[b, t].item() == pytest.approx(slope, abs=1e-7)
+
+
+def test_hopeless_ratios_stay_finite():
+    """A log-ratio of ±200 neither overflows nor gives NaN, forwards or backwards."""
+    logp = f64([[200.0, -200.0]]).requires_grad_()
+    for kw in (dict(), dict(ratio="sequence"), dict(loss="cispo"), dict(kl="k3", beta=1.0, kl_unbiased=True)):
+        one = torch.ones(1, 2)
+        zero = torch.zeros_like(logp)
+        loss, _ = policy_loss(logp, zero, zero, f64([-1.0]), one, one, variant(**kw))
+        (grad,) = torch.autograd.grad(loss, logp)
+        assert loss.isfinite() and grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# KL estimators: a softmax over four tokens, every expectation a sum
+
+THETA, REF4 = f64([0.3, -0.2, 0.5, 0]), f64([0, 0.4, -0.3, 0.2]).log_softmax(0)[:, None]
+TO_REF = f64([0.023994, -0.138407, 0.200431, -0.086017])  # ∇ KL(π‖ref)
+FROM_REF = f64([0.055695, -0.164981, 0.175925, -0.066639])  # ∇ KL(ref‖π)
+
+
+@pytest.mark.parametrize("kind, mean, std", [
+    ("k1", 0.135969, 0.517), ("k2", 0.143139, 0.110), ("k3", 0.135969, 0.106)])
+def test_kl_estimates_by_enumeration(kind, mean, std):
+    logp = THETA.log_softmax(0)[:, None]
+    p, k = logp.exp(), kl_estimate(logp, REF4, kind)
+    close([(p * k).sum().item()], [mean])
+    close((p * (k - mean).square()).sum().sqrt(), std, atol=6e-4)
+
+
+@pytest.mark.parametrize("kw, want", [
+    (dict(kl="k1"), 0 * TO_REF),
+    (dict(kl="k1", kl_unbiased=True), TO_REF),
+    (dict(kl="k2"), TO_REF),
+    (dict(kl="k3"), FROM_REF),
+    (dict(kl="k3", kl_unbiased=True), TO_REF),
+], ids=str)
+def test_kl_gradients_in_the_loss(kw, want):
+    """E_π of the gradient, with β = 2 and no advantage: which divergence each estimator really minimises."""
+    theta = THETA.clone().requires_grad_()
+    logp = theta.log_softmax(0)[:, None]
+    old, w, cfg = logp.detach(), logp.detach().exp(), variant(beta=2.0, **kw)
+    policy_loss(logp, old, REF4, torch.zeros(4), torch.ones(4, 1), w, cfg)[0].backward()
+    close(theta.grad, 2 * want)
+
+
+@pytest.mark.parametrize("kind, want", [("k1", TO_REF), ("k3", TO_REF - FROM_REF)])
+def test_kl_gradients_in_the_reward(kind, want):
+    """The policy gradient of −k, which is a constant there: k1 gives KL(π‖ref), k3 does not."""
+    theta = THETA.clone().requires_grad_()
+    logp = theta.log_softmax(0)[:, None]
+    old, w = logp.detach(), logp.detach().exp()
+    adv = -kl_estimate(old, REF4, kind)
+    policy_loss(logp, old, None, adv, torch.ones(4, 1), w, variant())[0].backward()
+    close(theta.grad, want)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Config
+
+PAPERS = {  # what makes each method the published one; papers in the docstring of train_grpo.py
+    "grpo": dict(norm="group_std", ratio="token", loss="clip", clip_low=0.2, clip_high=0.2, agg="seq_mean",
+                 kl="k3", kl_in="loss", beta=0.04, filter_dead_groups=False),
+    "dr_grpo": dict(norm="none", loss="clip", agg="seq_sum_const", kl="none"),
+    "rloo": dict(norm="leave_one_out", loss="reinforce", kl="k1", kl_in="reward"),
+    "reinforce++": dict(norm="batch_whiten", loss="clip", clip_high=0.2, agg="token", kl="k2", kl_in="loss"),
+    "dapo": dict(norm="group_std", clip_low=0.2, clip_high=0.28, agg="token", kl="none",
+                 filter_dead_groups=True, overlong_penalty=0.2),
+    "gspo": dict(norm="group_std", ratio="sequence", clip_low=3e-4, clip_high=4e-4, agg="seq_mean"),
+    "cispo": dict(norm="group_std", loss="cispo", agg="token", kl="none"),
+    "scalerl": dict(norm="batch_std", loss="cispo", agg="prompt_mean", kl="none", filter_dead_groups=True,
+                    no_positive_resampling=0.9),
+    "r1_zero": dict(norm="group_std", clip_low=10, clip_high=10, agg="seq_mean", kl="k3", kl_in="loss",
+                    beta=0.001, ref_every=400),
+    "deepscaler": dict(norm="group_std", loss="clip", kl="k3", kl_in="loss", beta=0.001),
+}
+
+
+def test_recipes_are_the_papers():
+    assert set(PAPERS) == set(RECIPES) - {""}
+    for recipe, want in PAPERS.items():
+        cfg = Config(recipe=recipe)
+        assert {k: getattr(cfg, k) for k in want} == want, recipe
+
+
+@pytest.mark.parametrize("argv", [
+    "--clip_high 0.2 --filter_dead_groups false --recipe dapo --overlong_penalty=0",
+    "--recipe dapo --clip_high 0.2 --filter_dead_groups false --overlong_penalty 0",
+    "--overlong-penalty 0 --filter_dead_groups=0 --clip_high=0.2 --recipe=dapo",
+])
+def test_a_flag_that_is_given_wins_over_the_recipe(argv):
+    """Wherever it stands, and even where it says what would hold without the recipe."""
+    cfg = parse(Config, argv.split())
+    assert (cfg.clip_high, cfg.filter_dead_groups, cfg.overlong_penalty) == (0.2, False, 0)
+    assert (cfg.norm, cfg.agg, cfg.max_rounds) == ("group_std", "token", 4), "the rest is the recipe's"
+
+
+@pytest.mark.parametrize("name", [k for k in RECIPES[""] if k in Config.__dataclass_fields__])
+def test_every_recipe_flag_can_be_given(name):
+    """Its default is None, or a value that was given could not be told from one that was not."""
+    assert Config.__dataclass_fields__[name].default is None
+    value = {bool: True, int: 3, float: 0.5}.get(type(RECIPES[""][name]))
+    if value is not None:
+        assert all(getattr(Config(recipe=r, **{name: value}), name) == value for r in RECIPES)
+
+
+@pytest.mark.parametrize("kw, says", [
+    (dict(group_size=1), "--group_size 1"),
+    (dict(recipe="grpp"), "--recipe grpp"),
+    (dict(kl="k3", beta=0.1, ref="none"), "need a reference"),
+    (dict(max_new_tokens="24,16"), "--max_new_tokens"),
+    (dict(rm="x", reward=["y.py:f"]), "--rm and --reward"),
+    (dict(prompts_per_step=1, group_size=2, minibatches=4), "--minibatches 4"),
+    (dict(beta=-1.0), "--beta"),
+])
+def test_refused(kw, says):
+    with pytest.raises(UserError, match=says.replace("-", "[-]")):
+        Config(**kw)
+
+
+@pytest.mark.parametrize("limits, at, want", [
+    ("24", "", ([24], [])),
+    ("24,40,64", "40,80", ([24, 40, 64], [40, 80])),
+    ("24,40", "0.2", ([24, 40], 0.2)),
+    ("24,40", "", None), ("24,40", "5,9", None), ("24,40", "0", None), ("24,40,64", "9,5", None),
+    ("24,24", "5", None), ("", "", None), ("a", "", None), ("0,5", "3", None), ("24,40", "x", None),
+    ("24,40,64", "5,5", None), ("24,40", "1.5", None), ("24,40", "-3", None),
+])
+def test_length_schedule(limits, at, want):
+    if want is None:
+        with pytest.raises(UserError, match="max_new_tokens|lengthen_at"):
+            length_schedule(limits, at)
+    else:
+        assert length_schedule(limits, at) == want
+
+
+@pytest.mark.parametrize("length, want", [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (130, -1)])
+def test_overlong_penalty(length, want):
+    """DAPO's: 0 up to L − buffer, then linearly to −1 at L; here L = 100 and a buffer of 20."""
+    close(overlong(torch.tensor([length]), 100, 0.2), [float(want)])
+
+
+@pytest.mark.parametrize("kw, word", [
+    (dict(), None),
+    (dict(kl=None), None),
+    (dict(log_ratio=0.01), "ratio is not 1"),
+    (dict(kl=0.5), "KL is not 0"),
+    (dict(adv=0.4), "mean advantage"),
+    (dict(dead=0.9), "dead"),
+    (dict(stop=0.2), "max_new_tokens"),
+], ids=str)
+def test_health_line(kw, word):
+    """One line when all is well; else one more that begins with !!, for the figure that is wrong."""
+    good = dict(log_ratio=1e-7, kl=0.0, adv=0.0, dead=0.2, stop=0.9, tokens=100)
+    lines = health(**good | kw).split("\n")
+    assert lines[0].startswith("health: ratio 1") and len(lines) == 1 + (word is not None)
+    assert word is None or (word in lines[1] and "!!" in lines[1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# train
+
+LETTERS = "abcdef"
+TOK = Tokenizer.from_chars(LETTERS + "=")
+PROMPTS = [a + b + "=" for a in LETTERS for b in LETTERS]
+
+
+def second_letter(prompt, response):
+    """`cf=` is answered by `f` and EOS: 1 in 81 by chance."""
+    return float(response == prompt[1])
+
+
+def by_letters(prompt, response, row):
+    """Anything that differs from sample to sample and prompt to prompt."""
+    return sum(map(ord, response + prompt)) % 7 / 7
+
+
+def length(prompt, response):
+    return float(len(response))
+
+
+def same(prompt, response):
+    return 0.1
+
+
+def some_alike(prompt, response):
+    """Prompts that begin with a to c cannot be told apart: their groups are dead, at 1."""
+    return 1.0 if prompt[0] in "abc" else by_letters(prompt, response, {})
+
+
+@pytest.fixture
+def lab(tmp_path):
+    for seed, name in ((0, "policy"), (1, "other")):
+        torch.manual_seed(seed)
+        size = dict(n_layer=1, n_head=2, d_model=32, max_len=16, tied=False)
+        model = GPT(GPTConfig.gpt2(TOK.vocab_size, **size))
+        model.lm_head.weight.data *= (0.1, 1.0)[seed]
+        hub.save(model, TOK, f"{tmp_path}/{name}")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+    return tmp_path
+
+
+def config(lab, *rewards, **kw):
+    flags = dict(
+        data=f"{lab}/prompts.jsonl", init=f"{lab}/policy", out=f"{lab}/run",
+        reward=[r if isinstance(r, str) else f"{__file__}:{r.__name__}" for r in rewards],
+        steps=4, prompts_per_step=4, group_size=4,
+        max_new_tokens="5", minibatches=1, lr=3e-3, eval_prompts=0, sample_every=1, save_every=0,
+    )
+    flags["overwrite"] = not kw.get("resume")
+    return Config(**flags | kw)
+
+
+def table(cfg):
+    with open(f"{cfg.out}/metrics.csv") as f:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+
+
+def weights(cfg):
+    return list(hub.load(f"{cfg.out}/model")[0].parameters())
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(module, name): from now on its calls are recorded in the list returned, as (arguments, result)."""
+
+    def watch(where, name):
+        calls, real = [], getattr(where, name)
+
+        def wrapper(*args, **kw):
+            out = real(*args, **kw)
+            calls.append((args, out))
+            return out
+
+        monkeypatch.setattr(where, name, wrapper)
+        return calls
+
+    return watch
+
+
+@pytest.mark.parametrize("kw", [
+    dict(), dict(recipe="dr_grpo"), dict(recipe="gspo"),
+    dict(norm="batch_std", loss="cispo", agg="prompt_mean"),
+], ids=str)
+def test_learns_to_answer_the_prompt(lab, kw):
+    """From chance to nearly always, on prompts never trained on too."""
+    cfg = config(lab, second_letter, steps=40, prompts_per_step=32, max_new_tokens="2", minibatches=4,
+                 eval_prompts=64, lr=1e-2, **kw)
+    out = train(cfg)
+    first = table(cfg)[0]
+    assert first["reward"] < 0.1 and first["eval/reward"] < 0.25
+    assert out["reward"] > 0.7 and out["eval/reward"] >= 0.5
+
+
+def test_does_not_learn_with_the_sign_flipped(lab, monkeypatch):
+    """What the learning test would say of a wrong sign: the test sees it."""
+    monkeypatch.setattr(train_grpo, "advantages", lambda *args: -advantages(*args))
+    flags = dict(steps=40, prompts_per_step=32, max_new_tokens="2", minibatches=4, lr=1e-2)
+    out = train(config(lab, second_letter, **flags))
+    assert out["reward"] < 0.05
+
+
+@pytest.mark.parametrize("agg, kw", [(agg, {}) for agg in AGGS] + [
+    ("token", dict(norm="batch_whiten", kl="k1", kl_in="reward", beta=0.3, overlong_penalty=0.6)),
+    ("seq_mean", dict(norm="leave_one_out", kl="k2", beta=0.3, temperature=0.7, overlong_filter=True)),
+], ids=str)
+def test_first_gradient_is_the_oracle(lab, spy, gradients, agg, kw):
+    """The whole step against a loop in float64 over unpadded rows that knows neither batch nor padding."""
+    cfg = config(lab, by_letters, steps=1, agg=agg, ref=f"{lab}/other", tokens_per_microbatch=30, **kw)
+    rolls = spy(generate, "generate")
+    train(cfg)
+    roll = rolls[0][1]
+    policy, ref = (hub.load(f)[0].double() for f in (cfg.init, cfg.ref))
+    rows = []
+    for ids, P in zip(roll.tokens.tolist(), roll.prompt_len.tolist()):
+        response = ids[P : P + 5]
+        finished = TOK.eos_id in response
+        if finished:
+            response = response[: response.index(TOK.eos_id) + 1]
+        text = TOK.decode(response[:-1] if finished else response)
+        logps = []
+        for model in (policy, ref):
+            hidden = model(torch.tensor([ids[:P] + response]))[0, P - 1 : P - 1 + len(response)]
+            steps = torch.log_softmax(hidden @ model.lm_head.weight.T / cfg.temperature, -1)
+            logps.append(steps.gather(1, torch.tensor(response)[:, None]).squeeze(1))
+        reward = by_letters(TOK.decode(ids[:P]), text, {})
+        if cfg.overlong_penalty:  # a limit of 5, a buffer of 3
+            reward += {3: -1 / 3, 4: -2 / 3, 5: -1.0}.get(len(response), 0.0)
+        if cfg.kl_in == "reward":
+            reward -= 0.3 * (logps[0] - logps[1]).sum().item()
+        rows.append((logps[0], logps[1], reward, finished))
+    loss, lengths = 0.0, [len(row[0]) for row in rows]
+    adv = []
+    for g in range(4):
+        r = [row[2] for row in rows[4 * g : 4 * g + 4]]
+        mean = sum(r) / 4
+        adv += [(x - mean) * {"leave_one_out": 4 / 3}.get(cfg.norm, 1.0) for x in r]
+        if cfg.norm == "group_std":
+            std = math.sqrt(sum((x - mean) ** 2 for x in r) / 3)
+            adv[-4:] = [x / (std + 1e-6) for x in adv[-4:]]
+    if cfg.norm == "batch_whiten":
+        n = sum(lengths)
+        mean = sum(k * a for k, a in zip(lengths, adv)) / n
+        var = sum(k * (a - mean) ** 2 for k, a in zip(lengths, adv)) / (n - 1)
+        adv = [(a - mean) / math.sqrt(var + 1e-8) for a in adv]
+    for i, (logp, ref_logp, _, finished) in enumerate(rows):
+        share = {"token": 1 / sum(lengths), "seq_mean": 1 / (16 * lengths[i]), "seq_sum_const": 1 / (16 * 5),
+                 "prompt_mean": 1 / (4 * sum(lengths[i // 4 * 4 : i // 4 * 4 + 4]))}[agg]
+        row_loss = -adv[i] * logp.sum()  # its gradient at ratio 1
+        if cfg.kl == "k2":
+            row_loss = row_loss + 0.3 * ((logp - ref_logp.detach()) ** 2 / 2).sum()
+        loss = loss + share * row_loss * (finished or not cfg.overlong_filter)
+    want = torch.autograd.grad(loss, list(policy.parameters()))
+    assert 0 < roll.finished.float().mean() < 1 and max(x.abs().max() for x in want) > 1e-4
+    for got, w in zip(gradients[0], want, strict=True):
+        close(got, w, atol=2e-6, rtol=1e-4)
+
+
+def test_every_row_is_in_one_minibatch_with_weights_of_its_own(lab, spy):
+    """Each epoch deals all rows out anew, each once and with its advantage; a step's weights sum to 1."""
+    rolls, advs = spy(generate, "generate"), spy(train_grpo, "advantages")
+    losses = spy(train_grpo, "policy_loss")
+    train(config(lab, by_letters, steps=1, epochs=2, minibatches=3, tokens_per_microbatch=0, lr=1e-12))
+    want = sorted(zip(rolls[0][1].logp.sum(1).tolist(), advs[0][1].tolist()))
+    assert len(losses) == 6
+    orders = []
+    for epoch in (losses[:3], losses[3:]):
+        dealt = []
+        for (_, old_logp, _, adv, mask, w, _), _ in epoch:
+            dealt += zip(old_logp.sum(1).tolist(), adv.tolist())
+            close(w.sum(), 1.0)
+            assert ((w > 0) == mask).all()
+        close(torch.tensor(sorted(dealt)), torch.tensor(want), atol=1e-5)
+        orders.append(dealt)
+    assert orders[0] != orders[1]
+
+
+def test_microbatches_do_not_move_the_step(lab):
+    """All at once or one row at a time, over minibatches and epochs: the same weights afterwards."""
+    results = []
+    for budget in (0, 1):
+        cfg = config(lab, by_letters, steps=2, epochs=2, minibatches=3, agg="prompt_mean",
+                     tokens_per_microbatch=budget)
+        train(cfg)
+        results.append(weights(cfg))
+    for a, b in zip(*results, strict=True):
+        close(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_off_policy_steps_sample_with_old_weights(lab, spy, k):
+    """old_logp is the log-prob under the very weights of k steps ago; the ratio is taken against it."""
+    models, losses, states = spy(train_grpo, "load_models"), spy(train_grpo, "policy_loss"), []
+    real = train_grpo.sample_groups
+
+    def watch(*args):
+        states.append({n: p.clone() for n, p in models[0][1][0].state_dict().items()})
+        return real(*args)
+
+    train_grpo.sample_groups = watch
+    try:
+        rolls = spy(generate, "generate")
+        cfg = config(lab, by_letters, steps=5, off_policy_steps=k, lr=1e-2, tokens_per_microbatch=0)
+        train(cfg)
+    finally:
+        train_grpo.sample_groups = real
+    model = hub.load(cfg.init)[0]
+    for step, (_, roll) in enumerate(rolls):
+        model.load_state_dict(states[max(step - k, 0)])
+        close(roll.logp, model.logprobs(roll.tokens, roll.mask)[0].detach(), atol=1e-5)
+        (logp, old_logp, *_), _ = losses[step]
+        assert sorted(old_logp.sum(1).tolist()) == sorted(roll.logp.sum(1).tolist())
+        assert (logp - old_logp).abs().max() < 1e-5 or step > 0
+    model.load_state_dict(states[4])
+    assert (roll.logp - model.logprobs(roll.tokens, roll.mask)[0]).abs().max() > 1e-3, "nothing was stale"
+
+
+def test_dead_groups_are_filtered_and_refilled(lab, spy):
+    """Only live groups are trained on; more rounds are sampled until the step is full, of fresh prompts."""
+    calls = spy(train_grpo, "sample_groups")
+    cfg = config(lab, some_alike, filter_dead_groups=True, max_rounds=8)
+    train(cfg)
+    for _, (roll, batch, texts, score, _, info) in calls:
+        assert len(score) == len(batch) == len(texts) == len(roll.tokens) == 16
+        groups = score.view(4, 4)
+        assert (groups.amax(1) > groups.amin(1)).all() and info["rounds"] > 1 and 0 < info["dead"] < 1
+        assert all(row["prompt"][0] in "def" for row in batch)
+        for row, text, s, ids in zip(batch, texts, score.tolist(), roll.tokens.tolist()):
+            assert s == pytest.approx(some_alike(row["prompt"], text))
+            assert ids[:3] == TOK.encode(row["prompt"])
+        assert roll.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    one = train(config(lab, some_alike, filter_dead_groups=True))
+    assert one["rounds"] == 1
+
+
+@pytest.mark.parametrize("kw", [
+    dict(), dict(filter_dead_groups=True), dict(filter_dead_groups=True, max_rounds=3)
+], ids=str)
+def test_equal_rewards_go_on_and_change_nothing(lab, kw):
+    """Every group dead at 0.1, filtered or not: no crash, no NaN, and the weights stay what they were."""
+    cfg = config(lab, same, **kw)
+    out = train(cfg)
+    assert out["dead"] == 1 and out["reward"] == pytest.approx(0.1) and out["gnorm"] == 0
+    before = hub.load(cfg.init)[0].parameters()
+    assert all(torch.equal(a, b) for a, b in zip(weights(cfg), before, strict=True))
+
+
+def test_mastered_prompts_do_not_come_back(lab, spy):
+    """ScaleRL: a prompt whose pass rate reached 0.9 is never drawn again; the others go on."""
+    calls = spy(train_grpo, "sample_groups")
+    train(config(lab, some_alike, no_positive_resampling=0.9, steps=20, prompts_per_step=3))
+    seen = set()
+    for _, (_, batch, _, score, _, _) in calls:
+        prompts = [row["prompt"] for row in batch]
+        assert not seen & set(prompts)
+        seen |= {p for p, s in zip(prompts[::4], score.view(-1, 4).mean(1).tolist()) if s >= 0.9}
+    assert any(p[0] in "abc" for p in seen)
+    with pytest.raises(UserError, match="all 31 prompts reached it"):
+        train(config(lab, same, no_positive_resampling=0.05, steps=20))
+
+
+def test_several_rewards_are_summed_and_logged_each_alone(lab):
+    cfg = config(lab, by_letters, f"{__file__}:length*0.1")
+    train(cfg)
+    with open(f"{cfg.out}/samples.jsonl") as f:
+        samples = [json.loads(line) for line in f]
+    for step, row in enumerate(table(cfg)):
+        mine = [s for s in samples if s["step"] == step]
+        parts = [sum(fn(*args) for args in ((s["prompt"], s["response"]) for s in mine)) / len(mine)
+                 for fn in (lambda p, r: by_letters(p, r, {}), length)]
+        assert [row["reward/by_letters"], row["reward/length"]] == pytest.approx(parts, rel=1e-4)
+        assert row["reward"] == pytest.approx(parts[0] + 0.1 * parts[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("max_new_tokens, at, want", [
+    ("2,3,5", "1,3", [2, 3, 3, 5]),
+    ("2,3,5", "0.001", [2, 3, 5, 5]),  # nearly every response is cut: each step brings the next limit
+    ("2,3,5", "0.999", [2, 2, 2, 2]),
+])
+def test_responses_lengthen_in_the_run(lab, spy, max_new_tokens, at, want):
+    rolls = spy(generate, "generate")
+    cfg = config(lab, by_letters, max_new_tokens=max_new_tokens, lengthen_at=at)
+    train(cfg)
+    assert [row["limit"] for row in table(cfg)] == want
+    assert [int(roll.response_len.max()) for _, roll in rolls] == want
+
+
+@pytest.mark.parametrize("kw", [
+    dict(off_policy_steps=2, ref_every=3, kl="k3", beta=0.1),
+    dict(recipe="dapo", max_rounds=3),
+    dict(recipe="scalerl", no_positive_resampling=0.5, prompts_per_step=10, max_new_tokens="2,3,5",
+         lengthen_at="0.3"),
+], ids=str)
+def test_resuming_changes_no_bit(lab, monkeypatch, kw):
+    """Killed in its fifth step and resumed from the fourth: weights and log as if nothing had happened."""
+    cfg = config(lab, by_letters, steps=6, minibatches=2, **kw)
+    train(cfg)
+    whole, rows = weights(cfg), table(cfg)
+    calls, real = [], train_grpo.sample_groups
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise MemoryError
+        return real(*args)
+
+    broken = dict(steps=6, minibatches=2, save_every=2, out=f"{lab}/broken", **kw)
+    with monkeypatch.context() as m, pytest.raises(MemoryError):
+        m.setattr(train_grpo, "sample_groups", crash)
+        train(config(lab, by_letters, **broken))
+    cfg = config(lab, by_letters, resume=True, **broken)
+    train(cfg)
+    assert all(torch.equal(a, b) for a, b in zip(weights(cfg), whole, strict=True))
+    clock = ("s", "tok_s")
+    assert [{k: v for k, v in r.items() if k not in clock} for r in table(cfg)] == [
+        {k: v for k, v in r.items() if k not in clock} for r in rows
+    ]
+
+
+def test_the_reference_follows_every_n_steps(lab, spy):
+    """--ref_every 2: KL is 0 where the reference was just renewed, and not in between."""
+    cfg = config(lab, by_letters, steps=5, ref_every=2, kl="k3", beta=0.1, lr=1e-2)
+    train(cfg)
+    kls = [abs(row["kl"]) for row in table(cfg)]
+    assert max(kls[0], kls[2], kls[4]) < 1e-5 < 1e-4 < min(kls[1], kls[3])
+
+
+def test_no_reference_no_kl(lab):
+    """--ref none: nothing is loaded, the kl column is empty; the same weights as with one that is unused."""
+    cfg = config(lab, by_letters, ref="none")
+    assert "kl" not in train(cfg)
+    results = weights(cfg)
+    cfg = config(lab, by_letters)
+    train(cfg)
+    assert all(torch.equal(a, b) for a, b in zip(results, weights(cfg), strict=True))
+
+
+def test_first_step_is_healthy(lab, capsys):
+    train(config(lab, by_letters))
+    line = next(x for x in capsys.readouterr().out.split("\n") if x.startswith("health"))
+    assert "KL 0.000000" in line and "mean advantage 0.000" in line
+
+
+def test_rows_without_eos_are_scored_whole(lab, spy):
+    """No response ends within one token but those that are EOS alone: every sampled token has a weight."""
+    losses = spy(train_grpo, "policy_loss")
+    cfg = config(lab, by_letters, max_new_tokens="1", steps=1)
+    out = train(cfg)
+    assert out["stop"] < 0.5 and out["len"] == 1
+    assert sum(((args[5] > 0) == args[4]).all().item() for args, _ in losses) == len(losses)
+    out = train(config(lab, by_letters, max_new_tokens="1", steps=2, overlong_filter=True, minibatches=16))
+    assert math.isfinite(out["gnorm"])
