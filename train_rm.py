@@ -16,8 +16,6 @@ CPU   python train_rm.py                   34 s on one core; 82 to 89% right, by
 GPU   python train_rm.py --data pairs.jsonl --init runs/sft/model --dtype bfloat16        not measured yet
 """
 
-import os
-import random
 import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -25,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import generate, hub, tasks
+from nanorlhf import hub, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
@@ -38,16 +36,9 @@ from nanorlhf.common import (
     to_device,
     warmup_linear,
 )
-from nanorlhf.data import (
-    encode_pair,
-    epoch_batches,
-    microbatches,
-    pad,
-    read_jsonl,
-    split_by_hash,
-    write_jsonl,
-)
+from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl
 from nanorlhf.model import ScalarModel
+from nanorlhf.pairs import encode_pairs, load_rows, require_both
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -125,56 +116,17 @@ def pair_rewards(model, pairs, tok):
 # Pairs
 
 
-KEYS = ("prompt", "chosen", "rejected")
-
-
-def make_pairs(cfg, task, model, tok):
-    """Write pairs.jsonl (noisy labels) and pairs_heldout.jsonl (the exact order of gold) → paths.
-
-    Two samples of the SFT model for each prompt, as a labelling team would be shown. Gold enters only here.
-    """
-    paths = f"{cfg.out}/pairs.jsonl", f"{cfg.out}/pairs_heldout.jsonl"
-    if cfg.resume and all(map(os.path.exists, paths)):
-        return paths
-    for path, split, n, tau in ((paths[0], "train", cfg.pairs, cfg.tau), (paths[1], "test", 512, 0.0)):
-        prompts = [r["prompt"] for r in task.prompts(split, n, cfg.seed)]
-        seed = derive_seed(cfg.seed, "pairs", split)
-        _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed, desc="pairs")
-        rng, rows = random.Random(seed), []
-        for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
-            if a != b and (tau > 0 or tasks.gold(prompt, a) != tasks.gold(prompt, b)):
-                rows.append(dict(zip(KEYS, (prompt, *tasks.prefer(prompt, a, b, rng, tau)))))
-        write_jsonl(path, rows)
-    return paths
-
-
 def encode(rows, tok, max_len, what):
     """Rows → (prompt + chosen + EOS, prompt + rejected + EOS) ids; the unusable are dropped, and counted."""
-    pairs, same, long = [], 0, 0
-    for r in rows:
-        sides = [encode_pair(tok, r["prompt"], r[key], max_len, r.get("_at", "")) for key in KEYS[1:]]
-        if r["chosen"] == r["rejected"]:
-            same += 1
-        elif None in sides:
-            long += 1
-        else:
-            pairs.append(tuple(p + y for p, y in sides))
-    if same or long:
-        print(f"dropped {same + long} of {len(rows)} {what} pairs: {same} with equal responses, "
-              f"{long} longer than the context of {max_len} tokens")
-    return pairs
+    return [(p + w, p + l) for p, w, l in encode_pairs(rows, tok, max_len, what)]
 
 
 def load_pairs(cfg, task, policy, tok):
     """→ training pairs, held-out pairs, references: lists of token ids."""
     max_len = policy.cfg.max_len
-    if cfg.data:
-        train, test = split_by_hash(read_jsonl(cfg.data, KEYS, nonempty=("prompt",)), tasks.held_out)
-    else:
-        train, test = (read_jsonl(path, KEYS) for path in make_pairs(cfg, task, policy, tok))
+    train, test = load_rows(cfg, task, policy, tok)
     train, test = encode(train, tok, max_len, "training"), encode(test, tok, max_len, "held-out")
-    left = f"{len(train)} training and {len(test)} held-out pairs are left"
-    require(train and test, f"--data {cfg.data}: {left}, both are needed (15% of the prompts are held out)")
+    require_both(cfg, train, test)
     if cfg.data and not cfg.references:
         return train, test, [chosen for chosen, _ in train[:1024]]
     rows = task.demonstrations(1024, cfg.seed)

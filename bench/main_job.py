@@ -57,7 +57,8 @@ def write(name, rows):
     with open(f"{RESULTS}/{name}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" for k, v in row.items()} for row in rows)
+        cells = [{k: v if isinstance(v, str) else f"{v:.5g}" for k, v in row.items()} for row in rows]
+        writer.writerows(cells)
 
 
 def show(title, rows, goals):

@@ -26,13 +26,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CSV = os.path.join(ROOT, "bench", "results", "optimum.csv")
 sys.path.insert(0, ROOT)
 
-from train_dpo import preference_loss  # noqa: E402
-
 import train_grpo  # noqa: E402
 import train_ppo  # noqa: E402
 from nanorlhf import exact, hub  # noqa: E402
 from nanorlhf.model import GPT, GPTConfig  # noqa: E402
 from nanorlhf.tokenizer import Tokenizer  # noqa: E402
+from train_dpo import preference_loss  # noqa: E402
 
 TOK = Tokenizer.from_chars("ab")  # with EOS and pad four ids; the policy may sample pad like any other
 PROMPT = "a"

@@ -1,12 +1,13 @@
 """The curves of the pages in docs/: real runs, their metrics.csv in docs/data/, pictures in docs/img/.
 
     python docs/curves.py            draw docs/img/*.png from docs/data/*.csv and bench/results/*.csv
-    python docs/curves.py --run      first make docs/data/*.csv anew: two CPU minutes, seed 0
+    python docs/curves.py --run      first make docs/data/*.csv anew: seven CPU minutes, seed 0
 
 After --run, `python tests/test_docs.py --update` brings the figures quoted in the pages up to date.
 """
 
 import csv
+import json
 import math
 import shutil
 import subprocess
@@ -24,6 +25,10 @@ RUNS = {
     "rm": "train_rm.py --init {sft}/model",
     "ppo": "train_ppo.py --init {sft}/model --rm {rm}/model",
     "ppo_beta0": "train_ppo.py --init {sft}/model --rm {rm}/model --beta 0",
+    "dpo": "train_dpo.py --init {sft}/model",
+    "dpo_beta003": "train_dpo.py --init {sft}/model --beta 0.03",
+    "dpo_rm": "train_dpo.py --init {sft}/model --online 3 --rm {rm}/model",
+    "dpo_self": "train_dpo.py --init {sft}/model --online 3 --judge self",
     "chain_sft": "train_sft.py --task chain",
     "chain_ppo": "train_ppo.py --task chain --init {chain_sft}/model",
 }
@@ -31,8 +36,6 @@ BLUE, RED, GREEN, GREY = "tab:blue", "tab:red", "tab:green", "tab:gray"
 
 
 def run_all():
-    from demo import gold_along  # gold is read after training, from the samples that the run logged
-
     with tempfile.TemporaryDirectory() as tmp:
         folders = {name: f"{tmp}/{name}" for name in RUNS}
         for name, command in RUNS.items():
@@ -40,12 +43,34 @@ def run_all():
             argv = [sys.executable, *command.format(**folders).split(), "--out", folders[name], "--seed", "0"]
             subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             shutil.copy(f"{folders[name]}/metrics.csv", DATA / f"{name}.csv")
-        steps, with_kl = gold_along(folders["ppo"])
-        rows = zip(steps, with_kl, gold_along(folders["ppo_beta0"])[1])
-        with open(DATA / "gold.csv", "w", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(("step", "gold_ppo", "gold_ppo_beta0"))
-            writer.writerows((step, f"{a:.6g}", f"{b:.6g}") for step, a, b in rows)
+        write_gold("gold", folders, ("ppo", "ppo_beta0"))
+        write_gold("dpo_gold", folders, ("dpo", "dpo_rm", "dpo_self"))
+        write_k1(folders["dpo"])
+
+
+def write_gold(name, folders, runs):
+    """Gold is read after training, from the samples that the runs logged; the steps are the same in all."""
+    from demo import gold_along
+
+    columns = [gold_along(folders[run]) for run in runs]
+    with open(DATA / f"{name}.csv", "w", newline="") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(("step", *(f"gold_{run}" for run in runs)))
+        rows = zip(columns[0][0], *(gold for _, gold in columns))
+        writer.writerows((step, *(f"{x:.6g}" for x in row)) for step, *row in rows)
+
+
+def write_k1(run):
+    """log π − log π_ref of each sample of DPO's last row: samples.jsonl has β times that as reward."""
+    with open(f"{run}/config.json") as f:
+        beta = json.load(f)["beta"]
+    with open(f"{run}/samples.jsonl", encoding="utf-8") as f:
+        rows = list(map(json.loads, f))
+    k1 = sorted(r["reward"] / beta for r in rows if r["step"] == rows[-1]["step"])
+    with open(DATA / "dpo_k1.csv", "w", newline="") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(("sample", "k1", "negative"))
+        writer.writerows((i, f"{x:.6g}", int(x < 0)) for i, x in enumerate(k1))
 
 
 def column(name, key, x="step", folder=DATA):
@@ -129,6 +154,51 @@ def draw_chain(plt):
     return fig
 
 
+def draw_dpo(plt):
+    titles = ("loss", "log-probs of a batch, nats", "kl, nats per sequence", "margin, chosen − rejected",
+              "accuracy, held-out pairs", "gold against KL, three seeds")
+    fig, axes = panels(plt, 2, 3, *titles)
+    for run, colour, name in (("dpo", BLUE, "β = 0.3"), ("dpo_beta003", RED, "β = 0.03")):
+        for ax, key in zip(axes[:5], ("loss", "logp_chosen", "kl", "margin", "eval/acc")):
+            ax.plot(*column(run, key), color=colour, lw=1, label=name)
+        axes[1].plot(*column(run, "logp_rejected"), color=colour, lw=1, alpha=0.4, label="… rejected")
+    axes[0].axhline(math.log(2), color="black", ls=":", label="log 2")
+    for beta, colour in (("0.3", BLUE), ("0.1", GREEN), ("0.03", RED)):
+        points = column("dpo_beta", f"gold_{beta}", f"kl_{beta}", BENCH)
+        axes[5].plot(*points, "o", color=colour, label=f"β = {beta}")
+    gold = column("dpo_beta", "gold_sft", "seed", BENCH)[1]
+    axes[5].plot([0] * len(gold), gold, "s", color=GREY, label="SFT")
+    axes[5].set_xlabel("KL to SFT, nats per sequence")
+    axes[2].set_yscale("symlog", linthresh=1)
+    for i in (0, 1, 5):
+        axes[i].legend(fontsize=8)
+    return fig
+
+
+def draw_reading(plt):
+    titles = ("chain, SFT: loss stands still, then drops", "reward model: 50% at first",
+              "PPO: clip is near 0", "DPO: k1 of the last samples, 2% below 0", "DPO: both log-probs fall",
+              "entropy: chain to 0, reviews not")
+    fig, (a, b, c, d, e, f) = panels(plt, 2, 3, *titles)
+    a.plot(*column("chain_sft", "loss"), color=GREY, lw=1)
+    b.plot(*column("rm", "acc"), color=GREY, lw=1, alpha=0.6, label="acc (noisy labels)")
+    b.plot(*column("rm", "eval/acc"), "o-", color=GREEN, label="eval/acc (no noise)")
+    c.plot(*column("ppo", "clip"), color=BLUE)
+    d.plot(*column("dpo_k1", "k1", "sample"), ".", color=BLUE)
+    d.axhline(0, color="black", ls=":")
+    d.set_xlabel("sample, in order of k1")
+    for key, colour in (("logp_chosen", GREEN), ("logp_rejected", RED)):
+        steps, values = column("dpo", key)
+        e.plot(steps, values, color=colour, lw=0.5, alpha=0.4)
+        means = [sum(values[i : i + 25]) / 25 for i in range(0, len(values) - 24, 25)]
+        e.plot(steps[12::25], means, ".-", color=colour, label=f"{key}, means of 25 steps")
+    for run in ("ppo", "chain_ppo"):
+        f.plot(*column(run, "entropy"), label=run)
+    for ax in (b, e, f):
+        ax.legend(fontsize=8)
+    return fig
+
+
 def main():
     from nanorlhf.common import pyplot, save_figure
 
@@ -140,7 +210,8 @@ def main():
     if plt is None:
         return
     for name, draw in (("sft", draw_sft), ("rm", draw_rm), ("ppo", draw_ppo), ("chain", draw_chain),
-                       ("overoptimisation", draw_overoptimisation)):
+                       ("overoptimisation", draw_overoptimisation), ("dpo", draw_dpo),
+                       ("reading", draw_reading)):
         save_figure(draw(plt), str(IMG / f"{name}.png"))
 
 

@@ -158,7 +158,8 @@ def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=No
     return _finish(tokens, logp, plen, new, finished, group)
 
 
-def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512, desc=""):
+def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512, desc="",
+            top_k=0, top_p=1.0):
     """Text in, text out: n responses to each prompt → (rollouts, responses), a prompt's n together.
 
     rollouts is a list of Rollout, of at most about `batch` rows each; responses a list of len(prompts)·n
@@ -167,7 +168,8 @@ def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0
     rolls, texts, per = [], [], max(1, batch // n)
     for i in tqdm(range(0, len(prompts), per), desc, leave=False, disable=None if desc else True):
         ids = [tok.encode(p) for p in prompts[i : i + per]]
-        roll = generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, pad_id=tok.pad_id)
+        how = dict(top_k=top_k, top_p=top_p, pad_id=tok.pad_id)
+        roll = generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, **how)
         rolls.append(roll)
         texts += [tok.decode(ids) for ids in roll.responses()]
     return rolls, texts

@@ -112,6 +112,27 @@ def length_schedule(max_new_tokens, lengthen_at):
     return limits, steps
 
 
+@torch.no_grad()
+def fresh_samples(policy, ref, tok, rows, max_new_tokens, seed, budget=8192):
+    """One response to each row's prompt → rollout, texts, {"kl", "entropy", "len", "stop"}.
+
+    kl is the mean over samples of Σ_t (logp − ref_logp): nats per sequence, KL(policy‖ref). It may be a
+    little negative where the two are near: it is an estimate.
+    """
+    prompts = [tok.encode(r["prompt"]) for r in rows]
+    seed = derive_seed(seed, "eval")
+    roll = generate.generate(policy, prompts, 1, max_new_tokens, 1.0, tok.eos_id, seed, pad_id=tok.pad_id)
+    k1 = roll.logp - roll.per_token(lambda x, m: ref.logprobs(x, m)[0], budget)  # (B, T)
+    entropy = roll.per_token(lambda x, m: policy.logprobs(x, m)[1], budget)  # (B, T)
+    metrics = {
+        "kl": k1.sum(1).mean().item(),
+        "entropy": (entropy.sum() / roll.mask.sum()).item(),
+        "len": roll.response_len.float().mean().item(),
+        "stop": roll.finished.float().mean().item(),
+    }
+    return roll, [tok.decode(ids) for ids in roll.responses()], metrics
+
+
 def load_prompts(cfg, task, tok, max_len, limit=None):
     """→ training rows, held-out rows. Prompts without room for a response are dropped, and counted.
 

@@ -1,8 +1,11 @@
+import hypothesis
 import pytest
 import torch
 
 from nanorlhf import common
 
+hypothesis.settings.register_profile("course", derandomize=True)  # in class, every run is the same run
+hypothesis.settings.load_profile("course")
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
 

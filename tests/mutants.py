@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PPO, LEARNING = "tests/test_ppo.py::test_", "tests/test_learning_ppo.py::test_"
+DPO = "tests/test_dpo.py::test_"
 ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
 
 # (name, file, source, replacement, killing tests); a mutant of one line has its smallest direct test first
@@ -137,6 +138,33 @@ MUTANTS = [
     ("SFT: EOS unscored", "nanorlhf/data.py",
      "(position < lengths[:, None])", "(position < lengths[:, None] - 1)",
      ["tests/test_sft.py::test_loss_and_gradient_are_those_of_float64"]),
+    ("DPO: sign", "train_dpo.py",
+     "delta = h_w - h_l", "delta = h_l - h_w",
+     [DPO + "golden_values_and_their_gradients", DPO + "learns_a_preference_that_depends_on_the_prompt"]),
+    ("DPO: prompt scored", "train_dpo.py",
+     "response_mask([len(p) for p, _ in flat]", "response_mask([1 for _ in flat]",
+     [DPO + "step_is_one_step_however_it_is_cut"]),
+    ("DPO: denominator of the micro-batch", "train_dpo.py",
+     "losses.sum() / len(batch)", "losses.mean()",
+     [DPO + "step_is_one_step_however_it_is_cut"]),
+    ("DPO: reference of other pairs", "train_dpo.py",
+     "else ref_logp[order]", "else ref_logp[: len(order)]",
+     [DPO + "step_is_one_step_however_it_is_cut"]),
+    ("DPO: z0 of the right responses", "train_dpo.py",
+     "- ref_logp)[:, 1].mean()", "- ref_logp)[:, 0].mean()",
+     [DPO + "step_is_one_step_however_it_is_cut"]),
+    ("DPO: worst against best", "train_dpo.py",
+     "best, worst = max(", "worst, best = max(",
+     [DPO + "a_reward_model_ranks"]),
+    ("DPO: the reference does not follow the rounds", "train_dpo.py",
+     "base.load_state_dict(policy.state_dict())", "pass",
+     [DPO + "the_reference_of_a_round"]),
+    ("DPO: self-judge without its reference", "train_dpo.py",
+     "policy.logprobs(x, m)[0] - ref.logprobs(x, m)[0], budget", "policy.logprobs(x, m)[0], budget",
+     [DPO + "the_policy_judges_itself"]),
+    ("KL of evaluate.py one token late", "evaluate.py",
+     "(m(tokens[:, :-1])[keep]", "(m(tokens[:, 1:])[keep]",
+     ["tests/test_evaluate.py::test_both_kl_figures_have_the_mean_that_enumeration_gives"]),
 ]  # fmt: skip
 
 

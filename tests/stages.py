@@ -1,15 +1,17 @@
-"""The three trainers at their smallest: words of letters to reverse, models of one layer, runs of 50 ms."""
+"""The trainers at their smallest: words of letters to reverse, models of one layer, runs of 50 ms."""
 
 import random
 from pathlib import Path
 
+import train_dpo
 import train_ppo
 import train_rm
 import train_sft
 from nanorlhf.data import write_jsonl
 
-TRAINERS = [train_sft, train_rm, train_ppo]
+TRAINERS = [train_sft, train_rm, train_ppo, train_dpo]
 LOSS = {train_sft: "sft_loss", train_rm: "pairwise_loss", train_ppo: "policy_loss"}
+LOSS |= {train_dpo: "preference_loss"}
 
 
 def words(n, seed=0, letters="abcdef"):
@@ -22,10 +24,29 @@ def words(n, seed=0, letters="abcdef"):
 def rows_of(trainer, n=64):
     """n rows of the data that this trainer reads; in pairs, the rejected word is any other."""
     rows, rng = words(n), random.Random("rejected")
-    if trainer is not train_rm:
+    if trainer not in (train_rm, train_dpo):
         return rows
     other = ["".join(rng.choices("abcdef", k=rng.randint(1, 4))) for _ in rows]
     return [{"prompt": r["prompt"], "chosen": r["response"], "rejected": o} for r, o in zip(rows, other)]
+
+
+def jsonl(path, rows):
+    """Write rows → the path, as a flag takes it."""
+    write_jsonl(path, rows)
+    return str(path)
+
+
+def tastes(n, seed=0):
+    """`+abc:` likes x and `-abc:` dislikes it: neither the response alone nor its length tells who wins."""
+    rng, rows = random.Random(seed), []
+    while len(rows) < n:
+        prompt = rng.choice("+-") + "".join(rng.choices("abcdef", k=3)) + ":"
+        pair = ["".join(rng.choices("xy", k=rng.randint(2, 5))) for _ in range(2)]
+        few, many = sorted(pair, key=lambda text: text.count("x"))
+        if few.count("x") < many.count("x"):
+            chosen, rejected = (many, few) if prompt[0] == "+" else (few, many)
+            rows.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
+    return rows
 
 
 class Stages:
@@ -46,8 +67,10 @@ class Stages:
             flags |= dict(n_layer=1, n_head=2, d_model=32, max_len=16, tokenizer="chars", batch_size=8)
         else:
             flags |= dict(init=f"{self.folder}/sft/model")
-        if trainer is train_rm:
+        if trainer in (train_rm, train_dpo):
             flags |= dict(batch_size=8)
+        if trainer is train_dpo:
+            flags |= dict(max_new_tokens=5, eval_prompts=4)
         if trainer is train_ppo:
             flags |= dict(rm=f"{self.folder}/rm/model", prompts_per_step=8, max_new_tokens=5, minibatches=2,
                           eval_prompts=4, sample_every=1)  # fmt: skip

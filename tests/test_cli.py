@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 
 import demo
+import evaluate
+import sample
+import train_dpo
 import train_ppo
 import train_rm
 import train_sft
 from nanorlhf.common import RunError, UserError, parse, run_cli
 
 ROOT = Path(__file__).parents[1]
-TRAINERS = [train_sft, train_rm, train_ppo]
-PROGRAMS = pytest.mark.parametrize("module", [*TRAINERS, demo], ids=lambda m: m.__name__)
+TRAINERS = [train_sft, train_rm, train_ppo, train_dpo]
+PROGRAMS = pytest.mark.parametrize("module", [*TRAINERS, demo, evaluate, sample], ids=lambda m: m.__name__)
 
 
 @pytest.fixture
@@ -122,6 +125,19 @@ def test_ways_to_write_a_flag():
         (train_rm, "--batch_size 0", "--batch_size 0: must be at least 1"),
         (train_rm, "--tau -1", "--tau -1.0: must not be negative"),
         (train_rm, "--task chain", "--task chain has a reward function, no preferences"),
+        (train_dpo, "--beta 0", "--beta 0.0: must be above 0"),
+        (train_dpo, "--loss dop", "--loss dop: must be one of dpo, cdpo, robust, ipo, hinge, simpo"),
+        (train_dpo, "--loss robust --label_smoothing 0.5", "--label_smoothing 0.5: must be below 0.5"),
+        (train_dpo, "--loss ipo --label_smoothing 0.1", "--label_smoothing: not with --loss ipo"),
+        (train_dpo, "--online 2 --rm a --judge self", "--reward, --rm and --judge: give one of the three"),
+        (train_dpo, "--rm a", "--reward, --rm and --judge rank fresh samples: add --online 3"),
+        (train_dpo, "--online 2 --group_size 1", "--group_size 1: best against worst needs at least 2"),
+        (train_dpo, "--online 9 --steps 8", "--online 9: more than --steps or --pairs"),
+        (train_dpo, "--task chain", "--task chain has a reward function, no preferences"),
+        (train_dpo, "--task chain --online 2 --judge self", "--task chain has a reward function, no prefer"),
+        (evaluate, "--k 1,x", "--k 1,x: must be numbers such as 1,4,16"),
+        (evaluate, "--rm a --reward b.py:f", "--rm and --reward: give one of the two"),
+        (sample, "--top_p 1.5", "--top_p 1.5: must not be above 1"),
         (train_ppo, "--temperature 0", "--temperature 0.0: must be above 0"),
         (train_ppo, "--sample_every 0", "--sample_every 0: must be at least 1"),
         (train_ppo, "--gamma 1.1", "--gamma and --lam: must not be above 1"),
@@ -167,6 +183,10 @@ def test_statuses(module, cli):
         (train_ppo, "--init SFT", "--rm runs/reviews-rm/model MISSING {rm} reviews --out runs/reviews-rm"),
         (train_ppo, "--init SFT --rm RM --critic_init nope", "--critic_init nope MISSING {rm} reviews"),
         (train_ppo, "--init SFT --rm RM --ref nope", "--ref nope MISSING {sft} reviews"),
+        (train_dpo, "", "--init runs/reviews-sft/model MISSING {sft} reviews --out runs/reviews-sft"),
+        (train_dpo, "--init SFT --ref nope", "--ref nope MISSING {sft} reviews"),
+        (train_dpo, "--init SFT --online 2",
+         "--rm runs/reviews-rm/model MISSING {rm} reviews --out runs/reviews-rm"),
     ],
 )
 def test_missing_checkpoint_names_the_command(module, flags, says, cli, stages, tmp_path, monkeypatch):
@@ -207,7 +227,7 @@ def state():
     numbers = random.getstate(), torch.get_rng_state().tolist(), str(numpy.random.get_state())
     return handlers, numbers, torch.get_num_threads(), torch.get_default_dtype(), os.listdir("."), os.getcwd()
 before = state()
-import train_sft, train_rm, train_ppo, demo
+import train_sft, train_rm, train_ppo, train_dpo, demo, evaluate, sample
 assert state() == before
 """
 

@@ -64,7 +64,7 @@ def test_logprob_is_the_oracle_float64(N, V, chunk, temperature, std, seed, with
         got = differentiate(lambda h, w, b=None: linear_logprob(h, w, targets, temperature, b), inputs)
     want = differentiate(lambda h, w, b=None: reference.linear_logprob(h, w, targets, temperature, b), inputs)
     for a, b in zip(got, want):
-        close(a, b, 1e-11 * (1 + std / temperature))  # the rounding grows with the logits
+        close(a, b, 1e-10 * (1 + std / temperature))  # the rounding grows with the logits
     logits = hidden @ weight.T + (bias if with_bias else 0)
     direct = torch.log_softmax(logits / temperature, -1)[torch.arange(N), targets]
     close([got[0][0]], [direct], 1e-12)
@@ -86,7 +86,7 @@ def test_kl_is_the_oracle_float64(N, V, chunk, temperature, std, seed, ref_d, re
         got = differentiate(run(linear_kl), inputs)
     want = differentiate(run(reference.linear_kl), inputs)
     for a, b in zip(got, want):
-        close(a, b, 1e-11 * (1 + std / temperature))  # the rounding grows with the logits
+        close(a, b, 1e-10 * (1 + std / temperature))  # the rounding grows with the logits
     assert (got[0][0] >= -1e-12 * std / temperature).all()
 
 

@@ -1,16 +1,16 @@
 """Reward model: the pairwise loss, where the reward is read, the bias, the pairs, what it learns."""
 
 import math
-import random
 
 import pytest
 import torch
+from stages import jsonl, tastes
 
 import train_rm
 import train_sft
-from nanorlhf import hub, tasks
+from nanorlhf import hub, pairs, tasks
 from nanorlhf.common import UserError
-from nanorlhf.data import read_jsonl, write_jsonl
+from nanorlhf.data import read_jsonl
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import Tokenizer
 
@@ -26,11 +26,6 @@ def score(model, tok, prompt, response):
     ids = tok.encode(prompt) + tok.encode(response) + [tok.eos_id]
     hidden = model.trunk(torch.tensor([ids]))[0, -1]
     return (model.score.weight[0].double() @ hidden.double() + model.reward_bias.double()).item()
-
-
-def jsonl(path, rows):
-    write_jsonl(path, rows)
-    return str(path)
 
 
 # loss
@@ -97,7 +92,7 @@ def test_reward_is_read_at_eos_and_padding_is_free(stages):
 @pytest.mark.parametrize("kind", ["chosen", "references"])
 def test_references_score_zero_on_average_and_the_folder_keeps_it(kind, stages, tmp_path):
     """One by one, by hand, from the saved model; the bias is not at 0, so normalising did something."""
-    data = read_jsonl(stages.flags(train_rm, "")["data"], train_rm.KEYS)
+    data = read_jsonl(stages.flags(train_rm, "")["data"], pairs.KEYS)
     rows = [(r["prompt"], r["chosen"]) for r in data if not tasks.held_out(r["prompt"])]
     flags = {}
     if kind == "references":
@@ -159,7 +154,7 @@ def test_accuracy_is_that_of_the_saved_model(stages, tmp_path):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run on reviews that makes its own pairs, with a gold that raises as soon as they are made."""
-    folder, make = tmp_path_factory.mktemp("made"), train_rm.make_pairs
+    folder, make = tmp_path_factory.mktemp("made"), pairs.make_pairs
 
     def make_then_forbid(*args):
         paths = make(*args)
@@ -169,12 +164,12 @@ def made(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("nanorlhf.common.pyplot", lambda: None)
-        monkeypatch.setattr(train_rm, "make_pairs", make_then_forbid)
+        monkeypatch.setattr(pairs, "make_pairs", make_then_forbid)
         size = dict(n_layer=1, d_model=32, demos=400, max_len=96, steps=60, batch_size=16, lr=0.02)
         train_sft.train(train_sft.Config(out=f"{folder}/sft", eval_every=0, **size))
         flags = dict(init=f"{folder}/sft/model", pairs=300, steps=2, batch_size=8)
         train_rm.train(train_rm.Config(out=f"{folder}/run", **flags))
-    return [read_jsonl(f"{folder}/run/{name}.jsonl", train_rm.KEYS) for name in ("pairs", "pairs_heldout")]
+    return [read_jsonl(f"{folder}/run/{name}.jsonl", pairs.KEYS) for name in ("pairs", "pairs_heldout")]
 
 
 def gap(row):
@@ -210,19 +205,6 @@ def test_unusable_pairs_are_dropped_and_counted(capsys):
 
 
 # learning
-
-
-def tastes(n, seed=0):
-    """`+abc:` likes x and `-abc:` dislikes it: neither the response alone nor its length tells who wins."""
-    rng, rows = random.Random(seed), []
-    while len(rows) < n:
-        prompt = rng.choice("+-") + "".join(rng.choices("abcdef", k=3)) + ":"
-        pair = ["".join(rng.choices("xy", k=rng.randint(2, 5))) for _ in range(2)]
-        few, many = sorted(pair, key=lambda text: text.count("x"))
-        if few.count("x") < many.count("x"):
-            chosen, rejected = (many, few) if prompt[0] == "+" else (few, many)
-            rows.append(dict(prompt=prompt, chosen=chosen, rejected=rejected))
-    return rows
 
 
 @pytest.mark.parametrize("sign, low, high", [(1, 0.9, 1.0), (-1, 0.0, 0.4)])

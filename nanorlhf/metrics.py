@@ -1,0 +1,47 @@
+"""Figures of an evaluation: pass@k, maj@k, means with their standard errors."""
+
+import math
+from collections import defaultdict
+from functools import lru_cache
+
+
+def pass_at_k(n, c, k):
+    """Probability that at least one of k samples is right, of n drawn c were; k ≤ n."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+@lru_cache(maxsize=100_000)
+def win_share(mine, others, k):
+    """Share of the k-subsets in which an answer with `mine` votes has most, ties shared; others: a tuple."""
+    won, n = 0.0, mine + sum(others)
+    for v in range(1, min(mine, k) + 1):  # votes it gets; whoever has fewer than v in all cannot matter
+        low = sum(c for c in others if c < v)
+        ways = defaultdict(int, {(j, 0): math.comb(low, j) for j in range(min(low, k - v) + 1)})
+        for c in others:
+            if c >= v:
+                new = defaultdict(int)
+                for (used, ties), w in ways.items():
+                    for j in range(min(v, k - v - used) + 1):
+                        new[used + j, ties + (j == v)] += w * math.comb(c, j)
+                ways = new
+        won += math.comb(mine, v) * sum(w / (t + 1) for (used, t), w in ways.items() if used == k - v)
+    return won / math.comb(n, k)
+
+
+def maj_at_k(answers, rewards, k):
+    """Expected reward of the answer most frequent among k of the samples: the mean over its own samples."""
+    of = defaultdict(list)
+    for answer, reward in zip(answers, rewards, strict=True):
+        of[answer].append(reward)
+    total = 0.0
+    for answer, got in of.items():
+        if any(got):
+            others = tuple(sorted(len(x) for other, x in of.items() if other != answer))
+            total += win_share(len(got), others, k) * sum(got) / len(got)
+    return total
+
+
+def mean_se(x):
+    """Mean of the prompts' means (P, n) or (P,), and its standard error."""
+    x = x.double().reshape(len(x), -1).mean(1)
+    return x.mean().item(), (x.std(correction=1) / math.sqrt(len(x))).item() if len(x) > 1 else math.nan

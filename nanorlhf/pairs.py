@@ -1,0 +1,175 @@
+"""Preferences for the reward model and for DPO: made here by a Bradley–Terry draw, or read from JSON lines.
+
+    {"prompt", "chosen", "rejected"}      a pair
+    {"chosen", "rejected"}                two dialogues, as in HH-RLHF; all but the last turn is the prompt
+    {"prompt", "completion", "label"}     one response, liked or not (KTO)
+
+What cannot be used is dropped and counted. Nothing here may move a learning curve.
+"""
+
+import os
+import random
+from typing import NamedTuple
+
+from nanorlhf import generate, tasks
+from nanorlhf.common import UserError, derive_seed, require
+from nanorlhf.data import encode_pair, microbatches, read_jsonl, split_by_hash, write_jsonl
+
+KEYS = ("prompt", "chosen", "rejected")
+UNPAIRED = ("prompt", "completion", "label")
+TURN = "\n\nAssistant:"  # of HH-RLHF; the last one starts the response
+SHOWN = 20  # line numbers in one message
+
+
+def make_pairs(cfg, task, model, tok):
+    """Write pairs.jsonl (noisy labels) and pairs_heldout.jsonl (the exact order of gold) → paths.
+
+    Two samples of the SFT model for each prompt, as a labelling team would be shown. Gold enters only here.
+    Of one seed, fewer pairs are the first of many: all stages see the same labels.
+    """
+    paths = f"{cfg.out}/pairs.jsonl", f"{cfg.out}/pairs_heldout.jsonl"
+    if cfg.resume and all(map(os.path.exists, paths)):
+        return paths
+    for path, split, n, tau in ((paths[0], "train", cfg.pairs, cfg.tau), (paths[1], "test", 512, 0.0)):
+        prompts = [r["prompt"] for r in task.prompts(split, n, cfg.seed)]
+        seed = derive_seed(cfg.seed, "pairs", split)
+        _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed, desc="pairs")
+        rng, rows = random.Random(seed), []
+        for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
+            if a != b and (tau > 0 or tasks.gold(prompt, a) != tasks.gold(prompt, b)):
+                rows.append(dict(zip(KEYS, (prompt, *tasks.prefer(prompt, a, b, rng, tau)))))
+        write_jsonl(path, rows)
+    return paths
+
+
+def read_pairs(path, unpaired=False, flag="--data"):
+    """The pairs of a file → rows {"prompt", "chosen", "rejected"}; dialogues are cut at their last turn.
+
+    With `unpaired` rows {"prompt", "completion", "label"} are read too, and returned as they are. Otherwise
+    they are a UserError, and so is a file where most pairs do not answer one prompt.
+    """
+    rows = read_jsonl(path, (), flag)
+    single = [r for r in rows if "completion" in r and "chosen" not in r]
+    if single and not unpaired:
+        what = 'a labelled completion, not a pair of "chosen" and "rejected"'
+        raise UserError(f"{flag}: {single[0]['_at']}: {what}; train_dpo.py --loss kto reads such rows")
+    if single:
+        return _read_unpaired(path)
+    if any("prompt" in r for r in rows):
+        return read_jsonl(path, KEYS, flag, nonempty=("prompt",))
+    return _read_dialogues(path, flag)
+
+
+def _read_unpaired(path):
+    rows = read_jsonl(path, UNPAIRED[:2], nonempty=("prompt",))
+    for r in rows:
+        right = isinstance(r.get("label"), bool)
+        require(right, f'--data: {r["_at"]}: "label" is {r.get("label")!r}, expected true or false')
+    return rows
+
+
+def _read_dialogues(path, flag):
+    rows, kept, lines = read_jsonl(path, KEYS[1:], flag), [], []
+    for r in rows:
+        (*prompt, chosen), (*other, rejected) = (r[key].rpartition(TURN) for key in KEYS[1:])
+        require(any(prompt + other), f'{flag}: {r["_at"]}: no "prompt", and no {TURN!r} to end one')
+        if prompt == other:
+            kept.append(dict(zip(KEYS, ("".join(prompt), chosen, rejected))) | {"_at": r["_at"]})
+        else:
+            lines.append(r["_at"].rpartition(":")[2])
+    if lines:
+        more = f" and {len(lines) - SHOWN} more" * (len(lines) > SHOWN)
+        where = f"line {', '.join(lines[:SHOWN])}{more}"
+        said = f"{len(lines)} of {len(rows)} pairs answer different prompts ({where})"
+        why = "more than half: comparing answers to different questions teaches nothing"
+        require(len(lines) <= len(kept), f"{flag}: {path}: {said}, {why}")
+        print(f"dropped: {path}: {said}")
+    return kept
+
+
+def load_rows(cfg, task, policy, tok, unpaired=False):
+    """→ training rows, held-out rows: of --data, split by their prompts, or the pairs that are made here."""
+    if cfg.data:
+        return split_by_hash(read_pairs(cfg.data, unpaired), tasks.held_out)
+    return [read_jsonl(path, KEYS) for path in make_pairs(cfg, task, policy, tok)]
+
+
+def encode_pairs(rows, tok, max_len, what):
+    """Rows → (prompt ids, chosen ids + EOS, rejected ids + EOS); the unusable are dropped, and counted."""
+    pairs, same, long = [], 0, 0
+    for r in rows:
+        sides = [encode_pair(tok, r["prompt"], r[key], max_len, r.get("_at", "")) for key in KEYS[1:]]
+        if r["chosen"] == r["rejected"]:
+            same += 1
+        elif None in sides:
+            long += 1
+        else:
+            pairs.append((sides[0][0], sides[0][1], sides[1][1]))
+    if same or long:
+        print(f"dropped {same + long} of {len(rows)} {what} pairs: {same} with equal responses, "
+              f"{long} longer than the context of {max_len} tokens")
+    return pairs
+
+
+def require_both(cfg, train, test):
+    left = f"{len(train)} training and {len(test)} held-out pairs are left"
+    require(train and test, f"--data {cfg.data}: {left}, both are needed (15% of the prompts are held out)")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what DPO and KTO train on
+
+
+class Example(NamedTuple):
+    """A pair: chosen and rejected, ids with EOS. For KTO: a response, and one to another prompt, for z0."""
+
+    prompt: list[int]
+    first: list[int]
+    second: list[int]
+    liked: bool = True
+
+
+def to_examples(pairs, kto, max_len):
+    """(prompt, chosen, rejected) ids, or (prompt, response, liked) → Examples. KTO takes pairs apart.
+
+    Its mismatched response is the one half the data away, cut where it exceeds the context: in neighbouring
+    rows it would answer the same prompt, and a fixed one needs only one pass of the reference.
+    """
+    if not kto:
+        return [Example(*pair) for pair in pairs]
+    rows = []
+    for p, y, other in pairs:
+        rows += [(p, y, other)] if isinstance(other, bool) else [(p, y, True), (p, other, False)]
+    far = rows[len(rows) // 2 :] + rows[: len(rows) // 2]
+    return [Example(p, y, z[: max_len - len(p)], liked) for (p, y, liked), (_, z, _) in zip(rows, far)]
+
+
+def encode_examples(rows, tok, kto, max_len, what):
+    """Rows of a file → Examples; the unusable are dropped, and counted."""
+    if not rows or "completion" not in rows[0]:
+        return to_examples(encode_pairs(rows, tok, max_len, what), kto, max_len)
+    ids = [encode_pair(tok, r["prompt"], r["completion"], max_len, r["_at"]) for r in rows]
+    kept = [(*pair, r["label"]) for pair, r in zip(ids, rows) if pair]
+    if len(kept) < len(rows):
+        n = f"{len(rows) - len(kept)} of {len(rows)} {what} responses"
+        print(f"dropped {n}: longer than the context of {max_len} tokens")
+    return to_examples(kept, kto, max_len)
+
+
+def load_examples(cfg, task, policy, tok, kto):
+    """→ training and held-out Examples, and the rows of each whose prompts have room for a response."""
+    max_len = policy.cfg.max_len
+    rows = load_rows(cfg, task, policy, tok, unpaired=kto)
+    train, test = (encode_examples(part, tok, kto, max_len, what)
+                   for part, what in zip(rows, ("training", "held-out")))
+    require_both(cfg, train, test)
+    room = max_len - cfg.max_new_tokens
+    fit = [[r for r in part if len(tok.encode(r["prompt"])) <= room] for part in rows]
+    require(all(fit), f"every prompt is longer than {room} tokens (the context less --max_new_tokens)")
+    return train, test, fit[0], fit[1][: cfg.eval_prompts]
+
+
+def by_budget(examples, tokens):
+    """Micro-batches of at most so many padded tokens: lists of indices. An example counts as two rows."""
+    longest = [2 * (len(e.prompt) + max(len(e.first), len(e.second))) for e in examples]
+    return microbatches(longest, tokens)

@@ -1,0 +1,273 @@
+"""evaluate.py and sample.py: pass@k, maj@k, win rate and KL against enumeration; what is shown is sampled."""
+
+import io
+import itertools
+import json
+import math
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from helpers import tiny
+from stages import jsonl
+
+import evaluate
+import sample
+from nanorlhf import generate, hub
+from nanorlhf.common import UserError
+from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
+from nanorlhf.tokenizer import Tokenizer
+
+# pass@k and maj@k
+
+
+@pytest.mark.parametrize("n, c, k, want", [
+    (10, 3, 5, 0.916667), (10, 3, 1, 0.3), (200, 5, 10, 0.228284), (256, 1, 64, 0.25), (10, 6, 5, 1.0),
+    (4, 0, 4, 0.0), (4, 4, 1, 1.0), (1, 1, 1, 1.0),
+])
+def test_pass_at_k_golden(n, c, k, want):
+    assert pass_at_k(n, c, k) == pytest.approx(want, abs=5e-7)
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    for n in range(1, 7):
+        for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations(range(n), k))
+            want = sum(min(s) < c for s in subsets) / len(subsets)  # the first c are the right ones
+            assert pass_at_k(n, c, k) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("answers, rewards", [
+    ("aabbc", [1, 1, 0, 0, 0]),
+    ("aabbc", [0, 0, 0, 0, 1]),
+    ("aaabbcc", [1, 0, 1, 0, 1, 0, 0]),  # format errors: one answer, two rewards
+    ("abcdef", [0, 1, 0, 0, 1, 0]),
+    ("aaaaaa", [1] * 6),
+    ("aabbccdd", [1, 1, 1, 1, 0, 0, 0, 0]),
+    ("abbcccdd", [0.5, 0, 0, 1, 1, 0, -1, 0.25]),
+])
+def test_maj_at_k_is_the_mean_over_subsets_and_ties(answers, rewards):
+    """Every k-subset is counted out, ties for the most votes share equally."""
+    value = {a: sum(r for b, r in zip(answers, rewards) if b == a) / answers.count(a) for a in answers}
+    for k in range(1, len(answers) + 1):
+        total, subsets = 0.0, list(itertools.combinations(answers, k))
+        for chosen in subsets:
+            votes = Counter(chosen)
+            first = [a for a in votes if votes[a] == max(votes.values())]
+            total += sum(value[a] for a in first) / len(first)
+        assert maj_at_k(answers, rewards, k) == pytest.approx(total / len(subsets))
+    assert maj_at_k(answers, rewards, 1) == pytest.approx(sum(rewards) / len(rewards))
+
+
+@pytest.mark.parametrize("text, pattern, vote", [
+    ("<652633>|3", r"\|([0-9])$", "3"), ("|3", r"\|([0-9])$", "3"), (" so what ", r"\|([0-9])$", "so what"),
+    ("x=4, y=5", r"(x|y)=(\d)", "4"), (" 7\n", "", "7"), (" 7\n", None, "7"),
+])
+def test_what_votes(text, pattern, vote):
+    assert evaluate.voted(text, pattern) == vote
+
+
+# rates
+
+
+def test_win_rate_by_hand():
+    """Prompt 1: 3 wins and a tie of four comparisons. Prompt 2: a loss and a tie, twice."""
+    mine, theirs = torch.tensor([[2.0, 1.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.5], [3.0, 0.0]])
+    rate, se = evaluate.win_rate(mine, theirs)
+    assert rate == pytest.approx((3.5 / 4 + 1 / 4) / 2)
+    assert se == pytest.approx(abs(3.5 / 4 - 1 / 4) / 2)  # of two prompts: half their distance
+    assert evaluate.win_rate(theirs, mine)[0] == pytest.approx(1 - rate)
+    assert evaluate.win_rate(mine, mine)[0] == 0.5
+
+
+def test_the_standard_error_is_over_prompts():
+    """Copies of a sample are no new evidence; one prompt has no standard error."""
+    x = torch.tensor([[0.0], [1.0], [1.0], [4.0]])
+    mean, se = mean_se(x.expand(4, 8))
+    assert (mean, se) == (1.5, pytest.approx(math.sqrt((2.25 + 0.25 + 0.25 + 6.25) / 3 / 4)))
+    assert math.isnan(mean_se(torch.tensor([[1.0, 2.0]]))[1])
+
+
+# KL
+
+EOS, MAX = 12, 3
+
+
+def tree(model, other, prompt):
+    """KL(model‖other) over all responses of at most MAX tokens, each counted out: Σ_y π(y) log π(y)/π'(y)."""
+    total, states = 0.0, [(prompt, 0.0, 0.0)]
+    for step in range(MAX):
+        tokens = torch.tensor([ids for ids, _, _ in states])
+        logp, logq = (m.logits(tokens)[:, -1].double().log_softmax(-1) for m in (model, other))
+        new = []
+        for (ids, p, q), lp, lq in zip(states, logp, logq):
+            for v in range(len(lp)):
+                pv, qv = p + lp[v].item(), q + lq[v].item()
+                if v == EOS or step == MAX - 1:
+                    total += math.exp(pv) * (pv - qv)
+                else:
+                    new.append(([*ids, v], pv, qv))
+        states = new
+    return total
+
+
+@torch.no_grad()
+def test_both_kl_figures_have_the_mean_that_enumeration_gives():
+    """1,900 responses enumerated; 8,000 sampled. The exact one per token has less noise, and both agree."""
+    model, other = tiny(seed=0), tiny(seed=1)
+    prompt = [3, 1, 4]
+    exact = tree(model, other, prompt)
+    roll = generate.generate(model, [prompt], 8000, MAX, 1.0, EOS, seed=0)
+    k1 = (roll.logp - other.logprobs(roll.tokens, roll.mask)[0]).sum(1)
+    per_token = evaluate.kl_per_token(model, other, roll.tokens, roll.mask)
+    assert not per_token[~roll.mask].any()
+    spreads = []
+    for estimate in (k1, per_token.sum(1)):
+        mean, se = mean_se(estimate)
+        spreads.append(se)
+        assert abs(mean - exact) < 4 * se < 0.2 * exact
+    assert spreads[1] < 0.8 * spreads[0]
+    logp, logq = (m.logits(roll.tokens[:1])[0].double().log_softmax(-1) for m in (model, other))
+    want = (logp.exp() * (logp - logq)).sum(-1)[2]  # the first sampled token is predicted at the prompt's end
+    assert per_token[0, 3].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+# the whole of evaluate.py
+
+
+@pytest.fixture
+def run(stages, tmp_path):
+    """run(**flags) → evaluate.py's figures, on the prompts of `words`."""
+    prompts = jsonl(tmp_path / "prompts.jsonl", [dict(prompt=f"{a}{b}c=") for a in "abc" for b in "def"])
+
+    def call(**flags):
+        size = dict(data=prompts, n=4, k="1,2,4,8", max_new_tokens=5)
+        flags = size | dict(model=f"{stages.folder}/sft/model") | flags
+        return evaluate.main(evaluate.Config(**flags))
+
+    return call
+
+
+def begins(prompt, response):
+    return float(response[:1] == prompt[2])
+
+
+def test_figures_by_a_function(run, tmp_path, capsys):
+    """pass@1 and maj@1 are the mean reward, k beyond n is left out, --out holds what is returned."""
+    out = run(reward=[f"{__file__}:begins"], out=f"{tmp_path}/e.json")
+    assert json.loads((tmp_path / "e.json").read_text()) == out
+    assert out["reward"] == pytest.approx(out["pass@1"]) == pytest.approx(out["maj@1"])
+    assert 0 < out["pass@1"] < out["pass@2"] < out["pass@4"] <= 1 and "pass@8" not in out
+    assert {"len", "stop", "reward_se"} <= set(out) and "win" not in out and "kl" not in out
+    assert f"reward          {out['reward']:10.4f} ± {out['reward_se']:.4f}" in capsys.readouterr().out
+
+
+def test_against_itself_and_another(run, stages, tmp_path):
+    """Against itself: rate one half, KL 0. Against another: reported of both sides."""
+    sft = f"{stages.folder}/sft/model"
+    out = run(reward=[f"{__file__}:begins"], against=sft)
+    assert out["win"] == 0.5 and abs(out["kl"]) < 1e-6 and abs(out["kl_k1"]) < 1e-5
+    model, tok = hub.load(sft)
+    for p in model.parameters():
+        p.data *= 1.1
+    hub.save(model, tok, tmp_path / "other")
+    pairs = [dict(prompt="abc=", chosen=w, rejected=l) for w, l in ("ab", "bc", "ca", "ac", "aa")]
+    path = jsonl(tmp_path / "p.jsonl", pairs)
+    out = run(reward=[f"{__file__}:begins"], against=f"{tmp_path}/other", pairs=path)
+    assert out["kl"] > 0.001 and 0 < out["win"] < 1 and out["against_len"] != out["len"]
+    assert out["kl_per_token"] == pytest.approx(out["kl"] / out["len"], rel=1e-4)
+    sft_model = hub.load(sft)[0]
+    with torch.no_grad():
+        h = {}
+        for y in "abc":
+            ids = tok.encode("abc=" + y) + [tok.eos_id]
+            logp, base = (m.logits(torch.tensor([ids]))[0].log_softmax(-1) for m in (sft_model, model))
+            h[y] = (logp - base)[[3, 4], ids[4:]].sum()
+    right = sum(h[w] > h[l] for w, l in ("ab", "bc", "ca", "ac"))  # the equal pair is dropped
+    assert out["implicit_acc"] == pytest.approx(right / 4)
+    assert "kl" not in run(against=f"{tmp_path}/other", temperature=0.0)  # greedy samples say nothing of a KL
+
+
+def test_reward_model_accuracy(run, stages, tmp_path):
+    """By hand, one response at a time."""
+    rm, tok = hub.load(stages.folder / "rm/model")
+
+    def score(y):
+        ids = tok.encode("abc=" + y) + [tok.eos_id]
+        return rm.rewards(torch.tensor([ids]), torch.tensor([len(ids)])).item()
+
+    sides = [("cba", "a"), ("b", "cba"), ("f", "abc"), ("abcab", "fed"), ("a", "ff")]
+    path = jsonl(tmp_path / "p.jsonl", [dict(prompt="abc=", chosen=w, rejected=l) for w, l in sides])
+    out = run(rm=f"{stages.folder}/rm/model", pairs=path)
+    assert out["rm_acc"] == pytest.approx(sum(score(w) > score(l) for w, l in sides) / 5)
+    assert not any(name.startswith(("pass", "maj")) for name in out)  # a score has no "right"
+
+
+@pytest.mark.parametrize("flags, says", [
+    (dict(), "nothing to measure by"),
+    (dict(model="no"), "--model no does not exist; make it with: python train_sft.py"),
+    (dict(reward=["no.py:f"]), "there is no file no.py"),
+    (dict(reward=[f"{__file__}:begins"], pairs="no.jsonl"), "--pairs: no.jsonl: "),
+])
+def test_bad_flags_are_named(flags, says, run):
+    with pytest.raises(UserError, match=says):
+        run(**flags)
+
+
+# sample.py
+
+
+@pytest.mark.parametrize("how", [(1.0, 0, 1.0), (0.7, 3, 1.0), (1.3, 0, 0.8), (0.0, 0, 1.0)])
+@pytest.mark.parametrize("style", ["gpt2", "llama-gqa-untied"])
+def test_the_stream_is_what_generate_samples(how, style):
+    """Token for token and log-prob for log-prob, from the same seed."""
+    model = tiny(style)
+    for seed in range(5):
+        roll = generate.generate(model, [[1, 2, 3]], 1, 9, how[0], EOS, seed, *how[1:])
+        ids, logps = zip(*sample.stream(model, [1, 2, 3], 9, EOS, seed, *how))
+        assert list(ids) == roll.tokens[0][roll.mask[0]].tolist()
+        assert logps == pytest.approx(roll.logp[0][roll.mask[0]].tolist(), abs=1e-5)
+
+
+def test_half_a_character_waits_for_its_other_half(capsys):
+    """What is on the screen grows by whole characters only; at the end what was left over is shown."""
+    tok, seen = Tokenizer.from_bytes(), []
+    ids = [*"é€x".encode(), tok.eos_id]
+
+    def tokens():
+        for i in ids:
+            yield i, -0.5
+            seen.append(capsys.readouterr().out)
+
+    assert sample.show(tokens(), tok) == (ids, -0.5 * len(ids))
+    assert seen == ["", "é", "", "", "€", "x", ""] and capsys.readouterr().out == "\n"
+    sample.show(((i, 0.0) for i in "a€".encode()[:-1]), tok)
+    assert capsys.readouterr().out == "a\ufffd\n"
+
+
+def test_talking_to_a_checkpoint(stages, capsys, monkeypatch):
+    """One prompt from a flag, or one a line; answers differ, but not of one seed; log-probs add up."""
+    flags = dict(model=f"{stages.folder}/sft/model", max_new_tokens=5)
+    answers = sample.main(sample.Config(prompt="abc=", n=3, **flags))
+    shown = capsys.readouterr().out
+    assert len(answers) == 3 and len({tuple(ids) for ids, _ in answers}) > 1 and shown.count("abc=") == 3
+    assert sample.main(sample.Config(prompt="abc=", n=3, **flags)) == answers
+    capsys.readouterr()
+    ((ids, total),) = sample.main(sample.Config(prompt="abc=", logprobs=True, **flags))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(ids) + 1 and (ids, total) == answers[0]
+    assert sum(float(line.split()[0]) for line in lines[:-1]) == pytest.approx(total, abs=1e-2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc=\ndef=\n\nfed=\n"))
+    assert len(sample.main(sample.Config(**flags))) == 2  # until the empty line
+    assert "def=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, says", [
+    (dict(prompt="a" * 16), "a prompt of 16 tokens leaves 0 of the context of 16"),
+    (dict(prompt="abc=", max_new_tokens=13), "--max_new_tokens 13: a prompt of 4 tokens leaves 12"),
+    (dict(prompt="!"), "character '!'"),
+])
+def test_prompts_that_cannot_be(flags, says, stages):
+    with pytest.raises(UserError, match=says):
+        sample.main(sample.Config(model=f"{stages.folder}/sft/model", **flags))
