@@ -53,7 +53,7 @@ class Config:
     right: float = 0.5  # a sample whose reward is above it is right, for pass@k
     answer: str = ""  # regular expression; its last group votes in maj@k. Empty: the task's own, or all text
     prompts: int = 256  # prompts at most
-    max_new_tokens: int = 40  # response length at most, EOS included
+    max_new_tokens: int = 0  # response length at most, EOS included; 0: what the task needs
     temperature: float = 1.0  # of sampling
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample among the fewest tokens that hold this probability
@@ -64,7 +64,8 @@ class Config:
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
 
     def __post_init__(self):
-        check_ranges(self, ("n", "prompts", "max_new_tokens", "top_p"), any_sign=("seed", "right"))
+        self.max_new_tokens = self.max_new_tokens or tasks.get(self.task).max_new_tokens
+        check_ranges(self, ("n", "prompts", "top_p"), any_sign=("seed", "right"))
         require(re.fullmatch(r"\d+(,\d+)*", self.k), f"--k {self.k}: must be numbers such as 1,4,16")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
         require(self.top_p <= 1, f"--top_p {self.top_p}: must not be above 1")

@@ -1,6 +1,6 @@
 """Every recipe of train_grpo on *chain*, from the same SFT models: what each choice does at this size.
 
-    python bench/grpo_variants.py           about 7 minutes; writes bench/results/grpo_variants.csv
+    python bench/grpo_variants.py           about 7 minutes; writes bench/results/grpo_variants.csv, grpo.csv
     python bench/grpo_variants.py grpo      these rows only, printed and not written
 
 One row per variant and seed (five seeds of the defaults, three of the others): held-out accuracy after
@@ -55,6 +55,13 @@ def measure(folder):
     }
 
 
+def write(name, rows):
+    with open(f"{ROOT}/bench/results/{name}.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: v if k == "variant" else f"{v:.4g}" for k, v in r.items()} for r in rows)
+
+
 def main():
     names = sys.argv[1:] or list(VARIANTS)
     rows = []
@@ -68,16 +75,15 @@ def main():
                 common = ["--seed", str(s), "--init", f"{sft}/model", "--out", out, "--save_every", "0"]
                 cpu = run("train_grpo.py", *common, *VARIANTS[name].split())
                 row = {"variant": name, "seed": s, **measure(out)}
-                rows.append(row | {"cpu_sft": cpu_sft[s], "cpu_grpo": cpu})
+                rows.append(row | {"cpu_sft": cpu_sft[s], "cpu_grpo": cpu, "cpu": cpu_sft[s] + cpu})
             mine = [r for r in rows if r["variant"] == name]
             show = ("sampled", "greedy", "entropy", "dead", "len_wrong", "cpu_grpo")
             cells = "  ".join(f"{key} {statistics.median(r[key] for r in mine):.3g}" for key in show)
             print(f"{name:<22}{cells}", flush=True)
     if len(sys.argv) == 1:
-        with open(f"{ROOT}/bench/results/grpo_variants.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: v if k == "variant" else f"{v:.4g}" for k, v in r.items()} for r in rows)
+        write("grpo_variants", rows)
+        write("grpo", [r for r in rows if r["variant"] == "default"])
+
 
 
 if __name__ == "__main__":
