@@ -17,10 +17,12 @@ import sys
 import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RECIPES = "grpo dr_grpo rloo reinforce++ gspo cispo scalerl r1_zero deepscaler"
 VARIANTS = {
     "default": "",
-    **{name: f"--recipe {name}" for name in (
-        "grpo dr_grpo rloo reinforce++ dapo gspo cispo scalerl r1_zero deepscaler".split())},
+    **{name: f"--recipe {name}" for name in RECIPES.split()},
+    "dapo": "--recipe dapo --max_new_tokens 16",  # room above the 11 tokens of a thought
+    "dapo, limit 11": "--recipe dapo",  # its soft penalty then costs a thought all its reward
     "clip-higher": "--clip_high 0.28",
     "dual clip": "--dual_clip 3",
     "k2 in the loss": "--kl k2 --beta 0.05",
