@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import check_ranges, derive_seed, require, run_cli, setup, to_device
+from nanorlhf.common import UserError, check_ranges, derive_seed, require, run_cli, setup, to_device
 from nanorlhf.data import microbatches, pad, read_jsonl, response_mask
 from nanorlhf.kernels import linear_kl
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
@@ -44,7 +44,7 @@ class Config:
     model: str = "runs/reviews-sft/model"  # model folder
     against: str = ""  # a second model folder: win rate and KL
     task: str = "reviews"  # built-in task: reviews, chain or countdown; held-out prompts and the reward
-    data: str = ""  # JSONL of {"prompt", ...} rows, in place of the task's own prompts
+    data: str = ""  # JSONL of {"prompt", ...} rows; of these the held-out ones, where there are any
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     rm: str = ""  # reward model folder, in place of a reward function
     pairs: str = ""  # JSONL of preference pairs, for the accuracy of --rm and of the model's own reward
@@ -67,7 +67,17 @@ class Config:
         self.max_new_tokens = self.max_new_tokens or tasks.get(self.task).max_new_tokens
         check_ranges(self, ("n", "prompts", "top_p"), any_sign=("seed", "right"))
         require(re.fullmatch(r"\d+(,\d+)*", self.k), f"--k {self.k}: must be numbers such as 1,4,16")
+        ks = [int(k) for k in self.k.split(",")]
+        require(min(ks) > 0 and min(ks) <= self.n, f"--k {self.k}: must lie between 1 and --n {self.n}")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
+        judge = self.rm or self.against
+        require(judge or not self.pairs, "--pairs: give --rm or --against, whose accuracy it measures")
+        folder = os.path.dirname(self.out) or "."
+        require(os.path.isdir(folder), f"--out {self.out}: there is no folder {folder}")
+        try:
+            re.compile(self.answer)
+        except re.error as e:
+            raise UserError(f"--answer {self.answer}: not a regular expression ({e})") from None
         require(self.top_p <= 1, f"--top_p {self.top_p}: must not be above 1")
 
 
@@ -122,7 +132,10 @@ def main(cfg):
     scorer = bool(rm or rewards)
     require(scorer or other, "nothing to measure by: give --rm, --reward or --against")
     rows = read_jsonl(cfg.data, ("prompt",), nonempty=("prompt",)) if cfg.data else []
-    rows = rows[: cfg.prompts] or task.prompts("test", cfg.prompts, cfg.seed)
+    kept = [row for row in rows if tasks.held_out(row["prompt"])]
+    if rows and not kept:
+        print(f"--data {cfg.data}: no prompt is held out (15% are, by a hash); all are used")
+    rows = (kept or rows)[: cfg.prompts] or task.prompts("test", cfg.prompts, cfg.seed)
 
     out, score, P, n = {}, {}, len(rows), cfg.n
     for name, policy in (("", model), ("against_", other)):
@@ -130,7 +143,7 @@ def main(cfg):
             continue
         rolls, texts = generate.respond(
             policy, tok, [r["prompt"] for r in rows], n, cfg.max_new_tokens, cfg.temperature,
-            derive_seed(cfg.seed, "evaluate"), top_k=cfg.top_k, top_p=cfg.top_p, desc="sampling",
+            derive_seed(cfg.seed, "evaluate", name), top_k=cfg.top_k, top_p=cfg.top_p, desc="sampling",
         )
         ends = list(itertools.accumulate(len(roll.tokens) for roll in rolls))
         parts = [slice(end - len(roll.tokens), end) for end, roll in zip(ends, rolls)]

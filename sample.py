@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from nanorlhf import generate, hub
-from nanorlhf.common import check_ranges, derive_seed, require, run_cli, setup, to_device
+from nanorlhf.common import UserError, check_ranges, derive_seed, require, run_cli, setup, to_device
 
 
 @dataclass
@@ -104,6 +104,12 @@ def main(cfg):
     to_device(cfg, device, model)
     answers = []
     for number, prompt in enumerate(prompts(cfg)):
+        try:
+            ids = tok.encode(prompt)
+        except UserError as e:  # a slip of the keyboard does not end the conversation
+            require(not cfg.prompt, f"--prompt: {e}")
+            print(e)
+            continue
         for i in range(cfg.n):
             if cfg.n > 1:
                 print(f"── {i + 1}")
@@ -111,7 +117,7 @@ def main(cfg):
                 print(prompt, end="", flush=True)
             seed = derive_seed(cfg.seed, "sample", number, i)
             how = cfg.temperature, cfg.top_k, cfg.top_p
-            tokens = stream(model, tok.encode(prompt), cfg.max_new_tokens, tok.eos_id, seed, *how)
+            tokens = stream(model, ids, cfg.max_new_tokens, tok.eos_id, seed, *how)
             answers.append(show(tokens, tok, cfg.logprobs))
     return answers
 
