@@ -31,6 +31,7 @@ RUNS = {
     "dpo_self": "train_dpo.py --init {sft}/model --online 3 --judge self",
     "chain_sft": "train_sft.py --task chain",
     "chain_ppo": "train_ppo.py --task chain --init {chain_sft}/model",
+    "chain_grpo": "train_grpo.py --init {chain_sft}/model",
 }
 BLUE, RED, GREEN, GREY = "tab:blue", "tab:red", "tab:green", "tab:gray"
 
@@ -71,6 +72,20 @@ def write_k1(run):
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(("sample", "k1", "negative"))
         writer.writerows((i, f"{x:.6g}", int(x < 0)) for i, x in enumerate(k1))
+
+
+def write_variants():
+    """bench/results/grpo_variants.csv with one row a seed, for the pages to quote: sampled_VARIANT …"""
+    with open(BENCH / "grpo_variants.csv", newline="") as f:
+        rows = [r for r in csv.DictReader(f) if int(r["seed"]) < 3]
+    with open(DATA / "grpo_variants.csv", "w", newline="") as f:
+        columns = "sampled entropy len_wrong dead".split()
+        keys = [(r["variant"], k) for r in rows if r["seed"] == "0" for k in columns]
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(("seed", *(f"{k}_{v.replace(', ', '_').replace(' ', '_')}" for v, k in keys)))
+        for seed in "012":
+            of = {r["variant"]: r for r in rows if r["seed"] == seed}
+            writer.writerow((seed, *(of[v][k] for v, k in keys)))
 
 
 def column(name, key, x="step", folder=DATA):
@@ -154,6 +169,20 @@ def draw_chain(plt):
     return fig
 
 
+def draw_grpo(plt):
+    titles = ("reward: accuracy while sampling", "tokens of a response", "dead: share of the groups",
+              "kl, nats per sequence", "entropy, nats per token", "ratio_max of the step's updates")
+    fig, axes = panels(plt, 2, 3, *titles)
+    for ax, key in zip(axes, ("reward", "len", "dead", "kl", "entropy", "ratio_max")):
+        ax.plot(*column("chain_grpo", key), color=BLUE, label=key)
+    for key, mark, colour in (("eval/reward", "o", GREEN), ("eval/greedy", "X", RED)):
+        axes[0].plot(*column("chain_grpo", key), mark, color=colour, label=key, clip_on=False, zorder=3)
+    axes[1].plot(*column("chain_grpo", "len_wrong"), color=RED, lw=1, label="len_wrong")
+    axes[0].legend()
+    axes[1].legend()
+    return fig
+
+
 def draw_dpo(plt):
     titles = ("loss", "log-probs of a batch, nats", "kl, nats per sequence", "margin, chosen − rejected",
               "accuracy, held-out pairs", "gold against KL, three seeds")
@@ -206,11 +235,12 @@ def main():
         sys.exit(__doc__)
     if sys.argv[1:]:
         run_all()
+    write_variants()
     plt = pyplot()
     if plt is None:
         return
     for name, draw in (("sft", draw_sft), ("rm", draw_rm), ("ppo", draw_ppo), ("chain", draw_chain),
-                       ("overoptimisation", draw_overoptimisation), ("dpo", draw_dpo),
+                       ("grpo", draw_grpo), ("overoptimisation", draw_overoptimisation), ("dpo", draw_dpo),
                        ("reading", draw_reading)):
         save_figure(draw(plt), str(IMG / f"{name}.png"))
 
