@@ -76,7 +76,7 @@ class Config:
 
     loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "dpo_nll"] = "dpo"  # above
     beta: float | None = None  # reward per nat, the KL coefficient (simpo: 2, ipo: 0.1, online: 1)
-    label_smoothing: float = 0.0  # ε: share of labels taken to be flipped; cdpo and robust: 0.1 if not given
+    label_smoothing: float | None = None  # ε: share of labels taken to be flipped (cdpo, robust: 0.1, else 0)
     ipo_mean: bool = False  # ipo on log-probs per token instead of sums
     simpo_ratio: float = 0.5  # γ/β of simpo: the margin per token
     orpo_lam: float = 0.1  # λ of orpo
@@ -121,7 +121,8 @@ class Config:
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.ref = self.ref or self.init
         self.out = self.out or f"runs/{self.task}-dpo"
-        self.label_smoothing = self.label_smoothing or 0.1 * (self.loss in ("cdpo", "robust"))
+        if self.label_smoothing is None:
+            self.label_smoothing = 0.1 * (self.loss in ("cdpo", "robust"))
         above_zero = "pairs group_size max_new_tokens steps batch_size eval_prompts lr beta temperature"
         above_zero = [*above_zero.split(), "max_grad_norm"]
         check_ranges(self, above_zero, any_sign=("seed", "no_eos_score"))
@@ -195,7 +196,8 @@ def preference_loss(logp_w, logp_l, ref_w, ref_l, beta, loss="dpo", label_smooth
 
 
 def log1mexp(x):
-    """log(1 − e^x) for x < 0, exact at both ends."""
+    """log(1 − e^x) for x < 0, exact at both ends; above −1e-6, where fp32 has nothing left, its value there."""
+    x = x.clamp(max=-1e-6)
     return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
 
 
@@ -285,7 +287,8 @@ def sample_pairs(policy, rows, tok, cfg, judge, seed):
         mine = [rows[start // G + g] for g in roll.group.tolist()]
         score = judge(roll, texts[start : start + len(mine)], mine)  # (B,)
         scores.append(score)
-        rank += torch.where(roll.finished, score, cfg.no_eos_score).tolist()
+        unended = -math.inf if cfg.judge else cfg.no_eos_score  # nats are no scale for a fixed score
+        rank += torch.where(roll.finished, score, unended).tolist()
         ids += [y + [tok.eos_id] * end for y, end in zip(roll.responses(), roll.finished.tolist())]
         start += len(mine)
     kept = []
