@@ -76,7 +76,7 @@ class Config:
 
     loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "dpo_nll"] = "dpo"  # above
     beta: float | None = None  # reward per nat, the KL coefficient (simpo: 2, ipo: 0.1, online: 1)
-    label_smoothing: float | None = None  # ε: share of labels taken to be flipped (cdpo, robust: 0.1, else 0)
+    label_smoothing: float | None = None  # ε: share of labels taken to be flipped
     ipo_mean: bool = False  # ipo on log-probs per token instead of sums
     simpo_ratio: float = 0.5  # γ/β of simpo: the margin per token
     orpo_lam: float = 0.1  # λ of orpo
@@ -108,6 +108,7 @@ class Config:
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
+    DEFAULTS: ClassVar = {"label_smoothing": "0.1 with cdpo and robust, else 0"}
     BY_TASK: ClassVar = {
         "reviews": dict(steps=300, lr=5e-4, beta=0.3, max_new_tokens=40, no_eos_score=-1.0),
         "chain": dict(steps=120, lr=5e-4, beta=0.1, max_new_tokens=11, no_eos_score=0.0),
@@ -196,7 +197,7 @@ def preference_loss(logp_w, logp_l, ref_w, ref_l, beta, loss="dpo", label_smooth
 
 
 def log1mexp(x):
-    """log(1 − e^x) for x < 0, exact at both ends; above −1e-6, where fp32 has nothing left, its value there."""
+    """log(1 − e^x) for x < 0, exact at both ends; above −1e-6, where fp32 has no digits left, held there."""
     x = x.clamp(max=-1e-6)
     return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
 

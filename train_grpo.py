@@ -33,6 +33,7 @@ from nanorlhf.common import Clock, check_ranges, derive_seed, fill_by_task, requ
 from nanorlhf.data import epoch_batches
 from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses
 from nanorlhf.rollout import Rollout
+from nanorlhf.worker import Rewards
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -66,6 +67,7 @@ class Config:
     recipe: Literal[tuple(RECIPES)] = ""  # flags of a published recipe; flags given explicitly win
     data: str = ""  # JSONL of {"prompt", ...} rows, in place of the task's own prompts
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
+    reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder, where the task has no reward function; empty: runs/TASK-rm/model
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     ref: str = ""  # reference model folder for the KL; empty: --init
@@ -117,6 +119,7 @@ class Config:
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
+    DEFAULTS: ClassVar = RECIPES[""]  # of the fields that recipes set
     BY_TASK: ClassVar = {
         "chain": dict(
             steps=50, prompts_per_step=16, group_size=16, max_new_tokens="11", minibatches=4, lr=3e-4,
@@ -131,7 +134,12 @@ class Config:
 
     def __post_init__(self):
         require(self.recipe in RECIPES, f"--recipe {self.recipe}: must be one of {', '.join(RECIPES)[2:]}")
-        fill_by_task(self, RECIPES[self.recipe], RECIPES[""])  # first come, first served
+        kl, beta = self.kl, self.beta  # as given
+        fill_by_task(self, RECIPES[self.recipe], self.DEFAULTS)  # first come, first served
+        how = "add --kl k3 (in the loss), or --kl k1 --kl_in reward"
+        require(self.kl != "none" or not beta, f"--beta {beta}: there is no KL that it could weigh; {how}")
+        idle = kl not in (None, "none") and beta is None and not self.beta
+        require(not idle, f"--kl {kl}: has no effect without --beta; give one, such as --beta 0.04")
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.ref = self.ref or self.init
         if not (self.rm or self.reward or tasks.get(self.task).reward):
@@ -149,8 +157,8 @@ class Config:
 
 
 COLUMNS = (
-    "step reward reward_se kl entropy len len_wrong stop dead clip ratio_max gnorm rounds limit lr tok_s s "
-    "eval/reward eval/greedy"
+    "step reward reward_se reward_failed kl entropy len len_wrong stop dead clip ratio_max gnorm rounds "
+    "limit lr tok_s s eval/reward eval/greedy"
 ).split()
 SHOW = ["reward", "kl", "entropy", "len", "stop", "dead", "gnorm"]
 PANELS = ["reward", "kl", "entropy", ("len", "len_wrong"), "dead", "clip"]
@@ -322,7 +330,7 @@ def train(cfg):
     """Run GRPO; leaves cfg.out/model → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    rewards = [tasks.load_reward(spec) for spec in cfg.reward] or [(cfg.task, 1.0, task.reward)]
+    rewards = Rewards(cfg, task)
     policy, ref, rm, tok = load_models(cfg, device)
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, cfg.limits[-1])
 
@@ -331,10 +339,14 @@ def train(cfg):
 
     opt = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
     names = [f"reward/{name}" for name, *_ in rewards] if len(rewards) > 1 else []
-    with Run(cfg, [*COLUMNS, *names], SHOW, PANELS) as run:
+    if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
+        print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
+    with rewards, Run(cfg, [*COLUMNS, *names], SHOW, PANELS) as run:
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, cfg.limits[-1], seed_for("gate"))
-        start, extra = run.start({"policy": policy} | ({"ref": ref} if cfg.ref_every else {}), opt)
+        saved = {"policy": policy} | ({"ref": ref} if cfg.ref_every else {})
+        frozen = () if cfg.ref_every or ref is None else (ref,)
+        start, extra = run.start(saved, opt, frozen)
         stage, drawn, mastered = extra.get("stage", 0), extra.get("drawn", 0), set(extra.get("mastered", []))
         past = deque(extra.get("past", []), maxlen=cfg.off_policy_steps + 1)  # the weights of the last steps
         sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
@@ -373,7 +385,8 @@ def train(cfg):
             if step == 0:
                 logp = roll.per_token(lambda x, m: policy.logprobs(x, m, cfg.temperature)[0], budget)
                 off = (logp - old_logp).abs().max().item()
-                run.log.say(health(off, k1, adv.mean().item(), info["dead"], stop, int(mask.sum())))
+                figures = off, k1, adv.mean().item(), info["dead"], stop, int(mask.sum())
+                run.log.say(health(*figures, ref_is_init=cfg.ref == cfg.init))
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             trained = mask & roll.finished[:, None] if cfg.overlong_filter else mask
@@ -415,6 +428,7 @@ def train(cfg):
                 "reward": score.mean().item(),
                 "reward_se": score.std(correction=0).item() / max(len(score) - 1, 1) ** 0.5,
                 "kl": k1,
+                "reward_failed": rewards.share_failed(),
                 "len": roll.response_len.float().mean().item(),
                 "len_wrong": wrong.mean().item() if len(wrong) else None,
                 "stop": stop,

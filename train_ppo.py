@@ -33,6 +33,7 @@ from nanorlhf.common import Clock, check_ranges, derive_seed, fill_by_task, requ
 from nanorlhf.data import epoch_batches
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses
+from nanorlhf.worker import Rewards
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -43,6 +44,7 @@ class Config:
     task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
     data: str = ""  # JSONL of {"prompt", ...} rows for the task's own prompts; --task still sets the defaults
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
+    reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder; empty: runs/TASK-rm/model, unless there is a reward function
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     ref: str = ""  # reference model folder; empty: --init
@@ -120,8 +122,8 @@ class Config:
 
 
 COLUMNS = (
-    "step reward reward_se kl entropy len stop dead clip ratio_max gnorm value_loss explained_var "
-    "critic_gnorm beta lr tok_s s eval/reward eval/greedy"
+    "step reward reward_se reward_failed kl entropy len stop dead clip ratio_max gnorm value_loss "
+    "explained_var critic_gnorm beta lr tok_s s eval/reward eval/greedy"
 ).split()
 SHOW = ["reward", "kl", "entropy", "len", "stop", "clip", "gnorm"]
 PANELS = ["reward", "kl", "entropy", "len", "clip", "explained_var"]
@@ -234,7 +236,7 @@ def train(cfg):
     """Run PPO; leaves cfg.out/model (the policy) and cfg.out/critic → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    rewards = [tasks.load_reward(spec) for spec in cfg.reward] or [(cfg.task, 1.0, task.reward)]
+    rewards = Rewards(cfg, task)
     policy, ref, critic, rm, tok = load_models(cfg, device)
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len)
 
@@ -249,7 +251,7 @@ def train(cfg):
     peaks = ((policy, cfg.lr), (critic, cfg.critic_lr))
     groups = [{"params": model.parameters(), "peak": peak} for model, peak in peaks]
     opt = torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
-    with Run(cfg, COLUMNS, SHOW, PANELS) as run:
+    with rewards, Run(cfg, COLUMNS, SHOW, PANELS) as run:
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, cfg.max_new_tokens, seed_for("gate"))
         start, extra = run.start({"policy": policy, "critic": critic}, opt, frozen=(ref,))
@@ -325,6 +327,7 @@ def train(cfg):
             metrics |= {
                 "reward": score.mean().item(),
                 "reward_se": score.std(correction=0).item() / max(len(score) - 1, 1) ** 0.5,
+                "reward_failed": rewards.share_failed(),
                 "kl": k1.mean().item(),
                 "len": roll.response_len.float().mean().item(),
                 "stop": roll.finished.float().mean().item(),

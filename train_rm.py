@@ -122,10 +122,10 @@ def encode(rows, tok, max_len, what):
 
 
 def load_pairs(cfg, task, policy, tok):
-    """→ training pairs, held-out pairs, references: lists of token ids."""
+    """→ training pairs, held-out (prompt, chosen, rejected), references: lists of token ids."""
     max_len = policy.cfg.max_len
     train, test = load_rows(cfg, task, policy, tok)
-    train, test = encode(train, tok, max_len, "training"), encode(test, tok, max_len, "held-out")
+    train, test = encode(train, tok, max_len, "training"), encode_pairs(test, tok, max_len, "held-out")
     require_both(cfg, train, test)
     if cfg.data and not cfg.references:
         return train, test, [chosen for chosen, _ in train[:1024]]
@@ -167,6 +167,14 @@ def normalise(model, references, tok):
     return model.rewards(tokens, lengths).mean().item()
 
 
+@torch.no_grad()
+def log_samples(log, step, model, triples, tok):
+    """The rewards of a few held-out pairs → samples.jsonl: of each the chosen response, then the rejected."""
+    score = torch.stack(pair_rewards(model, [(p + w, p + l) for p, w, l in triples], tok), 1)  # (B, 2)
+    rows = [{"prompt": tok.decode(p)} for p, *_ in triples for _ in range(2)]
+    log.samples(step, rows, [tok.decode(y[:-1]) for _, *both in triples for y in both], score.flatten())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # train
 
@@ -178,7 +186,8 @@ def train(cfg):
     policy, tok = hub.load(cfg.init, hint=f"python train_sft.py --task {cfg.task}", kind="language model")
     to_device(cfg, device, policy)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        data, test, references = load_pairs(cfg, task, policy, tok)
+        data, triples, references = load_pairs(cfg, task, policy, tok)
+        test = [(p + w, p + l) for p, w, l in triples]
         acc_len_only = length_only(data, test)
         model = ScalarModel(policy).to(device)
         betas, decay = (0.9, 0.99), cfg.weight_decay
@@ -209,10 +218,13 @@ def train(cfg):
             metrics = {"loss": total, "acc": right / len(pairs), "margin": margin / len(pairs)}
             metrics |= {"gnorm": gnorm.item(), "lr": lr}
             metrics |= clock.columns(sum(len(w) + len(l) for w, l in pairs))
-            if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
+            due = done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0)
+            if due:
                 metrics |= evaluate(model, test, tok) | {"eval/acc_len_only": acc_len_only}
             if done == cfg.steps:
                 metrics["eval/reward_reference"] = normalise(model, references, tok)
+            if due:
+                log_samples(run.log, step, model, triples[:4], tok)
             run.log.row(step, metrics)
             run.checkpoint(done, lambda: hub.save(model, tok, f"{cfg.out}/model"))
     return run.log.last

@@ -142,7 +142,7 @@ def train_with(trainer, flags, problem, name):
     folder, out = problem.folder, f"{problem.folder}/{name}"
     cfg = trainer.Config(
         data=f"{folder}/prompts.jsonl", reward=[f"{folder}/reward.py:reward"], init=f"{folder}/ref", out=out,
-        seed=problem.seed, overwrite=True, sample_every=10**6, **COMMON | flags,
+        seed=problem.seed, overwrite=True, sample_every=10**6, reward_timeout=0, **COMMON | flags,
     )
     if trainer is train_ppo:
         cfg.no_eos_score = None  # a truncated response has its reward like any other

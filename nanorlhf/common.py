@@ -120,7 +120,9 @@ def help_text(Config, doc, prog):
     comments = _comments(Config)
     for f, kind in _field_types(Config):
         default = [] if f.default is dataclasses.MISSING else f.default
-        if default is None:
+        if default is None and f.name in getattr(Config, "DEFAULTS", {}):
+            default = Config.DEFAULTS[f.name]
+        elif default is None:
             default = ", ".join(f"{v[f.name]} for {task}" for task, v in Config.BY_TASK.items())
         text = comments[f.name] + ("" if default in ("", []) else f" (default: {default})")
         if typing.get_origin(kind) is typing.Literal:

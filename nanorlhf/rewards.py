@@ -3,29 +3,14 @@
 Shared by the RL trainers: none of this may move a learning curve, or turn one algorithm into another.
 """
 
-import math
-
 import torch
 
 from nanorlhf import generate, tasks
-from nanorlhf.common import RunError, UserError, derive_seed, require
+from nanorlhf.common import UserError, derive_seed, require
 from nanorlhf.data import read_jsonl, split_by_hash
+from nanorlhf.worker import sum_rewards
 
 SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to bound memory
-
-
-def call_reward(name, fn, prompt, text, row):
-    """One call of a user's reward function → float; RunError naming the sample if that fails."""
-    sample = f"(prompt {prompt!r}, response {text!r})"
-    try:
-        value = float(fn(prompt, text, row))
-    except UserError as e:  # a built-in reward meets a prompt that is not of its task
-        raise UserError(f"{row.get('_at', name)}: {e}") from None
-    except (Exception, SystemExit) as e:
-        raise RunError(f"reward {name} raised {type(e).__name__}: {e} {sample}") from e
-    if not math.isfinite(value):
-        raise RunError(f"reward {name} returned {value} {sample}; it must be finite")
-    return value
 
 
 @torch.no_grad()
@@ -39,14 +24,10 @@ def score_responses(roll, texts, rows, rm, rewards, parts=None):
         size = max(1, SCORE_TOKENS // roll.tokens.shape[1])  # rows at once
         chunks = zip(roll.tokens.split(size), roll.lengths.split(size))
         return torch.cat([rm.rewards(*chunk) for chunk in chunks])  # detail 13: at no other position
-    score = torch.zeros(len(texts))
-    for name, weight, fn in rewards:
-        values = [call_reward(name, fn, row["prompt"], t, row) for t, row in zip(texts, rows, strict=True)]
-        part = torch.tensor(values)
-        score += weight * part
-        if parts is not None:
-            parts[name] = part.to(roll.tokens.device)
-    return score.to(roll.tokens.device)
+    score = sum_rewards(texts, rows, rewards, parts).to(roll.tokens.device)
+    for name in parts or ():
+        parts[name] = parts[name].to(roll.tokens.device)
+    return score
 
 
 def pass_gate(policy, tok, task, limit, seed):
@@ -66,23 +47,23 @@ def evaluate(policy, tok, cfg, rows, rm, rewards, say=print, limit=None):
     for name, temperature in (("eval/reward", cfg.temperature), ("eval/greedy", 0.0)):
         prompts, seed = [r["prompt"] for r in rows], derive_seed(cfg.seed, "eval")
         rolls, texts = generate.respond(policy, tok, prompts, 1, limit, temperature, seed)
-        scores, start = [], 0
-        for roll in rolls:
-            part = slice(start, start := start + len(roll.tokens))
-            scores.append(score_responses(roll, texts[part], rows[part], rm, rewards))
-        out[name] = torch.cat(scores).mean().item()
+        if rm is None:
+            score = sum_rewards(texts, rows, rewards)  # (N,)
+        else:
+            score = torch.cat([score_responses(roll, None, None, rm, rewards) for roll in rolls])
+        out[name] = score.mean().item()
     say(f"held out ({len(rows)} prompts): sampled {out['eval/reward']:.3f}, greedy {out['eval/greedy']:.3f}")
     return out
 
 
-def health(log_ratio, kl, adv, dead, stop, tokens):
+def health(log_ratio, kl, adv, dead, stop, tokens, ref_is_init=True):
     """The first step's vital signs, for the reader; a figure that is not as it must be is explained below."""
     reference = "no reference" if kl is None else f"KL {abs(kl):.6f}"
     line = f"health: ratio 1 ± {log_ratio:.0e} · {reference} · mean advantage {abs(adv):.3f} · "
     line += f"dead {dead:.0%} · stop {stop:.0%} · {tokens} tokens"
     for bad, word in (
         (log_ratio > 1e-4, "ratio is not 1: sampling and scoring disagree"),
-        (kl is not None and abs(kl) > 1e-3, "KL is not 0: the reference is not the policy"),
+        (ref_is_init and kl is not None and abs(kl) > 1e-3, "KL is not 0: the reference is not the policy"),
         (abs(adv) > 0.1, "mean advantage is not near 0: rewards and groups do not belong together"),
         (dead > 0.8, "most groups are dead: there is little to learn from prompts so hard or so easy"),
         (stop < 0.5, "most responses are cut: raise --max_new_tokens"),

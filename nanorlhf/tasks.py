@@ -337,8 +337,9 @@ def get(name: str) -> Task:
 
 def final_answer(text: str) -> str | None:
     r"""What a solution says in \boxed{…} or behind #### (GSM8K), else the whole text. None if it says two."""
-    found = re.findall(r"\\boxed\{([^{}]*)\}", text) or re.findall(r"####([^\n]*)", text) or [text]
-    answers = {answer.strip() for answer in found}
+    boxed = r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"  # one level of braces inside: \frac{1}{2}
+    found = re.findall(boxed, text) + re.findall(r"####([^\n]*)", re.sub(boxed, r"\1", text))
+    answers = {answer.strip() for answer in found or [text]}
     return answers.pop() if len(answers) == 1 else None
 
 
@@ -348,9 +349,9 @@ def parse_number(text: str) -> Fraction | None:
     ASCII digits only, and the whole text: who writes ten numbers must not be right with one of them.
     """
     text = text.strip().removesuffix(".").replace("\u2212", "-")
-    digits = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,2})?(?:/[0-9]+)?"
-    match = re.fullmatch(rf"([-+]?)\$?({digits})", text)
-    if len(text) > 40 or match is None:
+    digits = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,2})?(?:/[0-9]+)?"
+    match = re.fullmatch(rf"([-+]?)\$?({digits})", text) if len(text) <= 40 else None
+    if match is None:
         return None
     try:
         top, _, bottom = "".join(match.groups()).replace(",", "").partition("/")
@@ -361,14 +362,25 @@ def parse_number(text: str) -> Fraction | None:
 
 def exact_answer(prompt: str, response: str, row: dict) -> float:
     """1 if the response's final answer is row["answer"], white space at the ends aside, else 0."""
-    answer = final_answer(response)
-    return float(answer is not None and answer == final_answer(str(row["answer"])))
+    return float(final_answer(response) == _wanted(row, final_answer, "one answer"))
 
 
 def numeric_answer(prompt: str, response: str, row: dict) -> float:
     """1 if the response's final answer and row["answer"] are the same number, however written, else 0."""
-    got, want = (parse_number(final_answer(text) or "") for text in (response, str(row["answer"])))
-    return float(got is not None and got == want)
+
+    def number(text):
+        return parse_number(final_answer(text) or "")
+
+    return float(number(response) == _wanted(row, number, "a number"))
+
+
+def _wanted(row, read, what):
+    """What `read` finds in row["answer"], text or JSON number. UserError if nobody could ever be right."""
+    answer = row["answer"]
+    want = read(str(answer)) if type(answer) in (str, int, float) else None
+    if want is None or want == "":
+        raise UserError(f'"answer" is {answer!r:.80}, expected {what}')
+    return want
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PPO, LEARNING = "tests/test_ppo.py::test_", "tests/test_learning_ppo.py::test_"
-DPO = "tests/test_dpo.py::test_"
+DPO, REWARDS = "tests/test_dpo.py::test_", "tests/test_rewards.py::test_"
 ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
 
 # (name, file, source, replacement, killing tests); a mutant of one line has its smallest direct test first
@@ -123,9 +123,33 @@ MUTANTS = [
     ("reward model read at the padded end", "nanorlhf/rewards.py",
      "roll.tokens, roll.lengths)", "roll.tokens, roll.lengths * 0 + roll.tokens.shape[1])",
      [ORACLE]),
-    ("weights of rewards forgotten", "nanorlhf/rewards.py",
-     "weight * call_reward(", "call_reward(",
+    ("weights of rewards forgotten", "nanorlhf/worker.py",
+     "score += weight * part", "score += part",
      [PPO + "rewards_are_summed_with_their_weights"]),
+    ("a reward function that hangs is not ended", "nanorlhf/worker.py",
+     "        self._end()\n        return 0.0, why", "        return 0.0, why",
+     [REWARDS + "what_a_reward_function_does_ends_with_the_call"]),
+    ("a fork of the reward function answers too", "nanorlhf/worker.py",
+     "if os.getpid() != me:", "if False:",
+     [REWARDS + "what_a_reward_function_does_ends_with_the_call"]),
+    ("children of the reward function stay", "nanorlhf/worker.py",
+     "os.killpg(self.process.pid, signal.SIGKILL)", "pass",
+     [REWARDS + "what_a_reward_function_does_ends_with_the_call"]),
+    ("reward function outlives the trainer", "nanorlhf/worker.py",
+     "threading.Thread(target=_end_with_parent, daemon=True).start()", "pass",
+     [REWARDS + "a_killed_trainer_leaves_no_process"]),
+    ("half of the calls may not fail", "nanorlhf/worker.py",
+     "failures > len(pairs) / 2", "failures >= len(pairs) / 2",
+     [REWARDS + "a_value_that_is_no_number_stops_the_run_at_once"]),
+    ("one of two answers is enough", "nanorlhf/tasks.py",
+     "if len(answers) == 1 else None", "if answers else None",
+     ["tests/test_tasks.py::test_final_answer"]),
+    ("a row without an answer", "nanorlhf/tasks.py",
+     'if want is None or want == "":', "if False:",
+     ["tests/test_tasks.py::test_a_row_that_nobody_could_answer_is_named"]),
+    ("reward model: samples of other pairs", "train_rm.py",
+     "triples[:4], tok)", "triples[4:8], tok)",
+     ["tests/test_rm.py::test_samples_are_held_out_pairs_with_the_rewards_of_the_saved_model"]),
     ("kernel: no temperature in the gradient", "nanorlhf/kernels/torch_backend.py",
      "            dz /= ctx.temperature\n", "",
      [ORACLE, "tests/test_kernels.py::test_logprob_gradcheck"]),

@@ -4,13 +4,14 @@ import random
 from pathlib import Path
 
 import train_dpo
+import train_grpo
 import train_ppo
 import train_rm
 import train_sft
 from nanorlhf.data import write_jsonl
 
-TRAINERS = [train_sft, train_rm, train_ppo, train_dpo]
-LOSS = {train_sft: "sft_loss", train_rm: "pairwise_loss", train_ppo: "policy_loss"}
+TRAINERS = [train_sft, train_rm, train_ppo, train_grpo, train_dpo]
+LOSS = {train_sft: "sft_loss", train_rm: "pairwise_loss", train_ppo: "policy_loss", train_grpo: "policy_loss"}
 LOSS |= {train_dpo: "preference_loss"}
 
 
@@ -71,9 +72,11 @@ class Stages:
             flags |= dict(batch_size=8)
         if trainer is train_dpo:
             flags |= dict(max_new_tokens=5, eval_prompts=4)
-        if trainer is train_ppo:
+        if trainer in (train_ppo, train_grpo):
             flags |= dict(rm=f"{self.folder}/rm/model", prompts_per_step=8, max_new_tokens=5, minibatches=2,
                           eval_prompts=4, sample_every=1)  # fmt: skip
+        if trainer is train_grpo:
+            flags |= dict(prompts_per_step=4, group_size=4, max_new_tokens="5", off_policy_steps=1)
         return flags | more
 
     def config(self, trainer, out, **more):

@@ -14,13 +14,14 @@ import demo
 import evaluate
 import sample
 import train_dpo
+import train_grpo
 import train_ppo
 import train_rm
 import train_sft
 from nanorlhf.common import RunError, UserError, parse, run_cli
 
 ROOT = Path(__file__).parents[1]
-TRAINERS = [train_sft, train_rm, train_ppo, train_dpo]
+TRAINERS = [train_sft, train_rm, train_ppo, train_grpo, train_dpo]
 PROGRAMS = pytest.mark.parametrize("module", [*TRAINERS, demo, evaluate, sample], ids=lambda m: m.__name__)
 
 
@@ -56,7 +57,10 @@ def test_help_has_every_flag_with_its_comment_and_default(module, cli, capsys):
         assert comment, f"{field.name} has no comment"
         entry = entries[field.name]
         assert " ".join(comment[1].split()) in entry
-        if field.default is None:
+        recipes = getattr(module.Config, "DEFAULTS", {})
+        if field.name in recipes:
+            assert recipes[field.name] == "" or f"(default: {recipes[field.name]})" in entry
+        elif field.default is None:
             for task, defaults in module.Config.BY_TASK.items():
                 assert f"{defaults[field.name]} for {task}" in entry
         elif field.default not in ("", dataclasses.MISSING):
@@ -66,7 +70,8 @@ def test_help_has_every_flag_with_its_comment_and_default(module, cli, capsys):
 @PROGRAMS
 def test_every_default_of_a_task_is_a_field_that_waits_for_it(module):
     by_task = getattr(module.Config, "BY_TASK", {})
-    waiting = {f.name for f in dataclasses.fields(module.Config) if f.default is None}
+    recipes = getattr(module.Config, "DEFAULTS", {})
+    waiting = {f.name for f in dataclasses.fields(module.Config) if f.default is None} - set(recipes)
     assert all(set(defaults) == waiting for defaults in by_task.values())
 
 
@@ -110,6 +115,13 @@ def test_ways_to_write_a_flag():
         (train_sft, "--resume maybe", "unknown flag maybe"),
         (train_sft, "--arch lama", "--arch lama: must be one of gpt2, llama (did you mean llama?)"),
         (train_rm, "--device tpu", "--device tpu: must be one of auto, cpu, cuda, mps"),
+        (train_ppo, "--reward_timeout -1", "--reward_timeout -1.0: must not be negative"),
+        (train_grpo, "--recipe dpao", "--recipe dpao: must be one of grpo, dr_grpo"),
+        (train_grpo, "--norm std", "--norm std: must be one of group_std, batch_std, none, leave_one_out"),
+        (train_grpo, "--group_size 1", "--group_size 1: a group of one has nothing to be compared with"),
+        (train_grpo, "--kl k3", "--kl k3: has no effect without --beta"),
+        (train_grpo, "--beta 0.1", "--beta 0.1: there is no KL that it could weigh; add --kl k3"),
+        (train_grpo, "--max_new_tokens 8,4", "--max_new_tokens 8,4: must be an integer, or rising ones"),
         (train_ppo, "--task sums", "--task sums: must be one of reviews, chain, countdown"),
         *((m, "--lr nan", "--lr nan: must be a finite number") for m in TRAINERS),
         *((m, "--lr 1e999", "--lr 1e999: must be a finite number") for m in TRAINERS),
@@ -183,6 +195,10 @@ def test_statuses(module, cli):
         (train_ppo, "--init SFT", "--rm runs/reviews-rm/model MISSING {rm} reviews --out runs/reviews-rm"),
         (train_ppo, "--init SFT --rm RM --critic_init nope", "--critic_init nope MISSING {rm} reviews"),
         (train_ppo, "--init SFT --rm RM --ref nope", "--ref nope MISSING {sft} reviews"),
+        (train_grpo, "", "--init runs/chain-sft/model MISSING {sft} chain --out runs/chain-sft"),
+        (train_grpo, "--init SFT --ref nope", "--ref nope MISSING {sft} chain"),
+        (train_grpo, "--init SFT --task reviews",
+         "--rm runs/reviews-rm/model MISSING {rm} reviews --out runs/reviews-rm"),
         (train_dpo, "", "--init runs/reviews-sft/model MISSING {sft} reviews --out runs/reviews-sft"),
         (train_dpo, "--init SFT --ref nope", "--ref nope MISSING {sft} reviews"),
         (train_dpo, "--init SFT --online 2",
@@ -227,7 +243,7 @@ def state():
     numbers = random.getstate(), torch.get_rng_state().tolist(), str(numpy.random.get_state())
     return handlers, numbers, torch.get_num_threads(), torch.get_default_dtype(), os.listdir("."), os.getcwd()
 before = state()
-import train_sft, train_rm, train_ppo, train_dpo, demo, evaluate, sample
+import train_sft, train_rm, train_ppo, train_grpo, train_dpo, demo, evaluate, sample
 assert state() == before
 """
 

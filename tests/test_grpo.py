@@ -368,7 +368,8 @@ def test_every_recipe_flag_can_be_given(name):
     assert Config.__dataclass_fields__[name].default is None
     value = {bool: True, int: 3, float: 0.5}.get(type(RECIPES[""][name]))
     if value is not None:
-        assert all(getattr(Config(recipe=r, **{name: value}), name) == value for r in RECIPES)
+        more = {name: value} | ({"kl": "k1"} if name == "beta" else {})  # alone it would do nothing
+        assert all(getattr(Config(recipe=r, **more), name) == value for r in RECIPES)
 
 
 @pytest.mark.parametrize("kw, says", [
@@ -379,10 +380,40 @@ def test_every_recipe_flag_can_be_given(name):
     (dict(rm="x", reward=["y.py:f"]), "--rm and --reward"),
     (dict(prompts_per_step=1, group_size=2, minibatches=4), "--minibatches 4"),
     (dict(beta=-1.0), "--beta"),
+    (dict(beta=0.1), "--beta 0.1: there is no KL"),
+    (dict(recipe="dapo", beta=0.1), "--beta 0.1: there is no KL"),
+    (dict(kl="k3"), "--kl k3: has no effect without --beta"),
+    (dict(recipe="dapo", kl="k1"), "--kl k1: has no effect without --beta"),
 ])
 def test_refused(kw, says):
     with pytest.raises(UserError, match=says.replace("-", "[-]")):
         Config(**kw)
+
+
+@pytest.mark.parametrize("kw", [
+    dict(kl="k3", beta=0.0), dict(beta=0.0), dict(recipe="grpo", kl="none"), dict(recipe="grpo", kl="k2"),
+    dict(recipe="dapo", kl="k1", kl_in="reward", beta=0.1), dict(ref_every=3),
+], ids=str)
+def test_not_refused(kw):
+    """A beta of 0 that was asked for, and what a recipe leaves behind."""
+    assert vars(Config(**kw)).items() >= kw.items()
+
+
+@pytest.mark.parametrize("kw, biased", [
+    (dict(loss="reinforce"), False), (dict(loss="reinforce", minibatches=2), True),
+    (dict(loss="reinforce", epochs=2), True), (dict(loss="reinforce", off_policy_steps=1), True),
+    (dict(loss="clip", minibatches=2), False),
+], ids=str)
+def test_reinforce_off_policy_is_said_to_be_biased(lab, kw, biased, capsys):
+    train(config(lab, by_letters, steps=1, **kw))
+    assert capsys.readouterr().out.count("warning: --loss reinforce has no ratio") == biased
+
+
+def test_health_knows_another_reference(lab, capsys):
+    """--ref other: a KL at step 0 is as it must be."""
+    train(config(lab, by_letters, steps=1, ref=f"{lab}/other"))
+    out = capsys.readouterr().out
+    assert "health: " in out and "KL 0.000000" not in out and "KL is not 0" not in out
 
 
 @pytest.mark.parametrize("limits, at, want", [
@@ -412,6 +443,7 @@ def test_overlong_penalty(length, want):
     (dict(kl=None), None),
     (dict(log_ratio=0.01), "ratio is not 1"),
     (dict(kl=0.5), "KL is not 0"),
+    (dict(kl=0.5, ref_is_init=False), None),
     (dict(adv=0.4), "mean advantage"),
     (dict(dead=0.9), "dead"),
     (dict(stop=0.2), "max_new_tokens"),
@@ -473,6 +505,7 @@ def config(lab, *rewards, **kw):
         reward=[r if isinstance(r, str) else f"{__file__}:{r.__name__}" for r in rewards],
         steps=4, prompts_per_step=4, group_size=4,
         max_new_tokens="5", minibatches=1, lr=3e-3, eval_prompts=0, sample_every=1, save_every=0,
+        reward_timeout=0,  # in this process: quick
     )
     flags["overwrite"] = not kw.get("resume")
     return Config(**flags | kw)

@@ -38,7 +38,7 @@ def run(folder, reward, **kw):
     flags = dict(
         data=f"{folder}/prompts.jsonl", reward=[f"{__file__}:{reward.__name__}"], init=f"{folder}/model0",
         out=f"{folder}/run", prompts_per_step=32, group_size=4, max_new_tokens=2, minibatches=4, lr=3e-3,
-        critic_lr=1e-2, no_eos_score=0.0, save_every=0,
+        critic_lr=1e-2, no_eos_score=0.0, save_every=0, reward_timeout=0,
     )  # fmt: skip
     train(Config(**flags | kw))
     with open(f"{folder}/run/metrics.csv") as f:

@@ -411,7 +411,7 @@ def config(lab, **kw):
     defaults = dict(
         data=f"{lab}/prompts.jsonl", init=f"{lab}/policy", out=f"{lab}/run", overwrite=True, steps=1,
         prompts_per_step=8, group_size=2, max_new_tokens=5, minibatches=1, lr=1e-3, critic_lr=1e-3, beta=0.3,
-        eval_prompts=0, sample_every=1, save_every=0,
+        eval_prompts=0, sample_every=1, save_every=0, reward_timeout=0,
     )  # fmt: skip
     if "rm" not in kw:
         defaults["reward"] = [reward_of(by_letters)]

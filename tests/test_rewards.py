@@ -1,17 +1,27 @@
 """Rewards of whole responses: a function's errors, sums, the reward model's place; which prompts are kept."""
 
+import csv
+import multiprocessing
+import os
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from stages import words
 
+import train_grpo
+import train_ppo
 from nanorlhf import generate, hub, tasks
 from nanorlhf.common import RunError, UserError
 from nanorlhf.data import write_jsonl
-from nanorlhf.rewards import call_reward, evaluate, load_prompts, score_responses
+from nanorlhf.rewards import evaluate, load_prompts, score_responses
 from nanorlhf.tokenizer import Tokenizer
+from nanorlhf.worker import Rewards, call_reward
 
 TOK = Tokenizer.from_chars("abcdef=")
 
@@ -26,7 +36,7 @@ def models(stages):
 
 
 @pytest.mark.parametrize(
-    "returns, value", [(1, 1.0), (0.25, 0.25), (True, 1.0), (torch.tensor(2.0), 2.0), ("3", 3.0)]
+    "returns, value", [(1, 1.0), (0.25, 0.25), (True, 1.0), (torch.tensor(2.0), 2.0)]
 )
 def test_call_reward_gives_a_float(returns, value):
     got = call_reward("f", lambda *args: returns, "p", "t", {})
@@ -38,10 +48,9 @@ def test_call_reward_gives_a_float(returns, value):
     [
         (lambda p, t, row: row["answer"], "reward f raised KeyError: 'answer' (prompt 'a=', response 'b')"),
         (lambda p, t, row: 1 / 0, "reward f raised ZeroDivisionError: division by zero ("),
-        (lambda p, t, row: None, "reward f raised TypeError: "),
-        (lambda p, t, row: "good", "reward f raised ValueError: "),
+        (lambda p, t, row: sys.exit(3), "reward f raised SystemExit: 3 (prompt 'a=', response 'b')"),
         (lambda p, t, row: float("nan"), "reward f returned nan (prompt 'a=', response 'b'); it must"),
-        (lambda p, t, row: -1e999, "reward f returned -inf "),
+        *((lambda p, t, row, x=x: x, f"reward f returned {x!r} (") for x in (-1e999, None, "1", [1.0], 1j)),
     ],
 )  # fmt: skip
 def test_call_reward_names_the_sample(function, says):
@@ -55,6 +64,176 @@ def test_ctrl_c_in_a_reward_is_no_error_of_the_reward():
 
     with pytest.raises(KeyboardInterrupt):
         call_reward("f", interrupted, "a=", "b", {})
+
+
+# in a process of its own
+
+MISCHIEF = """
+import os, signal, sys, time
+def f(prompt, response, row):
+    with open(row["pids"], "a") as log:
+        print(os.getpid(), file=log)
+    match response:
+        case "raise": raise KeyError("two\\nlines")
+        case "interrupt": raise KeyboardInterrupt
+        case "sys.exit": sys.exit(3)
+        case "_exit": os._exit(4)
+        case "hang": time.sleep(600)
+        case "fork": os.fork()  # two of it return
+        case "fork and hang":
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(600)
+            with open(row["pids"], "a") as log:
+                print(pid, file=log)
+        case "print": print("noise", flush=True)
+        case "nan" | "inf": return float(response)
+        case "none": return None
+        case "str": return "1.0"
+        case "tensor": return __import__("torch").ones(2)
+    return len(prompt) + len(response)
+def g(prompt, response):
+    return 0.5
+"""
+posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+
+@pytest.fixture
+def mischief(tmp_path):
+    """mischief(timeout, *names) → Rewards; .score(rewards, *texts) of the prompt "ab"; .pids() of it all."""
+    (tmp_path / "r.py").write_text(MISCHIEF)
+    row = dict(prompt="ab", pids=f"{tmp_path}/pids")
+
+    def make(timeout, *names):
+        cfg = SimpleNamespace(reward=[f"{tmp_path}/r.py:{name}" for name in names], reward_timeout=timeout)
+        return Rewards(cfg, tasks.get("chain"))
+
+    make.score = lambda rewards, *texts: rewards.values(0, texts, [row] * len(texts))
+    make.pids = lambda: {int(pid) for pid in Path(row["pids"]).read_text().split()}
+    return make
+
+
+def alive(pid):
+    """Whether a process runs (an orphan that has ended, and waits for its new parent, does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_for_the_end(pids):
+    limit = time.monotonic() + 30
+    while any(map(alive, pids)):
+        assert time.monotonic() < limit, "orphans"
+        time.sleep(0.02)
+
+
+@posix
+def test_what_a_reward_function_does_ends_with_the_call(mischief, capfd):
+    """Whatever it does, the other samples have their scores, in order; failures are 0, counted, said once."""
+    good = ["x" * n for n in range(9)]
+    bad = ["raise", "interrupt", "sys.exit", "_exit", "hang"]
+    odd = ["fork", "print", "fork and hang"]
+    texts = [text for pair in zip(good, [*bad, *odd, "raise"]) for text in pair]
+    with mischief(3.0, "f") as rewards:
+        want = [0.0 if text in bad else 2.0 + len(text) for text in texts]
+        assert mischief.score(rewards, *texts) == want
+        assert mischief.score(rewards, "x", "xx") == [3.0, 4.0]  # no answer is left over in the pipe
+        assert rewards.share_failed() == 6 / 20 and rewards.share_failed() is None
+    out, err = capfd.readouterr()
+    says = "warning: reward f raised KeyError: 'two\\nlines' (prompt 'ab', response 'raise'): scored 0"
+    assert out.startswith(says) and len(out.splitlines()) == 1 and "noise" in err and "Traceback" not in err
+    assert os.getpid() not in mischief.pids() and len(mischief.pids()) >= 4
+    wait_for_the_end(mischief.pids())
+    assert multiprocessing.active_children() == []
+
+
+@posix
+def test_a_value_that_is_no_number_stops_the_run_at_once(mischief):
+    with mischief(30.0, "f", "g") as rewards:
+        for text, shown in dict(nan="nan", inf="inf", none="None", str="'1.0'", tensor="tensor(").items():
+            says = f"^reward f returned {re.escape(shown)}.*response '{text}'.; it must be a finite number"
+            with pytest.raises(RunError, match=says):
+                mischief.score(rewards, "x", "x", "x", text, "x")
+        assert rewards.values(1, ["x"], [dict(prompt="ab")]) == [0.5]
+        says = "^more than half of 4 calls failed; the first: reward f ended its process .status 4. .*'_exit'"
+        with pytest.raises(RunError, match=says):
+            mischief.score(rewards, "_exit", "x", "raise", "raise")
+        assert mischief.score(rewards, "raise", "x", "raise", "x") == [0, 3, 0, 3]  # half is not more
+    wait_for_the_end(mischief.pids())
+
+
+def test_a_file_that_cannot_be_imported_there_is_a_run_error(tmp_path):
+    """It imports here; in the other process, whose parent it looks for, it does not."""
+    source = "import multiprocessing\nassert multiprocessing.parent_process() is None\n"
+    (tmp_path / "r.py").write_text(source + "def f(prompt, response): return 1.0\n")
+    cfg = SimpleNamespace(reward=[f"{tmp_path}/r.py:f"], reward_timeout=1.0)
+    says = "the process that imports .*r.py:f ended"
+    with Rewards(cfg, None) as rewards, pytest.raises(RunError, match=says):
+        rewards.values(0, ["x"], [dict(prompt="ab")])
+    assert multiprocessing.active_children() == []
+
+
+def test_rewards_of_one_name_are_refused(tmp_path):
+    """Their columns would be one."""
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text("def f(p, r): return 1.0")
+    cfg = SimpleNamespace(reward=[f"{tmp_path}/a.py:f", f"{tmp_path}/b.py:f*2"], reward_timeout=1.0)
+    with pytest.raises(UserError, match="--reward: two are called f"):
+        Rewards(cfg, None)
+
+
+RUN = """
+import sys; sys.path.insert(0, {root!r})
+import train_grpo
+if __name__ == "__main__":
+    train_grpo.train(train_grpo.Config(**{flags!r}))
+"""
+
+
+@posix
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_trainer_leaves_no_process(stages, tmp_path):
+    """kill -9 while the reward function hangs: its process ends by itself."""
+    (tmp_path / "r.py").write_text(f"""import os, time
+def f(prompt, response):
+    with open({str(tmp_path / "pid")!r}, "w") as log: log.write(f"{{os.getpid()}} ")
+    time.sleep(600)
+""")
+    own = dict(reward=[f"{tmp_path}/r.py:f"], rm="", reward_timeout=500.0)
+    flags = stages.flags(train_grpo, tmp_path / "run", **own)
+    (tmp_path / "run.py").write_text(RUN.format(root=str(Path(__file__).parents[1]), flags=flags))
+    trainer = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], stdout=subprocess.DEVNULL)
+    pid = tmp_path / "pid"
+    while trainer.poll() is None and not (pid.exists() and pid.read_text().endswith(" ")):
+        time.sleep(0.02)
+    trainer.kill()
+    trainer.wait()
+    wait_for_the_end({int(pid.read_text())})
+
+
+@pytest.mark.parametrize("trainer", [train_grpo, train_ppo], ids=lambda t: t.__name__)
+def test_a_run_goes_on_with_its_failures_counted(trainer, stages, tmp_path, no_curves):
+    """The column has the share of the samples that fail; all else is as with a function that gives them 0."""
+    (tmp_path / "r.py").write_text("""
+def f(prompt, response):
+    if prompt[0] == "a": raise ValueError("a")
+    return response.count("a") / 3
+def g(prompt, response):
+    return 0 if prompt[0] == "a" else f(prompt, response)
+""")
+    tables = []
+    for name, timeout in (("f", 60.0), ("g", 0.0)):
+        reward = [f"{tmp_path}/r.py:{name}"]
+        out, more = f"{tmp_path}/{name}", dict(rm="", reward=reward, reward_timeout=timeout, steps=3)
+        trainer.train(stages.config(trainer, out, **more))
+        with open(f"{out}/metrics.csv") as f:
+            rows = csv.DictReader(f)
+            tables.append([{k: v for k, v in row.items() if k not in ("s", "tok_s")} for row in rows])
+    shares = [float(row.pop("reward_failed")) for row in tables[0]]
+    assert [row.pop("reward_failed") for row in tables[1]] == [""] * 3
+    assert tables[0] == tables[1] and 0 < max(shares) < 0.5
+    assert multiprocessing.active_children() == []
 
 
 # a rollout

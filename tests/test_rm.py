@@ -1,5 +1,6 @@
 """Reward model: the pairwise loss, where the reward is read, the bias, the pairs, what it learns."""
 
+import json
 import math
 
 import pytest
@@ -146,6 +147,19 @@ def test_accuracy_is_that_of_the_saved_model(stages, tmp_path):
     assert 0 < right < len(rows) and last["eval/acc"] == pytest.approx(right / len(rows))
     loss = sum(math.log1p(math.exp(-m)) for m in margins) / len(rows)
     assert last["eval/loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_samples_are_held_out_pairs_with_the_rewards_of_the_saved_model(stages, tmp_path):
+    """At each evaluation the same four pairs, chosen first; at the last one, the bias is set already."""
+    train_rm.train(stages.config(train_rm, tmp_path / "run", eval_every=3))
+    model, tok = load(tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    rows = [r for r in read_jsonl(stages.flags(train_rm, "")["data"], ()) if tasks.held_out(r["prompt"])][:4]
+    shown = [(r["prompt"], r[key]) for r in rows for key in ("chosen", "rejected")]
+    assert [(s["prompt"], s["response"]) for s in lines] == shown * 2
+    assert [s["step"] for s in lines] == [2] * 8 + [5] * 8
+    assert [s["reward"] for s in lines[8:]] == pytest.approx([score(model, tok, *p) for p in shown], abs=1e-3)
+    assert lines[0]["reward"] != lines[8]["reward"]
 
 
 # pairs

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 import torch
 from stages import LOSS, TRAINERS
 
+import train_grpo
 import train_ppo
 import train_rm
 import train_sft
@@ -105,7 +107,9 @@ def test_contents(trainer, stages, tmp_path, monkeypatch):
     have = {p.name for p in (tmp_path / "run").iterdir()}
     files = {"config.json", "metrics.csv", "samples.jsonl", "curves.png", "model", "state"}
     assert have == files | ({"critic"} if trainer is train_ppo else set())
-    assert json.loads((tmp_path / "run/config.json").read_text()) == vars(cfg)
+    assert json.loads((tmp_path / "run/config.json").read_text()) == dataclasses.asdict(cfg)
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert samples and all(s.keys() >= {"step", "prompt", "response"} for s in samples)
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == list("012345")
     assert list(rows[0]) == [c for c in trainer.COLUMNS if c not in ("s", "tok_s")]
@@ -113,7 +117,7 @@ def test_contents(trainer, stages, tmp_path, monkeypatch):
     assert (tmp_path / "run/curves.png").read_bytes()[:4] == b"\x89PNG"
     assert states(tmp_path / "run") == ["step-000004", "step-000006"]  # the newest two
     model, _ = hub.load(tmp_path / "run/model")
-    saved = state(tmp_path / "run")["models"]["policy" if trainer is train_ppo else "model"]
+    saved = state(tmp_path / "run")["models"]["policy" if trainer in (train_ppo, train_grpo) else "model"]
     assert equal(dict(model.state_dict()), saved)
 
 
@@ -488,7 +492,7 @@ def test_a_model_lost_at_the_last_step_is_made_by_resume(trainer, stages, tmp_pa
 @EACH
 def test_resume_takes_the_hyper_parameters_of_this_run(trainer, stages, tmp_path, capsys):
     """A flag that resume announces as changed is changed: learning rate, weight decay, a fixed beta."""
-    more = dict(beta=0.7, critic_lr=1e-9) if trainer is train_ppo else dict(weight_decay=0.5)
+    more = {train_ppo: dict(beta=0.7, critic_lr=1e-9), train_grpo: {}}.get(trainer, dict(weight_decay=0.5))
     trainer.train(stages.config(trainer, tmp_path / "run", steps=2))
     trainer.train(stages.config(trainer, tmp_path / "run", steps=4, lr=1e-9, resume=True, **more))
     assert "--lr was 0.01, is now 1e-09" in capsys.readouterr().out
@@ -497,19 +501,20 @@ def test_resume_takes_the_hyper_parameters_of_this_run(trainer, stages, tmp_path
     groups = state(tmp_path / "run", "step-000004")["optimizer"]["param_groups"]
     if trainer is train_ppo:
         assert groups[1]["peak"] == 1e-9
-    else:
+    elif trainer is not train_grpo:
         assert groups[0]["weight_decay"] == 0.5
 
 
-def test_resume_refuses_another_reference(stages, tmp_path):
+@pytest.mark.parametrize("trainer", [train_ppo, train_grpo], ids=lambda t: t.__name__)
+def test_resume_refuses_another_reference(trainer, stages, tmp_path):
     """Retrained meanwhile, the folder of --ref would move the KL in silence."""
     ref = shutil.copytree(stages.folder / "sft/model", tmp_path / "ref")
-    train_ppo.train(stages.config(train_ppo, tmp_path / "run", steps=2, ref=str(ref)))
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=2, ref=str(ref)))
     model, tok = hub.load(ref)
     model.wte.weight.data += 0.01
     hub.save(model, tok, ref)
     with pytest.raises(UserError, match="reference is not the one"):
-        train_ppo.train(stages.config(train_ppo, tmp_path / "run", steps=4, ref=str(ref), resume=True))
+        trainer.train(stages.config(trainer, tmp_path / "run", steps=4, ref=str(ref), resume=True))
 
 
 def test_resume_and_overwrite_together_are_refused(stages, tmp_path):

@@ -1,0 +1,184 @@
+"""Reward functions: called one by one, those of the user's own in a process of their own."""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import threading
+
+import torch
+from tqdm import tqdm
+
+from nanorlhf import tasks
+from nanorlhf.common import RunError, UserError, require
+
+START = 120  # seconds in which the process of the reward functions must have imported them
+
+
+def call_reward(name, fn, prompt, text, row):
+    """One call of a reward function, in this process → float; RunError naming the sample if that fails."""
+    try:
+        returned = fn(prompt, text, row)
+    except UserError as e:  # a built-in reward meets a prompt that is not of its task
+        raise UserError(f"{row.get('_at', name)}: {e}") from None
+    except (Exception, SystemExit) as e:
+        raise RunError(f"reward {name} raised {type(e).__name__}: {e} {_sample(prompt, text)}") from e
+    value, wrong = _number(returned)
+    if wrong:
+        raise RunError(f"reward {name} {wrong} {_sample(prompt, text)}; it must be a finite number")
+    return value
+
+
+def _sample(prompt, text):
+    return f"(prompt {prompt!r}, response {text!r})"
+
+
+def _number(returned):
+    """→ float, "" or None, what is wrong. A string is no number, whatever it says."""
+    try:
+        value = math.nan if isinstance(returned, (str, bytes)) else float(returned)
+    except Exception:
+        value = math.nan
+    return (value, "") if math.isfinite(value) else (None, f"returned {returned!r:.80}")
+
+
+class Rewards(list):
+    """The reward functions of a run as (name, weight, function): those of --reward, else the task's own.
+
+    Used in `with`. Those of --reward run in one process of their own: what hangs, exits or crashes there ends
+    there. A call that raises, takes more than --reward_timeout seconds or ends the process scores 0 and is
+    counted; if more than half of a function's calls on one batch do, or one returns no finite number, that is
+    a RunError. This holds accidents, not malice. With --reward_timeout 0 all are called in this process.
+    """
+
+    def __init__(self, cfg, task):
+        loaded = [tasks.load_reward(spec) for spec in cfg.reward]  # here too, to say what is wrong with them
+        super().__init__(loaded or [(task.name, 1.0, task.reward)])
+        names = [name for name, *_ in self]
+        for name in names:
+            require(names.count(name) == 1, f"--reward: two are called {name}, their logs would be mixed")
+        self.specs, self.timeout, self.process = cfg.reward, cfg.reward_timeout, None
+        self.guarded = bool(loaded and self.timeout)
+        self.calls = self.failures = 0
+        self.warned = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._end()
+
+    def values(self, i, texts, rows):
+        """What function i gives each of the texts, as a list of floats."""
+        name, _, fn = self[i]
+        pairs = list(zip(texts, rows, strict=True))
+        if not self.guarded:
+            return [call_reward(name, fn, row["prompt"], text, row) for text, row in pairs]
+        values, failures, first = [], 0, ""
+        for text, row in pairs:
+            value, why = self._call(i, row["prompt"], text, row)
+            said = f"reward {name} {why} {_sample(row['prompt'], text)}"
+            if value is None:
+                raise RunError(f"{said}; it must be a finite number")
+            values.append(value)
+            if not why:
+                continue
+            failures, first = failures + 1, first or said
+            if failures > len(pairs) / 2:
+                raise RunError(f"more than half of {len(pairs)} calls failed; the first: {first}")
+            if not self.warned:
+                tqdm.write(f"warning: {said}: scored 0; column reward_failed counts such calls")
+            self.warned = True
+        self.calls, self.failures = self.calls + len(pairs), self.failures + failures
+        return values
+
+    def share_failed(self):
+        """Of the calls since this was asked last; None where there were none in the process."""
+        share = self.failures / self.calls if self.calls else None
+        self.calls = self.failures = 0
+        return share
+
+    def _call(self, i, *args):
+        """→ (value, ""), (0.0, why) for a call that failed, (None, why) for a value that is no number."""
+        if self.process is None:
+            self._start()
+        try:
+            self.pipe.send((i, args))
+            if self.pipe.poll(self.timeout):
+                return self.pipe.recv()
+            why = f"took more than {self.timeout:g} s (--reward_timeout)"
+        except (EOFError, OSError):
+            self.process.join(1)
+            why = f"ended its process (status {self.process.exitcode})"
+        self._end()
+        return 0.0, why
+
+    def _start(self):
+        spawn = multiprocessing.get_context("spawn")  # fork would copy the locks of our threads, and CUDA
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=_serve, args=(theirs, self.specs))
+        self.process.start()
+        theirs.close()
+        with contextlib.suppress(EOFError, OSError):
+            if self.pipe.poll(START) and self.pipe.recv() == "ready":  # importing is not on the call's clock
+                return
+        self._end()
+        raise RunError(f"--reward: the process that imports {', '.join(self.specs)} ended or hangs")
+
+    def _end(self):
+        if self.process is None:
+            return
+        with contextlib.suppress(OSError, AttributeError):  # Windows has no groups of processes
+            os.killpg(self.process.pid, signal.SIGKILL)  # before join: until then the number is its own
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.pipe.close()
+        self.process = None
+
+
+def _serve(pipe, specs):
+    """The process of the reward functions: answers (value, why) to (index, arguments) until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
+    if hasattr(os, "setsid"):
+        os.setsid()  # what the functions start can then be ended together with them
+    os.dup2(2, 1)  # what they print does not get between the lines of the log
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    functions, me = [tasks.load_reward(spec)[2] for spec in specs], os.getpid()
+    pipe.send("ready")
+    while True:
+        try:
+            i, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = _number(functions[i](*args))
+        except BaseException as e:  # sys.exit and KeyboardInterrupt among them
+            answer = 0.0, " ".join(f"raised {type(e).__name__}: {e}".split())
+        if os.getpid() != me:
+            os._exit(0)  # a fork that the function made has come back here: only one may answer
+        pipe.send(answer)
+
+
+def _end_with_parent():
+    """A function that hangs does not see the pipe end when the trainer is killed."""
+    multiprocessing.parent_process().join()
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def sum_rewards(texts, rows, rewards, parts=None):
+    """Weighted sum of `rewards`, a list of (name, weight, function) → (B,); `parts` as in score_responses."""
+    score = torch.zeros(len(texts))
+    for i, (name, weight, fn) in enumerate(rewards):
+        if isinstance(rewards, Rewards):
+            values = rewards.values(i, texts, rows)
+        else:
+            values = [call_reward(name, fn, r["prompt"], t, r) for t, r in zip(texts, rows, strict=True)]
+        part = torch.tensor(values)
+        score += weight * part
+        if parts is not None:
+            parts[name] = part
+    return score
