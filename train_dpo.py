@@ -53,6 +53,7 @@ from nanorlhf.common import (
     warmup_linear,
 )
 from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask, write_jsonl
+from nanorlhf.metrics import mean_se
 from nanorlhf.pairs import KEYS, by_budget, load_examples, to_examples
 from nanorlhf.rewards import fresh_samples, load_prompts, score_responses
 
@@ -122,23 +123,21 @@ class Config:
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.ref = self.ref or self.init
         self.out = self.out or f"runs/{self.task}-dpo"
-        if self.label_smoothing is None:
-            self.label_smoothing = 0.1 * (self.loss in ("cdpo", "robust"))
+        if (smooth := self.label_smoothing) is None:
+            self.label_smoothing = smooth = 0.1 * (self.loss in ("cdpo", "robust"))
         above_zero = "pairs group_size max_new_tokens steps batch_size eval_prompts lr beta temperature"
-        above_zero = [*above_zero.split(), "max_grad_norm"]
-        check_ranges(self, above_zero, any_sign=("seed", "no_eos_score"))
-        smooth, online = self.label_smoothing, self.online
+        check_ranges(self, [*above_zero.split(), "max_grad_norm"], any_sign=("seed", "no_eos_score"))
         require(smooth < 0.5, f"--label_smoothing {smooth}: must be below 0.5, where labels say nothing")
         require(not smooth or self.loss in SMOOTHED, f"--label_smoothing: not with --loss {self.loss}")
         judges = bool(self.reward) + bool(self.rm) + bool(self.judge)
         require(judges <= 1, "--reward, --rm and --judge: give one of the three")
-        require(online or not judges, "--reward, --rm and --judge rank fresh samples: add --online 3")
-        if online:
+        require(self.online or not judges, "--reward, --rm and --judge rank fresh samples: add --online 3")
+        if self.online:
             require(self.group_size > 1, "--group_size 1: best against worst needs at least 2 samples")
-            require(min(self.steps, self.pairs) >= online, f"--online {online}: more than --steps or --pairs")
+            require(min(self.steps, self.pairs) >= self.online, "--online: more than --steps or --pairs")
             if not (judges or tasks.get(self.task).reward):
                 self.rm = f"runs/{self.task}-rm/model"
-        labelled = self.task == "reviews" or self.data or (online and not self.judge)
+        labelled = self.task == "reviews" or self.data or (self.online and not self.judge)
         require(labelled, f"--task {self.task} has a reward function, no preferences: add --online 3")
 
 
@@ -288,8 +287,8 @@ def sample_pairs(policy, rows, tok, cfg, judge, seed):
         mine = [rows[start // G + g] for g in roll.group.tolist()]
         score = judge(roll, texts[start : start + len(mine)], mine)  # (B,)
         scores.append(score)
-        unended = -math.inf if cfg.judge else cfg.no_eos_score  # nats are no scale for a fixed score
-        rank += torch.where(roll.finished, score, unended).tolist()
+        # an unended response always loses before a judge in nats, on which scale no fixed score has a place
+        rank += torch.where(roll.finished, score, -math.inf if cfg.judge else cfg.no_eos_score).tolist()
         ids += [y + [tok.eos_id] * end for y, end in zip(roll.responses(), roll.finished.tolist())]
         start += len(mine)
     kept = []
@@ -299,9 +298,8 @@ def sample_pairs(policy, rows, tok, cfg, judge, seed):
         if rank[best] > rank[worst]:
             sides = [tok.encode(row["prompt"]), ids[best], ids[worst]]
             kept.append(dict(zip(KEYS, (row["prompt"], texts[best], texts[worst]))) | {"ids": sides})
-    score = torch.cat(scores)
-    se = score.std().item() / math.sqrt(len(score))
-    return kept, {"reward": score.mean().item(), "reward_se": se, "dead": 1 - len(kept) / len(rows)}
+    reward, se = mean_se(torch.cat(scores).view(-1, G))
+    return kept, {"reward": reward, "reward_se": se, "dead": 1 - len(kept) / len(rows)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -408,9 +406,8 @@ def train(cfg):
             metrics |= pass_over(policy, batch, ref_of, tok, cfg)
             gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             run.check(step, metrics["loss"], gnorm.item(), f"a batch of {len(batch)} pairs")
-            lr = warmup_linear(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr = warmup_linear(step, cfg.steps, cfg.lr)
             opt.step()
 
             # ---- one log line

@@ -14,9 +14,10 @@ Sources: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740), REIN
 (2503.14476), GSPO (2507.18071), CISPO (2506.13585), ScaleRL (2510.13786), DeepSeek-R1 (2501.12948),
 DeepScaleR (context-length curriculum), dual clip (1912.09729), KL estimators (joschu.net/blog/kl-approx).
 
-CPU   python train_grpo.py                       GRPO_CHAIN_NOTE
-      python train_grpo.py --task countdown      GRPO_COUNTDOWN_NOTE
+CPU   python train_grpo.py                       23 s with its SFT; accuracy 0.41 → 0.98, greedy 0.1 → 1.0
+      python train_grpo.py --task countdown      62 s; accuracy 0.22 → 0.49, greedy 0.38 → 0.54 (seed 0)
 GPU   python train_grpo.py --init runs/sft/model --data prompts.jsonl --reward my.py:score --dtype bfloat16
+      not measured yet
 """
 
 import copy
@@ -31,6 +32,7 @@ from nanorlhf import generate, hub, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import Clock, check_ranges, derive_seed, fill_by_task, require, run_cli, setup, to_device
 from nanorlhf.data import epoch_batches
+from nanorlhf.metrics import sample_figures
 from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses
 from nanorlhf.rollout import Rollout
 from nanorlhf.worker import Rewards
@@ -44,20 +46,30 @@ RECIPES = {  # a published recipe sets these flags; those that it does not name 
         kl_in="loss", beta=0.0, ref_every=0, filter_dead_groups=False, max_rounds=1,
         no_positive_resampling=0.0, overlong_penalty=0.0,
     ),
-    "grpo": dict(norm="group_std", agg="seq_mean", kl="k3", beta=0.04),  # DeepSeekMath
-    "dr_grpo": dict(norm="none", agg="seq_sum_const"),  # no std, no length: both bias the gradient
+    # DeepSeekMath, arXiv 2402.03300 (there: one update a rollout, --minibatches 1)
+    "grpo": dict(norm="group_std", agg="seq_mean", kl="k3", beta=0.04),
+    # Dr. GRPO, 2503.20783: without 1/std and 1/length, which bias the gradient
+    "dr_grpo": dict(norm="none", agg="seq_sum_const"),
+    # RLOO, 2402.14740
     "rloo": dict(norm="leave_one_out", loss="reinforce", agg="seq_sum_const", kl="k1", kl_in="reward",
                  beta=0.05, minibatches=1),
-    "reinforce++": dict(norm="batch_whiten", agg="token", kl="k2", beta=0.01),  # its "baseline" variant
+    # REINFORCE++ with baseline, 2501.03262
+    "reinforce++": dict(norm="batch_whiten", agg="token", kl="k2", beta=0.01),
+    # DAPO, 2503.14476; give --max_new_tokens room: its soft penalty takes the last fifth
     "dapo": dict(norm="group_std", agg="token", clip_high=0.28, filter_dead_groups=True, max_rounds=4,
                  overlong_penalty=0.2),
+    # GSPO, 2507.18071
     "gspo": dict(norm="group_std", ratio="sequence", agg="seq_mean", clip_low=3e-4, clip_high=4e-4),
-    "cispo": dict(norm="group_std", loss="cispo", agg="token"),  # MiniMax-M1
+    # CISPO, MiniMax-M1, 2506.13585
+    "cispo": dict(norm="group_std", loss="cispo", agg="token"),
+    # ScaleRL, 2510.13786
     "scalerl": dict(norm="batch_std", loss="cispo", agg="prompt_mean", filter_dead_groups=True,
                     no_positive_resampling=0.9),
+    # DeepSeek-R1-Zero, 2501.12948
     "r1_zero": dict(norm="group_std", agg="seq_mean", clip_low=10.0, clip_high=10.0, kl="k3", beta=0.001,
                     ref_every=400),
-    "deepscaler": dict(norm="group_std", agg="token", kl="k3", beta=0.001),  # and --max_new_tokens a,b,c
+    # DeepScaleR: and --max_new_tokens 24,40,64, --temperature 0.6
+    "deepscaler": dict(norm="group_std", agg="token", kl="k3", beta=0.001),
 }
 
 
@@ -151,6 +163,7 @@ class Config:
         require(G > 1, f"--group_size {G}: a group of one has nothing to be compared with; at least 2")
         require(rows >= self.minibatches, f"--minibatches {self.minibatches}: a step has {rows} samples only")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
+        require(not 0 < self.dual_clip <= 1, f"--dual_clip {self.dual_clip}: must be above 1, or 0 for none")
         needs_ref = self.kl != "none" or self.ref_every
         require(not needs_ref or self.ref != "none", "--kl and --ref_every need a reference, --ref is none")
         self.limits, self.switches = length_schedule(self.max_new_tokens, self.lengthen_at)
@@ -258,8 +271,8 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
 
 def overlong(length, limit, share):
     """DAPO's soft penalty (B,): 0, then linearly down to −1 over the last `share` of the limit; 0: none."""
-    buffer = max(share * limit, 1e-9)
-    return ((limit - buffer - length) / buffer).clamp(-1, 0)
+    late = length - (1 - share) * limit  # tokens beyond the start of that share
+    return -(late / (share * limit)).clamp(0, 1) if share else torch.zeros_like(length)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,15 +298,17 @@ def sample_groups(sampler, tok, cfg, rows, limit, seed_for, drawn, mastered, rm,
 
     One round of prompts; with --max_rounds more of them, until the step is full of groups that are not dead
     (DAPO's dynamic sampling). `drawn` counts the batches of prompts of the whole run, which is where in the
-    data we are; prompts in `mastered` (indices) are skipped (ScaleRL). parts: {name: (B,)} of each reward.
+    data we are; prompts in `mastered` are skipped (ScaleRL). parts: {name: (B,)} of each reward; info: the
+    figures of all that was sampled, dropped groups included.
     """
-    rolls, batch, texts, scores, dead, rounds = [], [], [], [], [], 0
+    rolls, batch, texts, scores, dead, seen, rounds = [], [], [], [], [], [], 0
     full = cfg.prompts_per_step * cfg.group_size
     while rounds < cfg.max_rounds and len(batch) < full:
         over = f"all {len(rows)} prompts reached it; give more prompts"
-        require(len(mastered) < len(rows), f"--no_positive_resampling {cfg.no_positive_resampling}: {over}")
+        left = any(row["prompt"] not in mastered for row in rows)
+        require(left, f"--no_positive_resampling {cfg.no_positive_resampling}: {over}")
         picked = epoch_batches(len(rows), cfg.prompts_per_step, seed_for("data"), drawn)
-        picked, drawn = [i for i in picked if i not in mastered], drawn + 1
+        picked, drawn = [i for i in picked if rows[i]["prompt"] not in mastered], drawn + 1
         if not picked:
             continue
         rounds += 1
@@ -309,9 +324,10 @@ def sample_groups(sampler, tok, cfg, rows, limit, seed_for, drawn, mastered, rm,
         groups = score.view(-1, cfg.group_size)
         is_dead = groups.amax(1) == groups.amin(1)
         dead.append(is_dead)
+        seen.append(torch.stack([score, roll.response_len, roll.finished]))
         if cfg.no_positive_resampling:
             over = (groups.mean(1) >= cfg.no_positive_resampling).tolist()
-            mastered.update(i for i, out in zip(picked, over) if out)
+            mastered.update(rows[i]["prompt"] for i, out in zip(picked, over) if out)
         drop = is_dead & cfg.filter_dead_groups
         if drop.all() and (rolls or rounds < cfg.max_rounds):
             continue
@@ -322,6 +338,7 @@ def sample_groups(sampler, tok, cfg, rows, limit, seed_for, drawn, mastered, rm,
         scores.append(torch.stack([score, *part.values()])[:, use])
     score, *values = torch.cat(scores, 1)[:, :full]
     info = {"rounds": rounds, "drawn": drawn, "dead": torch.cat(dead).float().mean().item()}
+    info |= sample_figures(*torch.cat(seen, 1), cfg.group_size)
     roll = Rollout.cat(rolls).select(slice(full))
     return roll, batch[:full], texts[:full], score, dict(zip(part, values)), info
 
@@ -355,7 +372,7 @@ def train(cfg):
             metrics, sums = {}, defaultdict(float)
             if isinstance(cfg.switches, list):
                 stage = sum(step >= at for at in cfg.switches)
-            limit = cfg.limits[stage]
+            limit = cfg.limits[stage := min(stage, len(cfg.limits) - 1)]  # a resumed run may have fewer
             if test_rows and (step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
                 metrics |= evaluate(policy, tok, cfg, test_rows, rm, rewards, run.log.say, limit)
             if cfg.ref_every and step and step % cfg.ref_every == 0:
@@ -381,22 +398,24 @@ def train(cfg):
             # ---- advantage
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)
             k1 = None if ref is None else (old_logp - ref_logp).sum(1).mean().item()  # nats per sequence
-            stop = roll.finished.float().mean().item()
             if step == 0:
                 logp = roll.per_token(lambda x, m: policy.logprobs(x, m, cfg.temperature)[0], budget)
                 off = (logp - old_logp).abs().max().item()
-                figures = off, k1, adv.mean().item(), info["dead"], stop, int(mask.sum())
+                n = roll.response_len if cfg.norm == "batch_whiten" else torch.ones_like(adv)  # over tokens
+                centre = ((adv * n).sum() / n.sum()).item()
+                figures = off, k1, centre, info["dead"], info["stop"], int(mask.sum())
                 run.log.say(health(*figures, ref_is_init=cfg.ref == cfg.init))
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             trained = mask & roll.finished[:, None] if cfg.overlong_filter else mask
+            trained = trained & (adv.any() | (not cfg.filter_dead_groups))  # no group alive: no step at all
             for group in opt.param_groups:
                 group["lr"] = cfg.lr * min((step + 1) / 5, 1 - step / cfg.steps)
             for epoch in range(cfg.epochs):
                 order = torch.Generator().manual_seed(seed_for("minibatches", step, epoch))
                 for rows_of in torch.randperm(len(mask), generator=order).tensor_split(cfg.minibatches):
                     if not trained[rows_of].any():
-                        continue  # every group was dead, or every response too long
+                        continue  # every response too long, or every group dead
                     w = torch.zeros_like(old_logp)
                     w[rows_of] = token_weights(trained[rows_of], roll.group[rows_of], cfg)
                     opt.zero_grad()
@@ -421,17 +440,11 @@ def train(cfg):
 
             # ---- one log line
             updates = max(sums.pop("updates", 0), 1)
-            metrics |= {name: x / updates for name, x in sums.items()} | info
-            wrong = roll.response_len[score <= 0].float()
+            metrics |= {"gnorm": 0.0} | {name: x / updates for name, x in sums.items()} | info
             metrics |= {f"reward/{name}": part.mean().item() for name, part in parts.items() if names}
             metrics |= {
-                "reward": score.mean().item(),
-                "reward_se": score.std(correction=0).item() / max(len(score) - 1, 1) ** 0.5,
                 "kl": k1,
                 "reward_failed": rewards.share_failed(),
-                "len": roll.response_len.float().mean().item(),
-                "len_wrong": wrong.mean().item() if len(wrong) else None,
-                "stop": stop,
                 "limit": limit,
                 "lr": opt.param_groups[0]["lr"],
             }

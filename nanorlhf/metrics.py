@@ -45,3 +45,16 @@ def mean_se(x):
     """Mean of the prompts' means (P, n) or (P,), and its standard error."""
     x = x.double().reshape(len(x), -1).mean(1)
     return x.mean().item(), (x.std(correction=1) / math.sqrt(len(x))).item() if len(x) > 1 else math.nan
+
+
+def sample_figures(score, length, finished, n):
+    """Scores, lengths and ends (N,) of N samples, n to a prompt → {"reward", "reward_se", "len", ...}.
+
+    len_wrong: length of those that scored 0 or less. A figure that there is none of is None.
+    """
+    reward, se = mean_se(score.view(-1, n))
+    wrong = length[score <= 0]
+    return {
+        "reward": reward, "reward_se": None if math.isnan(se) else se, "len": length.mean().item(),
+        "len_wrong": wrong.mean().item() if len(wrong) else None, "stop": finished.mean().item(),
+    }

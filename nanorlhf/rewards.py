@@ -82,12 +82,12 @@ def length_schedule(max_new_tokens, lengthen_at):
     require(rising, f"--max_new_tokens {max_new_tokens}: must be an integer, or rising ones such as 24,40,64")
     try:
         at = [float(x) for x in lengthen_at.split(",") if x]
-    except ValueError:
-        at = []
+        steps = [int(x) for x in at]
+    except (ValueError, OverflowError):  # int(nan), int(inf)
+        at, steps = [-1.0], [-1]
     if len(at) == 1 and 0 < at[0] < 1:
         return limits, at[0]
     want = f"{len(limits) - 1} rising steps, one for each lengthening, or a truncation rate such as 0.2"
-    steps = [int(x) for x in at]
     right = len(steps) == len(limits) - 1 and steps == at == sorted(set(at)) and min(steps, default=1) > 0
     require(right, f"--lengthen_at {lengthen_at!r}: must be {want}")
     return limits, steps

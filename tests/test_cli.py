@@ -144,7 +144,7 @@ def test_ways_to_write_a_flag():
         (train_dpo, "--online 2 --rm a --judge self", "--reward, --rm and --judge: give one of the three"),
         (train_dpo, "--rm a", "--reward, --rm and --judge rank fresh samples: add --online 3"),
         (train_dpo, "--online 2 --group_size 1", "--group_size 1: best against worst needs at least 2"),
-        (train_dpo, "--online 9 --steps 8", "--online 9: more than --steps or --pairs"),
+        (train_dpo, "--online 9 --steps 8", "--online: more than --steps or --pairs"),
         (train_dpo, "--task chain", "--task chain has a reward function, no preferences"),
         (train_dpo, "--task chain --online 2 --judge self", "--task chain has a reward function, no prefer"),
         (evaluate, "--k 1,x", "--k 1,x: must be numbers such as 1,4,16"),
