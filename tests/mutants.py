@@ -1,6 +1,6 @@
 """Mutation test: plants one bug at a time, and checks that the tests named beside it fail.
 
-    python tests/mutants.py            all of them (3 CPU-minutes, two at a time)
+    python tests/mutants.py            all of them (5 CPU-minutes, two at a time)
     python tests/mutants.py kl temp    those with one of these words in their name
 
 Each mutant is one string of one source file, replaced in a copy of the repository: the working tree is never
@@ -115,13 +115,14 @@ MUTANTS = [
      "loss = pg + cfg.vf_coef * vf", "loss = pg + 0 * vf",
      [PPO + "the_critic_learns"]),
     ("critic is the reward model itself", "train_ppo.py",
-     'critic, critic_tok = hub.load(cfg.critic_init, "--critic_init")', "critic, critic_tok = rm, rm_tok",
+     'critic, critic_tok = hub.load(cfg.critic_init, "--critic_init",',
+     "critic, critic_tok = rm, rm_tok or (",
      [PPO + "only_policy_and_critic_learn"]),
     ("reward model read before the end", "nanorlhf/model.py",
      "lengths - 1])", "lengths - 2])",
      [ORACLE]),
     ("reward model read at the padded end", "nanorlhf/rewards.py",
-     "roll.tokens, roll.lengths)", "roll.tokens, roll.lengths * 0 + roll.tokens.shape[1])",
+     "roll.lengths.split(size))", "(roll.lengths * 0 + roll.tokens.shape[1]).split(size))",
      [ORACLE]),
     ("weights of rewards forgotten", "nanorlhf/worker.py",
      "score += weight * part", "score += part",
