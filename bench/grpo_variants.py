@@ -10,13 +10,12 @@ losses, not of tunings.
 """
 
 import csv
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from main_job import run, write
+
 RECIPES = "grpo dr_grpo rloo reinforce++ gspo cispo scalerl r1_zero deepscaler"
 VARIANTS = {
     "default": "",
@@ -34,13 +33,6 @@ VARIANTS = {
 }
 
 
-def run(*command):
-    before = os.times()
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
-
-
 def measure(folder):
     with open(f"{folder}/metrics.csv", newline="") as f:
         rows = list(csv.DictReader(f))
@@ -55,13 +47,6 @@ def measure(folder):
         "len_wrong": statistics.mean(wrong) if wrong else float("nan"),
         "rounds": statistics.mean(float(r["rounds"]) for r in rows),
     }
-
-
-def write(name, rows):
-    with open(f"{ROOT}/bench/results/{name}.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: v if k == "variant" else f"{v:.4g}" for k, v in r.items()} for r in rows)
 
 
 def main():

@@ -37,3 +37,21 @@ def gradients(monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
     return seen
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """spy(module, name): from now on its calls are recorded in the list returned, as (arguments, result)."""
+
+    def watch(where, name):
+        calls, real = [], getattr(where, name)
+
+        def wrapper(*args, **kw):
+            out = real(*args, **kw)
+            calls.append((args, out))
+            return out
+
+        monkeypatch.setattr(where, name, wrapper)
+        return calls
+
+    return watch

@@ -520,24 +520,6 @@ def weights(cfg):
     return list(hub.load(f"{cfg.out}/model")[0].parameters())
 
 
-@pytest.fixture
-def spy(monkeypatch):
-    """spy(module, name): from now on its calls are recorded in the list returned, as (arguments, result)."""
-
-    def watch(where, name):
-        calls, real = [], getattr(where, name)
-
-        def wrapper(*args, **kw):
-            out = real(*args, **kw)
-            calls.append((args, out))
-            return out
-
-        monkeypatch.setattr(where, name, wrapper)
-        return calls
-
-    return watch
-
-
 @pytest.mark.parametrize("kw", [
     dict(), dict(recipe="dr_grpo"), dict(recipe="gspo"),
     dict(norm="batch_std", loss="cispo", agg="prompt_mean"),

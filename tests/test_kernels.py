@@ -4,9 +4,9 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import Watch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanorlhf.kernels import linear_kl, linear_logprob, reference, torch_backend
 
@@ -208,19 +208,6 @@ def test_kl_of_equal_models_is_zero():
             lambda h, w, r=reverse: linear_kl(h, w, hidden, weight, 0.7, r), (hidden, weight)
         )
         assert kl.abs().max() <= 1e-6 and max(g.abs().max() for g in grads) <= 1e-5
-
-
-class Watch(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("fn", ["logprob", "kl"])

@@ -427,24 +427,6 @@ def weights(folder):
     return dict(hub.load(folder)[0].named_parameters())
 
 
-@pytest.fixture
-def spy(monkeypatch):
-    """spy(module, name): from now on its calls are recorded in the list returned, as (arguments, result)."""
-
-    def watch(where, name):
-        calls, real = [], getattr(where, name)
-
-        def wrapper(*args, **kw):
-            out = real(*args, **kw)
-            calls.append((args, out))
-            return out
-
-        monkeypatch.setattr(where, name, wrapper)
-        return calls
-
-    return watch
-
-
 def same(a, b, atol, rtol=0.0):
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, atol=atol, rtol=rtol, check_dtype=False)
