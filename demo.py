@@ -30,6 +30,7 @@ import train_sft
 from nanorlhf import generate, hub, tasks
 from nanorlhf.common import Interrupted, derive_seed, pyplot, require, run_cli, save_figure
 from nanorlhf.data import write_jsonl
+from nanorlhf.metrics import mean_se
 
 STAGES = ("sft", "rm", "ppo", "ppo_nokl")  # the run folders within --out
 
@@ -58,10 +59,6 @@ class Judged:
     kl: tuple[float, float]  # nats per sequence: Σ_t log π − log π_SFT over the response
     length: tuple[float, float]  # tokens
     unique: float  # share of distinct responses: a policy can win by one template
-
-
-def mean_se(x):
-    return x.mean().item(), x.std().item() / math.sqrt(len(x))
 
 
 @torch.no_grad()

@@ -72,6 +72,12 @@ def _parse(line: bytes, where: str) -> dict:
     return row
 
 
+def require_keys(rows: list[dict], required: tuple[str, ...], flag: str, nonempty=()) -> None:
+    """The checks of `read_jsonl` on rows that it has read already, for files that may hold several kinds."""
+    for row in rows:
+        _check(row, required, nonempty, f"{flag}: {row['_at']}")
+
+
 def _check(row: dict, required: tuple[str, ...], nonempty: tuple[str, ...], where: str) -> None:
     hint = f"(a row is {_example(required)})"
     for key in required:

@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 from nanorlhf import generate, tasks
 from nanorlhf.common import UserError, derive_seed, require
-from nanorlhf.data import encode_pair, microbatches, read_jsonl, split_by_hash, write_jsonl
+from nanorlhf.data import encode_pair, microbatches, read_jsonl, require_keys, split_by_hash, write_jsonl
 
 KEYS = ("prompt", "chosen", "rejected")
-UNPAIRED = ("prompt", "completion", "label")
 TURN = "\n\nAssistant:"  # of HH-RLHF; the last one starts the response
 SHOWN = 20  # line numbers in one message
 
@@ -54,22 +53,20 @@ def read_pairs(path, unpaired=False, flag="--data"):
         what = 'a labelled completion, not a pair of "chosen" and "rejected"'
         raise UserError(f"{flag}: {single[0]['_at']}: {what}; train_dpo.py --loss kto reads such rows")
     if single:
-        return _read_unpaired(path)
+        require_keys(rows, ("prompt", "completion"), flag, nonempty=("prompt",))
+        for r in rows:
+            right = isinstance(r.get("label"), bool)
+            require(right, f'{flag}: {r["_at"]}: "label" is {r.get("label")!r}, expected true or false')
+        return rows
     if any("prompt" in r for r in rows):
-        return read_jsonl(path, KEYS, flag, nonempty=("prompt",))
-    return _read_dialogues(path, flag)
+        require_keys(rows, KEYS, flag, nonempty=("prompt",))
+        return rows
+    require_keys(rows, KEYS[1:], flag)
+    return _cut_dialogues(rows, path, flag)
 
 
-def _read_unpaired(path):
-    rows = read_jsonl(path, UNPAIRED[:2], nonempty=("prompt",))
-    for r in rows:
-        right = isinstance(r.get("label"), bool)
-        require(right, f'--data: {r["_at"]}: "label" is {r.get("label")!r}, expected true or false')
-    return rows
-
-
-def _read_dialogues(path, flag):
-    rows, kept, lines = read_jsonl(path, KEYS[1:], flag), [], []
+def _cut_dialogues(rows, path, flag):
+    kept, lines = [], []
     for r in rows:
         (*prompt, chosen), (*other, rejected) = (r[key].rpartition(TURN) for key in KEYS[1:])
         require(any(prompt + other), f'{flag}: {r["_at"]}: no "prompt", and no {TURN!r} to end one')
