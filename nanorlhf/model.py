@@ -203,8 +203,9 @@ class GPT(nn.Module):
 
     @property
     def unembedding(self):
-        """The (V, D) matrix from hidden states to logits."""
-        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+        """The (V, D) matrix from hidden states to logits, in the dtype of the activations."""
+        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
+        return weight.to(self.compute_dtype or weight.dtype)
 
     @property
     def device(self):

@@ -1,9 +1,13 @@
+import os
+
 import hypothesis
 import pytest
 import torch
 
 from nanorlhf import common
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the very kernels that run on a GPU, in Python; read when imported
 hypothesis.settings.register_profile("course", derandomize=True)  # in class, every run is the same run
 hypothesis.settings.load_profile("course")
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits

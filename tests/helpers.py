@@ -1,4 +1,4 @@
-"""What several test files share: tiny models of every style, and a watch on the sizes of tensors."""
+"""What several test files share: tiny models, operands of the kernels, a watch on the sizes of tensors."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,3 +43,34 @@ class Watch(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.largest = max(self.largest, x.numel())
         return out
+
+
+def operands(N, V, D=5, seed=0, std=3.0, dtype=torch.float64):
+    """hidden, weight with logits of about the given standard deviation, targets, bias."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=g, dtype=torch.float64)
+    weight = torch.randn(V, D, generator=g, dtype=torch.float64) * std / D**0.5
+    bias = torch.randn(V, generator=g, dtype=torch.float64)
+    targets = torch.randint(V, (N,), generator=g)
+    return hidden.to(dtype), weight.to(dtype), targets, bias.to(dtype)
+
+
+def differentiate(fn, inputs, seed=1):
+    """fn(*inputs) → its outputs and the gradients of inputs under random upstream gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = fn(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    g = torch.Generator().manual_seed(seed)
+    up = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype) for y in out]
+    return [y.detach() for y in out], torch.autograd.grad(out, leaves, up)
+
+
+def close(got, want, tol):
+    """Errors below tol times the largest entry (at least 1), entry by entry; infinities must be equal."""
+    for a, b in zip(got, want, strict=True):
+        a, b = a.double(), b.double()
+        assert a.shape == b.shape and not a.isnan().any() and not b.isnan().any()
+        finite = b.isfinite()
+        assert torch.equal(a[~finite], b[~finite])
+        scale = max(1.0, b[finite].abs().max().item()) if finite.any() else 1.0
+        assert ((a - b)[finite].abs() <= tol * scale).all(), (a - b)[finite].abs().max()

@@ -4,44 +4,13 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import Watch
+from helpers import Watch, close, differentiate, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorlhf.kernels import linear_kl, linear_logprob, reference, torch_backend
 
 INF = float("inf")
-
-
-def operands(N, V, D=5, seed=0, std=3.0, dtype=torch.float64):
-    """hidden, weight with logits of about the given standard deviation, targets, bias."""
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(N, D, generator=g, dtype=torch.float64)
-    weight = torch.randn(V, D, generator=g, dtype=torch.float64) * std / D**0.5
-    bias = torch.randn(V, generator=g, dtype=torch.float64)
-    targets = torch.randint(V, (N,), generator=g)
-    return hidden.to(dtype), weight.to(dtype), targets, bias.to(dtype)
-
-
-def differentiate(fn, inputs, seed=1):
-    """fn(*inputs) → its outputs and the gradients of inputs under random upstream gradients."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out = fn(*leaves)
-    out = out if isinstance(out, tuple) else (out,)
-    g = torch.Generator().manual_seed(seed)
-    up = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype) for y in out]
-    return [y.detach() for y in out], torch.autograd.grad(out, leaves, up)
-
-
-def close(got, want, tol):
-    """Errors below tol times the largest entry (at least 1), entry by entry; infinities must be equal."""
-    for a, b in zip(got, want, strict=True):
-        a, b = a.double(), b.double()
-        assert a.shape == b.shape and not a.isnan().any() and not b.isnan().any()
-        finite = b.isfinite()
-        assert torch.equal(a[~finite], b[~finite])
-        scale = max(1.0, b[finite].abs().max().item()) if finite.any() else 1.0
-        assert ((a - b)[finite].abs() <= tol * scale).all(), (a - b)[finite].abs().max()
 
 
 sizes = dict(
@@ -60,7 +29,7 @@ def test_logprob_is_the_oracle_float64(N, V, chunk, temperature, std, seed, with
     """Values and gradients in float64, for any shape on either side of a chunk, N = 0 included."""
     hidden, weight, targets, bias = operands(N, V, seed=seed, std=std)
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
-    with mock.patch.object(torch_backend, "CHUNK", chunk):
+    with mock.patch.object(torch_backend, "TILE", chunk):
         got = differentiate(lambda h, w, b=None: linear_logprob(h, w, targets, temperature, b), inputs)
     want = differentiate(lambda h, w, b=None: reference.linear_logprob(h, w, targets, temperature, b), inputs)
     for a, b in zip(got, want):
@@ -82,7 +51,7 @@ def test_kl_is_the_oracle_float64(N, V, chunk, temperature, std, seed, ref_d, re
     def run(fn):
         return lambda h, w, b=None: fn(h, w, ref_hidden, ref_weight, temperature, reverse, b, ref_bias)
 
-    with mock.patch.object(torch_backend, "CHUNK", chunk):
+    with mock.patch.object(torch_backend, "TILE", chunk):
         got = differentiate(run(linear_kl), inputs)
     want = differentiate(run(reference.linear_kl), inputs)
     for a, b in zip(got, want):
@@ -102,7 +71,7 @@ def test_logprob_gradcheck(part, with_bias):
         return {"logp": logp, "entropy": entropy, "both": g * logp + h * entropy}[part]
 
     inputs = [x.requires_grad_() for x in ((hidden, weight, bias) if with_bias else (hidden, weight))]
-    with mock.patch.object(torch_backend, "CHUNK", 14):
+    with mock.patch.object(torch_backend, "TILE", 14):
         assert torch.autograd.gradcheck(f, inputs)
 
 
@@ -117,7 +86,7 @@ def test_kl_gradcheck(reverse, with_bias):
     def f(hidden, weight, bias=None):
         return linear_kl(hidden, weight, ref_hidden, ref_weight, 0.7, reverse, bias, ref_bias)
 
-    with mock.patch.object(torch_backend, "CHUNK", 14):
+    with mock.patch.object(torch_backend, "TILE", 14):
         assert torch.autograd.gradcheck(f, inputs)
 
 
@@ -126,7 +95,7 @@ def test_kl_gradcheck(reverse, with_bias):
 def test_fp32_close_to_float64(N, V, chunk, temperature, std, seed):
     """fp32 operands: errors within fp32 rounding of the logits; log-probs ≤ 0 and entropies ≥ 0, exactly."""
     hidden, weight, targets, bias = operands(N, V, seed=seed, std=std, dtype=torch.float32)
-    with mock.patch.object(torch_backend, "CHUNK", chunk):
+    with mock.patch.object(torch_backend, "TILE", chunk):
         logp, entropy = linear_logprob(hidden, weight, targets, temperature, bias)
     assert logp.dtype == entropy.dtype == torch.float32
     assert (logp <= 0).all() and (entropy >= 0).all()
@@ -227,7 +196,7 @@ def test_logits_are_never_stored_whole(fn):
         out.sum().backward()
 
     saved = []
-    with mock.patch.object(torch_backend, "CHUNK", chunk), Watch() as watch:
+    with mock.patch.object(torch_backend, "TILE", chunk), Watch() as watch:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
             run(torch_backend_with_defaults)
     assert watch.largest == chunk

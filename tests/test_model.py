@@ -279,7 +279,7 @@ def test_logits_are_never_stored_in_training():
     model, tokens = tiny(vocab_size=vocab), randint(vocab, B, T)
     mask = block_mask(T, [(4, 16), (2, 16), (8, 9), (1, 15)])
     weight, whole = vocab * 16, int(mask.sum()) * vocab  # the gradient of the unembedding must be stored
-    with mock.patch.object(torch_backend, "CHUNK", chunk), Watch() as watch:
+    with mock.patch.object(torch_backend, "TILE", chunk), Watch() as watch:
         sum(x.sum() for x in model.logprobs(tokens, mask)).backward()
     assert watch.largest == max(chunk, weight) < whole / 2
     with Watch() as watch:  # the watch sees what is there to be seen

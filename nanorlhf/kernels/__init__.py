@@ -1,16 +1,42 @@
 """From hidden states and the unembedding straight to per-token log-prob, entropy and exact KL.
 
-One function per quantity, one backend behind it: chunked torch (`torch_backend.py`), checked against ten-line
-oracles (`reference.py`). The Triton backend goes in `triton_backend.py` with the same two functions.
+One function per quantity, two backends behind it: Triton on a GPU (`triton_backend.py`), tiles in plain
+torch elsewhere (`torch_backend.py`), both checked against ten-line oracles (`reference.py`). docs/kernels.md
+derives them.
 """
+
+import functools
+
+import torch
 
 from nanorlhf.kernels import torch_backend
 
 
-def _backend(name):
-    if name in (None, "torch"):
+@functools.cache
+def _say_once(line):
+    print(line, flush=True)
+
+
+def _backend(name, hidden, *others):
+    if name not in (None, "torch", "triton"):
+        raise ValueError(f'backend={name!r} must be "torch" or "triton"')
+    double = torch.float64 in [x.dtype for x in (hidden, *others)]
+    if name == "torch" or name is None and (not hidden.is_cuda or double):
         return torch_backend
-    raise ValueError(f'backend={name!r}: this version has backend="torch" only')
+    if double:
+        raise ValueError('backend="triton" takes fp32, bf16 and fp16; float64 is for backend="torch"')
+    try:
+        from nanorlhf.kernels import triton_backend  # 0.2 s, and only where it is used
+    except ImportError:
+        if name == "triton":
+            raise ValueError('backend="triton" needs the package triton (pip install triton)') from None
+        _say_once("Triton is not installed: log-probs come from the slower torch backend")
+        return torch_backend
+    if not hidden.is_cuda and not triton_backend.INTERPRETED:
+        raise ValueError('backend="triton" needs a GPU (on a CPU: TRITON_INTERPRET=1, slow, for tests)')
+    if hidden.shape[1] % 16:
+        _say_once(f"hidden width {hidden.shape[1]} is no multiple of 16: the kernels pad it and are slower")
+    return triton_backend
 
 
 def _check(temperature, **shapes):
@@ -26,11 +52,12 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None, backend=
 
     hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) or None → logp (N,), entropy (N,), both fp32
     and differentiable in hidden, weight and bias. Logits are fp32 whatever the operands' dtype and are never
-    stored whole. Raises ValueError on shapes that do not fit and on temperature ≤ 0.
+    stored whole. backend: "triton", "torch", or None: Triton on a GPU, else torch. Raises ValueError on
+    shapes that do not fit, on temperature ≤ 0 and on a backend that cannot run here.
     """
     (N, D), V = hidden.shape, len(weight)
     _check(temperature, weight=(weight, (V, D)), targets=(targets, (N,)), bias=(bias, (V,)))
-    return _backend(backend).linear_logprob(hidden, weight, targets, temperature, bias)
+    return _backend(backend, hidden, weight).linear_logprob(hidden, weight, targets, temperature, bias)
 
 
 def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None,
@@ -38,12 +65,12 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
     """Exact KL(policy‖reference) over the vocabulary, per position (N,); with reverse KL(reference‖policy).
 
     hidden (N, D), weight (V, D); ref_hidden (N, D'), ref_weight (V, D'). Differentiable in the policy's
-    hidden, weight and bias only: the reference is a constant. fp32 logits, never stored whole. Raises
-    ValueError as linear_logprob.
+    hidden, weight and bias only: the reference is a constant. fp32 logits, never stored whole. Backends and
+    ValueErrors as in linear_logprob.
     """
     (N, D), V, ref_d = hidden.shape, len(weight), ref_hidden.shape[-1]
     _check(temperature, weight=(weight, (V, D)), ref_hidden=(ref_hidden, (N, ref_d)),
            ref_weight=(ref_weight, (V, ref_d)), bias=(bias, (V,)), ref_bias=(ref_bias, (V,)))
-    return _backend(backend).linear_kl(
+    return _backend(backend, hidden, weight, ref_hidden, ref_weight).linear_kl(
         hidden, weight, ref_hidden, ref_weight, temperature, reverse, bias, ref_bias
     )
