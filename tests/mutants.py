@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PPO, LEARNING = "tests/test_ppo.py::test_", "tests/test_learning_ppo.py::test_"
 DPO, REWARDS = "tests/test_dpo.py::test_", "tests/test_rewards.py::test_"
+TRITON = "tests/test_triton.py::test_"
 ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
 
 # (name, file, source, replacement, killing tests); a mutant of one line has its smallest direct test first
@@ -152,8 +153,25 @@ MUTANTS = [
      "triples[:4], tok)", "triples[4:8], tok)",
      ["tests/test_rm.py::test_samples_are_held_out_pairs_with_the_rewards_of_the_saved_model"]),
     ("kernel: no temperature in the gradient", "nanorlhf/kernels/torch_backend.py",
-     "            dz /= ctx.temperature\n", "",
+     "dlogits(r, c, z).div_(ctx.temperature)", "dlogits(r, c, z)",
      [ORACLE, "tests/test_kernels.py::test_logprob_gradcheck"]),
+    ("kernel: target of another tile", "nanorlhf/kernels/torch_backend.py",
+     "here = (target >= 0) & (target < z.shape[1])\n    y", "here = target >= 0\n    y",
+     ["tests/test_kernels.py::test_logprob_is_the_oracle_float64"]),
+    ("Triton: the vocabulary's tail", "nanorlhf/kernels/triton_backend.py",
+     "tl.where((cols < end)[None, :], z * scale, -float(\"inf\"))", "z * scale",
+     [TRITON + "the_tail_of_the_vocabulary_is_masked"]),
+    ("Triton: entropy without a gradient", "nanorlhf/kernels/triton_backend.py",
+     "dz = -p * (up + up_entropy *", "dz = -p * (up + 0 * up_entropy *", [TRITON + "half_operands_keep_fp32_logits"]),
+    ("Triton: the first row's upstream gradient", "nanorlhf/kernels/triton_backend.py",
+     "up = tl.load(g + rows,", "up = tl.load(g + 0 * rows,", [TRITON + "half_operands_keep_fp32_logits"]),
+    ("Triton: older sums not rescaled", "nanorlhf/kernels/triton_backend.py",
+     "        s = factor * s + tl.sum(e, 1)\n    out", "        s = s + tl.sum(e, 1)\n    out",
+     [TRITON + "half_operands_keep_fp32_logits"]),
+    ("Triton: running maximum from 0", "nanorlhf/kernels/triton_backend.py",
+     "return top, z - finite", "return finite, z - finite", [TRITON + "minus_infinity_in_the_bias"]),
+    ("Triton: KL's gradient the other way round", "nanorlhf/kernels/triton_backend.py",
+     "    if REVERSE:\n", "    if not REVERSE:\n", [TRITON + "half_operands_keep_fp32_logits"]),
     ("pairwise loss: sign", "train_rm.py",
      "-F.logsigmoid(chosen - rejected)", "-F.logsigmoid(rejected - chosen)",
      ["tests/test_rm.py::test_loss_is_minus_log_sigmoid"]),

@@ -1,0 +1,319 @@
+"""The log-prob and KL kernels beside their peers: time, memory, error. One run, all of them in turn.
+
+    python bench/kernels.py                CPU: 6 minutes; a GPU, where there is one: not measured yet
+    python bench/kernels.py --rounds 3     fewer rounds than 5
+    python bench/kernels.py --device cpu   also on a machine with a GPU
+
+Writes bench/results/kernels_cpu.csv (or kernels_gpu.csv) and docs/img/kernels_cpu.png. Everybody gets the
+same operands and returns per-token log-probs, with entropy where the variant has it; gradients are those of a
+random upstream gradient of the log-probs. Time: on a CPU, CPU seconds on one thread; on a GPU, CUDA events.
+Medians, and the lowest and highest, over rounds in which the variants take turns. Memory: the peak above the
+inputs, the gradients of both included. Error: against float64 on 256 rows. `matmul` is a bare x·wᵀ in the
+operands' dtype; four of them are what any method that computes its logits twice must do at least.
+
+Peers, if they are installed (pip install trl liger-kernel; neither is needed here): TRL's ChunkedLogProb,
+Liger's chunked log-prob of its GRPO loss.
+"""
+
+import csv
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from nanorlhf import kernels  # noqa: E402
+from nanorlhf.common import pyplot  # noqa: E402
+from nanorlhf.kernels import reference  # noqa: E402
+
+CPU_SHAPES = [(4096, 384, 50257), (2048, 96, 512)]
+GPU_SHAPES = [(N, D, V) for V in (50257, 151936) for N in (8192, 65536) for D in (768, 1024, 2048, 4096)]
+GPU_SHAPES.insert(1, (8192, 768, 50304))  # beside 50257: what an odd vocabulary costs
+MiB = 1 << 20
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the variants: (x, w, targets) → logp, or logp and entropy
+
+
+def ours(x, w, targets):
+    return kernels.linear_logprob(x, w, targets)
+
+
+def ours_torch(x, w, targets):
+    return kernels.linear_logprob(x, w, targets, backend="torch")
+
+
+def ours_by(design):
+    def f(x, w, targets):
+        from nanorlhf.kernels import triton_backend
+
+        with mock.patch.object(triton_backend, "DESIGN", design):
+            return kernels.linear_logprob(x, w, targets, backend="triton")
+
+    return f
+
+
+def naive(x, w, targets):
+    return F.log_softmax((x @ w.T).float(), -1).gather(1, targets[:, None]).squeeze(1)
+
+
+def naive_entropy(x, w, targets):
+    logp = F.log_softmax((x @ w.T).float(), -1)
+    return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1)
+
+
+def rows_in_chunks(x, w, targets):
+    """The usual remedy: 256 rows at a time, each recomputed in the backward pass."""
+    return torch.cat([checkpoint(naive, x[i : i + 256], w, targets[i : i + 256], use_reentrant=False)
+                      for i in range(0, len(x), 256)])
+
+
+def trl(x, w, targets):
+    from trl.kernels import ChunkedLogProbFunction
+
+    return ChunkedLogProbFunction.apply(x, w, None, targets, 1.0, 32768, None, 1.0, ("entropy",))[:2]
+
+
+def liger(x, w, targets):
+    from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction
+
+    return _ChunkedSelectiveLogProbFunction.apply(x, w, targets, None, 1.0, 4096)
+
+
+def variants(device):
+    found = {"ours": ours, "naive": naive, "naive + entropy": naive_entropy,
+             "naive, compiled": torch.compile(naive), "rows in chunks": rows_in_chunks, "TRL": trl,
+             "Liger": liger}
+    if device == "cuda":
+        found |= {"ours, fused": ours_by("fused"), "ours, stored": ours_by("stored"),
+                  "ours, torch": ours_torch}
+    usable = {}
+    for name, f in found.items():
+        try:
+            f(*operands(16, 16, 32, device, torch.float32)[:3])
+            usable[name] = f
+        except Exception as e:  # a peer that is missing, or that needs a GPU
+            print(f"without {name}: {type(e).__name__}: {str(e).splitlines()[0][:70] if str(e) else ''}")
+    return usable
+
+
+# ------------------------------------------------------------------------------------------------------------
+# measuring
+
+
+def operands(N, D, V, device, dtype):
+    """hidden, weight with logits of standard deviation 6, targets, upstream gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(N, D, device=device).to(dtype).requires_grad_()
+    w = (torch.randn(V, D, device=device) * (6 / D**0.5)).to(dtype).requires_grad_()
+    return x, w, torch.randint(V, (N,), device=device), torch.randn(N, device=device)
+
+
+def clock(fn, device):
+    """Seconds of one call, and its result."""
+    if device == "cpu":
+        start = time.process_time()
+        result = fn()
+        return time.process_time() - start, result
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    result = fn()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3, result
+
+
+def logp_of(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+def passes(f, x, w, targets, g, device):
+    """Seconds of the forward pass, and of forward and backward together."""
+    forward, out = clock(lambda: logp_of(f(x, w, targets)), device)
+    backward, _ = clock(lambda: torch.autograd.grad(out, (x, w), g.to(out.dtype)), device)
+    return forward, forward + backward
+
+
+def matmul(x, w, targets, g, device):
+    """Seconds of x·wᵀ, a slice of rows at a time so that it fits, and of four of them."""
+
+    def run():
+        with torch.no_grad():
+            for i in range(0, len(x), 4096):
+                x[i : i + 4096] @ w.T
+
+    seconds, _ = clock(run, device)
+    return seconds, 4 * seconds
+
+
+def errors(f, shape, device, dtype):
+    """Against float64: largest errors of logp and entropy, relative errors of the gradients (2-norm)."""
+    x, w, targets, g = operands(256, *shape[1:], device, dtype)
+    out = f(x, w, targets)
+    grads = torch.autograd.grad(logp_of(out), (x, w), g.to(logp_of(out).dtype))
+    x64, w64 = (t.detach().double().requires_grad_() for t in (x, w))
+    want, entropy = reference.linear_logprob(x64, w64, targets)
+    wants = torch.autograd.grad(want, (x64, w64), g.double())
+    found = {"err_logp": (logp_of(out) - want).abs().max().item(),
+             "err_entropy": (out[1] - entropy).abs().max().item() if isinstance(out, tuple) else math.nan}
+    for name, a, b in zip(("err_dhidden", "err_dweight"), grads, wants):
+        found[name] = ((a.double() - b).norm() / b.norm()).item()
+    return found
+
+
+def peak(name, shape, device, dtype):
+    """Peak MiB above the inputs; on a CPU in a process of its own, by its largest resident set."""
+    if device == "cpu":
+        command = [sys.executable, __file__, "--peak", name, *map(str, shape)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    x, w, targets, g = operands(*shape, device, dtype)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    passes(variants_of[name], x, w, targets, g, device)
+    return (torch.cuda.max_memory_allocated() - before) / MiB
+
+
+def peak_here(name, N, D, V):
+    """In its own process: everything is touched once at a tiny size first, so that libraries do not count."""
+    f = {**variants_of, **variants("cpu")}[name]
+    x, w, targets, g = operands(N, D, V, "cpu", torch.float32)
+    passes(f, *operands(16, D, 32, "cpu", torch.float32), "cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    passes(f, x, w, targets, g, "cpu")
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def kl_rows(shape, device, dtype, rounds, base):
+    """linear_kl and its naive form, forward and backward, in turn; beside ours for log-probs (`base`)."""
+    x, w, _, g = operands(*shape, device, dtype)
+    rx, rw = (t.detach().roll(1, 0) for t in (x, w))
+
+    def naive_kl(x, w):
+        logp, logq = (F.log_softmax((a @ b.T).float(), -1) for a, b in ((x, w), (rx, rw)))
+        return (logp.exp() * (logp - logq)).sum(-1)
+
+    found = {"KL ours": lambda x, w, t: kernels.linear_kl(x, w, rx, rw)}
+    if shape[0] * shape[2] * 4 * 8 < (60 << 30 if device == "cuda" else 8 << 30):
+        found["KL naive"] = lambda x, w, t: naive_kl(x, w)
+    times = {name: [] for name in found}
+    for _ in range(rounds + 1):
+        for name, f in found.items():
+            times[name].append(passes(f, x, w, None, g, device))
+    return {name: summary(t[1:]) | {"to_logprob": statistics.median(s for _, s in t[1:]) / base}
+            for name, t in times.items()}
+
+
+def summary(times):
+    forward, total = zip(*times)
+    return {"forward_ms": 1e3 * statistics.median(forward), "total_ms": 1e3 * statistics.median(total),
+            "total_low_ms": 1e3 * min(total), "total_high_ms": 1e3 * max(total)}
+
+
+def measure(shape, device, dtype, rounds):
+    x, w, targets, g = operands(*shape, device, dtype)
+    times, failed = {name: [] for name in ("matmul", *variants_of)}, set()
+    for _ in range(rounds + 1):  # the first round warms up, compiles and tunes
+        for name in times:
+            if name in failed:
+                continue
+            try:
+                run = matmul(x, w, targets, g, device) if name == "matmul" else None
+                times[name].append(run or passes(variants_of[name], x, w, targets, g, device))
+            except torch.OutOfMemoryError:
+                failed.add(name)
+                torch.cuda.empty_cache()
+    head = {"device": device, "dtype": str(dtype)[6:], "N": shape[0], "D": shape[1], "V": shape[2]}
+    rows, floor = [], summary(times["matmul"][1:])
+    own = statistics.median(t for _, t in times["ours"][1:])
+    for name in times:
+        row = head | {"variant": name}
+        if name in failed:
+            rows.append(row | {"note": "out of memory"})
+            continue
+        row |= summary(times[name][1:])
+        row |= {"forward_to_matmul": row["forward_ms"] / floor["forward_ms"],
+                "total_to_4_matmuls": row["total_ms"] / floor["total_ms"],
+                "to_ours": row["total_ms"] / 1e3 / own}
+        if name != "matmul":
+            row |= errors(variants_of[name], shape, device, dtype)
+            row["peak_mib"] = peak(name, shape, device, dtype)
+            row["beyond_gradients_mib"] = row["peak_mib"] - (x.nbytes + w.nbytes) / MiB
+        rows.append(row)
+        show(row)
+    for name, values in kl_rows(shape, device, dtype, rounds, own).items():
+        rows.append(head | {"variant": name} | values)
+        show(rows[-1])
+    return rows
+
+
+def show(row):
+    cells = dict(forward_ms="9.1f", total_ms="9.1f", to_ours="7.2f", peak_mib="9.0f", err_logp="10.1e",
+                 err_dhidden="10.1e", err_dweight="10.1e")
+    text = (format(row[k], form) if k in row else " " * int(form.split(".")[0]) for k, form in cells.items())
+    print(f"{row['variant']:<16}" + "".join(text), flush=True)
+
+
+def plot(rows, path):
+    plt = pyplot()
+    if plt is None:
+        return
+    first = [r for r in rows if (r["N"], r["D"], r["V"]) == (rows[0]["N"], rows[0]["D"], rows[0]["V"])]
+    first = [r for r in first if "peak_mib" in r]
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+    names = [r["variant"] for r in first]
+    for ax, key, title in zip(axes, ("total_ms", "peak_mib"), ("forward + backward, ms", "peak memory, MiB")):
+        values = [r[key] for r in first]
+        ax.barh(names, values, color=["C0" if n.startswith("ours") else "0.7" for n in names])
+        for i, v in enumerate(values):
+            ax.text(v, i, f" {v:,.0f}", va="center", fontsize=8)
+        ax.set_title(f"{title}: N {rows[0]['N']:,}, D {rows[0]['D']}, V {rows[0]['V']:,}", fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.margins(x=0.15)
+    axes[0].invert_yaxis()
+    fig.tight_layout()
+    fig.savefig(path, dpi=100)
+
+
+def main(argv):
+    options = dict(zip(argv[::2], argv[1::2]))
+    device = options.get("--device", "cuda" if torch.cuda.is_available() else "cpu")
+    rounds = int(options.get("--rounds", 5))
+    torch.set_num_threads(1)
+    variants_of.update(variants(device))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = []
+    for shape in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
+        print(f"\nN {shape[0]:,}  D {shape[1]:,}  V {shape[2]:,}  {str(dtype)[6:]}, {device}")
+        titles = ("fwd ms", "f+b ms", "/ours", "MiB", "logp", "dhidden", "dweight")
+        print(" " * 16 + "".join(f"{t:>{w}}" for t, w in zip(titles, (9, 9, 7, 9, 10, 10, 10))))
+        rows += measure(shape, device, dtype, rounds)
+    kind = "gpu" if device == "cuda" else "cpu"
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    with open(os.path.join(ROOT, "bench", "results", f"kernels_{kind}.csv"), "w", newline="") as f:
+        writer = csv.DictWriter(f, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+    plot(rows, os.path.join(ROOT, "docs", "img", f"kernels_{kind}.png"))
+
+
+variants_of = {}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peak"]:
+        torch.set_num_threads(1)
+        print(peak_here(sys.argv[2], *map(int, sys.argv[3:])))
+    else:
+        main(sys.argv[1:])
