@@ -107,6 +107,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and logits are always fp32
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
+    deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
     DEFAULTS: ClassVar = {"label_smoothing": "0.1 with cdpo and robust, else 0"}

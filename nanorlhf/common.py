@@ -205,11 +205,19 @@ def run_cli(Config, train, module_doc, argv=None):
 
 
 def setup(cfg):
-    """Seeds torch; cfg.device → torch.device. `auto` takes CUDA, then Apple's mps, then the CPU."""
+    """Seeds torch; cfg.device → torch.device. `auto` takes CUDA, then Apple's mps, then the CPU.
+
+    With cfg.deterministic torch takes algorithms that repeat bit by bit, and warns where it has none. On the
+    CPU all of ours do so anyway.
+    """
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(d for d in has if has[d]) if cfg.device == "auto" else cfg.device
     require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
     torch.manual_seed(cfg.seed)
+    deterministic = getattr(cfg, "deterministic", False)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed one
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     return torch.device(device)
 
 

@@ -175,6 +175,16 @@ def test_resuming_is_bit_exact(trainer, stop, error, resumed, stages, tmp_path, 
         assert len({row["beta"] for row in metrics(tmp_path / "run")}) == 6
 
 
+@EACH
+def test_deterministic_changes_no_number_on_the_cpu(trainer, stages, tmp_path, recwarn):
+    """The flag reaches torch, torch has an algorithm that repeats for all we call, and the runs are the same."""
+    trainer.train(stages.config(trainer, tmp_path / "with", deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled() and not recwarn.list
+    trainer.train(stages.config(trainer, tmp_path / "without"))
+    assert not torch.are_deterministic_algorithms_enabled()
+    same_run(tmp_path / "with", tmp_path / "without")
+
+
 def test_resuming_a_finished_run_changes_nothing(stages, tmp_path):
     last = train_sft.train(stages.config(train_sft, tmp_path / "run"))
     before = snapshot(tmp_path / "run")
