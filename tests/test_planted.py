@@ -1,4 +1,4 @@
-"""The faults that mutants.py and docs/broken_runs.py plant are strings of the sources: each must occur."""
+"""The faults that mutants.py and bench/broken_runs.py plant are strings of the sources: each must occur."""
 
 import importlib.util
 import sys
@@ -22,8 +22,8 @@ def test_mutants_fit_the_sources():
 
 
 def test_broken_runs_fit_the_sources(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    page = load(ROOT / "docs/broken_runs.py")
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    page = load(ROOT / "bench/broken_runs.py")
     for fault in [*page.RIGHT, *page.FAULTS]:
         if fault.patch:
             file, source, _ = fault.patch

@@ -1,10 +1,10 @@
 """Runs that are broken on purpose, beside one that is not: docs/data/broken_*.csv and docs/img/broken.png.
 
-    python docs/broken_runs.py                 all of them anew, and the picture: three CPU minutes, seed 0
-    python docs/broken_runs.py sign late       those two alone, into runs/broken/; docs/ stays as it is
-    python docs/broken_runs.py --draw          the picture alone
+    python bench/broken_runs.py                 all of them anew, and the picture: three CPU minutes, seed 0
+    python bench/broken_runs.py sign late       those two alone, into runs/broken/; docs/ stays as it is
+    python bench/broken_runs.py --draw          the picture alone
 
-The right run beside them is docs/data/chain_grpo.csv, of docs/curves.py. Each is GRPO on chain from one SFT
+The right run beside them is docs/data/chain_grpo.csv, of bench/curves.py. Each is GRPO on chain from one SFT
 model. A fault that no flag can make is a patch: every occurrence of a string in one source file is replaced,
 in a copy of the repository; the working tree is never touched.
 """

@@ -1,7 +1,7 @@
 """The curves of the pages in docs/: real runs, their metrics.csv in docs/data/, pictures in docs/img/.
 
-    python docs/curves.py            draw docs/img/*.png from docs/data/*.csv and bench/results/*.csv
-    python docs/curves.py --run      first make docs/data/*.csv anew: seven CPU minutes, seed 0
+    python bench/curves.py            draw docs/img/*.png from docs/data/*.csv and bench/results/*.csv
+    python bench/curves.py --run      first make docs/data/*.csv anew: seven CPU minutes, seed 0
 
 After --run, `python tests/test_docs.py --update` brings the figures quoted in the pages up to date.
 """
