@@ -18,7 +18,6 @@ Liger's chunked log-prob of its GRPO loss.
 import csv
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -187,13 +186,21 @@ def peak(name, shape, device, dtype):
 
 
 def peak_here(name, N, D, V):
-    """In its own process: everything is touched once at a tiny size first, so that libraries do not count."""
+    """In its own process (Linux): all is called once at a tiny size first, so that libraries do not count."""
     f = {**variants_of, **variants("cpu")}[name]
     x, w, targets, g = operands(N, D, V, "cpu", torch.float32)
     passes(f, *operands(16, D, 32, "cpu", torch.float32), "cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the high-water mark; ru_maxrss would start at the parent's
+    before = high_water()
     passes(f, x, w, targets, g, "cpu")
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (high_water() - before) / 1024
+
+
+def high_water():
+    """Largest resident set of this process so far, KiB."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def kl_rows(shape, device, dtype, rounds, base):
