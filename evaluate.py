@@ -120,12 +120,8 @@ def main(cfg):
     """Measure what the flags ask for, print it, write it to --out → {name: mean, name_se: s.e.}."""
     device, task = setup(cfg), tasks.get(cfg.task)
     model, tok = hub.load(cfg.model, "--model", f"python train_sft.py --task {cfg.task}", "language model")
-    other, other_tok = (None, tok)
-    if cfg.against:
-        other, other_tok = hub.load(cfg.against, "--against", kind="language model")
-    rm, rm_tok = hub.load(cfg.rm, "--rm", kind="reward model") if cfg.rm else (None, tok)
-    for flag, theirs in (("against", other_tok), ("rm", rm_tok)):
-        require(theirs == tok, f"--{flag} {getattr(cfg, flag)}: not the vocabulary of --model {cfg.model}")
+    other = hub.load(cfg.against, "--against", "", "language model", like=tok)[0] if cfg.against else None
+    rm = hub.load(cfg.rm, "--rm", "", "reward model", like=tok)[0] if cfg.rm else None
     model, other, rm = to_device(cfg, device, model, other, rm)
     rewards = [tasks.load_reward(spec) for spec in cfg.reward]
     rewards = rewards or ([(cfg.task, 1.0, task.reward)] if task.reward else [])

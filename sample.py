@@ -56,7 +56,7 @@ def stream(model, prompt, max_new_tokens, eos_id, seed, temperature=1.0, top_k=0
     for t in range(max_new_tokens):
         token, logp = generate.sample(model.head_logits(last), u[:, t], temperature, top_k, top_p)
         yield token.item(), logp.item()
-        if token.item() == eos_id:
+        if token.item() in (eos_id, *model.stop_ids):
             return
         if t + 1 < max_new_tokens:
             last = model(token[:, None], cache, torch.tensor([len(prompt) + t], device=model.device))[:, 0]

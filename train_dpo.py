@@ -39,7 +39,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import generate, hub, tasks
+from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
@@ -98,6 +98,7 @@ class Config:
     batch_size: int = 32  # pairs a step (kto: responses)
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.0  # AdamW; it pulls the policy to 0, not to the reference
+    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
@@ -290,7 +291,7 @@ def sample_pairs(policy, rows, tok, cfg, judge, seed):
         scores.append(score)
         # an unended response always loses before a judge in nats, on which scale no fixed score has a place
         rank += torch.where(roll.finished, score, -math.inf if cfg.judge else cfg.no_eos_score).tolist()
-        ids += [y + [tok.eos_id] * end for y, end in zip(roll.responses(), roll.finished.tolist())]
+        ids += roll.responses(with_eos=True)
         start += len(mine)
     kept = []
     for g, row in enumerate(rows):
@@ -328,13 +329,12 @@ def evaluate(policy, ref, tok, cfg, held_out, held_out_ref, rows, judge, run, st
 
 def load_models(cfg, device):
     """→ policy, reference, reward model (or None), tokenizer. All must share one vocabulary."""
-    policy, tok = hub.load(cfg.init, "--init", f"python train_sft.py --task {cfg.task}", "language model")
-    ref, ref_tok = hub.load(cfg.ref, "--ref", f"python train_sft.py --task {cfg.task}", "language model")
-    rm, rm_tok = None, tok
-    if cfg.rm:
-        rm, rm_tok = hub.load(cfg.rm, "--rm", f"python train_rm.py --task {cfg.task}", "reward model")
-    for flag, other in (("ref", ref_tok), ("rm", rm_tok)):
-        require(other == tok, f"--{flag}: not the vocabulary of --init {cfg.init}; both need one SFT run")
+    sft, pairs = f"python train_sft.py --task {cfg.task}", f"python train_rm.py --task {cfg.task}"
+    policy, tok = hub.load(cfg.init, "--init", sft, "language model")
+    ref, _ = hub.load(cfg.ref, "--ref", sft, "language model", like=tok)
+    rm = hub.load(cfg.rm, "--rm", pairs, "reward model", like=tok)[0] if cfg.rm else None
+    frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
+    ref = frozen if frozen and cfg.ref == cfg.init else ref
     return *to_device(cfg, device, policy, ref, rm), tok
 
 

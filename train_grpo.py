@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nanorlhf import generate, hub, tasks
+from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import Clock, check_ranges, derive_seed, fill_by_task, require, run_cli, setup, to_device
 from nanorlhf.data import epoch_batches
@@ -98,6 +98,7 @@ class Config:
     minibatches: int | None = None  # optimizer steps in each pass
     off_policy_steps: int = 0  # sample with the weights of this many steps ago
     lr: float | None = None  # learning rate: 5 steps of warm-up, then linear to 0
+    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
 
     norm: Literal["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"] | None = None  # below
@@ -282,14 +283,12 @@ def overlong(length, limit, share):
 
 def load_models(cfg, device):
     """→ policy, reference (or None), reward model (or None), tokenizer. All must share one vocabulary."""
-    policy, tok = hub.load(cfg.init, "--init", f"python train_sft.py --task {cfg.task}", "language model")
-    ref = rm = None
-    if cfg.ref != "none":
-        ref, other = hub.load(cfg.ref, "--ref", f"python train_sft.py --task {cfg.task}", "language model")
-        require(other == tok, f"--ref {cfg.ref}: not the vocabulary of --init {cfg.init}")
-    if cfg.rm:
-        rm, other = hub.load(cfg.rm, "--rm", f"python train_rm.py --task {cfg.task}", "reward model")
-        require(other == tok, f"--rm {cfg.rm}: not the vocabulary of --init {cfg.init}")
+    sft, pairs = f"python train_sft.py --task {cfg.task}", f"python train_rm.py --task {cfg.task}"
+    policy, tok = hub.load(cfg.init, "--init", sft, "language model")
+    ref = hub.load(cfg.ref, "--ref", sft, "language model", like=tok)[0] if cfg.ref != "none" else None
+    rm = hub.load(cfg.rm, "--rm", pairs, "reward model", like=tok)[0] if cfg.rm else None
+    frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
+    ref = frozen if frozen and cfg.ref == cfg.init and not cfg.ref_every else ref
     return *to_device(cfg, device, policy, ref, rm), tok
 
 
@@ -377,7 +376,7 @@ def train(cfg):
             if test_rows and (step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
                 metrics |= evaluate(policy, tok, cfg, test_rows, rm, rewards, run.log.say, limit)
             if cfg.ref_every and step and step % cfg.ref_every == 0:
-                ref.load_state_dict(policy.state_dict())
+                ref.load_state_dict(lora.merged(policy).state_dict())
             if cfg.off_policy_steps:
                 past.append(copy.deepcopy(policy.state_dict()))
                 sampler.load_state_dict(past[0])

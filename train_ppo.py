@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nanorlhf import generate, hub, tasks
+from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import Clock, check_ranges, derive_seed, fill_by_task, require, run_cli, setup, to_device
 from nanorlhf.data import epoch_batches
@@ -63,6 +63,7 @@ class Config:
     minibatches: int | None = None  # optimizer steps in each pass
     lr: float | None = None  # policy learning rate, linear to 0 (detail 20)
     critic_lr: float | None = None  # critic learning rate, linear to 0
+    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norms of policy and critic are clipped to it, each on its own
 
     beta: float | None = None  # KL coefficient, reward per nat
@@ -217,19 +218,17 @@ def adapt_beta(beta, kl, cfg, samples):
 
 def load_models(cfg, device):
     """→ policy, reference, critic, reward model (or None), tokenizer. All must share one vocabulary."""
-    policy, tok = hub.load(cfg.init, "--init", f"python train_sft.py --task {cfg.task}", "language model")
-    ref, ref_tok = hub.load(cfg.ref, "--ref", f"python train_sft.py --task {cfg.task}", "language model")
-    rm, rm_tok = None, tok
-    if cfg.rm:
-        rm, rm_tok = hub.load(cfg.rm, "--rm", f"python train_rm.py --task {cfg.task}", "reward model")
+    sft, pairs = f"python train_sft.py --task {cfg.task}", f"python train_rm.py --task {cfg.task}"
+    policy, tok = hub.load(cfg.init, "--init", sft, "language model")
+    ref, _ = hub.load(cfg.ref, "--ref", sft, "language model", like=tok)
+    rm = hub.load(cfg.rm, "--rm", pairs, "reward model", like=tok)[0] if cfg.rm else None
     # detail 22: the critic starts as the reward model
-    critic, critic_tok = hub.load(cfg.critic_init, "--critic_init", f"python train_rm.py --task {cfg.task}")
-    for flag, other in (("ref", ref_tok), ("rm", rm_tok), ("critic_init", critic_tok)):
-        where = f"--{flag} {getattr(cfg, flag)}"
-        require(other == tok, f"{where}: not the vocabulary of --init {cfg.init}; both need one SFT run")
+    critic, _ = hub.load(cfg.critic_init, "--critic_init", pairs, like=tok)
     if isinstance(critic, GPT):
         critic = ScalarModel(critic)
         torch.nn.init.zeros_(critic.score.weight)  # with no reward model behind it the best first guess is 0
+    frozen, _ = lora.add(policy, cfg.lora_rank, cfg.dtype), lora.add(critic, cfg.lora_rank, cfg.dtype)
+    ref = frozen if frozen and cfg.ref == cfg.init else ref
     return *to_device(cfg, device, policy, ref, critic, rm), tok
 
 

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import hub, tasks
+from nanorlhf import hub, lora, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
@@ -61,6 +61,7 @@ class Config:
     batch_size: int = 48  # pairs a step
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW
+    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
@@ -191,6 +192,7 @@ def train(cfg):
         test = [(p + w, p + l) for p, w, l in triples]
         acc_len_only = length_only(data, test)
         model = ScalarModel(policy).to(device)
+        lora.add(model, cfg.lora_rank, cfg.dtype)
         betas, decay = (0.9, 0.99), cfg.weight_decay
         opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=decay)
         start, _ = run.start({"model": model}, opt)

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nanorlhf import generate, hub, tasks
+from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
@@ -71,6 +71,7 @@ class Config:
     batch_size: int | None = None  # demonstrations a step
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW, on matrices only
+    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     loss_on_prompt: bool = False  # count the prompt's tokens too (detail 9)
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
@@ -201,6 +202,7 @@ def train(cfg):
     else:
         tok = new_tokenizer(cfg, task, train_rows, test_rows)
         model = new_model(cfg, tok)
+    lora.add(model, cfg.lora_rank, cfg.dtype)
     data, test = (encode(rows, tok, model.cfg.max_len) for rows in (train_rows, test_rows))
     to_device(cfg, device, model)
     matrices = [p for p in model.parameters() if p.dim() > 1]

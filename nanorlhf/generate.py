@@ -59,7 +59,7 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id):
-    """What both loops below share: checks, the padded prompts, the table of uniforms."""
+    """What both loops below share: checks, the padded prompts, the table of uniforms, the ids that end."""
     if not prompts or n < 1 or max_new_tokens < 1 or temperature < 0:
         asked = f"{len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}"
         raise UserError(f"nothing to generate: {asked}")
@@ -79,7 +79,8 @@ def _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id)
     for row, g in enumerate(group.tolist()):
         tokens[row, : len(prompts[g])] = torch.tensor(prompts[g])  # detail 6: N+ pads on the left
     u = torch.rand(len(group), max_new_tokens, generator=torch.Generator().manual_seed(seed % 2**63))
-    return tokens.to(model.device), plen.to(model.device), group.to(model.device), u.to(model.device)
+    stop = torch.tensor([] if eos_id is None else [eos_id, *model.stop_ids], dtype=torch.int64)
+    return [x.to(model.device) for x in (tokens, plen, group, u, stop)]
 
 
 def _finish(tokens, logp, plen, new, finished, group):
@@ -94,12 +95,15 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
              pad_id=None):
     """n responses to each prompt (a list of token ids) → Rollout of len(prompts)·n rows, grouped by prompt.
 
-    A response ends with EOS, which belongs to it, or after max_new_tokens without one (finished=False).
+    A response ends with EOS (or one of model.stop_ids), which belongs to it, or after max_new_tokens without
+    one (finished=False).
     Log-probs are those of the distribution sampled from (temperature, top_k, top_p applied; temperature 0 is
     greedy and reports temperature 1). Raises UserError for an empty prompt and for prompts that do not fit
     the model's context.
     """
-    tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id)
+    tokens, plen, group, u, stop = _start(
+        model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id
+    )
     logp = torch.zeros(tokens.shape, device=tokens.device)
     new = torch.zeros_like(plen)
     finished = torch.zeros_like(plen, dtype=torch.bool)
@@ -123,8 +127,9 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
         logp[write, plen[write] + t] = lp[alive].to(logp.dtype)
         new[write] += 1
         if eos_id is not None:
-            finished[write] = token[alive] == eos_id  # detail 23.2: nothing is kept behind EOS
-            alive = alive & (token != eos_id)  # detail 23.1: N+ samples on to a fixed length
+            ended = torch.isin(token, stop)
+            finished[write] = ended[alive]  # detail 23.2: nothing is kept behind EOS
+            alive = alive & ~ended  # detail 23.1: N+ samples on to a fixed length
             left = int(alive.sum())
             if left == 0:
                 break
@@ -141,7 +146,9 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
 def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0,
               top_p=1.0, pad_id=None):
     """The oracle of `generate`: the same samples with no cache, no shared prefill and no row ever leaving."""
-    tokens, plen, group, u = _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id)
+    tokens, plen, group, u, stop = _start(
+        model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id
+    )
     logp = torch.zeros(tokens.shape, device=tokens.device)
     rows = torch.arange(len(group), device=tokens.device)
     new, finished = torch.zeros_like(plen), torch.zeros_like(plen, dtype=torch.bool)
@@ -152,7 +159,7 @@ def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=No
         tokens[live, plen[live] + t] = token[live]
         logp[live, plen[live] + t] = lp[live].to(logp.dtype)
         new[live] += 1
-        finished[live] = token[live] == (-1 if eos_id is None else eos_id)
+        finished[live] = torch.isin(token[live], stop)
         if finished.all():
             break
     return _finish(tokens, logp, plen, new, finished, group)

@@ -1,4 +1,4 @@
-"""The hand-written GPT: GPT-2 or Llama by configuration, with a KV cache and a scalar head.
+"""The hand-written GPT: GPT-2, Llama, Qwen or Pythia by configuration, with a KV cache and a scalar head.
 
     tokens (B, T) → embedding → n_layer × [x + attention(norm(x)); x + mlp(norm(x))] → norm → hidden (B, T, D)
 
@@ -13,11 +13,12 @@ PPO", arXiv 2403.17031).
 
 Sources: GPT-2 (Radford et al. 2019), Llama (arXiv 2302.13971), RMSNorm (arXiv 1910.07467), rotary positions
 (arXiv 2104.09864, half-split as in Llama's published weights), SwiGLU (arXiv 2002.05202), grouped-query
-attention (arXiv 2305.13245).
+attention (arXiv 2305.13245), longer contexts by slower rotation (Llama 3.1, arXiv 2407.21783), norms of
+queries and keys (Qwen3, arXiv 2505.09388), attention and MLP side by side (GPT-NeoX, arXiv 2204.06745).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -42,30 +43,57 @@ class GPTConfig:
     norm_eps: float = 1e-5
     pos: str = "learned"  # learned | rope
     rope_theta: float = 10000.0
-    mlp: str = "gelu"  # gelu (tanh form, as GPT-2) | swiglu
-    bias: bool = True  # biases on the linear layers (the norms follow their own kind)
+    rope_share: float = 1.0  # of a head's channels, the share that rotates (Pythia: a quarter)
+    rope_scaling: tuple = ()  # Llama 3.1: (factor, low_freq_factor, high_freq_factor, original max_len)
+    qk_norm: bool = False  # norms of each head's queries and keys (Qwen3)
+    mlp: str = "gelu"  # gelu (tanh form, as GPT-2) | gelu_exact (Pythia) | swiglu
+    parallel: bool = False  # x + attention + mlp of the same x (Pythia)
+    qkv_bias: bool = True  # biases on the linear layers (the norms follow their own kind)
+    o_bias: bool = True
+    mlp_bias: bool = True
     tied: bool = True  # the unembedding is the embedding
 
     def __post_init__(self):
-        allowed = dict(norm=("layer", "rms"), pos=("learned", "rope"), mlp=("gelu", "swiglu"))
-        for name, kinds in allowed.items():
-            if getattr(self, name) not in kinds:
-                raise UserError(f"{name}={getattr(self, name)!r} must be {' or '.join(kinds)}")
+        kinds = dict(norm=("layer", "rms"), pos=("learned", "rope"), mlp=("gelu", "gelu_exact", "swiglu"))
         optional = ("n_kv_head", "head_dim", "d_ff")  # 0: see above
-        for name in ("vocab_size", "n_layer", "n_head", "d_model", "max_len", *optional):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < (name not in optional):
-                raise UserError(f"{name}={value!r} must be a positive whole number")
+        self.rope_scaling = tuple(self.rope_scaling)
+        numbers = {f"rope_scaling[{i}]": x for i, x in enumerate(self.rope_scaling)}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if f.type is str and value not in kinds[f.name]:
+                raise UserError(f"{f.name}={value!r} must be {' or '.join(kinds[f.name])}")
+            if f.type is int and not (whole and value >= (f.name not in optional)):
+                raise UserError(f"{f.name}={value!r} must be a positive whole number")
+            if f.type is bool and not isinstance(value, bool):
+                raise UserError(f"{f.name}={value!r} must be true or false")
+            if f.type is float:
+                numbers[f.name] = value
+        for name, value in numbers.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and 0 < value < math.inf):
+                raise UserError(f"{name}={value!r} must be a positive number")
         if not self.head_dim and self.d_model % self.n_head:
             raise UserError(f"n_head={self.n_head} must divide d_model={self.d_model}")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.d_model // self.n_head
         if not self.d_ff:
-            self.d_ff = 4 * self.d_model if self.mlp == "gelu" else 16 * math.ceil(8 * self.d_model / 3 / 16)
+            self.d_ff = 4 * self.d_model
+            if self.mlp == "swiglu":
+                self.d_ff = 16 * math.ceil(8 * self.d_model / 3 / 16)
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
-        if self.pos == "rope" and self.head_dim % 2:
-            raise UserError(f"rotary positions need an even head_dim, got {self.head_dim}")
+        if self.pos == "rope" and (self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim):
+            share = "" if self.rope_share == 1 else f" of which {self.rope_dim} rotate"
+            raise UserError(f"rotary positions need an even head_dim, got {self.head_dim}{share}")
+        scaling = self.rope_scaling
+        if scaling and not (len(scaling) == 4 and scaling[1] < scaling[2]):
+            raise UserError(f"rope_scaling={scaling} must be (factor, low, high, original) with low < high")
+
+    @property
+    def rope_dim(self):
+        """Channels of a head that rotate; the others carry no position."""
+        return int(self.head_dim * self.rope_share)
 
     @classmethod
     def gpt2(cls, vocab_size, **kw):
@@ -73,7 +101,8 @@ class GPTConfig:
 
     @classmethod
     def llama(cls, vocab_size, **kw):
-        return cls(vocab_size, **{**dict(norm="rms", pos="rope", mlp="swiglu", bias=False), **kw})
+        no_bias = dict(qkv_bias=False, o_bias=False, mlp_bias=False)
+        return cls(vocab_size, **{**dict(norm="rms", pos="rope", mlp="swiglu"), **no_bias, **kw})
 
 
 class Linear(nn.Linear):
@@ -87,11 +116,11 @@ class Linear(nn.Linear):
 class Norm(nn.Module):
     """LayerNorm (mean and variance) or RMSNorm (root mean square, no bias), computed in at least fp32."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, width=0):
         super().__init__()
-        self.eps = cfg.norm_eps
-        self.weight = nn.Parameter(torch.ones(cfg.d_model))
-        self.bias = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.norm == "layer" else None
+        self.eps, width = cfg.norm_eps, width or cfg.d_model
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if cfg.norm == "layer" else None
 
     def forward(self, x):
         y = x if x.dtype == torch.float64 else x.float()
@@ -103,17 +132,28 @@ class Norm(nn.Module):
 
 
 @lru_cache(maxsize=16)
-def rope_table(head_dim, max_len, theta, device):
-    """(max_len, head_dim/2) cosines and sines. No buffer: `model.bfloat16()` must not round them."""
-    freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+def rope_table(dim, max_len, theta, device, scaling=()):
+    """(max_len, dim/2) cosines and sines. No buffer: `model.bfloat16()` must not round them.
+
+    scaling (factor, low, high, original): what turns less than `low` times within the original context turns
+    `factor` times slower, what turns more than `high` times stays, and between the two it is interpolated.
+    """
+    # Rounded as where the models were trained: at position 10,000 the last bit is 1e-3 of the angle
+    freq = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if scaling:
+        factor, low, high, original = scaling
+        turns = original * freq / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = keep * freq + (1 - keep) * freq / factor
     angle = torch.arange(max_len, dtype=torch.float32)[:, None] * freq
     return angle.cos().to(device), angle.sin().to(device)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions for x (B, H, T, hd); cos, sin (B or 1, 1, T, hd/2). Pairs are (i, i + hd/2)."""
-    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotary positions for x (B, H, T, hd); cos, sin (B or 1, 1, T, r/2). Pairs are (i, i + r/2), i < r/2."""
+    r = cos.shape[-1]
+    a, b, rest = x.to(torch.promote_types(x.dtype, cos.dtype)).split((r, r, x.shape[-1] - 2 * r), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
 
 
 class KVCache:
@@ -132,15 +172,18 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, q, kv = cfg, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
-        self.q = Linear(cfg.d_model, q, bias=cfg.bias)
-        self.k = Linear(cfg.d_model, kv, bias=cfg.bias)
-        self.v = Linear(cfg.d_model, kv, bias=cfg.bias)
-        self.o = Linear(q, cfg.d_model, bias=cfg.bias)
+        self.q = Linear(cfg.d_model, q, bias=cfg.qkv_bias)
+        self.k = Linear(cfg.d_model, kv, bias=cfg.qkv_bias)
+        self.v = Linear(cfg.d_model, kv, bias=cfg.qkv_bias)
+        self.o = Linear(q, cfg.d_model, bias=cfg.o_bias)
+        self.q_norm, self.k_norm = (Norm(cfg, cfg.head_dim) if cfg.qk_norm else None for _ in "qk")
 
     def forward(self, x, rope, layer_cache, step):
         B, T, _ = x.shape
         parts = (f(x).view(B, T, -1, self.cfg.head_dim) for f in (self.q, self.k, self.v))
         q, k, v = (part.transpose(1, 2) for part in parts)  # (B, H, T, hd)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         gqa = dict(enable_gqa=True) if self.cfg.n_kv_head != self.cfg.n_head else {}
@@ -159,24 +202,26 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.up = Linear(cfg.d_model, cfg.d_ff, bias=cfg.bias)
-        self.down = Linear(cfg.d_ff, cfg.d_model, bias=cfg.bias)
-        self.gate = Linear(cfg.d_model, cfg.d_ff, bias=cfg.bias) if cfg.mlp == "swiglu" else None
+        self.up = Linear(cfg.d_model, cfg.d_ff, bias=cfg.mlp_bias)
+        self.down = Linear(cfg.d_ff, cfg.d_model, bias=cfg.mlp_bias)
+        self.gate = Linear(cfg.d_model, cfg.d_ff, bias=cfg.mlp_bias) if cfg.mlp == "swiglu" else None
+        self.approximate = "tanh" if cfg.mlp == "gelu" else "none"
 
     def forward(self, x):
         if self.gate is not None:
             return self.down(F.silu(self.gate(x)) * self.up(x))
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = Norm(cfg), Attention(cfg), Norm(cfg), MLP(cfg)
+        self.parallel = cfg.parallel
 
     def forward(self, x, rope, layer_cache, step):
-        x = x + self.attn(self.norm1(x), rope, layer_cache, step)  # detail 7: no dropout
-        return x + self.mlp(self.norm2(x))
+        attended = x + self.attn(self.norm1(x), rope, layer_cache, step)  # detail 7: no dropout
+        return attended + self.mlp(self.norm2(x if self.parallel else attended))
 
 
 class GPT(nn.Module):
@@ -186,6 +231,9 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.compute_dtype = None  # dtype of the activations; None: that of the weights
+        self.n_ids = cfg.vocab_size  # ids that exist: published models pad their matrices beyond them
+        self.stop_ids = ()  # ids that end a response besides the tokenizer's EOS (chat models have several)
+        self.source = None  # what hub.load keeps of a folder for hub.save
         self.wte = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.wpe = nn.Embedding(cfg.max_len, cfg.d_model) if cfg.pos == "learned" else None
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
@@ -203,8 +251,10 @@ class GPT(nn.Module):
 
     @property
     def unembedding(self):
-        """The (V, D) matrix from hidden states to logits, in the dtype of the activations."""
+        """The (V, D) matrix from hidden states to logits, in the dtype of the activations. V = n_ids: what is
+        no id has no probability."""
         weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
+        weight = weight if self.n_ids == len(weight) else weight[: self.n_ids]
         return weight.to(self.compute_dtype or weight.dtype)
 
     @property
@@ -231,8 +281,9 @@ class GPT(nn.Module):
         x = x.to(self.compute_dtype or x.dtype)
         rope = step = None
         if self.cfg.pos == "rope":
-            table = rope_table(self.cfg.head_dim, self.cfg.max_len, self.cfg.rope_theta, tokens.device)
-            rope = [f[where][:, None] for f in table]  # (1 or B, 1, T, hd/2)
+            cfg = self.cfg
+            table = rope_table(cfg.rope_dim, cfg.max_len, cfg.rope_theta, tokens.device, cfg.rope_scaling)
+            rope = [f[where][:, None] for f in table]  # (1 or B, 1, T, rope_dim/2)
         if pos is not None:
             live = int(pos.max()) + 1  # attend over the filled part of the cache only
             mask = (torch.arange(live, device=pos.device) <= pos[:, None])[:, None, None]  # (B, 1, 1, live)
@@ -279,7 +330,7 @@ class ScalarModel(nn.Module):
         self.trunk = trunk
         self.score = Linear(trunk.cfg.d_model, 1, bias=False)
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(trunk.cfg.d_model + 1))  # detail 11
-        self.register_buffer("reward_bias", torch.zeros(()))
+        self.register_buffer("reward_bias", torch.zeros((), dtype=torch.float32))
 
     @property
     def cfg(self):

@@ -41,9 +41,9 @@ class Rollout:
     def lengths(self):
         return self.prompt_len + self.response_len  # (B,)
 
-    def responses(self):
-        """Token lists of the responses, without the EOS that ended them."""
-        ends = (self.lengths - self.finished.long()).tolist()
+    def responses(self, with_eos=False):
+        """Token lists of the responses, without the EOS (whichever it was) that ended them, or with it."""
+        ends = (self.lengths - (0 if with_eos else self.finished.long())).tolist()
         return [row[p:e] for row, p, e in zip(self.tokens.tolist(), self.prompt_len.tolist(), ends)]
 
     def select(self, rows):

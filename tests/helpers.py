@@ -11,7 +11,11 @@ STYLES = {  # every branch of the model: norms, positions, MLPs, grouped queries
     "gpt2-untied": (GPTConfig.gpt2, dict(tied=False)),
     "llama": (GPTConfig.llama, {}),
     "llama-gqa-untied": (GPTConfig.llama, dict(n_kv_head=2, tied=False, head_dim=6)),
-    "llama-bias": (GPTConfig.llama, dict(n_kv_head=1, bias=True)),
+    "llama3": (GPTConfig.llama, dict(n_kv_head=2, rope_theta=100.0, rope_scaling=(4.0, 0.5, 2.0, 8))),
+    "qwen2": (GPTConfig.llama, dict(n_kv_head=2, qkv_bias=True)),
+    "qwen3": (GPTConfig.llama, dict(n_kv_head=2, head_dim=8, qk_norm=True)),
+    "pythia": (GPTConfig.gpt2, dict(pos="rope", rope_share=0.5, mlp="gelu_exact", parallel=True, tied=False)),
+    "llama-bias": (GPTConfig.llama, dict(n_kv_head=1, qkv_bias=True, o_bias=True, mlp_bias=True)),
 }
 
 

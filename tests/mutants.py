@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PPO, LEARNING = "tests/test_ppo.py::test_", "tests/test_learning_ppo.py::test_"
 DPO, REWARDS = "tests/test_dpo.py::test_", "tests/test_rewards.py::test_"
+HUB, LORA = "tests/test_hub.py::test_", "tests/test_lora.py::test_"
 TRITON = "tests/test_triton.py::test_"
 ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
 
@@ -116,8 +117,8 @@ MUTANTS = [
      "loss = pg + cfg.vf_coef * vf", "loss = pg + 0 * vf",
      [PPO + "the_critic_learns"]),
     ("critic is the reward model itself", "train_ppo.py",
-     'critic, critic_tok = hub.load(cfg.critic_init, "--critic_init",',
-     "critic, critic_tok = rm, rm_tok or (",
+     'critic, _ = hub.load(cfg.critic_init, "--critic_init",',
+     "critic, _ = rm, dict(where=",
      [PPO + "only_policy_and_critic_learn"]),
     ("reward model read before the end", "nanorlhf/model.py",
      "lengths - 1])", "lengths - 2])",
@@ -209,6 +210,36 @@ MUTANTS = [
     ("KL of evaluate.py one token late", "evaluate.py",
      "(m(tokens[:, :-1])[keep]", "(m(tokens[:, 1:])[keep]",
      ["tests/test_evaluate.py::test_both_kl_figures_have_the_mean_that_enumeration_gives"]),
+    ("families: MLP behind the attention, not beside it", "nanorlhf/model.py",
+     "self.norm2(x if self.parallel else attended)", "self.norm2(attended)",
+     [HUB + "golden_outputs[pythia]", HUB + "golden_decoding[pythia]"]),
+    ("families: exact GELU for its tanh form", "nanorlhf/model.py",
+     '"tanh" if cfg.mlp == "gelu" else "none"', '"none"',
+     [HUB + "golden_outputs[gpt2]"]),
+    ("families: queries and keys not normed", "nanorlhf/model.py",
+     "q, k = self.q_norm(q), self.k_norm(k)", "q, k = q, k",
+     [HUB + "golden_outputs[qwen3]"]),
+    ("families: the whole head rotates", "nanorlhf/model.py",
+     "return int(self.head_dim * self.rope_share)", "return self.head_dim",
+     [HUB + "golden_outputs[pythia]", "tests/test_model.py::test_a_share_of_the_channels_rotates"]),
+    ("families: rotary scaling by the wrong end", "nanorlhf/model.py",
+     "freq = keep * freq + (1 - keep) * freq / factor", "freq = (1 - keep) * freq + keep * freq / factor",
+     [HUB + "golden_outputs[llama3]", "tests/test_model.py::test_longer_contexts_turn_slower"]),
+    ("families: fused heads cut as GPT-2's", "nanorlhf/hub.py",
+     'if "query_key_value" in name:', "if False:",
+     [HUB + "golden_outputs[pythia]", HUB + "golden_outputs[pythia_reward]"]),
+    ("padding of the vocabulary can be sampled", "nanorlhf/model.py",
+     "weight[: self.n_ids]", "weight",
+     [HUB + "padded_vocabulary"]),
+    ("only one id ends a response", "nanorlhf/generate.py",
+     "[eos_id, *model.stop_ids]", "[eos_id]",
+     ["tests/test_generate.py::test_any_of_the_stop_ids_ends_a_row"]),
+    ("LoRA: the reference is a copy", "nanorlhf/lora.py",
+     "{id(p): p for p in model.parameters()}", "{}",
+     [LORA + "the_reference_costs_nothing_and_never_moves"]),
+    ("LoRA: saved without its scale", "nanorlhf/lora.py",
+     "self.weight + self.scale * self.B @ self.A", "self.weight + self.B @ self.A",
+     [LORA + "starts_as_the_base_and_merges_into_one[pythia]"]),
 ]  # fmt: skip
 
 

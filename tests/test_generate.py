@@ -144,6 +144,21 @@ def test_ends_and_masks():
     assert roll.tokens.shape[1] == int(roll.lengths.max())
 
 
+def test_any_of_the_stop_ids_ends_a_row():
+    """A chat model has several; the one that was sampled belongs to the response, its text does not."""
+    model, ends = tiny(dtype=F64), (EOS, 5, 7)
+    model.stop_ids = ends[1:]
+    args = dict(n=40, max_new_tokens=10, eos_id=EOS)
+    roll = generate(model, PROMPTS, **args)
+    same(roll, reference(model, PROMPTS, **args))
+    last = roll.tokens[torch.arange(len(roll.tokens)), roll.lengths - 1]
+    assert torch.equal(torch.isin(last, torch.tensor(ends)), roll.finished)
+    assert {*last[roll.finished].tolist()} == {*ends} and not {*ends} & {*sum(roll.responses(), [])}
+    whole = [row[mask].tolist() for row, mask in zip(roll.tokens, roll.mask)]
+    assert roll.responses(with_eos=True) == whole
+    assert not generate(model, PROMPTS, **args | dict(eos_id=None)).finished.any()  # nothing ends it
+
+
 def test_eos_in_the_prompt_is_no_end():
     """A prompt that holds, or is, the EOS id is answered like any other."""
     roll = generate(tiny(), [[EOS], [4, EOS, 5], [EOS] * 3], n=8, max_new_tokens=5, eos_id=EOS)

@@ -141,6 +141,36 @@ def test_rope_is_a_complex_rotation(theta):
     assert (rope(x, theta) - torch.cat((z.real, z.imag), 1)).abs().max() < 1e-5  # the tables are fp32
 
 
+def test_longer_contexts_turn_slower():
+    """Llama 3.1's rule by wavelength, as its paper's code has it, channel by channel in float64."""
+    dim, theta, (factor, low, high, original) = 32, 500.0, (8.0, 1.0, 4.0, 64)
+    kinds = set()
+    cos, sin = rope_table(dim, 100, theta, "cpu", (factor, low, high, original))
+    for i in range(dim // 2):
+        freq = theta ** (-2 * i / dim)
+        length = 2 * math.pi / freq
+        if length > original / low:
+            freq, kind = freq / factor, "slow"
+        elif length < original / high:
+            kind = "as it was"
+        else:
+            smooth = (original / length - low) / (high - low)
+            freq, kind = (1 - smooth) * freq / factor + smooth * freq, "between"
+        kinds.add(kind)
+        angle = torch.arange(100, dtype=F64) * freq
+        assert (cos[:, i] - angle.cos()).abs().max() < 2e-5 and (sin[:, i] - angle.sin()).abs().max() < 2e-5
+    assert len(kinds) == 3
+
+
+def test_a_share_of_the_channels_rotates():
+    """The first quarter as a head of that width would, the rest not at all."""
+    x = torch.randn(1, 2, 30, 16, generator=torch.Generator().manual_seed(0))
+    table = rope_table(4, 30, 10000.0, "cpu")
+    got = rotate(x, *table)
+    assert torch.equal(got[..., :4], rotate(x[..., :4], *table)) and torch.equal(got[..., 4:], x[..., 4:])
+    assert GPTConfig(V, pos="rope", head_dim=16, rope_share=0.25).rope_dim == 4
+
+
 def test_rope_depends_on_distance_alone():
     """<rotate(q, m), rotate(k, n)> is a function of m − n, and not a constant one; norms are kept."""
     q, k = torch.randn(2, 8, dtype=F64, generator=torch.Generator().manual_seed(1))
@@ -381,6 +411,15 @@ def test_too_long_a_sequence(style):
         (dict(n_layer=-1), "n_layer=-1"),
         (dict(d_model="96"), "d_model='96'"),
         (dict(max_len=0), "max_len=0"),
+        (dict(n_layer=True), "n_layer=True"),
+        (dict(norm_eps=0.0), "norm_eps=0.0 must be a positive number"),
+        (dict(rope_theta=math.nan), "rope_theta=nan"),
+        (dict(tied=1), "tied=1 must be true or false"),
+        (dict(pos="rope", rope_share=0.3), "even head_dim, got 24 of which 7 rotate"),
+        (dict(pos="rope", rope_share=2.0), "of which 48 rotate"),
+        (dict(rope_scaling=(8.0, 1.0, 4.0)), r"rope_scaling=\(8.0, 1.0, 4.0\) must be"),
+        (dict(rope_scaling=(8.0, 4.0, 1.0, 64)), "low < high"),
+        (dict(rope_scaling=(8.0, 1.0, 4.0, None)), r"rope_scaling\[3\]=None must be a positive number"),
     ],
 )
 def test_bad_configuration(bad, says):
@@ -392,8 +431,8 @@ def test_defaults_of_the_configuration():
     """Widths left at 0 follow the published rules: 4·D for GELU, 8/3·D up to a multiple of 16 for SwiGLU."""
     gpt2, llama = GPTConfig.gpt2(V), GPTConfig.llama(V, d_model=64)
     assert (gpt2.d_ff, gpt2.head_dim, gpt2.n_kv_head) == (384, 24, 4)
-    assert (llama.d_ff, llama.head_dim, llama.norm, llama.bias) == (176, 16, "rms", False)
-    assert GPTConfig.llama(V, bias=True, n_kv_head=2).bias
+    assert (llama.d_ff, llama.head_dim, llama.norm, llama.qkv_bias) == (176, 16, "rms", False)
+    assert GPTConfig.llama(V, qkv_bias=True, n_kv_head=2).qkv_bias
 
 
 def test_copies_are_independent():
