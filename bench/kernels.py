@@ -3,13 +3,15 @@
     python bench/kernels.py                CPU: 6 minutes; a GPU, where there is one: not measured yet
     python bench/kernels.py --rounds 3     fewer rounds than 5
     python bench/kernels.py --device cpu   also on a machine with a GPU
+    python bench/kernels.py --only 768     shapes of this width alone, added to what the CSV has
 
 Writes bench/results/kernels_cpu.csv (or kernels_gpu.csv) and docs/img/kernels_cpu.png. Everybody gets the
 same operands and returns per-token log-probs, with entropy where the variant has it; gradients are those of a
 random upstream gradient of the log-probs. Time: on a CPU, CPU seconds on one thread; on a GPU, CUDA events.
 Medians, and the lowest and highest, over rounds in which the variants take turns. Memory: the peak above the
-inputs, the gradients of both included. Error: against float64 on 256 rows. `matmul` is a bare x·wᵀ in the
-operands' dtype; four of them are what any method that computes its logits twice must do at least.
+inputs, the gradients of both included (`beyond_mib`: without them, and without one fp32 buffer of the
+weight's shape). Error: against float64, on 256 rows (GPU: 1,024). `matmul` is a bare x·wᵀ in the operands'
+dtype; four of them are what any method that computes its logits twice must do at least.
 
 Peers, if they are installed (pip install trl liger-kernel; neither is needed here): TRL's ChunkedLogProb,
 Liger's chunked log-prob of its GRPO loss.
@@ -22,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from unittest import mock
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,22 +47,16 @@ MiB = 1 << 20
 # the variants: (x, w, targets) → logp, or logp and entropy
 
 
-def ours(x, w, targets):
+def ours(x, w, targets, design=None):
+    """Our function; `design` stays set, since the backward pass asks for it too."""
+    triton_backend = sys.modules.get("nanorlhf.kernels.triton_backend")
+    if triton_backend:
+        triton_backend.DESIGN = design
     return kernels.linear_logprob(x, w, targets)
 
 
 def ours_torch(x, w, targets):
     return kernels.linear_logprob(x, w, targets, backend="torch")
-
-
-def ours_by(design):
-    def f(x, w, targets):
-        from nanorlhf.kernels import triton_backend
-
-        with mock.patch.object(triton_backend, "DESIGN", design):
-            return kernels.linear_logprob(x, w, targets, backend="triton")
-
-    return f
 
 
 def naive(x, w, targets):
@@ -92,11 +88,11 @@ def liger(x, w, targets):
 
 def variants(device):
     found = {"ours": ours, "naive": naive, "naive + entropy": naive_entropy,
-             "naive, compiled": torch.compile(naive), "rows in chunks": rows_in_chunks, "TRL": trl,
-             "Liger": liger}
+             "naive, compiled": torch.compile(naive, dynamic=False), "rows in chunks": rows_in_chunks,
+             "TRL": trl, "Liger": liger}
     if device == "cuda":
-        found |= {"ours, fused": ours_by("fused"), "ours, stored": ours_by("stored"),
-                  "ours, torch": ours_torch}
+        found |= {f"ours, {design}": partial(ours, design=design) for design in ("fused", "stored")}
+        found["ours, torch"] = ours_torch
     usable = {}
     for name, f in found.items():
         try:
@@ -148,10 +144,13 @@ def passes(f, x, w, targets, g, device):
 def matmul(x, w, targets, g, device):
     """Seconds of x·wᵀ, a slice of rows at a time so that it fits, and of four of them."""
 
+    stride = -(-len(w) // 64) * 64  # cuBLAS writes rows of odd length slowly: that would be no floor
+    out = torch.empty(min(len(x), 4096), stride, device=x.device, dtype=x.dtype)[:, : len(w)]
+
     def run():
         with torch.no_grad():
             for i in range(0, len(x), 4096):
-                x[i : i + 4096] @ w.T
+                torch.mm(x[i : i + 4096], w.T, out=out[: len(x) - i])
 
     seconds, _ = clock(run, device)
     return seconds, 4 * seconds
@@ -159,7 +158,8 @@ def matmul(x, w, targets, g, device):
 
 def errors(f, shape, device, dtype):
     """Against float64: largest errors of logp and entropy, relative errors of the gradients (2-norm)."""
-    x, w, targets, g = operands(256, *shape[1:], device, dtype)
+    rows = 1024 if device == "cuda" else 256  # blocks are tuned from 1,024 on
+    x, w, targets, g = operands(rows, *shape[1:], device, dtype)
     out = f(x, w, targets)
     grads = torch.autograd.grad(logp_of(out), (x, w), g.to(logp_of(out).dtype))
     x64, w64 = (t.detach().double().requires_grad_() for t in (x, w))
@@ -257,7 +257,7 @@ def measure(shape, device, dtype, rounds):
         if name != "matmul":
             row |= errors(variants_of[name], shape, device, dtype)
             row["peak_mib"] = peak(name, shape, device, dtype)
-            row["beyond_gradients_mib"] = row["peak_mib"] - (x.nbytes + w.nbytes) / MiB
+            row["beyond_mib"] = row["peak_mib"] - (x.nbytes + w.nbytes + 4 * w.numel()) / MiB
         rows.append(row)
         show(row)
     for name, values in kl_rows(shape, device, dtype, rounds, own).items():
@@ -274,19 +274,20 @@ def show(row):
 
 
 def plot(rows, path):
+    """Time and memory of the CSV's first shape."""
     plt = pyplot()
     if plt is None:
         return
-    first = [r for r in rows if (r["N"], r["D"], r["V"]) == (rows[0]["N"], rows[0]["D"], rows[0]["V"])]
-    first = [r for r in first if "peak_mib" in r]
+    size = {k: int(rows[0][k]) for k in "NDV"}
+    first = [r for r in rows if all(int(r[k]) == v for k, v in size.items()) and r["peak_mib"]]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
     names = [r["variant"] for r in first]
     for ax, key, title in zip(axes, ("total_ms", "peak_mib"), ("forward + backward, ms", "peak memory, MiB")):
-        values = [r[key] for r in first]
+        values = [float(r[key]) for r in first]
         ax.barh(names, values, color=["C0" if n.startswith("ours") else "0.7" for n in names])
         for i, v in enumerate(values):
             ax.text(v, i, f" {v:,.0f}", va="center", fontsize=8)
-        ax.set_title(f"{title}: N {rows[0]['N']:,}, D {rows[0]['D']}, V {rows[0]['V']:,}", fontsize=9)
+        ax.set_title(f"{title}: N {size['N']:,}, D {size['D']:,}, V {size['V']:,}", fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0.15)
     axes[0].invert_yaxis()
@@ -294,26 +295,37 @@ def plot(rows, path):
     fig.savefig(path, dpi=100)
 
 
+def write(path, rows):
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+
+
 def main(argv):
     options = dict(zip(argv[::2], argv[1::2]))
     device = options.get("--device", "cuda" if torch.cuda.is_available() else "cpu")
-    rounds = int(options.get("--rounds", 5))
+    rounds, only = int(options.get("--rounds", 5)), options.get("--only")
+    kind = "gpu" if device == "cuda" else "cpu"
+    path = os.path.join(ROOT, "bench", "results", f"kernels_{kind}.csv")
     torch.set_num_threads(1)
     variants_of.update(variants(device))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = []
+    if only and os.path.exists(path):
+        with open(path, newline="") as f:
+            rows = [row for row in csv.DictReader(f) if row["D"] != only]
     for shape in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
-        print(f"\nN {shape[0]:,}  D {shape[1]:,}  V {shape[2]:,}  {str(dtype)[6:]}, {device}")
-        titles = ("fwd ms", "f+b ms", "/ours", "MiB", "logp", "dhidden", "dweight")
-        print(" " * 16 + "".join(f"{t:>{w}}" for t, w in zip(titles, (9, 9, 7, 9, 10, 10, 10))))
-        rows += measure(shape, device, dtype, rounds)
-    kind = "gpu" if device == "cuda" else "cpu"
-    names = list(dict.fromkeys(k for row in rows for k in row))
-    with open(os.path.join(ROOT, "bench", "results", f"kernels_{kind}.csv"), "w", newline="") as f:
-        writer = csv.DictWriter(f, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-    plot(rows, os.path.join(ROOT, "docs", "img", f"kernels_{kind}.png"))
+        if only in (None, str(shape[1])):
+            print(f"\nN {shape[0]:,}  D {shape[1]:,}  V {shape[2]:,}  {str(dtype)[6:]}, {device}")
+            titles = ("fwd ms", "f+b ms", "/ours", "MiB", "logp", "dhidden", "dweight")
+            print(" " * 16 + "".join(f"{t:>{w}}" for t, w in zip(titles, (9, 9, 7, 9, 10, 10, 10))))
+            torch._dynamo.reset()  # or torch.compile meets a second shape and turns to dynamic ones
+            rows += measure(shape, device, dtype, rounds)
+            write(path, rows)  # after every shape: a run that is cut short keeps what it has
+    with open(path, newline="") as f:
+        plot(list(csv.DictReader(f)), os.path.join(ROOT, "docs", "img", f"kernels_{kind}.png"))
 
 
 variants_of = {}

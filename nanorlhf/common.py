@@ -214,10 +214,9 @@ def setup(cfg):
     device = next(d for d in has if has[d]) if cfg.device == "auto" else cfg.device
     require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
     torch.manual_seed(cfg.seed)
-    deterministic = getattr(cfg, "deterministic", False)
-    if deterministic:
+    if getattr(cfg, "deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed one
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.device(device)
 
 

@@ -65,7 +65,7 @@ def differentiate(fn, inputs, seed=1):
     out = fn(*leaves)
     out = out if isinstance(out, tuple) else (out,)
     g = torch.Generator().manual_seed(seed)
-    up = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y.dtype) for y in out]
+    up = [torch.randn(y.shape, generator=g, dtype=torch.float64).to(y) for y in out]
     return [y.detach() for y in out], torch.autograd.grad(out, leaves, up)
 
 

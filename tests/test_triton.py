@@ -133,7 +133,7 @@ def test_tiny_gradients_survive_fp16(design):
     leaf = hidden.to(DEVICE).requires_grad_()
     with small(design):
         logp, _ = linear_logprob(leaf, 1024 * weight.to(DEVICE), targets.to(DEVICE), 512.0)
-    (grad,) = torch.autograd.grad(logp.sum() * 1e-8, leaf)
+        (grad,) = torch.autograd.grad(logp.sum() * 1e-8, leaf)
     double = hidden.double().requires_grad_()
     logp, _ = reference.linear_logprob(double, 1024 * weight.double(), targets, 512.0)
     (want,) = torch.autograd.grad(logp.sum() * 1e-8, double)
@@ -203,19 +203,19 @@ def test_duplicated_maximum(design):
 def test_any_strides(design):
     """Rows apart, columns apart, a transposed weight, targets with a gap: the same numbers."""
     hidden, weight, targets, _ = operands(9, 70, 16, dtype=torch.float32)
-    rows = torch.zeros(9, 3, 20)[:, 1, 2:18].copy_(hidden)
+    hidden, weight, targets = (x.to(DEVICE) for x in (hidden, weight, targets))
+    rows = torch.zeros(9, 3, 20, device=DEVICE)[:, 1, 2:18].copy_(hidden)
     views = [
         (rows, weight, targets),
-        (torch.zeros(9, 32)[:, ::2].copy_(hidden), weight.T.contiguous().T, targets),
-        (hidden, torch.zeros(140, 16)[::2].copy_(weight), torch.zeros(18).long()[::2].copy_(targets)),
+        (torch.zeros(9, 32, device=DEVICE)[:, ::2].copy_(hidden), weight.T.contiguous().T, targets),
+        (hidden, torch.zeros(140, 16, device=DEVICE)[::2].copy_(weight),
+         torch.zeros(18, device=DEVICE).long()[::2].copy_(targets)),
     ]
     with small(design):
-        inputs = [x.to(DEVICE) for x in (hidden, weight)]
-        want = differentiate(lambda h, w: linear_logprob(h, w, targets.to(DEVICE)), inputs)
+        want = differentiate(lambda h, w: linear_logprob(h, w, targets), (hidden, weight))
         for h, w, t in views:
-            leaves = [x.to(DEVICE) if GPU else x.detach().requires_grad_() for x in (h, w)]
-            leaves = [x.requires_grad_() for x in leaves]
-            logp, entropy = linear_logprob(*leaves, t.to(DEVICE))
+            leaves = [x.detach().requires_grad_() for x in (h, w)]
+            logp, entropy = linear_logprob(*leaves, t)
             close([logp, entropy], want[0], 1e-6)
             up = [torch.randn(9, generator=g, dtype=torch.float64).float().to(DEVICE)
                   for g in [torch.Generator().manual_seed(1)] for _ in range(2)]
@@ -328,17 +328,18 @@ def compile(kernel, config, stored):
     signature = {n: "constexpr" if n in flags else pointers.get(n, "i32") for n in kernel.arg_names}
     constants = {(i,): flags[n] for i, n in enumerate(kernel.arg_names) if n in flags}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
-               if signature[n][0] == "*" or n in ("sx", "sw", "sx2", "sw2", "ld")}
+               if signature[n][0] == "*" or n in ("sx", "sw", "sx2", "sw2", "ld", "col0", "width")}
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 for name in ("logprob_forward", "logprob_backward", "kl_forward", "kl_backward"):
     tuned = tb.TUNED if "logprob" in name else tb.TUNED_KL
-    built = compile(getattr(tb, name), tuned[0], stored=False)
+    built = compile(getattr(tb, name), tuned[1], stored=False)
     assert "wgmma" in built.asm["ptx"], name
     assert built.metadata.shared <= 227 << 10, name
-    compile(getattr(tb, name), tb.STORED, stored=True)
+    built = compile(getattr(tb, name), tb.STORED, stored=True)
+    assert "ld.global.v4" in built.asm["ptx"], name  # odd vocabularies once made these one number wide
 """
 
 
@@ -364,7 +365,7 @@ def test_gpu_real_size(design, dtype, tol):
         assert (got[0] - want[0]).abs().max() <= 2e-5 and (got[1] - want[1]).abs().max() <= 1e-4
         for a, b in zip(grads, want_grads):
             assert (a.double() - b).norm() <= tol * b.norm()
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             runs = [differentiate(lambda h, w: linear_logprob(h, w, targets), (hidden, weight)) for _ in "ab"]
         finally:
@@ -373,11 +374,14 @@ def test_gpu_real_size(design, dtype, tol):
 
 
 @gpu
-def test_gpu_memory_and_more_than_31_bits():
-    """N·V = 3.3e9: at most 160 MiB above inputs, gradients and one fp32 buffer of the weight's shape."""
-    N, V, D = 65536, 50304, 1024
+@pytest.mark.parametrize("V, D", [(50304, 1024), (50257, 4096), (512, 768)])
+def test_gpu_memory_and_more_than_31_bits(V, D):
+    """N·V up to 3.3e9: at most 160 MiB above inputs, gradients and one fp32 buffer of the weight's shape."""
+    N = 65536
     hidden, weight = (torch.randn(n, D, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for n in (N, V))
     targets = torch.randint(V, (N,), device=DEVICE)
+    sum(linear_logprob(hidden[:4096], weight, targets[:4096])).sum().backward()  # tuning takes memory too
+    hidden.grad = weight.grad = None
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     logp, entropy = linear_logprob(hidden, weight, targets, D**0.5)

@@ -16,6 +16,7 @@ The online log-sum-exp is that of Milakov and Gimelshein (arXiv 1805.02867), tak
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 TILE = 1 << 21  # logits held at once: 8 MiB in fp32; larger no longer fits a core's cache and is slower
 COLS = 4096  # columns of a tile: with fewer rows than 512 the matmuls have too little to do
@@ -119,6 +120,7 @@ class LinearLogprob(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, h):
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         use_entropy = bool((h != 0).any())
@@ -157,6 +159,7 @@ class LinearKL(torch.autograd.Function):
         return kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, lse, lse_ref = ctx.saved_tensors
 

@@ -19,13 +19,16 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from nanorlhf.kernels.torch_backend import merge, merge_kl
 
+ADDMM_FP32 = torch.__version__ >= (2, 10)  # before, out_dtype refused an fp32 summand (pytorch#167931)
 DESIGN = None  # "fused" or "stored" by hand; None: by shape, see design()
 COLS = 8192  # columns of a tile in memory. Its row stride is even, so no odd vocabulary reaches cuBLAS
 TILE_BYTES = 96 << 20  # all tiles in memory together
-WIDTH = 256  # the vocabulary is dealt out to programs in multiples of this, and every BLOCK_V divides it
+ROWS = 4096  # rows of a tile in memory, at most
+WIDTH = 256  # the vocabulary is dealt out to programs in multiples of this; tuned BLOCK_Vs divide it
 
 
 def _config(block_n, block_v, block_d, warps, stages):
@@ -33,18 +36,20 @@ def _config(block_n, block_v, block_d, warps, stages):
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
-TUNED = [  # timed on the first call of at least 1,024 rows, once for each D and dtype
+SAFE = _config(64, 128, 32, 4, 3)  # fits every GPU; the choice where runs must be equal bit by bit
+TUNED = [  # timed on the first call of at least 1,024 rows, once for each kernel, D and dtype
+    SAFE,
     _config(128, 256, 64, 8, 3),
     _config(128, 256, 64, 8, 4),
     _config(128, 128, 64, 8, 3),
     _config(64, 256, 64, 8, 3),
 ]
 TUNED_KL = [  # two tiles of logits at once: half the size, or they do not fit the registers
+    SAFE,
     _config(128, 128, 64, 8, 3),
     _config(64, 256, 64, 8, 3),
     _config(64, 128, 64, 4, 3),
 ]
-SAFE = _config(64, 128, 32, 4, 3)  # fits every GPU; the choice where runs must be equal bit by bit
 STORED = _config(4, 1024, 16, 8, 1)
 
 
@@ -75,8 +80,8 @@ def _tile(x, w, bias, logits, rows, cols, N, sx, sw, col0, end, ld, scale, D: tl
     # Past the edges the last row and column are read again: cheaper than a mask, and thrown away afterwards.
     row = tl.minimum(rows, N - 1)[:, None].to(tl.int64)  # int64: N·V may pass 2³¹
     col = tl.minimum(cols, end - 1).to(tl.int64)
-    if logits is not None:
-        z = tl.load(logits + row * ld + (col - col0)[None, :])
+    if logits is not None:  # masked by ld, not by `end`: only a multiple of 16 keeps the loads wide
+        z = tl.load(logits + row * ld + (cols - col0)[None, :], mask=(cols - col0 < ld)[None, :], other=0.0)
     else:
         z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
         k = tl.arange(0, BLOCK_D)
@@ -116,7 +121,7 @@ def logprob_forward(x, w, bias, logits, targets, stats, N, sx, sw, col0, end, ld
     row_block, slice = _order(tl.cdiv(end - col0, width), tl.cdiv(N, BLOCK_N))
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
-    target = tl.load(targets + rows, mask=inside, other=-1)
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
     m = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
     s = tl.zeros((BLOCK_N,), dtype=tl.float32)
     t = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -154,10 +159,10 @@ def logprob_backward(x, w, bias, logits, targets, lse, entropy, g, h, out, N, sx
     up_entropy = tl.load(h + rows, mask=inside, other=0.0)[:, None]
     ent = tl.load(entropy + rows, mask=inside, other=0.0)[:, None]
     dz = -p * (up + up_entropy * (tl.where(p > 0, logp, 0.0) + ent))
-    target = tl.load(targets + rows, mask=inside, other=-1)[:, None]
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)[:, None]
     dz = scale * tl.where(cols[None, :] == target, dz + up, dz)
     at = out + rows[:, None].to(tl.int64) * ld + (cols - col0)[None, :]
-    tl.store(at, dz.to(out.dtype.element_ty), mask=inside[:, None] & (cols < end)[None, :])
+    tl.store(at, dz.to(out.dtype.element_ty), mask=inside[:, None] & (cols - col0 < ld)[None, :])
 
 
 @triton.jit
@@ -218,16 +223,17 @@ def kl_backward(x, w, bias, logits, x2, w2, bias2, logits2, lse, lse2, kl, g, ou
         dz = p * (tl.where(p > 0, logp - logq, 0.0) - tl.load(kl + rows, mask=inside, other=0.0)[:, None])
     dz *= scale * tl.load(g + rows, mask=inside, other=0.0)[:, None]
     at = out + rows[:, None].to(tl.int64) * ld + (cols - col0)[None, :]
-    tl.store(at, dz.to(out.dtype.element_ty), mask=inside[:, None] & (cols < end)[None, :])
+    tl.store(at, dz.to(out.dtype.element_ty), mask=inside[:, None] & (cols - col0 < ld)[None, :])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # around the kernels. `models`: [(hidden, weight, bias)] of the policy or of both; `per_row`: (N,) tensors.
 
 
-def design(D, dtype):
-    """Which design serves a width and dtype; the table behind the rule is in docs/kernels.md."""
-    return DESIGN or ("fused" if D <= 1024 and dtype != torch.float32 else "stored")
+def design(models):
+    """Which design serves these widths and dtypes; the table behind the rule is in docs/kernels.md."""
+    small = all(x.shape[1] <= 1024 and x.dtype != torch.float32 for x, _, _ in models)
+    return DESIGN or ("fused" if small else "stored")
 
 
 @functools.cache
@@ -264,7 +270,7 @@ def _tiles(models, dz_bytes, stored):
     """Row slices and column slices of the tiles in memory, and the tiles' row stride."""
     N, V = len(models[0][0]), len(models[0][1])
     ld = WIDTH * triton.cdiv(V, WIDTH * triton.cdiv(V, COLS))
-    rows = TILE_BYTES // (ld * (dz_bytes + (4 * len(models) if stored else 0)))
+    rows = min(ROWS, TILE_BYTES // (ld * (dz_bytes + (4 * len(models) if stored else 0))))
     return _spans(N, 1 << (rows.bit_length() - 1)), _spans(V, ld), ld
 
 
@@ -282,24 +288,26 @@ def _slices(N, V, device):
     return WIDTH * triton.cdiv(tiles, count)
 
 
-def _fp32_out(x):
-    """Whether this torch multiplies bf16 matrices into fp32 without rounding (CUDA, torch 2.8 and later)."""
-    return x.is_cuda and x.dtype != torch.float32 and "dtype" in torch.ops.aten.addmm.overloads()
+def _fp32_out(a, b):
+    """Whether this torch multiplies 16-bit matrices into fp32 without rounding: 2.8 and later, on CUDA."""
+    return a.is_cuda and a.dtype == b.dtype != torch.float32 and "dtype" in torch.ops.aten.mm.overloads()
 
 
 def _matmul(a, b, out):
     """out = a·b, summed and kept in fp32."""
-    if _fp32_out(a):
+    if _fp32_out(a, b):
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.float(), b.float(), out=out)
 
 
 def _add_matmul(out, a, b):
     """out += a·b, in fp32: gradients summed in bf16 lose what is small."""
-    if _fp32_out(a) and a.dtype == b.dtype:
+    if not _fp32_out(a, b):
+        out.addmm_(a.float(), b.float())
+    elif ADDMM_FP32:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        out.addmm_(a.float(), b.float())
+        out += torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _stored_logits(models, buffers, r, c):
@@ -311,7 +319,7 @@ def _fold(kernel, fields, models, per_row, scale):
     """The forward kernel over all rows and columns → its statistics (slices, fields, N)."""
     x, w, _ = models[0]
     N, V = len(x), len(w)
-    if design(x.shape[1], x.dtype) == "fused":
+    if design(models) == "fused":
         width = _slices(N, V, x.device)
         stats = x.new_empty((triton.cdiv(V, width), fields, N), dtype=torch.float32)
         _launch(kernel, models, None, per_row, stats, slice(0, N), slice(0, V), 0, scale, width, N)
@@ -329,7 +337,7 @@ def _fold(kernel, fields, models, per_row, scale):
 def _gradients(kernel, models, per_row, scale, needs, **flags):
     """Gradients of the policy's hidden, weight and bias, those that `needs` asks for; else None."""
     x, w, bias = models[0]
-    stored = design(x.shape[1], x.dtype) == "stored"
+    stored = design(models) == "stored"
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32  # in fp16 small gradients vanish
     dx, dw, db = (None if t is None or not need else torch.zeros_like(t, dtype=d) for t, need, d in
                   zip((x, w, bias), needs, (x.dtype, torch.float32, torch.float32)))
@@ -339,7 +347,8 @@ def _gradients(kernel, models, per_row, scale, needs, **flags):
     buffers = x.new_empty((len(models), rows[0].stop, ld), dtype=torch.float32) if stored else None
     out = x.new_empty((rows[0].stop, ld), dtype=dtype)
     for r in rows:
-        total = x.new_zeros((r.stop - r.start, x.shape[1]), dtype=torch.float32)
+        if dx is not None:
+            total = x.new_zeros((r.stop - r.start, x.shape[1]), dtype=torch.float32)
         for c in cols:
             logits = _stored_logits(models, buffers, r, c) if stored else None
             _launch(kernel, models, logits, per_row, out, r, c, ld, scale, **flags)
@@ -377,6 +386,7 @@ class LinearLogprob(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, h):
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         per_row = targets, lse, entropy, g.contiguous(), h.contiguous()
@@ -400,6 +410,7 @@ class LinearKL(torch.autograd.Function):
         return kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, lse, lse_ref = ctx.saved_tensors
         models = [_operands(hidden, weight, bias), _operands(ref_hidden, ref_weight, ref_bias)]
