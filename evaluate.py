@@ -30,10 +30,11 @@ import torch
 
 from nanorlhf import generate, hub, tasks
 from nanorlhf.common import UserError, check_ranges, derive_seed, require, run_cli, setup, to_device
-from nanorlhf.data import microbatches, pad, read_jsonl, response_mask
+from nanorlhf.data import microbatches, pad, response_mask
+from nanorlhf.formats import read_rows
 from nanorlhf.kernels import linear_kl
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
-from nanorlhf.pairs import encode_pairs, read_pairs
+from nanorlhf.pairs import encode_pairs
 from nanorlhf.rewards import score_responses
 
 ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, however it was found
@@ -44,7 +45,7 @@ class Config:
     model: str = "runs/reviews-sft/model"  # model folder
     against: str = ""  # a second model folder: win rate and KL
     task: str = "reviews"  # built-in task: reviews, chain or countdown; held-out prompts and the reward
-    data: str = ""  # JSONL of {"prompt", ...} rows; of these the held-out ones, where there are any
+    data: str = ""  # file of prompts (formats: nanorlhf/formats.py); the held-out ones, where there are any
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     rm: str = ""  # reward model folder, in place of a reward function
     pairs: str = ""  # JSONL of preference pairs, for the accuracy of --rm and of the model's own reward
@@ -127,7 +128,7 @@ def main(cfg):
     rewards = rewards or ([(cfg.task, 1.0, task.reward)] if task.reward else [])
     scorer = bool(rm or rewards)
     require(scorer or other, "nothing to measure by: give --rm, --reward or --against")
-    rows = read_jsonl(cfg.data, ("prompt",), nonempty=("prompt",)) if cfg.data else []
+    rows = read_rows(cfg.data, "prompts") if cfg.data else []
     kept = [row for row in rows if tasks.held_out(row["prompt"])]
     if rows and not kept:
         print(f"--data {cfg.data}: no prompt is held out (15% are, by a hash); all are used")
@@ -168,7 +169,7 @@ def main(cfg):
     if scorer and other:
         out["win"] = win_rate(score[""], score["against_"])
     if cfg.pairs:
-        pairs = encode_pairs(read_pairs(cfg.pairs, flag="--pairs"), tok, model.cfg.max_len, "given")
+        pairs = encode_pairs(read_rows(cfg.pairs, "pairs", "--pairs"), tok, model.cfg.max_len, "given")
         require(pairs, f"--pairs {cfg.pairs}: no usable pair is left")
         if rm:
             out["rm_acc"] = pairs_accuracy(pairs, tok, device, lambda x, length, mask: rm.rewards(x, length))

@@ -4,9 +4,10 @@
     python sample.py --model runs/reviews-ppo/model           one prompt a line, until an empty one
     python sample.py ... --n 4 --temperature 0.7 --top_p 0.9  several answers, from a sharper distribution
     python sample.py ... --logprobs                           one token a line, with its log-prob
+    python sample.py ... --chat                               the prompt as a user's turn (chat template)
 
-A model trained here continues a text: it has no roles and no memory of earlier prompts. The log-prob is that
-of the distribution sampled from; with temperature 0 (greedy) it is the one at temperature 1.
+A model continues a text, or answers one turn: it has no memory of earlier prompts. The log-prob is that of
+the distribution sampled from; with temperature 0 (greedy) it is the one at temperature 1.
 """
 
 import sys
@@ -17,12 +18,14 @@ import torch
 
 from nanorlhf import generate, hub
 from nanorlhf.common import UserError, check_ranges, derive_seed, require, run_cli, setup, to_device
+from nanorlhf.tokenizer import Chat
 
 
 @dataclass
 class Config:
     model: str = "runs/reviews-sft/model"  # model folder: the model/ of a run, or a Hugging Face folder
     prompt: str = ""  # text to continue; empty: read prompts from the terminal or a pipe, one a line
+    chat: bool = False  # the prompt is a user's turn, rendered by the model's chat template
     n: int = 1  # answers to each prompt
     max_new_tokens: int = 0  # length at most, EOS included; 0: what the context has room for
     temperature: float = 1.0  # below 1 sharper, above 1 flatter; 0: always the likeliest token
@@ -105,7 +108,8 @@ def main(cfg):
     answers = []
     for number, prompt in enumerate(prompts(cfg)):
         try:
-            ids = tok.encode(prompt)
+            turn = Chat([{"role": "user", "content": prompt}]) if cfg.chat else prompt
+            ids = tok.encode_prompt(turn)
         except UserError as e:  # a slip of the keyboard does not end the conversation
             require(not cfg.prompt, f"--prompt: {e}")
             print(e)
@@ -114,7 +118,7 @@ def main(cfg):
             if cfg.n > 1:
                 print(f"── {i + 1}")
             if not cfg.logprobs:
-                print(prompt, end="", flush=True)
+                print(turn, end="", flush=True)
             seed = derive_seed(cfg.seed, "sample", number, i)
             how = cfg.temperature, cfg.top_k, cfg.top_p
             tokens = stream(model, ids, cfg.max_new_tokens, tok.eos_id, seed, *how)

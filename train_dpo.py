@@ -64,7 +64,8 @@ from nanorlhf.rewards import fresh_samples, load_prompts, score_responses
 @dataclass
 class Config:
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data or --online)
-    data: str = ""  # JSONL of {"prompt", "chosen", "rejected"} rows; with kto also "completion", "label"
+    data: str = ""  # file of preferences (formats: nanorlhf/formats.py); with kto also of labelled ones
+    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     reward: list[str] = field(default_factory=list)  # online: path/to/file.py:name, or :name*0.2; repeatable
     rm: str = ""  # online: reward model folder; without any judge: runs/TASK-rm/model, or the task's function
     judge: Literal["", "self"] = ""  # online: self ranks by the policy's own β log π/π_ref
@@ -246,8 +247,7 @@ def objective(policy, examples, ref_logp, z0, tok, cfg):
         len_w, len_l = (torch.tensor([len(e[i]) for e in examples], device=w.device) for i in (1, 2))
         losses, chosen, rejected = preference_loss(
             w, l, ref_w, ref_l, cfg.beta, cfg.loss, cfg.label_smoothing, len_w, len_l,
-            cfg.ipo_mean, cfg.simpo_ratio, cfg.orpo_lam, cfg.dpo_nll_coef,
-        )
+            cfg.ipo_mean, cfg.simpo_ratio, cfg.orpo_lam, cfg.dpo_nll_coef)  # fmt: skip
         acc = (chosen > rejected) + 0.5 * (chosen == rejected)
         sides = chosen, rejected, w, l
     return losses, (acc.float(), *(x.detach() for x in sides))
@@ -298,7 +298,7 @@ def sample_pairs(policy, rows, tok, cfg, judge, seed):
         group = range(g * G, g * G + G)
         best, worst = max(group, key=rank.__getitem__), min(group, key=rank.__getitem__)
         if rank[best] > rank[worst]:
-            sides = [tok.encode(row["prompt"]), ids[best], ids[worst]]
+            sides = [tok.encode_prompt(row["prompt"]), ids[best], ids[worst]]
             kept.append(dict(zip(KEYS, (row["prompt"], texts[best], texts[worst]))) | {"ids": sides})
     reward, se = mean_se(torch.cat(scores).view(-1, G))
     return kept, {"reward": reward, "reward_se": se, "dead": 1 - len(kept) / len(rows)}

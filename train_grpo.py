@@ -77,7 +77,8 @@ RECIPES = {  # a published recipe sets these flags; those that it does not name 
 class Config:
     task: str = "chain"  # built-in task: chain, countdown or reviews; sets the defaults that differ by task
     recipe: Literal[tuple(RECIPES)] = ""  # flags of a published recipe; flags given explicitly win
-    data: str = ""  # JSONL of {"prompt", ...} rows, in place of the task's own prompts
+    data: str = ""  # file of prompts (formats: nanorlhf/formats.py), in place of the task's own
+    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder, where the task has no reward function; empty: runs/TASK-rm/model
@@ -312,11 +313,9 @@ def sample_groups(sampler, tok, cfg, rows, limit, seed_for, drawn, mastered, rm,
         if not picked:
             continue
         rounds += 1
-        prompts = [tok.encode(rows[i]["prompt"]) for i in picked]
-        roll = generate.generate(
-            sampler, prompts, cfg.group_size, limit, cfg.temperature, tok.eos_id,
-            seed_for("rollout", drawn), pad_id=tok.pad_id,
-        )
+        prompts = [tok.encode_prompt(rows[i]["prompt"]) for i in picked]
+        how = cfg.group_size, limit, cfg.temperature, tok.eos_id, seed_for("rollout", drawn)
+        roll = generate.generate(sampler, prompts, *how, pad_id=tok.pad_id)
         prompt_rows = [rows[picked[g]] for g in roll.group.tolist()]
         answers = [tok.decode(ids) for ids in roll.responses()]
         part = {}

@@ -42,7 +42,8 @@ from nanorlhf.worker import Rewards
 @dataclass
 class Config:
     task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
-    data: str = ""  # JSONL of {"prompt", ...} rows for the task's own prompts; --task still sets the defaults
+    data: str = ""  # file of prompts (formats: nanorlhf/formats.py); --task still sets the defaults
+    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder; empty: runs/TASK-rm/model, unless there is a reward function
@@ -264,7 +265,7 @@ def train(cfg):
 
             # ---- prompts (detail 21: reshuffled when they end)
             batch = [rows[i] for i in epoch_batches(len(rows), cfg.prompts_per_step, seed_for("data"), step)]
-            prompts = [tok.encode(r["prompt"]) for r in batch]
+            prompts = [tok.encode_prompt(r["prompt"]) for r in batch]
 
             # ---- rollout (detail 7: no dropout, so the sampler's log-probs are the old policy's own)
             roll = generate.generate(

@@ -36,7 +36,8 @@ from nanorlhf.common import (
     to_device,
     warmup_linear,
 )
-from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl
+from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad
+from nanorlhf.formats import read_rows
 from nanorlhf.model import ScalarModel
 from nanorlhf.pairs import encode_pairs, load_rows, require_both
 
@@ -47,7 +48,8 @@ from nanorlhf.pairs import encode_pairs, load_rows, require_both
 @dataclass
 class Config:
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data)
-    data: str = ""  # JSONL of {"prompt", "chosen", "rejected"} rows, in place of the task's own pairs
+    data: str = ""  # file of preferences (formats: nanorlhf/formats.py), in place of the task's own pairs
+    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
     pairs: int = 4000  # pairs to make for the built-in task
     tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
@@ -133,7 +135,7 @@ def load_pairs(cfg, task, policy, tok):
         return train, test, [chosen for chosen, _ in train[:1024]]
     rows = task.demonstrations(1024, cfg.seed)
     if cfg.references:
-        rows = read_jsonl(cfg.references, ("prompt", "response"), "--references")[:1024]
+        rows = read_rows(cfg.references, "demos", "--references")[:1024]
     pairs = [encode_pair(tok, r["prompt"], r["response"], max_len, r.get("_at", "")) for r in rows]
     references = [p + y for p, y in filter(None, pairs)]
     require(references, f"--references {cfg.references}: every row exceeds the context of {max_len} tokens")

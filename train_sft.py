@@ -32,15 +32,8 @@ from nanorlhf.common import (
     to_device,
     warmup_linear,
 )
-from nanorlhf.data import (
-    encode_pair,
-    epoch_batches,
-    microbatches,
-    pad,
-    read_jsonl,
-    response_mask,
-    split_by_hash,
-)
+from nanorlhf.data import encode_demonstration, epoch_batches, microbatches, pad, split_by_hash
+from nanorlhf.formats import read_rows
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import Tokenizer
 
@@ -51,7 +44,8 @@ from nanorlhf.tokenizer import Tokenizer
 @dataclass
 class Config:
     task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
-    data: str = ""  # JSONL of {"prompt", "response"} rows, in place of the task's own demonstrations
+    data: str = ""  # file of demonstrations (formats: nanorlhf/formats.py), in place of the task's own
+    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     demos: int | None = None  # demonstrations to write for a built-in task
     init: str = ""  # model folder to start from; empty: a new model of the size below
     out: str = ""  # run folder; empty: runs/TASK-sft
@@ -110,10 +104,12 @@ def sft_loss(logp, mask, denom):
 
 
 def batch_tensors(rows, tok, device, loss_on_prompt=False):
-    """(prompt ids, response ids) rows → tokens (B, T), mask (B, T) bool of the tokens the loss counts."""
-    tokens, lengths = pad([p + r for p, r in rows], tok.pad_id)  # detail 5
-    begin = [1 if loss_on_prompt else len(p) for p, _ in rows]  # the first token has nothing before it
-    return tokens.to(device), response_mask(begin, lengths, tokens.shape[1]).to(device)
+    """(ids, mask of the assistant's) rows → tokens (B, T), mask (B, T) bool of the tokens the loss counts."""
+    tokens, _ = pad([ids for ids, _ in rows], tok.pad_id)  # detail 5
+    if loss_on_prompt:  # the first token has nothing before it
+        rows = [(ids, [False] + [True] * (len(ids) - 1)) for ids, _ in rows]
+    mask, _ = pad([mask for _, mask in rows], False)
+    return tokens.to(device), mask.bool().to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -124,7 +120,7 @@ def demonstrations(cfg, task):
     """→ training rows, held-out rows of {"prompt", "response"}; a prompt's text alone decides which it is."""
     if not cfg.data:
         return task.demonstrations(cfg.demos, cfg.seed), task.demonstrations(256, cfg.seed, split="test")
-    rows = read_jsonl(cfg.data, ("prompt", "response"), nonempty=("prompt",))
+    rows = read_rows(cfg.data, "demos", skip_bad=cfg.skip_bad_rows)
     train, test = split_by_hash(rows, tasks.held_out)
     require(train, f"--data {cfg.data}: every prompt falls into the held-out 15%; give more distinct prompts")
     return train, test
@@ -142,13 +138,13 @@ def new_tokenizer(cfg, task, rows, test_rows):
 
 
 def encode(rows, tok, max_len):
-    """Rows → (prompt ids, response ids + EOS) pairs; those beyond the context are dropped, and counted."""
-    pairs = [encode_pair(tok, r["prompt"], r["response"], max_len, r.get("_at", "")) for r in rows]
-    kept = [p for p in pairs if p]
+    """Rows → (ids with EOS, mask of the response's); those beyond the context are dropped, and counted."""
+    found = [x for r in rows for x in encode_demonstration(tok, r, max_len)]
+    kept = [row for row in found if row]
     why = f"longer than the context of {max_len} tokens (--max_len)"
-    require(kept or not rows, f"all {len(rows)} demonstrations are {why}")
-    if len(kept) < len(rows):
-        print(f"dropped {len(rows) - len(kept)} of {len(rows)} demonstrations: {why}")
+    require(kept or not rows, f"all {len(found)} demonstrations are {why}")
+    if len(kept) < len(found):
+        print(f"dropped {len(found) - len(kept)} of {len(found)} demonstrations: {why}")
     return kept
 
 
@@ -163,8 +159,8 @@ def evaluate(model, tok, task, cfg, test, log, step, full):
             total += sft_loss(model.logprobs(tokens, mask)[0], mask, 1).item()
             count += mask.sum().item()
         out["eval/loss"] = total / count
-        prompts = [p for p, _ in test[:8]]
-        room = min(model.cfg.max_len - max(map(len, prompts)), max(len(r) for _, r in test))
+        prompts = [ids[: mask.index(True)] for ids, mask in test[:8]]
+        room = min(model.cfg.max_len - max(map(len, prompts)), max(sum(mask) for _, mask in test))
         seed = derive_seed(cfg.seed, "samples")
         roll = generate.generate(model, prompts, 1, room, 1.0, tok.eos_id, seed, pad_id=tok.pad_id)
         rows = [{"prompt": tok.decode(p)} for p in prompts]
@@ -218,7 +214,7 @@ def train(cfg):
             rows = [data[i] for i in order]
             tokens, mask = batch_tensors(rows, tok, device, cfg.loss_on_prompt)  # (B, T)
             denom = mask.sum()  # of the whole step: how it is cut into micro-batches must not matter
-            lengths = torch.tensor([len(p) + len(r) for p, r in rows])
+            lengths = torch.tensor([len(ids) for ids, _ in rows])
             opt.zero_grad()
             total = 0.0
             for mb in microbatches(lengths, cfg.tokens_per_microbatch):

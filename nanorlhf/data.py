@@ -1,4 +1,4 @@
-"""Rows in, padded batches out: JSON-lines files, prompt and response, masks from lengths, resumable order."""
+"""Rows in, padded batches out: files of JSON, prompt and response, masks from lengths, resumable order."""
 
 import gzip
 import json
@@ -16,14 +16,32 @@ from nanorlhf.common import UserError
 def read_jsonl(
     path, required: tuple[str, ...], flag: str = "--data", nonempty: tuple[str, ...] = ()
 ) -> list[dict]:
-    """The rows of a .jsonl or .jsonl.gz file, one JSON object a line; blank lines are skipped.
+    """The rows of a file of our own shape: JSON lines, or what else `read_objects` takes.
 
     required   keys that every row must have, as strings; other keys are left as they are
     nonempty   of these, the keys that must hold more than whitespace
     flag       the command-line flag that gave the path, named in errors
 
-    Each row also gets "_at", its place as "file:line", for later messages about it. UTF-8, with or without a
-    BOM; LF or CRLF. Anything else raises a UserError that names the flag, the file and the line.
+    Each row also gets "_at", its place as "file:line", for later messages about it. UserError, naming the
+    flag, the file and the line, for anything else.
+    """
+    rows = []
+    for at, item in read_objects(path, flag, required):
+        try:
+            row = parse(item)
+            check_text(row, required, nonempty)
+        except UserError as e:
+            raise UserError(f"{flag}: {at}: {e}") from None
+        rows.append(row | {"_at": at})
+    return rows
+
+
+def read_objects(path, flag: str, required: tuple[str, ...]) -> list[tuple[str, object]]:
+    """The rows of a file, still to be parsed → [("file:line" or "file:row 7", item)].
+
+    JSON lines (blank ones are skipped), one JSON array (rows are counted), either also gzipped, or Parquet
+    where pyarrow is installed.
+    UTF-8, with or without a BOM; LF or CRLF. UserError when the file is missing, damaged or empty.
     """
     where = f"{flag}: {path}"
     try:
@@ -33,68 +51,84 @@ def read_jsonl(
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{where}: damaged gzip file ({e}); fetch or compress it again") from None
     except OSError as e:
-        raise UserError(f"{where}: {e.strerror}; expected a .jsonl or .jsonl.gz file") from None
+        raise UserError(f"{where}: {e.strerror}; expected a .jsonl, .json or .jsonl.gz file") from None
+    size, data = len(data), data.removeprefix(b"\xef\xbb\xbf")
     if data[:4] == b"PAR1":
-        to_json = "pandas.read_parquet(p).to_json(q, orient='records', lines=True)"
-        raise UserError(f"{where}: a Parquet file, expected JSON lines; convert it: {to_json}")
-
-    rows = []
-    # Bytes are split at newlines only: str.splitlines also breaks at U+2028, which JSON strings may hold.
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            row = _parse(line, f"{where}:{number}")
-            _check(row, required, nonempty, f"{where}:{number}")
-            row["_at"] = f"{path}:{number}"
-            rows.append(row)
+        rows = _read_parquet(data, where)
+    elif data.lstrip()[:1] == b"[":
+        try:
+            rows = _load(data)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+    else:
+        # Split at newlines only: str.splitlines also breaks at U+2028, which JSON strings may hold.
+        lines = enumerate(data.split(b"\n"), start=1)
+        rows = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
     if not rows:
-        what = "only blank lines" if data else "the file is empty"
+        what = "only blank lines" if size else "the file is empty"
         raise UserError(f"{where}: {what}; expected rows like {_example(required)}")
-    return rows
+    if isinstance(rows[0], tuple):
+        return rows
+    return [(f"{path}:row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def _parse(line: bytes, where: str) -> dict:
-    if b"\0" in line:
-        raise UserError(f"{where}: a NUL byte; JSON lines are plain UTF-8 text (UTF-16, or damaged?)")
+def _read_parquet(data, where):
+    try:
+        from pyarrow import BufferReader, parquet
+    except ImportError:
+        to_json = "pandas.read_parquet(p).to_json(q, orient='records', lines=True)"
+        need = "a Parquet file: pip install pyarrow, or convert it"
+        raise UserError(f"{where}: {need}: {to_json}") from None
+    try:
+        return parquet.read_table(BufferReader(data)).to_pylist()
+    except (ValueError, OSError) as e:
+        raise UserError(f"{where}: damaged Parquet file ({' '.join(str(e).split())})") from None
+
+
+def parse(item) -> dict:
+    """An item of `read_objects` → its object. UserError, without the place, for what is none."""
+    row = _load(item) if isinstance(item, bytes) else item
+    if not isinstance(row, dict):
+        raise UserError(f"a JSON {json_type(row)}; expected one object a row, like {{...}}")
+    return row
+
+
+def _load(data: bytes):
+    if b"\0" in data:
+        raise UserError("a NUL byte; JSON is plain UTF-8 text (UTF-16, or damaged?)")
 
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=refuse)
+        return json.loads(data.decode("utf-8"), parse_constant=refuse)
     except UnicodeDecodeError as e:
-        raise UserError(f"{where}: not UTF-8 (byte {e.start + 1} of the line); save it as UTF-8") from None
+        raise UserError(f"not UTF-8 (byte {e.start + 1} of the row); save it as UTF-8") from None
     except json.JSONDecodeError as e:
-        raise UserError(f"{where}: bad JSON at column {e.colno} ({e.msg}); expected an object") from None
+        line = f"line {e.lineno}, " * (b"\n" in data.strip())
+        raise UserError(f"bad JSON at {line}column {e.colno} ({e.msg}); expected an object") from None
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: bad JSON ({e}); expected an object") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a JSON {_json_type(row)}; expected one object a line, like {{...}}")
-    return row
+        raise UserError(f"bad JSON ({e}); expected an object") from None
 
 
-def require_keys(rows: list[dict], required: tuple[str, ...], flag: str, nonempty=()) -> None:
-    """The checks of `read_jsonl` on rows that it has read already, for files that may hold several kinds."""
-    for row in rows:
-        _check(row, required, nonempty, f"{flag}: {row['_at']}")
-
-
-def _check(row: dict, required: tuple[str, ...], nonempty: tuple[str, ...], where: str) -> None:
+def check_text(row: dict, required: tuple[str, ...], nonempty: tuple[str, ...] = ()) -> None:
+    """UserError unless the row has these keys, as strings, and of these some with more than whitespace."""
     hint = f"(a row is {_example(required)})"
     for key in required:
         if key not in row:
-            raise UserError(f'{where}: missing key "{key}" {hint}')
+            raise UserError(f'missing key "{key}" {hint}')
         if not isinstance(row[key], str):
-            raise UserError(f'{where}: "{key}" is a {_json_type(row[key])}, expected a string {hint}')
+            raise UserError(f'"{key}" is a {json_type(row[key])}, expected a string {hint}')
     for key in nonempty:
         if not row[key].strip():
-            raise UserError(f'{where}: "{key}" is empty, expected some text {hint}')
+            raise UserError(f'"{key}" is empty, expected some text {hint}')
 
 
 def _example(required: Iterable[str]) -> str:
     return "{" + ", ".join(f'"{key}": …' for key in required) + "}"
 
 
-def _json_type(x) -> str:
+def json_type(x) -> str:
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(x), "number")
 
@@ -119,10 +153,11 @@ def write_jsonl(path, rows: Iterable[dict]) -> None:
 
 
 def split_by_hash(rows: list[dict], held_out: Callable[[str], bool]) -> tuple[list[dict], list[dict]]:
-    """(train, test): test has the rows whose prompt is `held_out`; by prompt, so none is in both."""
+    """(train, test): test has the rows whose prompt is `held_out`; by prompt, so none is in both. A document
+    without a prompt goes by its text."""
     train, test = [], []
     for row in rows:
-        (test if held_out(row["prompt"]) else train).append(row)
+        (test if held_out(row["prompt"] or row["response"]) else train).append(row)
     return train, test
 
 
@@ -138,22 +173,34 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch
 def encode_pair(
     tok, prompt: str, response: str, max_len: int, at: str = ""
 ) -> tuple[list[int], list[int]] | None:
-    """(prompt ids, response ids + [eos]), or None when together beyond max_len tokens: drop it, and count it.
+    """(prompt ids, response ids with EOS), or None when together beyond max_len tokens: drop and count it.
 
     The two are tokenized apart, because a policy is given the prompt's ids and then writes ids of its own: a
-    merge across the boundary is one it could never sample. `at` ("file:line") starts the message of a
-    UserError, raised for a prompt without tokens and for text that `tok` cannot encode.
+    merge across the boundary is one it could never sample. Without a prompt the response is a document, which
+    follows an EOS. `at` ("file:line") starts the message of a UserError, for text that `tok` cannot encode.
     """
-    prefix = f"{at}: " if at else ""
     try:
-        prompt_ids, response_ids = tok.encode(prompt), tok.encode(response)
+        prompt_ids = tok.encode_prompt(prompt) or [tok.eos_id]
+        response_ids = tok.encode_response(prompt, response)  # detail 3
     except UserError as e:
-        raise UserError(f"{prefix}{e}") from None
-    if not prompt_ids:
-        raise UserError(f"{prefix}the prompt is empty; a response needs at least one token before it")
-    response_ids = response_ids + [tok.eos_id]  # detail 3
+        raise UserError(f"{at}: {e}" if at else str(e)) from None
     # detail 4: never truncated; what does not fit is dropped
     return (prompt_ids, response_ids) if len(prompt_ids) + len(response_ids) <= max_len else None
+
+
+def encode_demonstration(tok, row: dict, max_len: int) -> list[tuple[list[int], list[bool]] | None]:
+    """{"prompt", "response"} → [(ids, mask of the response's)], None in place of what exceeds max_len tokens.
+
+    Of a conversation ("turns") every answer of the assistant counts; see Tokenizer.encode_chat.
+    """
+    if "turns" not in row:
+        pair = encode_pair(tok, row["prompt"], row["response"], max_len, row.get("_at", ""))
+        return [pair and (pair[0] + pair[1], [False] * len(pair[0]) + [True] * len(pair[1]))]
+    try:
+        found = tok.encode_chat(row["turns"])
+    except UserError as e:
+        raise UserError(f"{row['_at']}: {e}") from None
+    return [x if len(x[0]) <= max_len else None for x in found]
 
 
 def response_mask(prompt_lens, lengths, T: int) -> torch.Tensor:

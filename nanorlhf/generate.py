@@ -174,7 +174,7 @@ def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0
     """
     rolls, texts, per = [], [], max(1, batch // n)
     for i in tqdm(range(0, len(prompts), per), desc, leave=False, disable=None if desc else True):
-        ids = [tok.encode(p) for p in prompts[i : i + per]]
+        ids = [tok.encode_prompt(p) for p in prompts[i : i + per]]
         how = dict(top_k=top_k, top_p=top_p, pad_id=tok.pad_id)
         roll = generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, **how)
         rolls.append(roll)

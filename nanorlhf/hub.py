@@ -400,7 +400,7 @@ def load(folder, flag="--init", hint="", kind="", dtype=torch.float32, like=None
     if kind and kind != is_a:
         raise UserError(f"{flag} {folder}: is a {is_a}, must be a {kind}")
     if kind and tok is None:
-        raise UserError(f"{flag} {folder}: has no tokenizer ({FILE})")
+        raise UserError(f"{flag} {folder}: has no tokenizer (tokenizer.json or {FILE})")
     if like is not None and tok != like:
         raise UserError(f"{flag} {folder}: not the vocabulary of the other models; all need one SFT run")
     return model, tok
@@ -425,7 +425,7 @@ def _read(folder, dtype):
         stop = settings.get("eos_token_id", stop) if isinstance(settings, dict) else stop
     if scalar:
         cfg.tied = True  # no unembedding of its own: `score` is the head
-    tok = Tokenizer.load(folder) if os.path.exists(os.path.join(folder, FILE)) else None
+    tok = Tokenizer.load(folder) if Tokenizer.present(folder) else None
     if tok and tok.vocab_size > cfg.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tok.vocab_size} ids, the model only {cfg.vocab_size}")
 

@@ -1,8 +1,4 @@
-"""Preferences for the reward model and for DPO: made here by a Bradley–Terry draw, or read from JSON lines.
-
-    {"prompt", "chosen", "rejected"}      a pair
-    {"chosen", "rejected"}                two dialogues, as in HH-RLHF; all but the last turn is the prompt
-    {"prompt", "completion", "label"}     one response, liked or not (KTO)
+"""Preferences for the reward model and for DPO: made here by a Bradley–Terry draw, or read from files.
 
 What cannot be used is dropped and counted. Nothing here may move a learning curve.
 """
@@ -12,12 +8,11 @@ import random
 from typing import NamedTuple
 
 from nanorlhf import generate, tasks
-from nanorlhf.common import UserError, derive_seed, require
-from nanorlhf.data import encode_pair, microbatches, read_jsonl, require_keys, split_by_hash, write_jsonl
+from nanorlhf.common import derive_seed, require
+from nanorlhf.data import encode_pair, microbatches, read_jsonl, split_by_hash, write_jsonl
+from nanorlhf.formats import read_rows
 
 KEYS = ("prompt", "chosen", "rejected")
-TURN = "\n\nAssistant:"  # of HH-RLHF; the last one starts the response
-SHOWN = 20  # line numbers in one message
 
 
 def make_pairs(cfg, task, model, tok):
@@ -41,53 +36,11 @@ def make_pairs(cfg, task, model, tok):
     return paths
 
 
-def read_pairs(path, unpaired=False, flag="--data"):
-    """The pairs of a file → rows {"prompt", "chosen", "rejected"}; dialogues are cut at their last turn.
-
-    With `unpaired` rows {"prompt", "completion", "label"} are read too, and returned as they are. Otherwise
-    they are a UserError, and so is a file where most pairs do not answer one prompt.
-    """
-    rows = read_jsonl(path, (), flag)
-    single = [r for r in rows if "completion" in r and "chosen" not in r]
-    if single and not unpaired:
-        what = 'a labelled completion, not a pair of "chosen" and "rejected"'
-        raise UserError(f"{flag}: {single[0]['_at']}: {what}; train_dpo.py --loss kto reads such rows")
-    if single:
-        require_keys(rows, ("prompt", "completion"), flag, nonempty=("prompt",))
-        for r in rows:
-            right = isinstance(r.get("label"), bool)
-            require(right, f'{flag}: {r["_at"]}: "label" is {r.get("label")!r}, expected true or false')
-        return rows
-    if any("prompt" in r for r in rows):
-        require_keys(rows, KEYS, flag, nonempty=("prompt",))
-        return rows
-    require_keys(rows, KEYS[1:], flag)
-    return _cut_dialogues(rows, path, flag)
-
-
-def _cut_dialogues(rows, path, flag):
-    kept, lines = [], []
-    for r in rows:
-        (*prompt, chosen), (*other, rejected) = (r[key].rpartition(TURN) for key in KEYS[1:])
-        require(any(prompt + other), f'{flag}: {r["_at"]}: no "prompt", and no {TURN!r} to end one')
-        if prompt == other:
-            kept.append(dict(zip(KEYS, ("".join(prompt), chosen, rejected))) | {"_at": r["_at"]})
-        else:
-            lines.append(r["_at"].rpartition(":")[2])
-    if lines:
-        more = f" and {len(lines) - SHOWN} more" * (len(lines) > SHOWN)
-        where = f"line {', '.join(lines[:SHOWN])}{more}"
-        said = f"{len(lines)} of {len(rows)} pairs answer different prompts ({where})"
-        why = "more than half: comparing answers to different questions teaches nothing"
-        require(len(lines) <= len(kept), f"{flag}: {path}: {said}, {why}")
-        print(f"dropped: {path}: {said}")
-    return kept
-
-
 def load_rows(cfg, task, policy, tok, unpaired=False):
     """→ training rows, held-out rows: of --data, split by their prompts, or the pairs that are made here."""
     if cfg.data:
-        return split_by_hash(read_pairs(cfg.data, unpaired), tasks.held_out)
+        rows = read_rows(cfg.data, "kto" if unpaired else "pairs", skip_bad=cfg.skip_bad_rows)
+        return split_by_hash(rows, tasks.held_out)
     return [read_jsonl(path, KEYS) for path in make_pairs(cfg, task, policy, tok)]
 
 
@@ -143,7 +96,7 @@ def to_examples(pairs, kto, max_len):
 
 def encode_examples(rows, tok, kto, max_len, what):
     """Rows of a file → Examples; the unusable are dropped, and counted."""
-    if not rows or "completion" not in rows[0]:
+    if not rows or "chosen" in rows[0]:
         return to_examples(encode_pairs(rows, tok, max_len, what), kto, max_len)
     ids = [encode_pair(tok, r["prompt"], r["completion"], max_len, r["_at"]) for r in rows]
     kept = [(*pair, r["label"]) for pair, r in zip(ids, rows) if pair]
@@ -161,7 +114,7 @@ def load_examples(cfg, task, policy, tok, kto):
                    for part, what in zip(rows, ("training", "held-out")))
     require_both(cfg, train, test)
     room = max_len - cfg.max_new_tokens
-    fit = [[r for r in part if len(tok.encode(r["prompt"])) <= room] for part in rows]
+    fit = [[r for r in part if len(tok.encode_prompt(r["prompt"])) <= room] for part in rows]
     require(all(fit), f"every prompt is longer than {room} tokens (the context less --max_new_tokens)")
     return train, test, fit[0], fit[1][: cfg.eval_prompts]
 

@@ -7,7 +7,8 @@ import torch
 
 from nanorlhf import generate, tasks
 from nanorlhf.common import UserError, derive_seed, require
-from nanorlhf.data import read_jsonl, split_by_hash
+from nanorlhf.data import split_by_hash
+from nanorlhf.formats import read_rows
 from nanorlhf.worker import sum_rewards
 
 SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to bound memory
@@ -100,7 +101,7 @@ def fresh_samples(policy, ref, tok, rows, max_new_tokens, seed, budget=8192):
     kl is the mean over samples of Σ_t (logp − ref_logp): nats per sequence, KL(policy‖ref). It may be a
     little negative where the two are near: it is an estimate.
     """
-    prompts = [tok.encode(r["prompt"]) for r in rows]
+    prompts = [tok.encode_prompt(r["prompt"]) for r in rows]
     seed = derive_seed(seed, "eval")
     roll = generate.generate(policy, prompts, 1, max_new_tokens, 1.0, tok.eos_id, seed, pad_id=tok.pad_id)
     k1 = roll.logp - roll.per_token(lambda x, m: ref.logprobs(x, m)[0], budget)  # (B, T)
@@ -121,7 +122,7 @@ def load_prompts(cfg, task, tok, max_len, limit=None):
     """
     limit = limit or cfg.max_new_tokens
     if cfg.data:
-        rows = read_jsonl(cfg.data, ("prompt",), nonempty=("prompt",))
+        rows = read_rows(cfg.data, "prompts", skip_bad=cfg.skip_bad_rows)
     else:
         rows = task.prompts("train", 3000, cfg.seed) + task.prompts("test", cfg.eval_prompts, cfg.seed)
     room = max_len - limit
@@ -140,6 +141,6 @@ def load_prompts(cfg, task, tok, max_len, limit=None):
 
 def _prompt_len(row, tok):
     try:
-        return len(tok.encode(row["prompt"]))
+        return len(tok.encode_prompt(row["prompt"]))
     except UserError as e:  # a character that this model has no token for
         raise UserError(f"{row.get('_at', '--task')}: {e}") from None

@@ -332,13 +332,17 @@ def get(name: str) -> Task:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# rewards for rows with an "answer": --reward nanorlhf/tasks.py:numeric_answer
+# rewards for rows with an "answer", and for a form: --reward nanorlhf/tasks.py:numeric_answer
 
 
 def final_answer(text: str) -> str | None:
-    r"""What a solution says in \boxed{…} or behind #### (GSM8K), else the whole text. None if it says two."""
+    r"""What a solution says in <answer>…</answer>, \boxed{…} or behind #### (GSM8K), else the whole text; in
+    all cases behind its last </think>. None if it says two."""
     boxed = r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"  # one level of braces inside: \frac{1}{2}
-    found = re.findall(boxed, text) + re.findall(r"####([^\n]*)", re.sub(boxed, r"\1", text))
+    text = text.rpartition("</think>")[2]
+    found, text = re.findall(boxed, text), re.sub(boxed, r"\1", text)
+    tagged = r"(?s)<answer>((?:(?!</?answer>).)*)</answer>"
+    found += re.findall(tagged, text) + re.findall(r"####([^\n]*)", re.sub(tagged, r"\1", text))
     answers = {answer.strip() for answer in found or [text]}
     return answers.pop() if len(answers) == 1 else None
 
@@ -372,6 +376,35 @@ def numeric_answer(prompt: str, response: str, row: dict) -> float:
         return parse_number(final_answer(text) or "")
 
     return float(number(response) == _wanted(row, number, "a number"))
+
+
+def choice_answer(prompt: str, response: str, row: dict) -> float:
+    """1 if the response's final answer is the letter row["answer"] of a multiple choice, else 0.
+
+    `B`, `(B)`, `B.`, `b)`, `B) with its text` and `the answer is B` are the letter B; a longer text is none.
+    """
+
+    def letter(text):
+        said = (final_answer(text) or "").strip()
+        match = re.fullmatch(r"(?is)(?:the answer is:? )?\(?([a-j])(?:[.):]?|[.):]\s.*)", said)
+        return match and match[1].upper()
+
+    return float(letter(response) == _wanted(row, letter, "a letter from A to J"))
+
+
+def think_format(prompt: str, response: str, row: dict | None = None) -> float:
+    """1 if the response is one <think>…</think> and then some text, else 0."""
+    thought, end, rest = response.partition("</think>")
+    once = response.count("<think>") == response.count("</think>") == 1
+    return float(bool(end) and once and thought.lstrip().startswith("<think>") and bool(rest.strip()))
+
+
+def answer_format(prompt: str, response: str, row: dict | None = None) -> float:
+    """1 if the response is one <think>…</think> and one <answer>…</answer>, else 0 (arXiv:2501.12948)."""
+    rest = response.rpartition("</think>")[2].strip()
+    once = response.count("<answer>") == response.count("</answer>") == 1
+    tagged = once and rest.startswith("<answer>") and rest.endswith("</answer>")
+    return think_format(prompt, response) * tagged
 
 
 def _wanted(row, read, what):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nanorlhf.common import UserError
 from nanorlhf.data import (
+    encode_demonstration,
     encode_pair,
     epoch_batches,
     microbatches,
@@ -156,10 +157,25 @@ def test_encode_pair():
     assert pair == ([97], [98, tok.eos_id])
     assert encode_pair(tok, "a", "b", 2) is None
     assert encode_pair(tok, "a", "", 2) == ([97], [tok.eos_id])
-    with pytest.raises(UserError, match="^x.jsonl:3: the prompt is empty"):
-        encode_pair(tok, "", "b", 9, at="x.jsonl:3")
+    assert encode_pair(tok, "", "ab", 9) == ([tok.eos_id], [256, tok.eos_id])  # a document
     with pytest.raises(UserError, match="^x.jsonl:4: .*'c'"):
         encode_pair(Tokenizer.from_chars("ab"), "a", "c", 9, at="x.jsonl:4")
+
+
+def test_encode_demonstration():
+    """The mask is True on the response and its EOS, of a conversation on every answer."""
+    tok = Tokenizer.from_bytes()
+    row = {"prompt": "ab", "response": "cde"}
+    ((ids, mask),) = encode_demonstration(tok, row, 6)
+    assert ids == [*b"abcde", tok.eos_id] and mask == [False] * 2 + [True] * 4
+    assert encode_demonstration(tok, row, 5) == [None]
+    talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd")]
+    rows = encode_demonstration(tok, {"turns": talk, "_at": "x.jsonl:1"}, 99)
+    assert [bytes(i for i, m in zip(*row) if m and i < 256) for row in rows] == [b"b", b"d"]
+    assert [row and len(row[0]) for row in encode_demonstration(tok, {"turns": talk}, len(rows[0][0]))] == [
+        len(rows[0][0]), None]  # fmt: skip
+    with pytest.raises(UserError, match="^x.jsonl:1: .*'U'"):
+        encode_demonstration(Tokenizer.from_chars("ab"), {"turns": talk, "_at": "x.jsonl:1"}, 99)
 
 
 def test_response_mask():

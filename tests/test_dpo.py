@@ -15,6 +15,7 @@ import train_dpo
 from nanorlhf import data, hub, pairs, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import UserError
+from nanorlhf.formats import TURN, read_rows
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import Tokenizer
 from train_dpo import kto_loss, preference_loss
@@ -404,14 +405,14 @@ def test_dialogues_are_cut_at_their_last_turn(tmp_path, capsys):
         dict(chosen=dialogue("q", "yes"), rejected=dialogue("q", "")),
         dict(chosen=dialogue("q", "a", "more", "b"), rejected=dialogue("q", "c")),  # line 4: so here
     ]
-    got = pairs.read_pairs(jsonl(tmp_path / "hh.jsonl", rows))
+    got = read_rows(jsonl(tmp_path / "hh.jsonl", rows), "pairs")
     assert [(r["prompt"], r["chosen"], r["rejected"]) for r in got] == [
         ("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:", " see you", " no"),
         ("\n\nHuman: q\n\nAssistant:", " yes", " "),
     ]
     assert "2 of 4 pairs answer different prompts (line 2, 4)" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"3 of 5 pairs .* \(line 2, 4, 5\), more than half"):
-        pairs.read_pairs(jsonl(tmp_path / "more.jsonl", rows + rows[1:2]))
+        read_rows(jsonl(tmp_path / "more.jsonl", rows + rows[1:2]), "pairs")
 
 
 KTO_ROWS = [dict(prompt=p, completion=y, label=y == "a") for p in ("ab=", "cd=", "bed=") for y in "abc"]
@@ -424,7 +425,7 @@ KTO_ROWS = [dict(prompt=p, completion=y, label=y == "a") for p in ("ab=", "cd=",
     ([dict(KTO_ROWS[0], label=1)], dict(loss="kto"), r"x.jsonl:1: \"label\" is 1, expected true or false"),
     ([dict(prompt="a=", completion="b")], dict(loss="kto"), r'x.jsonl:1: "label" is None'),
     ([dict(prompt="a=", chosen="b")], {}, r'x.jsonl:1: missing key "rejected"'),
-    ([*FEW, dict(chosen="b", rejected="c")], {}, r'x.jsonl:10: missing key "prompt"'),
+    ([*FEW, dict(chosen="b", rejected="c")], {}, r'x.jsonl:10: no "prompt", and no .*Assistant:'),
     ([dict(chosen="b", rejected="c")], {}, r'x.jsonl:1: no "prompt", and no .*Assistant:'),
     ([dict(prompt="a=", chosen="b", rejected=3)], {}, r'x.jsonl:1: "rejected" is a number'),
     ([dict(prompt=" ", chosen="b", rejected="c")], {}, r'x.jsonl:1: "prompt" is empty'),
@@ -474,11 +475,11 @@ HH = Path(__file__).resolve().parents[2] / "shared/data/hh_harmless_test.jsonl.g
 @pytest.mark.skipif(not HH.exists(), reason="HH-RLHF is not here")
 def test_hh_rlhf_is_read_and_trained_on(tmp_path, capsys):
     """2,312 real pairs, in their own form; 100 of them through two steps of a byte model."""
-    rows = pairs.read_pairs(HH)
+    rows = read_rows(HH, "pairs")
     assert len(rows) == 2307 and all(r["prompt"].endswith("\n\nAssistant:") for r in rows)
     says = "5 of 2312 pairs answer different prompts (line 1255, 1689, 1951, 1953, 2037)"
     assert says in capsys.readouterr().out
-    assert all(pairs.TURN not in r[key] for r in rows for key in ("chosen", "rejected"))
+    assert all(TURN not in r[key] for r in rows for key in ("chosen", "rejected"))
     short = sorted(rows, key=lambda r: len(r["prompt"] + r["chosen"] + r["rejected"]))[:100]
     short = [{key: r["prompt"] + r[key] for key in ("chosen", "rejected")} for r in short]
     path = jsonl(tmp_path / "hh.jsonl", short)

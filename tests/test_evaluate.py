@@ -270,6 +270,15 @@ def test_talking_to_a_checkpoint(stages, capsys, monkeypatch):
     assert "def=" in capsys.readouterr().out
 
 
+def test_chat_answers_a_users_turn(tmp_path, capsys):
+    tok, seen = Tokenizer.from_bytes(), []
+    hub.save(tiny(vocab_size=tok.vocab_size, max_len=64), tok, tmp_path / "m")
+    for text, flags in (("hi", dict(chat=True)), ("User:\nhi\n\nAssistant:\n", {})):
+        flags |= dict(model=f"{tmp_path}/m", prompt=text, max_new_tokens=9)
+        seen.append((sample.main(sample.Config(**flags)), capsys.readouterr().out))
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize("flags, says", [
     (dict(prompt="a" * 16), "a prompt of 16 tokens leaves 0 of the context of 16"),
     (dict(prompt="abc=", max_new_tokens=13), "--max_new_tokens 13: a prompt of 4 tokens leaves 12"),

@@ -318,7 +318,8 @@ def test_evaluate_means_over_all_prompts_whatever_the_batches(models):
 
 
 def prompts_cfg(**more):
-    return SimpleNamespace(**dict(data="", seed=0, eval_prompts=100, max_new_tokens=5) | more)
+    flags = dict(data="", skip_bad_rows=False, seed=0, eval_prompts=100, max_new_tokens=5)
+    return SimpleNamespace(**flags | more)
 
 
 def load(tmp_path, rows, max_len=12, tok=TOK, **more):

@@ -6,17 +6,19 @@ import csv
 import pytest
 import torch
 from stages import words
+from test_tokenizer import CHATML, TALK, folder_of
 
 import train_sft
 from nanorlhf import generate, hub, tasks
 from nanorlhf.common import UserError, warmup_linear
 from nanorlhf.data import write_jsonl
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.tokenizer import Tokenizer
+from nanorlhf.tokenizer import Chat, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 TOK = Tokenizer.from_chars("ab=")  # ids 0, 1, 2; EOS is 3, pad is 4
-ROWS = [([0, 1, 2], [1, 0, 3]), ([1, 2], [3]), ([0, 3, 4, 2], [1, 3])]  # the last prompt holds EOS and pad
+PAIRS = [([0, 1, 2], [1, 0, 3]), ([1, 2], [3]), ([0, 3, 4, 2], [1, 3])]  # the last prompt holds EOS and pad
+ROWS = [(p + r, [False] * len(p) + [True] * len(r)) for p, r in PAIRS]
 
 
 def oracle(model, rows, on_prompt=False):
@@ -24,11 +26,11 @@ def oracle(model, rows, on_prompt=False):
     model = copy.deepcopy(model).double()
     model.zero_grad()
     total, n = 0.0, 0
-    for prompt, response in rows:
-        ids = prompt + response
+    for ids, mask in rows:
         logp = model.logits(torch.tensor([ids]))[0].log_softmax(-1)
-        for t in range(1 if on_prompt else len(prompt), len(ids)):
-            total, n = total - logp[t - 1, ids[t]], n + 1
+        for t in range(1, len(ids)):
+            if on_prompt or mask[t]:
+                total, n = total - logp[t - 1, ids[t]], n + 1
     (total / n).backward()
     return (total / n).item(), [p.grad for p in model.parameters()]
 
@@ -158,9 +160,24 @@ def test_builtin_task_ends_with_sampled_and_greedy_accuracy(tmp_path, capsys):
     assert "phase transition" in capsys.readouterr().out  # the gate says at once that RL would be in vain
 
 
+def test_conversations_by_the_template_of_a_folder(stages, tmp_path, gradients):
+    """A folder's own tokenizer and template, saved with the model; every answer of a dialogue counts."""
+    tok = Tokenizer.load(folder_of("qwen", tmp_path / "tok", {"chat_template": CHATML}))
+    model = GPT(GPTConfig.llama(tok.vocab_size, n_layer=1, n_head=2, d_model=16, max_len=128))
+    hub.save(model, tok, tmp_path / "init")
+    talks = [[dict(TALK[0], content=f"{n}+{n}?"), *TALK[1:]] for n in range(12)]
+    write_jsonl(tmp_path / "d.jsonl", [{"messages": talk} for talk in talks])
+    rows = [r for talk in talks if not tasks.held_out(Chat(talk[:-1])) for r in tok.encode_chat(talk)]
+    flags = dict(data=f"{tmp_path}/d.jsonl", init=f"{tmp_path}/init", steps=1, batch_size=len(rows), lr=1e-12)
+    train_sft.train(stages.config(train_sft, tmp_path / "run", **flags))
+    assert close(gradients[0], oracle(model, rows)[1]) and sum(map(sum, (m for _, m in rows))) > 100
+    again = hub.load(tmp_path / "run/model")[1]
+    assert again == tok and again.template == CHATML and again.source == tok.source
+
+
 def test_too_long_demonstrations_are_dropped_and_counted(capsys):
     rows = [{"prompt": "ab=", "response": "a" * n} for n in (0, 2, 3, 9)]
-    assert [len(p) + len(r) for p, r in train_sft.encode(rows, TOK, 6)] == [4, 6]  # EOS needs room as well
+    assert [len(ids) for ids, _ in train_sft.encode(rows, TOK, 6)] == [4, 6]  # EOS needs room as well
     assert "dropped 2 of 4 demonstrations: longer than the context of 6" in capsys.readouterr().out
     assert train_sft.encode([], TOK, 6) == []
 

@@ -350,6 +350,12 @@ def test_countdown_counts_each_number_as_often_as_it_is_given():
         "#### 5 or 6": "5 or 6", "#### 5\r\nmore": "5", "### 5": "### 5", "####": "",
         r"\boxed{5} #### 6": None, r"\boxed{5}" + "\n#### 5": "5", r"#### \boxed{5}": "5",
         r"#### \boxed{5} \boxed{6}": None, r"\boxed{#### 5}": None,
+        "<answer> 5 </answer>": "5", "<answer>5</answer><answer>6</answer>": None, "<answer>5": "<answer>5",
+        "<answer>5</answer>\n<answer>5</answer>": "5", r"<answer>\boxed{5}</answer>": "5",
+        "<answer></answer>": "", "<answer>#### 5</answer>": None, "<answer>5</answer> #### 6": None,
+        "<answer><answer>5</answer>": "5",
+        r"<think>\boxed{1} #### 2</think> 3": "3", "<think>1</think>": "", "a</think>b</think> 5": "5",
+        "<answer>1</answer></think>#### 5": "5", "<answer>" * 10**5 + "5</answer>": "5",
         "\\boxed{" * 10**5 + "5}": "5", "\\boxed{{" * 10**5 + "5}}": "{5}",
     }.items(),
     ids=lambda x: ascii(x)[:24],
@@ -420,6 +426,47 @@ def test_a_row_that_nobody_could_answer_is_named(answer):
     for reward, what in ((tasks.exact_answer, "one answer"), (tasks.numeric_answer, "a number")):
         with pytest.raises(UserError, match=f'"answer" is .*, expected {what}'):
             reward("", str(answer), {"answer": answer})
+
+
+CHOICES = {
+    "B": 1, "(B)": 1, "B.": 1, "b)": 1, "B) 21 km": 1, "B: 21": 1, "The answer is B.": 1,
+    "the answer is: (b)": 1, r"so \boxed{B}": 1, "<think>A or C</think>B": 1,
+    "<answer>(B)</answer>": 1, "... #### B": 1, "\n B \n": 1,
+    "A": 0, "": 0, "B or C": 0, "A B": 0, "BB": 0, "Because": 0, "B21": 0, "K": 0, "\u0392": 0, "not B": 0,
+    r"\boxed{A} \boxed{B}": 0, "A B C D": 0, "B" * 10**5: 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("response, reward", CHOICES.items(), ids=lambda x: ascii(x)[:24])
+def test_choice(response, reward):
+    for answer in ("B", "b", "B)", "(B) 21"):
+        assert tasks.choice_answer("", response, {"answer": answer}) == reward
+
+
+def test_choice_without_a_letter_is_named():
+    for answer in ("21", "", "K", None, 1):
+        with pytest.raises(UserError, match='"answer" is .*, expected a letter from A to J'):
+            tasks.choice_answer("", "A", {"answer": answer})
+
+
+@pytest.mark.parametrize(
+    "response, think, answer",
+    [
+        ("<think>a</think>b", 1, 0), ("<think></think> 5", 1, 0), (" \n<think>a\nb</think>\n\n5", 1, 0),
+        ("<think>a</think>", 0, 0), ("<think>a</think> \n", 0, 0), ("a</think>b", 0, 0), ("<think>a", 0, 0),
+        ("x<think>a</think>b", 0, 0), ("<think><think>a</think>b", 0, 0), ("", 0, 0), ("b", 0, 0),
+        ("<think>a</think><think>b</think>c", 0, 0), ("</think><think>b", 0, 0), ("<THINK>a</THINK>b", 0, 0),
+        ("<think>a</think><answer>5</answer>", 1, 1), ("<think>a</think>\n<answer>\n5\n</answer>\n", 1, 1),
+        ("<think>a</think><answer>5</answer>.", 1, 0), ("<think>a</think>so <answer>5</answer>", 1, 0),
+        ("<think><answer>5</answer></think>x", 1, 0), ("<think>a</think><answer>5", 1, 0),
+        ("<think>a</think><answer>5</answer><answer>5</answer>", 1, 0), ("<answer>5</answer>", 0, 0),
+        ("<think><answer></think><answer>5</answer>", 1, 0), ("<think>" * 10**5, 0, 0),
+    ],
+    ids=lambda x: ascii(x)[:24],
+)  # fmt: skip
+def test_formats(response, think, answer):
+    assert tasks.think_format("", response) == tasks.think_format("", response, {}) == think
+    assert tasks.answer_format("", response, {}) == answer
 
 
 # rewards of the user's own
