@@ -11,6 +11,7 @@ demo: .venv/.ready
 test: .venv/.ready lint
 	$(BIN)/python -m pytest
 	$(BIN)/python demo.py --smoke --overwrite --out runs/smoke
+	$(BIN)/python -m labs all --smoke
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -26,4 +27,4 @@ mutants: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs out .pytest_cache .ruff_cache .hypothesis

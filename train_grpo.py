@@ -99,6 +99,7 @@ class Config:
     minibatches: int | None = None  # optimizer steps in each pass
     off_policy_steps: int = 0  # sample with the weights of this many steps ago
     lr: float | None = None  # learning rate: 5 steps of warm-up, then linear to 0
+    lr_decay: float = 1.0  # share of lr that is gone at the end; 0: constant, so that more steps only add
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
 
@@ -129,7 +130,7 @@ class Config:
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
     save_every: int = 50  # steps between checkpoints; 0: only at the end
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and logits are always fp32
+    dtype: Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights alone
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
     wandb: str = ""  # project name, to log to Weights & Biases as well
@@ -167,6 +168,7 @@ class Config:
         require(rows >= self.minibatches, f"--minibatches {self.minibatches}: a step has {rows} samples only")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
         require(not 0 < self.dual_clip <= 1, f"--dual_clip {self.dual_clip}: must be above 1, or 0 for none")
+        require(self.lr_decay <= 1, f"--lr_decay {self.lr_decay}: must not be above 1")
         needs_ref = self.kl != "none" or self.ref_every
         require(not needs_ref or self.ref != "none", "--kl and --ref_every need a reference, --ref is none")
         self.limits, self.switches = length_schedule(self.max_new_tokens, self.lengthen_at)
@@ -174,7 +176,7 @@ class Config:
 
 COLUMNS = (
     "step reward reward_se reward_failed kl entropy len len_wrong stop dead clip ratio_max gnorm rounds "
-    "limit lr tok_s s eval/reward eval/greedy"
+    "sampled limit lr tok_s s eval/reward eval/greedy"
 ).split()
 SHOW = ["reward", "kl", "entropy", "len", "stop", "dead", "gnorm"]
 PANELS = ["reward", "kl", "entropy", ("len", "len_wrong"), "dead", "clip"]
@@ -338,6 +340,7 @@ def sample_groups(sampler, tok, cfg, rows, limit, seed_for, drawn, mastered, rm,
     score, *values = torch.cat(scores, 1)[:, :full]
     info = {"rounds": rounds, "drawn": drawn, "dead": torch.cat(dead).float().mean().item()}
     info |= sample_figures(*torch.cat(seen, 1), cfg.group_size)
+    info["sampled"] = int(torch.cat(seen, 1)[1].sum())
     roll = Rollout.cat(rolls).select(slice(full))
     return roll, batch[:full], texts[:full], score, dict(zip(part, values)), info
 
@@ -409,7 +412,7 @@ def train(cfg):
             trained = mask & roll.finished[:, None] if cfg.overlong_filter else mask
             trained = trained & (adv.any() | (not cfg.filter_dead_groups))  # no group alive: no step at all
             for group in opt.param_groups:
-                group["lr"] = cfg.lr * min((step + 1) / 5, 1 - step / cfg.steps)
+                group["lr"] = cfg.lr * min((step + 1) / 5, 1 - cfg.lr_decay * step / cfg.steps)
             for epoch in range(cfg.epochs):
                 order = torch.Generator().manual_seed(seed_for("minibatches", step, epoch))
                 for rows_of in torch.randperm(len(mask), generator=order).tensor_split(cfg.minibatches):
@@ -441,12 +444,8 @@ def train(cfg):
             updates = max(sums.pop("updates", 0), 1)
             metrics |= {"gnorm": 0.0} | {name: x / updates for name, x in sums.items()} | info
             metrics |= {f"reward/{name}": part.mean().item() for name, part in parts.items() if names}
-            metrics |= {
-                "kl": k1,
-                "reward_failed": rewards.share_failed(),
-                "limit": limit,
-                "lr": opt.param_groups[0]["lr"],
-            }
+            metrics |= {"kl": k1, "reward_failed": rewards.share_failed()}
+            metrics |= {"limit": limit, "lr": opt.param_groups[0]["lr"]}
             if isinstance(cfg.switches, float) and 1 - metrics["stop"] > cfg.switches:
                 stage = min(stage + 1, len(cfg.limits) - 1)
             metrics |= clock.columns(mask.sum().item())

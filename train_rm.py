@@ -12,13 +12,21 @@ prompt, and a Bradley–Terry draw on the task's hidden gold score. They stay in
 pairs_heldout.jsonl); training reads nothing else. Held-out accuracy is against the exact order of gold,
 without label noise, and stands beside that of a judge that looks at the length only.
 
+Where right and wrong can be told, a reward model can learn that instead of preferences: of each step
+(--kind process) or of the whole response (--kind outcome), from --data. The reward is then a probability,
+
+    r(x, y) = Π_i p_i,   p_i = σ(head at the last token of step i)        L(θ) = −mean log P(label of a step)
+
+the mean over all labelled steps ("Let's verify step by step", arXiv 2305.20050; an outcome is one step).
+
 CPU   python train_rm.py                   34 s on one core; 82 to 89% right, by length alone 53%
 GPU   python train_rm.py --data pairs.jsonl --init runs/sft/model --dtype bfloat16        not measured yet
 """
 
+import math
 import sys
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +44,7 @@ from nanorlhf.common import (
     to_device,
     warmup_linear,
 )
-from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad
+from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl, response_mask
 from nanorlhf.formats import read_rows
 from nanorlhf.model import ScalarModel
 from nanorlhf.pairs import encode_pairs, load_rows, require_both
@@ -48,7 +56,10 @@ from nanorlhf.pairs import encode_pairs, load_rows, require_both
 @dataclass
 class Config:
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data)
+    kind: Literal["preference", "process", "outcome"] = "preference"  # what it learns from
+    # JSONL of {"prompt", "response", "labels": [1, 0, null]} for these two: a label a step, null for none
     data: str = ""  # file of preferences (formats: nanorlhf/formats.py), in place of the task's own pairs
+    step_end: str = ""  # process: the characters that end a step; the end of the response always does
     skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
     pairs: int = 4000  # pairs to make for the built-in task
@@ -86,6 +97,8 @@ class Config:
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.out = self.out or f"runs/{self.task}-rm"
         check_ranges(self, ("pairs", "steps", "batch_size", "lr"))
+        require(not self.step_end or self.kind == "process", "--step_end: belongs to --kind process")
+        require(self.data or self.kind == "preference", f"--kind {self.kind}: give --data, with labels")
         require(
             self.data or self.task == "reviews",
             f"--task {self.task} has a reward function, no preferences; --task reviews has, or give --data",
@@ -110,6 +123,31 @@ def pairwise_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).mean()  # detail 10
 
 
+def step_loss(logit, label, denom):
+    """Logits (N,) at the ends of the labelled steps, labels (N,) 0 or 1 → scalar, −Σ log P(label) / denom."""
+    return F.binary_cross_entropy_with_logits(logit, label, reduction="sum") / denom
+
+
+def batch_loss(model, rows, tok, denom):
+    """Pairs, or Judged → loss over denom, margins (n,): above 0 where a pair or a step is judged right."""
+    if isinstance(rows[0], Judged):
+        logit, label = step_logits(model, rows, tok)
+        return step_loss(logit, label, denom), (2 * label - 1) * logit
+    chosen, rejected = pair_rewards(model, rows, tok)
+    return pairwise_loss(chosen, rejected) * len(rows) / denom, chosen - rejected
+
+
+def step_logits(model, rows, tok):
+    """Judged rows → logits, labels (N,) of all their steps that have a label, row by row."""
+    tokens, lengths = pad([row.ids for row in rows], tok.pad_id)
+    mask = response_mask([row.prompt for row in rows], lengths, tokens.shape[1])
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    logit = model.head(model.trunk(tokens))[model.step_ends(tokens, mask)]
+    label = [math.nan if x is None else x for row in rows for x in row.labels]
+    label = torch.tensor(label, dtype=logit.dtype, device=logit.device)
+    return logit[~label.isnan()], label[~label.isnan()]
+
+
 def pair_rewards(model, pairs, tok):
     """(chosen ids, rejected ids) rows → two tensors of rewards (B,), from one forward pass."""
     tokens, lengths = pad([w for w, _ in pairs] + [l for _, l in pairs], tok.pad_id)  # detail 6
@@ -117,7 +155,45 @@ def pair_rewards(model, pairs, tok):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Pairs
+# Data
+
+
+class Judged(NamedTuple):
+    """A response and what is right in it: ids with EOS, length of the prompt, a label for each step."""
+
+    ids: list[int]
+    prompt: int
+    labels: list
+
+
+def load_judged(cfg, tok, step_ids, max_len):
+    """→ training rows, held-out rows of --data."""
+    rows, parts = read_jsonl(cfg.data, ("prompt", "response"), nonempty=("prompt",)), ([], [])
+    for r in rows:
+        pair, labels = encode_pair(tok, r["prompt"], r["response"], max_len, r["_at"]), r.get("labels")
+        if pair:
+            p, y = pair
+            steps = 1 + sum(token in step_ids for token in y[:-1])
+            fits = isinstance(labels, list) and len(labels) == steps
+            fits = fits and all(x in (0, 1, None) for x in labels)
+            require(fits, f'--data: {r["_at"]}: "labels" is {labels!r:.80}, expected {steps} of 1, 0, null')
+            parts[tasks.held_out(r["prompt"])].append(Judged(p + y, len(p), labels))
+    long = len(rows) - sum(map(len, parts))
+    if long:
+        print(f"dropped {long} of {len(rows)} responses: longer than the context of {max_len} tokens")
+    left = [sum(map(units, part)) for part in parts]
+    require(all(left), f"--data {cfg.data}: {left[0]} labels are left to train on, {left[1]} are held out")
+    return parts
+
+
+def units(row):
+    """What a row adds to the loss's denominator: a pair is one, a judged response its labelled steps."""
+    return sum(x is not None for x in row.labels) if isinstance(row, Judged) else 1
+
+
+def row_lengths(row):
+    """Tokens of each of its sequences."""
+    return [len(row.ids)] if isinstance(row, Judged) else [len(side) for side in row]
 
 
 def encode(rows, tok, max_len, what):
@@ -156,11 +232,12 @@ def length_only(train, test):
 
 
 @torch.no_grad()
-def evaluate(model, pairs, tok):
-    parts = [pair_rewards(model, pairs[i : i + 256], tok) for i in range(0, len(pairs), 256)]
-    chosen, rejected = (torch.cat(side) for side in zip(*parts))
-    acc = (chosen > rejected).float().mean().item()  # detail 16
-    return {"eval/loss": pairwise_loss(chosen, rejected).item(), "eval/acc": acc}
+def evaluate(model, rows, tok):
+    denom = sum(map(units, rows))
+    parts = [batch_loss(model, rows[i : i + 256], tok, denom) for i in range(0, len(rows), 256)]
+    losses, margins = zip(*parts)
+    acc = (torch.cat(margins) > 0).float().mean().item()  # detail 16
+    return {"eval/loss": sum(losses).item(), "eval/acc": acc}
 
 
 @torch.no_grad()
@@ -172,11 +249,17 @@ def normalise(model, references, tok):
 
 
 @torch.no_grad()
-def log_samples(log, step, model, triples, tok):
-    """The rewards of a few held-out pairs → samples.jsonl: of each the chosen response, then the rejected."""
-    score = torch.stack(pair_rewards(model, [(p + w, p + l) for p, w, l in triples], tok), 1)  # (B, 2)
-    rows = [{"prompt": tok.decode(p)} for p, *_ in triples for _ in range(2)]
-    log.samples(step, rows, [tok.decode(y[:-1]) for _, *both in triples for y in both], score.flatten())
+def log_samples(log, step, model, answers, tok):
+    """The rewards of a few held-out (prompt ids, response ids) → samples.jsonl."""
+    tokens, lengths = pad([p + y for p, y in answers], tok.pad_id)
+    mask = response_mask([len(p) for p, _ in answers], lengths, tokens.shape[1])
+    tokens, lengths, mask = (t.to(model.device) for t in (tokens, lengths, mask))
+    if model.step_ids is None:
+        score = model.rewards(tokens, lengths)
+    else:
+        score = model.process_rewards(tokens, mask)
+    rows = [{"prompt": tok.decode(p)} for p, _ in answers]
+    log.samples(step, rows, [tok.decode(y[:-1]) for _, y in answers], score)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,16 +267,23 @@ def log_samples(log, step, model, triples, tok):
 
 
 def train(cfg):
-    """Train on preference pairs; leaves the reward model in cfg.out/model → dict of the final metrics."""
+    """Train on pairs, or on labels; leaves the reward model in cfg.out/model → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
     policy, tok = hub.load(cfg.init, hint=f"python train_sft.py --task {cfg.task}", kind="language model")
     to_device(cfg, device, policy)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        data, triples, references = load_pairs(cfg, task, policy, tok)
-        test = [(p + w, p + l) for p, w, l in triples]
-        acc_len_only = length_only(data, test)
         model = ScalarModel(policy).to(device)
+        if cfg.kind == "preference":
+            data, triples, references = load_pairs(cfg, task, policy, tok)
+            test = [(p + w, p + l) for p, w, l in triples]
+            length_judge = {"eval/acc_len_only": length_only(data, test)}
+            shown = [(p, y) for p, *both in triples[:4] for y in both]  # chosen first
+        else:
+            ends = [i for i in range(tok.vocab_size) if set(tok.decode([i])[-1:]) & set(cfg.step_end)]
+            model.step_ids, length_judge = ends, {}
+            data, test = load_judged(cfg, tok, ends, policy.cfg.max_len)
+            shown = [(row.ids[: row.prompt], row.ids[row.prompt :]) for row in test[:8]]
         lora.add(model, cfg.lora_rank, cfg.dtype)
         betas, decay = (0.9, 0.99), cfg.weight_decay
         opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=decay)
@@ -201,35 +291,35 @@ def train(cfg):
         for step in range(start, cfg.steps):
             clock = Clock()
             order = epoch_batches(len(data), cfg.batch_size, derive_seed(cfg.seed, "data"), step)
-            pairs = [data[i] for i in order]
+            rows = [data[i] for i in order]
+            denom = max(sum(map(units, rows)), 1)  # the denominator is the step's, however it is cut
             opt.zero_grad()
             total = right = margin = 0.0
-            # A pair counts as two rows of its longer side.
-            for mb in microbatches([2 * max(map(len, p)) for p in pairs], cfg.tokens_per_microbatch):
-                chosen, rejected = pair_rewards(model, [pairs[i] for i in mb], tok)
-                loss = pairwise_loss(chosen, rejected) * len(mb) / len(pairs)  # the denominator is the step's
+            padded = [len(x) * max(x) for x in map(row_lengths, rows)]  # a pair: two rows of its longer side
+            for mb in microbatches(padded, cfg.tokens_per_microbatch):
+                loss, margins = batch_loss(model, [rows[i] for i in mb], tok, denom)
                 loss.backward()
                 total += loss.item()
-                right += (chosen > rejected).sum().item()
-                margin += (chosen - rejected).sum().item()
+                right += (margins > 0).sum().item()
+                margin += margins.sum().item()
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            run.check(step, total, gnorm.item(), f"a batch of {len(pairs)} pairs")
+            run.check(step, total, gnorm.item(), f"a batch of {len(rows)} rows")
             lr = warmup_linear(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
             opt.step()
 
             done = step + 1
-            metrics = {"loss": total, "acc": right / len(pairs), "margin": margin / len(pairs)}
+            metrics = {"loss": total, "acc": right / denom, "margin": margin / denom}
             metrics |= {"gnorm": gnorm.item(), "lr": lr}
-            metrics |= clock.columns(sum(len(w) + len(l) for w, l in pairs))
+            metrics |= clock.columns(sum(sum(row_lengths(row)) for row in rows))
             due = done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0)
             if due:
-                metrics |= evaluate(model, test, tok) | {"eval/acc_len_only": acc_len_only}
-            if done == cfg.steps:
+                metrics |= evaluate(model, test, tok) | length_judge
+            if done == cfg.steps and cfg.kind == "preference":
                 metrics["eval/reward_reference"] = normalise(model, references, tok)
             if due:
-                log_samples(run.log, step, model, triples[:4], tok)
+                log_samples(run.log, step, model, shown, tok)
             run.log.row(step, metrics)
             run.checkpoint(done, lambda: hub.save(model, tok, f"{cfg.out}/model"))
     return run.log.last

@@ -73,7 +73,7 @@ class Config:
     eval_every: int = 100  # steps between held-out measurements; 0: only at the end
     save_every: int = 200  # steps between checkpoints; 0: only at the end
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and logits are always fp32
+    dtype: Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights alone
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
     wandb: str = ""  # project name, to log to Weights & Biases as well

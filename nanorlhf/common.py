@@ -224,15 +224,19 @@ THREADS = torch.get_num_threads()  # torch's own choice
 
 
 def to_device(cfg, device, *models):
-    """Move models (or None), set their compute dtype (weights stay fp32) and the number of threads → models.
+    """Move models (or None), set their dtypes and the number of threads → models.
+
+    bf16_weights: weights in bfloat16 and Adam's moments with them, so that a step smaller than half their
+    spacing is lost; activations in fp32. Otherwise weights are fp32, and logits always.
 
     Below a million parameters one thread is faster than two, and on a busy machine a hundred times faster:
     the threads wait for each other at every small operation. The largest model decides.
     """
-    size = 0
+    size, rounded = 0, cfg.dtype == "bf16_weights"
+    compute = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
     for model in filter(None, models):
-        model.to(device)
-        getattr(model, "trunk", model).compute_dtype = torch.bfloat16 if cfg.dtype == "bfloat16" else None
+        model.to(device, torch.bfloat16 if rounded else None)
+        getattr(model, "trunk", model).compute_dtype = compute
         size = max(size, sum(p.numel() for p in model.parameters()))
     torch.set_num_threads(cfg.threads or (1 if size < 1_000_000 else THREADS))
     return models

@@ -224,6 +224,7 @@ def _write_config(model, tok, source, dtype):
     if isinstance(model, ScalarModel):
         bias = model.reward_bias.item()
         settings |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "reward_bias": bias}
+        settings |= {} if model.step_ids is None else {"step_ids": model.step_ids}
     head = "ForSequenceClassification" if isinstance(model, ScalarModel) else family.head
     precision = str(dtype).removeprefix("torch.")
     settings |= {"architectures": [family.name + head], "dtype": precision, "torch_dtype": precision}
@@ -439,6 +440,7 @@ def _read(folder, dtype):
     _fill(model, family, folder)
     if scalar:
         model.reward_bias.fill_(bias)
+        model.step_ids = raw.get("step_ids")
     trunk.n_ids = tok.vocab_size if tok else cfg.vocab_size
     trunk.stop_ids = tuple(x for x in (stop if isinstance(stop, list) else [stop]) if isinstance(x, int))
     beside = {}

@@ -322,7 +322,8 @@ class ScalarModel(nn.Module):
     """A GPT trunk with one number per position: a reward model, or PPO's critic.
 
     The head starts at N(0, 1/√(D+1)) (detail 11 of N+). `reward_bias` is added to every output; train_rm sets
-    it so that reference responses score 0 on average (detail 15 of N+).
+    it so that reference responses score 0 on average (detail 15 of N+). `step_ids`, the tokens that end a
+    step, is None unless the model learnt what is right (train_rm --kind process, outcome).
     """
 
     def __init__(self, trunk):
@@ -331,6 +332,7 @@ class ScalarModel(nn.Module):
         self.score = Linear(trunk.cfg.d_model, 1, bias=False)
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(trunk.cfg.d_model + 1))  # detail 11
         self.register_buffer("reward_bias", torch.zeros((), dtype=torch.float32))
+        self.step_ids = None
 
     @property
     def cfg(self):
@@ -348,6 +350,16 @@ class ScalarModel(nn.Module):
         """tokens (B, T), lengths (B,) → (B,): read at each row's last token (detail 12 of N+)."""
         hidden = self.trunk(tokens)
         return self.head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])  # detail 12
+
+    def step_ends(self, tokens, mask):
+        """tokens (B, T), mask of the response → (B, T) bool, ends of steps; the last token always is one."""
+        last = mask & ~F.pad(mask[:, 1:], (0, 1))
+        return last | (mask & torch.isin(tokens, torch.tensor(self.step_ids, device=tokens.device)))
+
+    def process_rewards(self, tokens, mask):
+        """tokens, mask (B, T) → (B,): the product of P(step is right) over the steps (arXiv 2305.20050)."""
+        logp = F.logsigmoid(self.head(self.trunk(tokens)))
+        return (logp * self.step_ends(tokens, mask)).sum(1).exp()
 
     def values(self, tokens, mask):
         """(B, T): the estimate *before* each token, from the hidden state to its left; 0 outside."""

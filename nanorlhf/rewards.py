@@ -18,11 +18,15 @@ SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to b
 def score_responses(roll, texts, rows, rm, rewards, parts=None):
     """Rollout of B rows, their texts and prompt rows → score (B,).
 
-    The reward model `rm` at the last token (EOS, detail 12 of N+); where rm is None, the weighted sum of
-    `rewards`, a list of (name, weight, function). The dict `parts` receives each alone: {name: (B,)}.
+    The reward model `rm` at the last token (EOS, detail 12 of N+), or the product over the steps where it
+    judges steps; where rm is None, the weighted sum of `rewards`, a list of (name, weight, function). The
+    dict `parts` receives each alone: {name: (B,)}.
     """
     if rm is not None:
         size = max(1, SCORE_TOKENS // roll.tokens.shape[1])  # rows at once
+        if rm.step_ids is not None:
+            chunks = zip(roll.tokens.split(size), roll.mask.split(size))
+            return torch.cat([rm.process_rewards(*chunk) for chunk in chunks])
         chunks = zip(roll.tokens.split(size), roll.lengths.split(size))
         return torch.cat([rm.rewards(*chunk) for chunk in chunks])  # detail 13: at no other position
     score = sum_rewards(texts, rows, rewards, parts).to(roll.tokens.device)

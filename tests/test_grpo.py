@@ -380,6 +380,7 @@ def test_every_recipe_flag_can_be_given(name):
     (dict(rm="x", reward=["y.py:f"]), "--rm and --reward"),
     (dict(prompts_per_step=1, group_size=2, minibatches=4), "--minibatches 4"),
     (dict(beta=-1.0), "--beta"),
+    (dict(lr_decay=1.5), "--lr_decay 1.5: must not be above 1"),
     (dict(beta=0.1), "--beta 0.1: there is no KL"),
     (dict(recipe="dapo", beta=0.1), "--beta 0.1: there is no KL"),
     (dict(kl="k3"), "--kl k3: has no effect without --beta"),
@@ -659,9 +660,10 @@ def test_off_policy_steps_sample_with_old_weights(lab, spy, k):
 
 def test_dead_groups_are_filtered_and_refilled(lab, spy):
     """Only live groups are trained on; more rounds are sampled until the step is full, of fresh prompts."""
-    calls = spy(train_grpo, "sample_groups")
+    calls, rolls = spy(train_grpo, "sample_groups"), spy(generate, "generate")
     cfg = config(lab, some_alike, filter_dead_groups=True, max_rounds=8)
     train(cfg)
+    assert sum(r["sampled"] for r in table(cfg)) == sum(int(roll.mask.sum()) for _, roll in rolls)
     for _, (roll, batch, texts, score, _, info) in calls:
         assert len(score) == len(batch) == len(texts) == len(roll.tokens) == 16
         groups = score.view(4, 4)
@@ -673,6 +675,18 @@ def test_dead_groups_are_filtered_and_refilled(lab, spy):
         assert roll.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     one = train(config(lab, some_alike, filter_dead_groups=True))
     assert one["rounds"] == 1
+
+
+@pytest.mark.parametrize("decay, want", [
+    (0.0, [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1]),
+    (0.5, [0.2, 0.4, 0.6, 0.8, 0.75, 0.6875, 0.625, 0.5625]),
+    (1.0, [0.2, 0.4, 0.6, 0.625, 0.5, 0.375, 0.25, 0.125]),
+])
+def test_learning_rate_warms_up_and_decays(lab, decay, want):
+    """As shares of --lr, in eight steps; without decay a longer run would only add to it."""
+    cfg = config(lab, by_letters, steps=8, lr=0.01, lr_decay=decay)
+    train(cfg)
+    assert [row["lr"] for row in table(cfg)] == pytest.approx([0.01 * x for x in want])
 
 
 @pytest.mark.parametrize("kw", [

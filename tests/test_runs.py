@@ -673,3 +673,15 @@ def test_console_stays_within_80_columns(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         assert 20 <= len(lines) <= 25 and max(map(len, lines)) <= 80
         assert len({len(line) for line in lines}) == 1 and "-0.000" not in "".join(lines)
+
+
+@pytest.mark.parametrize("trainer", [train_sft, train_grpo], ids=["sft", "grpo"])
+@pytest.mark.parametrize("lr, moves", [(1e-8, False), (1e-2, True)])
+def test_weights_kept_in_bfloat16_lose_small_steps(trainer, lr, moves, stages, tmp_path):
+    """Those near 0 aside, a bias that starts there: floating-point numbers are dense around it."""
+    init, out = f"{stages.folder}/sft/model", tmp_path / "run"
+    trainer.train(stages.config(trainer, out, init=init, dtype="bf16_weights", lr=lr, steps=2))
+    old, new = (hub.load(folder)[0].parameters() for folder in (init, out / "model"))
+    pairs = [(a.bfloat16().float(), b) for a, b in zip(old, new, strict=True)]
+    assert all(torch.equal(b, b.bfloat16().float()) for _, b in pairs)
+    assert any(((a != b) & (a.abs() > 0.01)).any() for a, b in pairs) == moves

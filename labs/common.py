@@ -1,0 +1,209 @@
+"""What the labs share: stages trained once, samples judged by gold, Student's t, figures."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import os
+import shutil
+import statistics
+from unittest import mock
+
+import torch
+
+import nanorlhf.common as plumbing
+from nanorlhf import hub, tasks
+from nanorlhf.common import derive_seed, pyplot, save_figure
+from nanorlhf.rewards import fresh_samples, score_responses
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may then train the same stage; the first to end is kept
+    fcntl = None
+
+# 97.5% quantiles of Student's t with n − 1 degrees of freedom, for n = 2 … 10 values
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+# ------------------------------------------------------------------------------------------------------------
+# stages
+
+
+root = "out/labs"  # where this process keeps its stages
+used, made = {}, {}  # stages that the running job asked for, and had to train: {key: CPU-seconds of it}
+
+
+def cpu_seconds():
+    """Of this process and of its children that have ended (a trainer's reward functions run in one)."""
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
+
+
+def trained(trainer, **config):
+    """trainer.train(trainer.Config(**config)), once for all jobs and labs that ask for it → its run folder.
+
+    final.json in it holds the metrics that train returned, log.txt what it printed. On one CPU thread unless
+    config says otherwise. Raises what the trainer raises.
+    """
+    config = {"device": "cpu", "threads": 1, "save_every": 0} | config
+    with open(trainer.__file__, "rb") as f:  # an edited trainer trains anew
+        key = [trainer.__name__, hashlib.sha256(f.read()).hexdigest(), sorted(config.items())]
+    key = trainer.__name__ + "-" + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    folder = f"{root}/_stages/{key}"
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the process ends, however it ends
+        if not os.path.exists(f"{folder}/final.json"):
+            _train(trainer, config, folder)
+            made[key] = final(folder)["cpu_seconds"]
+    used[key] = final(folder)["cpu_seconds"]
+    return folder
+
+
+def _train(trainer, config, folder):
+    tmp, start = f"{folder}.{os.getpid()}", cpu_seconds()
+    os.makedirs(tmp, exist_ok=True)
+    quiet = mock.patch.object(plumbing, "plot_curves", lambda *args: None)  # a curve costs more than a step
+    with open(f"{tmp}/log.txt", "w", encoding="utf-8") as log, quiet:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            metrics = trainer.train(trainer.Config(out=tmp, overwrite=True, **config))
+    shutil.rmtree(f"{tmp}/state", ignore_errors=True)
+    with open(f"{tmp}/final.json", "w") as f:
+        json.dump(metrics | {"cpu_seconds": cpu_seconds() - start}, f)
+    with contextlib.suppress(OSError):  # without a lock another process may have been first
+        os.rename(tmp, folder)
+
+
+def final(folder):
+    """The last metrics of a folder of `trained`, and its cpu_seconds → {name: number}."""
+    with open(f"{folder}/final.json") as f:
+        return json.load(f)
+
+
+def logged(folder, *columns):
+    """metrics.csv of a run → one list of numbers per column, of the steps where all of them were measured."""
+    with open(f"{folder}/metrics.csv", newline="") as f:
+        found = [[float(r[c]) for c in columns] for r in csv.DictReader(f) if all(r[c] for c in columns)]
+    return [list(x) for x in zip(*found)] or [[] for _ in columns]
+
+
+def data_file(rows):
+    """Rows as a --data file; its name is a hash of its content, so that `trained` sees other rows → path."""
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = f"{root}/_stages/data-{hashlib.sha256(text).hexdigest()[:16]}.jsonl"
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.{os.getpid()}", "wb") as f:
+        f.write(text)
+    os.replace(f"{path}.{os.getpid()}", path)
+    return path
+
+
+def pairs_file(folder, n=None):
+    """The preference pairs that the run in `folder` made, held-out ones included, as one --data file → path.
+
+    n: only the first n for training. A prompt's text alone says whether it is held out, so one file can hold
+    both.
+    """
+    rows = []
+    for name, count in (("pairs", n), ("pairs_heldout", None)):
+        with open(f"{folder}/{name}.jsonl", encoding="utf-8") as f:
+            rows += [json.loads(line) for line in f][:count]
+    return data_file(rows)
+
+
+def smoke_pairs():
+    """A few pairs of demonstrations, for smoke runs: sampling pairs takes longer than all else → path."""
+    rows = [row for split in ("train", "test") for row in tasks.get("reviews").demonstrations(64, 0, split)]
+    return data_file({"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]}
+                     for a, b in zip(rows, rows[1:]))
+
+
+@torch.no_grad()
+def judge(model, sft, seed, rm="", n=512, max_new_tokens=0):
+    """Fresh samples of the policy folder `model` on n held-out review prompts, judged by gold.
+
+    → {"gold", "kl", "entropy", "len", "stop", "unique"}, and "proxy" by the reward model folder `rm`. kl is
+    KL(model‖sft) in nats per sequence, by k1.
+    """
+    (policy, tok), (ref, _) = hub.load(model), hub.load(sft)
+    task = tasks.get("reviews")
+    rows = task.prompts("test", n, derive_seed(seed, "judge"))
+    limit = max_new_tokens or task.max_new_tokens
+    roll, texts, out = fresh_samples(policy, ref, tok, rows, limit, seed)
+    out["gold"] = statistics.mean(tasks.gold(row["prompt"], text) for row, text in zip(rows, texts))
+    out["unique"] = len(set(texts)) / len(texts)
+    if rm:
+        out["proxy"] = score_responses(roll, texts, rows, hub.load(rm)[0], None).mean().item()
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# statistics of rows; rows are those of results.csv
+
+
+def select(rows, **conditions):
+    """The rows that hold these values."""
+    return [r for r in rows if all(r.get(k) == v for k, v in conditions.items())]
+
+
+def by_seed(rows, column, **conditions):
+    """A column's value for each seed, in the order of the seeds; the mean where a seed has several rows."""
+    found = {}
+    for r in select(rows, **conditions):
+        if r.get(column) is not None:
+            found.setdefault(r["seed"], []).append(r[column])
+    return [statistics.mean(found[seed]) for seed in sorted(found)]
+
+
+def mean_ci(x):
+    """Mean, and half the width of its 95% interval by Student's t; nan for a single value."""
+    if len(x) < 2:
+        return (x[0] if x else math.nan), math.nan
+    quantile = T975[min(len(x), 10) - 2]  # from 11 values on a little too wide
+    return statistics.mean(x), quantile * statistics.stdev(x) / math.sqrt(len(x))
+
+
+def paired(a, b):
+    """mean_ci of a − b, one pair a seed."""
+    return mean_ci([x - y for x, y in zip(a, b, strict=True)])
+
+
+def best_of(values, n):
+    """(P, N) values of each prompt's samples, ascending by proxy → mean of the best of n by proxy.
+
+    Unbiased, over all n-subsets of the N samples: Σ_i C(i−1, n−1) / C(N, n) · value_(i).
+    """
+    total = values.shape[1]
+    share = [math.comb(i, n - 1) / math.comb(total, n) for i in range(total)]
+    return (values.double() @ torch.tensor(share).double()).mean().item()
+
+
+def pm(mean, half, digits=2):
+    """'+1.23 ± 0.45'"""
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# figures
+
+
+def axes(columns=1, rows=1, width=4.2, height=3.2):
+    """→ figure, list of its axes."""
+    size = (width * columns, height * rows)
+    fig, grid = pyplot().subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in grid.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, list(grid.flat)
+
+
+def line(ax, rows, x, y, label=None, style="o-", **conditions):
+    """Mean over the seeds of column y at each value of column x, with 95% intervals."""
+    rows = [r for r in select(rows, **conditions) if r.get(y) is not None]
+    xs = sorted({r[x] for r in rows})
+    found = [mean_ci(by_seed(rows, y, **{x: value})) for value in xs]
+    error = [half if math.isfinite(half) else 0.0 for _, half in found]
+    return ax.errorbar(xs, [mean for mean, _ in found], error, fmt=style, ms=4, capsize=2, label=label)
+
+
+save = save_figure  # (figure, path)
