@@ -38,8 +38,12 @@ def linear_kl(*args, **kw):
     return kernels.linear_kl(*args, backend="triton", **kw)
 
 
-def check(fast, oracle, inputs, design, tol, grad_tol):
-    """Outputs within tol, gradients within grad_tol of their norm, of the oracle in float64."""
+def check(fast, oracle, inputs, design, tol, grad_tol, floor=0.0):
+    """Outputs within tol, gradients within grad_tol of their norm, of the oracle in float64.
+
+    floor: what the rounding of ∂loss/∂logits may add where the true gradient vanishes, per unit of the factor
+    that multiplies it: the weight for hidden, hidden for the weight, 1 for the bias.
+    """
     with small(design):
         got, grads = differentiate(fast, [x.to(DEVICE) for x in inputs])
     want, want_grads = differentiate(oracle, [x.double() for x in inputs])
@@ -47,9 +51,10 @@ def check(fast, oracle, inputs, design, tol, grad_tol):
     for a, b in zip(got, want):
         assert a.dtype == torch.float32
         close([a], [b], tol / max(1.0, b[b.isfinite()].abs().max().item() if b.isfinite().any() else 1.0))
-    for a, b, x in zip(grads, want_grads, inputs):
+    factors = [inputs[1].double().norm(), inputs[0].double().norm(), 1.0]
+    for a, b, x, factor in zip(grads, want_grads, inputs, factors):
         assert a.dtype == x.dtype and a.isfinite().all()
-        assert (a.double() - b).norm() <= grad_tol * b.norm() + 1e-6, (a.double() - b).norm() / b.norm()
+        assert (a.double() - b).norm() <= grad_tol * b.norm() + floor * factor + 1e-6
 
 
 shapes = dict(
@@ -87,7 +92,8 @@ def test_logprob_is_the_oracle(N, V, D, temperature, std, seed, with_bias, desig
 
     tol = rounding(std, D, temperature)
     oracle = run(reference.linear_logprob, targets)
-    check(run(linear_logprob, targets.to(DEVICE)), oracle, inputs, design, tol, 30 * tol)
+    floor = tol / temperature * (1 + N) ** 0.5
+    check(run(linear_logprob, targets.to(DEVICE)), oracle, inputs, design, tol, 30 * tol, floor)
 
 
 @settings(max_examples=40, deadline=None)
@@ -103,9 +109,10 @@ def test_kl_is_the_oracle(N, V, D, temperature, std, seed, with_bias, design, re
         rh, rw, rb = (x if x is None else cast(x) for x in ref)
         return lambda h, w, b=None: fn(h, w, rh, rw, temperature, reverse, b, rb)
 
-    tol = rounding(std, D, temperature)
+    tol = 10 * rounding(std, D, temperature)  # four roundings, and KLs of a thousand nats
     oracle = run(reference.linear_kl, torch.Tensor.double)
-    check(run(linear_kl, lambda x: x.to(DEVICE)), oracle, inputs, design, 4 * tol, 60 * tol)
+    floor = tol / temperature * (1 + N) ** 0.5
+    check(run(linear_kl, lambda x: x.to(DEVICE)), oracle, inputs, design, tol, 30 * tol, floor)
 
 
 @designs

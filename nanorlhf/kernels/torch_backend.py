@@ -40,7 +40,7 @@ def _logits(hidden, weight, bias, temperature):
     z = _wide(hidden) @ _wide(weight).T
     if bias is not None:
         z += _wide(bias)
-    return z.div_(temperature)
+    return z if temperature == 1 else z.div_(temperature)
 
 
 def _finite(x, p):
@@ -124,18 +124,19 @@ class LinearLogprob(torch.autograd.Function):
     def backward(ctx, g, h):
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         use_entropy = bool((h != 0).any())
+        g, h = g / ctx.temperature, h / ctx.temperature
 
         def dlogits(r, c, z):
             logp = z.sub_(lse[r, None])
             dz = p = logp.exp()
             if use_entropy:
-                dz = p * (g[r, None] + h[r, None] * (_finite(logp, p) + entropy[r, None]))
+                dz = p * (-g[r, None] - h[r, None] * (_finite(logp, p) + entropy[r, None]))
             else:
-                dz *= g[r, None]
+                dz *= -g[r, None]
             target = targets[r] - c.start
             here = (target >= 0) & (target < z.shape[1])
             at = target.clamp(0, z.shape[1] - 1)[:, None]
-            return dz.neg_().scatter_add_(1, at, torch.where(here, g[r], 0.0)[:, None])
+            return dz.scatter_add_(1, at, torch.where(here, g[r], 0.0)[:, None])
 
         return *_backward(ctx, hidden, weight, bias, dlogits), None, None
 
@@ -162,6 +163,7 @@ class LinearKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, lse, lse_ref = ctx.saved_tensors
+        g = g / ctx.temperature
 
         def dlogits(r, c, z):
             q = _logits(ref_hidden[r], ref_weight[c], None if ref_bias is None else ref_bias[c],
@@ -175,7 +177,7 @@ class LinearKL(torch.autograd.Function):
 
 
 def _backward(ctx, hidden, weight, bias, dlogits):
-    """Gradients of hidden, weight and bias, or None; `dlogits(rows, columns, z)` is ∂loss/∂z of a tile."""
+    """Gradients of hidden, weight and bias, or None; `dlogits(rows, columns, z)` is ∂loss/∂(x·wᵀ) of a tile."""
     inputs = hidden, weight, bias
     needs = ctx.needs_input_grad
     dx, dw, db = (torch.zeros_like(_wide(t)) if need else None for t, need in zip(inputs, needs))
@@ -183,7 +185,7 @@ def _backward(ctx, hidden, weight, bias, dlogits):
     for r in rows:
         for c in cols:
             z = _logits(hidden[r], weight[c], None if bias is None else bias[c], ctx.temperature)
-            dz = dlogits(r, c, z).div_(ctx.temperature)
+            dz = dlogits(r, c, z)
             if dx is not None:
                 dx[r].addmm_(dz, _wide(weight[c]))
             if dw is not None:  # a frozen unembedding (LoRA) saves this matmul
