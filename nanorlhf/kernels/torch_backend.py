@@ -177,7 +177,7 @@ class LinearKL(torch.autograd.Function):
 
 
 def _backward(ctx, hidden, weight, bias, dlogits):
-    """Gradients of hidden, weight and bias, or None; `dlogits(rows, columns, z)` is ∂loss/∂(x·wᵀ) of a tile."""
+    """Gradients of hidden, weight and bias, or None; `dlogits(rows, columns, z)`: ∂loss/∂(x·wᵀ) of a tile."""
     inputs = hidden, weight, bias
     needs = ctx.needs_input_grad
     dx, dw, db = (torch.zeros_like(_wide(t)) if need else None for t, need in zip(inputs, needs))
