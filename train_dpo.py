@@ -39,20 +39,11 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import generate, hub, lora, tasks
+from nanorlhf import generate, hub, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import (
-    Clock,
-    check_ranges,
-    derive_seed,
-    fill_by_task,
-    require,
-    run_cli,
-    setup,
-    to_device,
-    warmup_linear,
-)
+from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli, setup
 from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask, write_jsonl
+from nanorlhf.hub import load_models
 from nanorlhf.metrics import mean_se
 from nanorlhf.pairs import KEYS, by_budget, load_examples, to_examples
 from nanorlhf.rewards import fresh_samples, load_prompts, score_responses
@@ -62,19 +53,15 @@ from nanorlhf.rewards import fresh_samples, load_prompts, score_responses
 
 
 @dataclass
-class Config:
+class Config(Flags):
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data or --online)
     data: str = ""  # file of preferences (formats: nanorlhf/formats.py); with kto also of labelled ones
-    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     reward: list[str] = field(default_factory=list)  # online: path/to/file.py:name, or :name*0.2; repeatable
     rm: str = ""  # online: reward model folder; without any judge: runs/TASK-rm/model, or the task's function
     judge: Literal["", "self"] = ""  # online: self ranks by the policy's own β log π/π_ref
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     ref: str = ""  # reference model folder; empty: --init
     out: str = ""  # run folder; empty: runs/TASK-dpo
-    resume: bool = False  # go on with the run in --out
-    overwrite: bool = False  # replace the run in --out
-    seed: int = 0  # every random number of the run is derived from it
 
     loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "dpo_nll"] = "dpo"  # above
     beta: float | None = None  # reward per nat, the KL coefficient (simpo: 2, ipo: 0.1, online: 1)
@@ -106,11 +93,6 @@ class Config:
     eval_prompts: int = 128  # held-out prompts to sample for kl, entropy, len and stop
     eval_every: int = 50  # steps between these, and held-out pairs; 0: before the first and after the last
     save_every: int = 100  # steps between checkpoints; 0: only at the end
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and logits are always fp32
-    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
-    deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
-    wandb: str = ""  # project name, to log to Weights & Biases as well
 
     DEFAULTS: ClassVar = {"label_smoothing": "0.1 with cdpo and robust, else 0"}
     BY_TASK: ClassVar = {
@@ -122,7 +104,7 @@ class Config:
     def __post_init__(self):
         if self.beta is None:
             self.beta = OWN_BETA.get(self.loss, 1.0 if self.online else None)
-        fill_by_task(self)
+        self.fill_by_task()
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.ref = self.ref or self.init
         self.out = self.out or f"runs/{self.task}-dpo"
@@ -140,6 +122,7 @@ class Config:
             require(min(self.steps, self.pairs) >= self.online, "--online: more than --steps or --pairs")
             if not (judges or tasks.get(self.task).reward):
                 self.rm = f"runs/{self.task}-rm/model"
+        require(self.ref != "none", "--ref none: a reference is needed, for the figure kl with every loss")
         labelled = self.task == "reviews" or self.data or (self.online and not self.judge)
         require(labelled, f"--task {self.task} has a reward function, no preferences: add --online 3")
 
@@ -327,17 +310,6 @@ def evaluate(policy, ref, tok, cfg, held_out, held_out_ref, rows, judge, run, st
 # train
 
 
-def load_models(cfg, device):
-    """→ policy, reference, reward model (or None), tokenizer. All must share one vocabulary."""
-    sft, pairs = f"python train_sft.py --task {cfg.task}", f"python train_rm.py --task {cfg.task}"
-    policy, tok = hub.load(cfg.init, "--init", sft, "language model")
-    ref, _ = hub.load(cfg.ref, "--ref", sft, "language model", like=tok)
-    rm = hub.load(cfg.rm, "--rm", pairs, "reward model", like=tok)[0] if cfg.rm else None
-    frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
-    ref = frozen if frozen and cfg.ref == cfg.init else ref
-    return *to_device(cfg, device, policy, ref, rm), tok
-
-
 def train(cfg):
     """Train on preferences, offline or in rounds; leaves cfg.out/model → dict of the final metrics."""
     device = setup(cfg)
@@ -408,7 +380,7 @@ def train(cfg):
             gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
             run.check(step, metrics["loss"], gnorm.item(), f"a batch of {len(batch)} pairs")
             for group in opt.param_groups:
-                group["lr"] = lr = warmup_linear(step, cfg.steps, cfg.lr)
+                group["lr"] = lr = lr_at(step, cfg.steps, cfg.lr)
             opt.step()
 
             # ---- one log line
@@ -421,4 +393,4 @@ def train(cfg):
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, train, __doc__))
+    sys.exit(run_cli(Config, train, __doc__, dry_run=lambda cfg: plan.dpo(cfg, load_models)))

@@ -28,10 +28,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nanorlhf import generate, hub, lora, tasks
+from nanorlhf import generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, check_ranges, derive_seed, fill_by_task, require, run_cli, setup, to_device
+from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, require, run_cli, setup
 from nanorlhf.data import epoch_batches
+from nanorlhf.hub import load_models
 from nanorlhf.metrics import sample_figures
 from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses
 from nanorlhf.rollout import Rollout
@@ -74,20 +75,16 @@ RECIPES = {  # a published recipe sets these flags; those that it does not name 
 
 
 @dataclass
-class Config:
+class Config(Flags):
     task: str = "chain"  # built-in task: chain, countdown or reviews; sets the defaults that differ by task
     recipe: Literal[tuple(RECIPES)] = ""  # flags of a published recipe; flags given explicitly win
     data: str = ""  # file of prompts (formats: nanorlhf/formats.py), in place of the task's own
-    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder, where the task has no reward function; empty: runs/TASK-rm/model
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     ref: str = ""  # reference model folder for the KL; empty: --init
     out: str = ""  # run folder; empty: runs/TASK-grpo
-    resume: bool = False  # go on with the run in --out
-    overwrite: bool = False  # replace the run in --out
-    seed: int = 0  # every random number of the run is derived from it
 
     steps: int | None = None  # rollouts; each is used for epochs × minibatches optimizer steps
     prompts_per_step: int | None = None  # prompts a rollout
@@ -129,29 +126,21 @@ class Config:
     eval_every: int = 0  # steps between these; 0: only before the first step and after the last
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
     save_every: int = 50  # steps between checkpoints; 0: only at the end
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights alone
-    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
-    deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
-    wandb: str = ""  # project name, to log to Weights & Biases as well
 
     DEFAULTS: ClassVar = RECIPES[""]  # of the fields that recipes set
     BY_TASK: ClassVar = {
-        "chain": dict(
-            steps=50, prompts_per_step=16, group_size=16, max_new_tokens="11", minibatches=4, lr=3e-4,
-        ),
-        "countdown": dict(
-            steps=200, prompts_per_step=32, group_size=16, max_new_tokens="6", minibatches=4, lr=2.5e-4,
-        ),
-        "reviews": dict(
-            steps=60, prompts_per_step=12, group_size=8, max_new_tokens="40", minibatches=2, lr=5e-4,
-        ),
+        "chain": dict(steps=50, prompts_per_step=16, group_size=16, max_new_tokens="11",
+                      minibatches=4, lr=3e-4),
+        "countdown": dict(steps=200, prompts_per_step=32, group_size=16, max_new_tokens="6",
+                          minibatches=4, lr=2.5e-4),
+        "reviews": dict(steps=60, prompts_per_step=12, group_size=8, max_new_tokens="40",
+                        minibatches=2, lr=5e-4),
     }
 
     def __post_init__(self):
         require(self.recipe in RECIPES, f"--recipe {self.recipe}: must be one of {', '.join(RECIPES)[2:]}")
         kl, beta = self.kl, self.beta  # as given
-        fill_by_task(self, RECIPES[self.recipe], self.DEFAULTS)  # first come, first served
+        self.fill_by_task(RECIPES[self.recipe], self.DEFAULTS)  # first come, first served
         how = "add --kl k3 (in the loss), or --kl k1 --kl_in reward"
         require(self.kl != "none" or not beta, f"--beta {beta}: there is no KL that it could weigh; {how}")
         idle = kl not in (None, "none") and beta is None and not self.beta
@@ -282,17 +271,6 @@ def overlong(length, limit, share):
 
 # ------------------------------------------------------------------------------------------------------------
 # train
-
-
-def load_models(cfg, device):
-    """→ policy, reference (or None), reward model (or None), tokenizer. All must share one vocabulary."""
-    sft, pairs = f"python train_sft.py --task {cfg.task}", f"python train_rm.py --task {cfg.task}"
-    policy, tok = hub.load(cfg.init, "--init", sft, "language model")
-    ref = hub.load(cfg.ref, "--ref", sft, "language model", like=tok)[0] if cfg.ref != "none" else None
-    rm = hub.load(cfg.rm, "--rm", pairs, "reward model", like=tok)[0] if cfg.rm else None
-    frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
-    ref = frozen if frozen and cfg.ref == cfg.init and not cfg.ref_every else ref
-    return *to_device(cfg, device, policy, ref, rm), tok
 
 
 @torch.no_grad()
@@ -461,4 +439,4 @@ def train(cfg):
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, train, __doc__))
+    sys.exit(run_cli(Config, train, __doc__, dry_run=lambda cfg: plan.rl(cfg, load_models)))

@@ -23,13 +23,13 @@ GPU   python train_ppo.py --init runs/sft/model --rm runs/rm/model --data prompt
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from nanorlhf import generate, hub, lora, tasks
+from nanorlhf import generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, check_ranges, derive_seed, fill_by_task, require, run_cli, setup, to_device
+from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, require, run_cli, setup, to_device
 from nanorlhf.data import epoch_batches
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses
@@ -40,10 +40,9 @@ from nanorlhf.worker import Rewards
 
 
 @dataclass
-class Config:
+class Config(Flags):
     task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
     data: str = ""  # file of prompts (formats: nanorlhf/formats.py); --task still sets the defaults
-    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder; empty: runs/TASK-rm/model, unless there is a reward function
@@ -51,9 +50,6 @@ class Config:
     ref: str = ""  # reference model folder; empty: --init
     critic_init: str = ""  # folder the critic starts from; empty: the reward model, else the policy
     out: str = ""  # run folder; empty: runs/TASK-ppo
-    resume: bool = False  # go on with the run in --out
-    overwrite: bool = False  # replace the run in --out
-    seed: int = 0  # every random number of the run is derived from it
 
     steps: int | None = None  # rollouts; each is used for epochs × minibatches optimizer steps
     prompts_per_step: int | None = None  # prompts a rollout
@@ -84,31 +80,20 @@ class Config:
     eval_every: int = 0  # steps between these; 0: only before the first step and after the last
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
     save_every: int = 20  # steps between checkpoints; 0: only at the end
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and logits are always fp32
-    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
-    deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
-    wandb: str = ""  # project name, to log to Weights & Biases as well
 
     BY_TASK: ClassVar = {
-        "reviews": dict(
-            steps=60, prompts_per_step=96, max_new_tokens=40, minibatches=2,
-            lr=5e-4, critic_lr=1e-3, beta=0.3, no_eos_score=-1.0,
-        ),
-        "chain": dict(
-            steps=60, prompts_per_step=256, max_new_tokens=11, minibatches=4,
-            lr=5e-4, critic_lr=1e-3, beta=0.0, no_eos_score=0.0,
-        ),
-        "countdown": dict(
-            steps=200, prompts_per_step=512, max_new_tokens=6, minibatches=4,
-            lr=2e-4, critic_lr=1e-3, beta=0.0, no_eos_score=0.0,
-        ),
+        "reviews": dict(steps=60, prompts_per_step=96, max_new_tokens=40, minibatches=2,
+                        lr=5e-4, critic_lr=1e-3, beta=0.3, no_eos_score=-1.0),
+        "chain": dict(steps=60, prompts_per_step=256, max_new_tokens=11, minibatches=4,
+                      lr=5e-4, critic_lr=1e-3, beta=0.0, no_eos_score=0.0),
+        "countdown": dict(steps=200, prompts_per_step=512, max_new_tokens=6, minibatches=4,
+                          lr=2e-4, critic_lr=1e-3, beta=0.0, no_eos_score=0.0),
     }
 
     def __post_init__(self):
         if self.rm and self.beta is None:
             self.beta = 0.3  # a learnt reward has to be held, whatever the task
-        fill_by_task(self)
+        self.fill_by_task()
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.ref = self.ref or self.init
         if not (self.rm or self.reward or tasks.get(self.task).reward):
@@ -356,4 +341,4 @@ def train(cfg):
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, train, __doc__))
+    sys.exit(run_cli(Config, train, __doc__, dry_run=lambda cfg: plan.rl(cfg, load_models)))

@@ -31,19 +31,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import hub, lora, tasks
+from nanorlhf import hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import (
-    Clock,
-    check_ranges,
-    derive_seed,
-    fill_by_task,
-    require,
-    run_cli,
-    setup,
-    to_device,
-    warmup_linear,
-)
+from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli, setup, to_device
 from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl, response_mask
 from nanorlhf.formats import read_rows
 from nanorlhf.model import ScalarModel
@@ -54,21 +44,17 @@ from nanorlhf.pairs import encode_pairs, load_rows, require_both
 
 
 @dataclass
-class Config:
+class Config(Flags):
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data)
     kind: Literal["preference", "process", "outcome"] = "preference"  # what it learns from
     # JSONL of {"prompt", "response", "labels": [1, 0, null]} for these two: a label a step, null for none
     data: str = ""  # file of preferences (formats: nanorlhf/formats.py), in place of the task's own pairs
     step_end: str = ""  # process: the characters that end a step; the end of the response always does
-    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
     pairs: int = 4000  # pairs to make for the built-in task
     tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     out: str = ""  # run folder; empty: runs/TASK-rm
-    resume: bool = False  # go on with the run in --out
-    overwrite: bool = False  # replace the run in --out
-    seed: int = 0  # every random number of the run is derived from it
 
     steps: int | None = None  # optimizer steps
     batch_size: int = 48  # pairs a step
@@ -80,11 +66,6 @@ class Config:
 
     eval_every: int = 50  # steps between held-out measurements; 0: only at the end
     save_every: int = 100  # steps between checkpoints; 0: only at the end
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; weights and rewards are always fp32
-    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
-    deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
-    wandb: str = ""  # project name, to log to Weights & Biases as well
 
     BY_TASK: ClassVar = {
         "reviews": dict(steps=260, lr=1e-3),
@@ -93,16 +74,14 @@ class Config:
     }
 
     def __post_init__(self):
-        fill_by_task(self)
+        self.fill_by_task()
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.out = self.out or f"runs/{self.task}-rm"
         check_ranges(self, ("pairs", "steps", "batch_size", "lr"))
         require(not self.step_end or self.kind == "process", "--step_end: belongs to --kind process")
         require(self.data or self.kind == "preference", f"--kind {self.kind}: give --data, with labels")
-        require(
-            self.data or self.task == "reviews",
-            f"--task {self.task} has a reward function, no preferences; --task reviews has, or give --data",
-        )
+        what = f"--task {self.task} has a reward function, no preferences"
+        require(self.data or self.task == "reviews", f"{what}; --task reviews has, or give --data")
 
 
 COLUMNS = (
@@ -234,7 +213,7 @@ def length_only(train, test):
 @torch.no_grad()
 def evaluate(model, rows, tok):
     denom = sum(map(units, rows))
-    parts = [batch_loss(model, rows[i : i + 256], tok, denom) for i in range(0, len(rows), 256)]
+    parts = [batch_loss(model, rows[i : i + 32], tok, denom) for i in range(0, len(rows), 32)]
     losses, margins = zip(*parts)
     acc = (torch.cat(margins) > 0).float().mean().item()  # detail 16
     return {"eval/loss": sum(losses).item(), "eval/acc": acc}
@@ -243,9 +222,14 @@ def evaluate(model, rows, tok):
 @torch.no_grad()
 def normalise(model, references, tok):
     """Set the bias so that the references' mean reward is 0 (detail 15 of N+) → that mean, measured again."""
-    tokens, lengths = (t.to(model.device) for t in pad(references, tok.pad_id))
-    model.reward_bias -= model.rewards(tokens, lengths).mean()  # detail 15
-    return model.rewards(tokens, lengths).mean().item()
+
+    def mean():
+        batches = (pad(references[i : i + 64], tok.pad_id) for i in range(0, len(references), 64))
+        parts = [model.rewards(*(t.to(model.device) for t in batch)) for batch in batches]
+        return torch.cat(parts).mean()
+
+    model.reward_bias -= mean()  # detail 15
+    return mean().item()
 
 
 @torch.no_grad()
@@ -266,25 +250,29 @@ def log_samples(log, step, model, answers, tok):
 # train
 
 
+def load_model(cfg, device):
+    """→ reward model on the trunk of the SFT model, tokenizer."""
+    policy, tok = hub.load(cfg.init, hint=f"python train_sft.py --task {cfg.task}", kind="language model")
+    return *to_device(cfg, device, ScalarModel(policy)), tok
+
+
 def train(cfg):
     """Train on pairs, or on labels; leaves the reward model in cfg.out/model → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    policy, tok = hub.load(cfg.init, hint=f"python train_sft.py --task {cfg.task}", kind="language model")
-    to_device(cfg, device, policy)
+    model, tok = load_model(cfg, device)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        model = ScalarModel(policy).to(device)
         if cfg.kind == "preference":
-            data, triples, references = load_pairs(cfg, task, policy, tok)
+            data, triples, references = load_pairs(cfg, task, model.trunk, tok)
             test = [(p + w, p + l) for p, w, l in triples]
             length_judge = {"eval/acc_len_only": length_only(data, test)}
             shown = [(p, y) for p, *both in triples[:4] for y in both]  # chosen first
         else:
             ends = [i for i in range(tok.vocab_size) if set(tok.decode([i])[-1:]) & set(cfg.step_end)]
             model.step_ids, length_judge = ends, {}
-            data, test = load_judged(cfg, tok, ends, policy.cfg.max_len)
+            data, test = load_judged(cfg, tok, ends, model.cfg.max_len)
             shown = [(row.ids[: row.prompt], row.ids[row.prompt :]) for row in test[:8]]
-        lora.add(model, cfg.lora_rank, cfg.dtype)
+        lora.add(model, cfg.lora_rank, cfg.dtype)  # only now: the pairs are samples of the plain model
         betas, decay = (0.9, 0.99), cfg.weight_decay
         opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=decay)
         start, _ = run.start({"model": model}, opt)
@@ -304,7 +292,7 @@ def train(cfg):
                 margin += margins.sum().item()
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
             run.check(step, total, gnorm.item(), f"a batch of {len(rows)} rows")
-            lr = warmup_linear(step, cfg.steps, cfg.lr)
+            lr = lr_at(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
             opt.step()
@@ -326,4 +314,4 @@ def train(cfg):
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, train, __doc__))
+    sys.exit(run_cli(Config, train, __doc__, dry_run=lambda cfg: plan.rm(cfg, load_model)))

@@ -19,19 +19,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nanorlhf import generate, hub, lora, tasks
+from nanorlhf import generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import (
-    Clock,
-    check_ranges,
-    derive_seed,
-    fill_by_task,
-    require,
-    run_cli,
-    setup,
-    to_device,
-    warmup_linear,
-)
+from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli, setup, to_device
 from nanorlhf.data import encode_demonstration, epoch_batches, microbatches, pad, split_by_hash
 from nanorlhf.formats import read_rows
 from nanorlhf.model import GPT, GPTConfig
@@ -42,16 +32,12 @@ from nanorlhf.tokenizer import Tokenizer
 
 
 @dataclass
-class Config:
+class Config(Flags):
     task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
     data: str = ""  # file of demonstrations (formats: nanorlhf/formats.py), in place of the task's own
-    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
     demos: int | None = None  # demonstrations to write for a built-in task
     init: str = ""  # model folder to start from; empty: a new model of the size below
     out: str = ""  # run folder; empty: runs/TASK-sft
-    resume: bool = False  # go on with the run in --out
-    overwrite: bool = False  # replace the run in --out
-    seed: int = 0  # every random number of the run is derived from it
 
     arch: Literal["gpt2", "llama"] = "gpt2"  # of a new model
     n_layer: int | None = None  # layers
@@ -72,11 +58,6 @@ class Config:
 
     eval_every: int = 100  # steps between held-out measurements; 0: only at the end
     save_every: int = 200  # steps between checkpoints; 0: only at the end
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights alone
-    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
-    deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
-    wandb: str = ""  # project name, to log to Weights & Biases as well
 
     BY_TASK: ClassVar = {
         "reviews": dict(demos=4000, n_layer=2, d_model=96, max_len=64, steps=300, batch_size=32, lr=6e-3),
@@ -85,7 +66,7 @@ class Config:
     }
 
     def __post_init__(self):
-        fill_by_task(self)
+        self.fill_by_task()
         self.out = self.out or f"runs/{self.task}-sft"
         check_ranges(self, "demos n_layer n_head d_model max_len vocab_size steps batch_size lr".split())
 
@@ -188,9 +169,8 @@ def new_model(cfg, tok):
     return GPT(style(tok.vocab_size, **size))
 
 
-def train(cfg):
-    """Train on demonstrations; leaves cfg.out/model → dict of the final metrics."""
-    device = setup(cfg)
+def load(cfg, device):
+    """→ model, tokenizer, training rows and held-out rows of (ids, mask)."""
     task = tasks.get(cfg.task)
     train_rows, test_rows = demonstrations(cfg, task)
     if cfg.init:
@@ -200,7 +180,14 @@ def train(cfg):
         model = new_model(cfg, tok)
     lora.add(model, cfg.lora_rank, cfg.dtype)
     data, test = (encode(rows, tok, model.cfg.max_len) for rows in (train_rows, test_rows))
-    to_device(cfg, device, model)
+    return *to_device(cfg, device, model), tok, data, test
+
+
+def train(cfg):
+    """Train on demonstrations; leaves cfg.out/model → dict of the final metrics."""
+    device = setup(cfg)
+    task = tasks.get(cfg.task)
+    model, tok, data, test = load(cfg, device)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -225,7 +212,7 @@ def train(cfg):
                 total += loss.item()
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
             run.check(step, total, gnorm.item(), f"a batch of {len(rows)} demonstrations")
-            lr = warmup_linear(step, cfg.steps, cfg.lr)
+            lr = lr_at(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
             opt.step()
@@ -241,4 +228,4 @@ def train(cfg):
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, train, __doc__))
+    sys.exit(run_cli(Config, train, __doc__, dry_run=lambda cfg: plan.sft(cfg, load)))

@@ -26,6 +26,7 @@ from evaluate import kl_per_token
 from labs import common
 from nanorlhf import generate, hub, tasks
 from nanorlhf.common import derive_seed
+from nanorlhf.data import encode_demonstration
 
 PAPER = (
     "Rigter, Jiang, Posner 2024, Reward-free curricula for training robust world models, WAKER "
@@ -84,8 +85,8 @@ def measure(folders, families, seed, n):
     found = {}
     for family in families:
         rows = draw(family, "test", n, random.Random(derive_seed(seed, family)))
-        pairs = [(tok.encode(r["prompt"]), tok.encode(r["response"]) + [tok.eos_id]) for r in rows]
-        tokens, mask = train_sft.batch_tensors(pairs, tok, "cpu")
+        encoded = [x for r in rows for x in encode_demonstration(tok, r, one.cfg.max_len)]
+        tokens, mask = train_sft.batch_tensors(encoded, tok, "cpu")
         kl = kl_per_token(one, two, tokens, mask) + kl_per_token(two, one, tokens, mask)
         kl, right = kl.sum() / mask.sum() / 2, 0.0
         for model in (one, two):
@@ -162,7 +163,7 @@ def verdict(rows):
 
 
 def figure(rows, path):
-    fig, axes = common.axes(4, width=2.7, height=2.6)
+    fig, axes = common.axes(4, width=2.5, height=2.2)
     rounds = sorted({r["round"] for r in rows})
     for noise, ax in enumerate(axes[:2]):
         for name, colour in zip(("uniform", "waker", "success"), ("tab:gray", "tab:blue", "tab:orange")):

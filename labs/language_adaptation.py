@@ -173,5 +173,5 @@ def figure(rows, path):
         labels = [label.replace(", ", ",\n").replace("SFT on ", "SFT on\n") for *_, label in bars]
         ax.set(xticks=[x + 0.2 for x in range(len(bars))], title=title)
         ax.set_xticklabels(labels, rotation=40, ha="right", fontsize=8)
-        ax.legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     common.save(fig, path)

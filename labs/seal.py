@@ -41,7 +41,8 @@ DIFFERS = (
     "labels are known; before training is a random head on the SFT trunk, not a reward model of other data."
 )
 CHANGES = ["Imprint of sentiment after training, not after − before: a random head has one of either sign, "
-           "and the interval measured only that (`change`, +0.95 ± 1.30)."]
+           "and the interval measured only that (`change`, +0.95 ± 1.30).",
+           "Three seeds, not the five first planned: cut for CPU time before any result."]
 SEEDS = 3
 
 CONDITIONS = {"coin": "a coin", "confounded": "goes with quality", "liked": "liked by labellers"}

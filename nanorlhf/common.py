@@ -41,22 +41,47 @@ class Interrupted(Exception):
 # config → command line
 
 
-def fill_by_task(cfg, recipe=None, defaults=None):
-    """Give every field that is None its value from the tables {field: value}, the first that has one.
+@dataclasses.dataclass(kw_only=True)
+class Flags:
+    """The flags that every trainer has and that are no part of its algorithm.
 
-    In this order: recipe, the class's table BY_TASK[cfg.task], defaults. What was given explicitly stays.
+    By keyword only: Config("chain") names the task.
     """
-    table = type(cfg).BY_TASK
-    require(cfg.task in table, f"--task {cfg.task}: must be one of {', '.join(table)}")
-    for values in (recipe or {}, table[cfg.task], defaults or {}):
-        for field, value in values.items():
-            if getattr(cfg, field) is None:
-                setattr(cfg, field, value)
+
+    skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
+    resume: bool = False  # go on with the run in --out
+    overwrite: bool = False  # replace the run in --out
+    seed: int = 0  # every random number of the run is derived from it
+    device: typing.Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    dtype: typing.Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights
+    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
+    deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
+    wandb: str = ""  # project name, to log to Weights & Biases as well
+
+    def fill_by_task(self, recipe=None, defaults=None):
+        """Give every field that is None its value from the tables {field: value}, the first that has one.
+
+        In this order: recipe, the class's table BY_TASK[task], defaults. What was given explicitly stays.
+        """
+        require(self.task in self.BY_TASK, f"--task {self.task}: must be one of {', '.join(self.BY_TASK)}")
+        for values in (recipe or {}, self.BY_TASK[self.task], defaults or {}):
+            for field, value in values.items():
+                if getattr(self, field) is None:
+                    setattr(self, field, value)
 
 
 def require(ok, message):
     if not ok:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def blame(where, *errors):
+    """A UserError from within, or one of these other errors, becomes the UserError "where: what it says"."""
+    try:
+        yield
+    except (UserError, *errors) as e:
+        raise UserError(f"{where}: {e}" if where else str(e)) from None
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
@@ -107,7 +132,7 @@ def _convert(flag, kind, text):
 def _comments(Config):
     """Field name → the comment behind it, which is its --help text: written once, read in both places."""
     found = {}
-    for line in inspect.getsource(Config).splitlines():
+    for line in "".join(map(inspect.getsource, Config.__mro__[:-1])).splitlines():
         if m := re.match(r"    (\w+): .*?  # (.*)$", line):
             found[m[1]] = m[2]
     return found
@@ -116,9 +141,12 @@ def _comments(Config):
 def help_text(Config, doc, prog):
     """--help: the docstring's first paragraph, then every field with its comment and default; 80 columns."""
     about = textwrap.wrap(doc.strip().split("\n\n")[0], 80)
-    lines = [*about, "", f"usage: python {prog} [--name value ...]", f"equations and examples: {prog}", ""]
+    dry = " [--dry_run]" * prog.startswith("train_")
+    lines = [*about, "", f"usage: python {prog}{dry} [--name value ...]", f"equations and examples: {prog}"]
+    lines += ["--dry_run: read data and tokenizer, print memory and FLOPs, and stop"] * bool(dry) + [""]
     comments = _comments(Config)
-    for f, kind in _field_types(Config):
+    fields = sorted(_field_types(Config), key=lambda x: x[0].name not in Config.__annotations__)  # own first
+    for f, kind in fields:
         default = [] if f.default is dataclasses.MISSING else f.default
         if default is None and f.name in getattr(Config, "DEFAULTS", {}):
             default = Config.DEFAULTS[f.name]
@@ -169,14 +197,21 @@ def parse(Config, argv, doc="", prog="train.py"):
     return Config(**values)
 
 
-def run_cli(Config, train, module_doc, argv=None):
-    """Run a trainer from the command line → status: 2 for a user's mistake, 1 for a run that had to stop."""
+def run_cli(Config, train, module_doc, argv=None, dry_run=None):
+    """Run a trainer from the command line → status: 2 for a user's mistake, 1 for a run that had to stop.
+
+    dry_run(cfg) is what --dry_run calls in place of train(cfg). It is no field of Config, as it decides
+    nothing about a run.
+    """
     prog = os.path.basename(sys.argv[0])
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows writes to a pipe in a code page without β and │
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        train(parse(Config, sys.argv[1:] if argv is None else argv, module_doc, prog))
+        argv = sys.argv[1:] if argv is None else argv
+        dry = [x for x in argv if dry_run and x.replace("-", "_") == "__dry_run"]
+        cfg = parse(Config, [x for x in argv if x not in dry], module_doc, prog)
+        (dry_run if dry else train)(cfg)
     except UserError as e:
         print(f"{prog}: error: {e}", file=sys.stderr)
         return 2
@@ -242,7 +277,7 @@ def to_device(cfg, device, *models):
     return models
 
 
-def warmup_linear(step, steps, peak):
+def lr_at(step, steps, peak):
     """Learning rate: linear warm-up over the first 5% of the steps, then linear down to peak/10."""
     warmup = max(1, round(0.05 * steps))
     return peak * min((step + 1) / warmup, 1 - 0.9 * step / steps)

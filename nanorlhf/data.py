@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanorlhf.common import UserError
+from nanorlhf.common import UserError, blame
 
 
 def read_jsonl(
@@ -27,11 +27,9 @@ def read_jsonl(
     """
     rows = []
     for at, item in read_objects(path, flag, required):
-        try:
+        with blame(f"{flag}: {at}"):
             row = parse(item)
             check_text(row, required, nonempty)
-        except UserError as e:
-            raise UserError(f"{flag}: {at}: {e}") from None
         rows.append(row | {"_at": at})
     return rows
 
@@ -56,10 +54,8 @@ def read_objects(path, flag: str, required: tuple[str, ...]) -> list[tuple[str, 
     if data[:4] == b"PAR1":
         rows = _read_parquet(data, where)
     elif data.lstrip()[:1] == b"[":
-        try:
+        with blame(where):
             rows = _load(data)
-        except UserError as e:
-            raise UserError(f"{where}: {e}") from None
     else:
         # Split at newlines only: str.splitlines also breaks at U+2028, which JSON strings may hold.
         lines = enumerate(data.split(b"\n"), start=1)
@@ -179,11 +175,9 @@ def encode_pair(
     merge across the boundary is one it could never sample. Without a prompt the response is a document, which
     follows an EOS. `at` ("file:line") starts the message of a UserError, for text that `tok` cannot encode.
     """
-    try:
+    with blame(at):
         prompt_ids = tok.encode_prompt(prompt) or [tok.eos_id]
         response_ids = tok.encode_response(prompt, response)  # detail 3
-    except UserError as e:
-        raise UserError(f"{at}: {e}" if at else str(e)) from None
     # detail 4: never truncated; what does not fit is dropped
     return (prompt_ids, response_ids) if len(prompt_ids) + len(response_ids) <= max_len else None
 
@@ -196,10 +190,8 @@ def encode_demonstration(tok, row: dict, max_len: int) -> list[tuple[list[int], 
     if "turns" not in row:
         pair = encode_pair(tok, row["prompt"], row["response"], max_len, row.get("_at", ""))
         return [pair and (pair[0] + pair[1], [False] * len(pair[0]) + [True] * len(pair[1]))]
-    try:
+    with blame(row.get("_at", "")):
         found = tok.encode_chat(row["turns"])
-    except UserError as e:
-        raise UserError(f"{row['_at']}: {e}") from None
     return [x if len(x[0]) <= max_len else None for x in found]
 
 

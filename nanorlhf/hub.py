@@ -23,14 +23,11 @@ from safetensors import torch as safetensors
 
 from nanorlhf import lora
 from nanorlhf.checkpoint import write_folder
-from nanorlhf.common import UserError, require
+from nanorlhf.common import UserError, blame, require, to_device
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
-from nanorlhf.tokenizer import FILE, Tokenizer
+from nanorlhf.tokenizer import FILE, Tokenizer, beside, stop_ids
 
-BESIDE = re.compile(  # the files that travel with a model
-    r"(generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|encoder)\.json"
-    r"|merges\.txt|vocab\.bpe|tokenizer\.model|.+\.tiktoken|chat_template\.(jinja|json)"
-)
+DAMAGE = ValueError, OSError, SafetensorError  # what reading a damaged file raises
 REDUNDANT = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # constants
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -284,7 +281,7 @@ def _fill(model, family, folder):
     trunk = getattr(model, "trunk", model)
     want, seen, head = dict(_tensors(model, family)), set(), None
     for file in _files(folder):
-        with _blame(file), safe_open(file, "pt") as f:
+        with blame(file, *DAMAGE), safe_open(file, "pt") as f:
             for key in f.keys():
                 name = key if key in want or key.startswith(family.prefix) else family.prefix + key
                 tensor = f.get_tensor(key)
@@ -313,7 +310,7 @@ def _files(folder):
     single = os.path.join(folder, "model.safetensors")
     index, pickle = f"{single}.index.json", os.path.join(folder, "pytorch_model.bin")
     if not os.path.exists(single) and os.path.exists(index):
-        with _blame(index), open(index, encoding="utf-8") as f:
+        with blame(index, *DAMAGE), open(index, encoding="utf-8") as f:
             table = json.load(f)
             table = table.get("weight_map") if isinstance(table, dict) else None
             require(isinstance(table, dict) and table, "damaged: it has no weight_map")
@@ -345,15 +342,6 @@ class Source(NamedTuple):
 
     def __deepcopy__(self, memo):  # never written to: a copy of a model, a reference say, shares it
         return self
-
-
-@contextlib.contextmanager
-def _blame(file):
-    """Errors in what stands below are the file's: one line that begins with it."""
-    try:
-        yield
-    except (UserError, ValueError, OSError, SafetensorError) as e:
-        raise UserError(f"{file}: {e}") from None
 
 
 def save(model, tok, folder):
@@ -407,23 +395,32 @@ def load(folder, flag="--init", hint="", kind="", dtype=torch.float32, like=None
     return model, tok
 
 
-def _json(path):
-    with _blame(path), open(path, encoding="utf-8") as f:
-        return json.load(f)
+def load_models(cfg, device):
+    """→ policy, reference, reward model (None without --rm, --ref none), tokenizer, the models on the device.
+
+    All must share one vocabulary. With adapters (cfg.lora_rank) the policy's frozen self is the reference,
+    unless that is another folder or is to follow the policy (cfg.ref_every).
+    """
+    sft, pairs = f"python train_sft.py --task {cfg.task}", f"python train_rm.py --task {cfg.task}"
+    policy, tok = load(cfg.init, "--init", sft, "language model")
+    ref = load(cfg.ref, "--ref", sft, "language model", like=tok)[0] if cfg.ref != "none" else None
+    rm = load(cfg.rm, "--rm", pairs, "reward model", like=tok)[0] if cfg.rm else None
+    frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
+    if frozen and cfg.ref == cfg.init and not getattr(cfg, "ref_every", 0):
+        ref = frozen
+    return *to_device(cfg, device, policy, ref, rm), tok
 
 
 def _read(folder, dtype):
     """A folder → (model, tokenizer or None), or a UserError that begins with the file at fault."""
-    where, generation = (os.path.join(folder, name) for name in ("config.json", "generation_config.json"))
-    raw = _json(where)
-    with _blame(where):
+    where = os.path.join(folder, "config.json")
+    with blame(where, *DAMAGE):
+        with open(where, encoding="utf-8") as f:
+            raw = json.load(f)
         cfg, family = _read_config(raw)
-        bias, stop = raw.get("reward_bias", 0.0), raw.get("eos_token_id")
+        bias = raw.get("reward_bias", 0.0)
         scalar = "ForSequenceClassification" in str(raw.get("architectures"))
         require(isinstance(bias, (int, float)), f"reward_bias={bias!r} must be a number")
-    if os.path.exists(generation):
-        settings = _json(generation)
-        stop = settings.get("eos_token_id", stop) if isinstance(settings, dict) else stop
     if scalar:
         cfg.tied = True  # no unembedding of its own: `score` is the head
     tok = Tokenizer.load(folder) if Tokenizer.present(folder) else None
@@ -442,10 +439,7 @@ def _read(folder, dtype):
         model.reward_bias.fill_(bias)
         model.step_ids = raw.get("step_ids")
     trunk.n_ids = tok.vocab_size if tok else cfg.vocab_size
-    trunk.stop_ids = tuple(x for x in (stop if isinstance(stop, list) else [stop]) if isinstance(x, int))
-    beside = {}
-    for name in sorted(filter(BESIDE.fullmatch, os.listdir(folder))):
-        with _blame(path := os.path.join(folder, name)), open(path, "rb") as f:
-            beside[name] = f.read()
-    trunk.source = Source(raw, beside, tok)
+    with blame(folder, OSError):
+        trunk.stop_ids = tuple(stop_ids(folder))
+        trunk.source = Source(raw, beside(folder), tok)
     return model, tok

@@ -6,7 +6,7 @@ Shared by the RL trainers: none of this may move a learning curve, or turn one a
 import torch
 
 from nanorlhf import generate, tasks
-from nanorlhf.common import UserError, derive_seed, require
+from nanorlhf.common import blame, derive_seed, require
 from nanorlhf.data import split_by_hash
 from nanorlhf.formats import read_rows
 from nanorlhf.worker import sum_rewards
@@ -29,10 +29,7 @@ def score_responses(roll, texts, rows, rm, rewards, parts=None):
             return torch.cat([rm.process_rewards(*chunk) for chunk in chunks])
         chunks = zip(roll.tokens.split(size), roll.lengths.split(size))
         return torch.cat([rm.rewards(*chunk) for chunk in chunks])  # detail 13: at no other position
-    score = sum_rewards(texts, rows, rewards, parts).to(roll.tokens.device)
-    for name in parts or ():
-        parts[name] = parts[name].to(roll.tokens.device)
-    return score
+    return sum_rewards(texts, rows, rewards, parts, roll.tokens.device)
 
 
 def pass_gate(policy, tok, task, limit, seed):
@@ -144,7 +141,5 @@ def load_prompts(cfg, task, tok, max_len, limit=None):
 
 
 def _prompt_len(row, tok):
-    try:
+    with blame(row.get("_at", "--task")):  # for a character that this model has no token for
         return len(tok.encode_prompt(row["prompt"]))
-    except UserError as e:  # a character that this model has no token for
-        raise UserError(f"{row.get('_at', '--task')}: {e}") from None

@@ -11,6 +11,7 @@ ordinary ids. Only code that appends `tok.eos_id`, and a chat template, write co
 import base64
 import functools
 import heapq
+import itertools
 import json
 import unicodedata
 from collections import Counter, defaultdict
@@ -21,7 +22,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from nanorlhf.common import UserError
+from nanorlhf.common import UserError, blame, require
 
 FILE = "nanorlhf_tokenizer.json"  # of kind "chars"; the others are saved as tokenizer.json
 ONE_CHAR = r"[\s\S]"  # not (?s). , which the regular expressions of transformers read otherwise
@@ -44,7 +45,7 @@ RANKS = {
 }
 COPIED = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
           "vocab.json", "merges.txt", "vocab.bpe", "encoder.json", "chat_template.jinja",
-          "generation_config.json", *RANKS]  # fmt: skip
+          "chat_template.json", "generation_config.json", *RANKS]  # fmt: skip
 MARK = "\udfff"  # a lone surrogate: no text that tiktoken is given holds one
 
 
@@ -528,24 +529,33 @@ def _parts_of(spec, folder):
     sample = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x20000, 7)))) + "it's 12 x\r\n \t."
     _need(sample == "".join(regex.findall(f"(?:{pattern})", sample)), "its split pattern drops characters")
     added = control | words
-    single = next((p["single"] for p in _processors(spec) if p["type"] == "TemplateProcessing"), [])
-    bos = []
-    for item in single:  # what stands before the text
-        if "SpecialToken" not in item:
-            break
-        bos.append(added[item["SpecialToken"]["id"]])
+    post = spec.get("post_processor") or {"type": "none"}
+    after = post["processors"] if post["type"] == "Sequence" else [post]
+    single = next((p["single"] for p in after if p["type"] == "TemplateProcessing"), [])
+    before = itertools.takewhile(lambda item: "SpecialToken" in item, single)  # what stands before the text
+    bos = [added[item["SpecialToken"]["id"]] for item in before]
     kind = "bpe" if len(ranks) > 256 else "bytes"
     return dict(kind=kind, pattern=pattern, tokens=ranks, words=words, late=late, nfc=bool(steps), bos=bos,
                 **_roles(folder, control))  # fmt: skip
 
 
-def _processors(spec):
-    post = spec.get("post_processor") or {"type": "none"}
-    return post["processors"] if post["type"] == "Sequence" else [post]
-
-
 def _read(path):
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    with blame(path, ValueError):
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        require(isinstance(found, dict), "is not a JSON object")
+    return found
+
+
+def beside(folder) -> dict[str, bytes]:
+    """{file name: contents} of what travels with a model, beside its weights and config.json."""
+    return {path.name: path.read_bytes() for path in map(Path(folder).joinpath, COPIED) if path.is_file()}
+
+
+def stop_ids(folder) -> list[int]:
+    """The ids that end a response; generation_config.json goes before config.json, as in transformers."""
+    settings = _read(Path(folder) / "config.json") | _read(Path(folder) / "generation_config.json")
+    ids = settings.get("eos_token_id")
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)]
 
 
 def _roles(folder, control):
@@ -553,10 +563,7 @@ def _roles(folder, control):
     config = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
     names = {key: x["content"] if isinstance(x, dict) else x
              for key, x in config.items() if key[3:] == "_token" and x}  # fmt: skip
-    stop = []
-    for name in ("generation_config.json", "config.json"):
-        ids = _read(folder / name).get("eos_token_id")
-        stop += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    stop = stop_ids(folder)
     shown = {i: text for text, i in control.items()}
     ends = names.get("eos_token"), *map(shown.get, stop), "<|endoftext|>"
     eos = next((text for text in ends if text in control), None)
@@ -566,9 +573,8 @@ def _roles(folder, control):
         template = next((x["template"] for x in template if x["name"] == "default"), None)
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
-    source = {name: (folder / name).read_bytes() for name in COPIED if (folder / name).is_file()}
     return dict(control=control, eos=eos, pad=names.get("pad_token"), stop=stop, template=template,
-                names=names | {"eos_token": eos}, source=source)  # fmt: skip
+                names=names | {"eos_token": eos}, source=beside(folder))  # fmt: skip
 
 
 def _through_library(path, why):

@@ -169,15 +169,15 @@ def _end_with_parent():
     os._exit(1)
 
 
-def sum_rewards(texts, rows, rewards, parts=None):
+def sum_rewards(texts, rows, rewards, parts=None, device="cpu"):
     """Weighted sum of `rewards`, a list of (name, weight, function) → (B,); `parts` as in score_responses."""
-    score = torch.zeros(len(texts))
+    score = torch.zeros(len(texts), device=device)
     for i, (name, weight, fn) in enumerate(rewards):
         if isinstance(rewards, Rewards):
             values = rewards.values(i, texts, rows)
         else:
             values = [call_reward(name, fn, r["prompt"], t, r) for t, r in zip(texts, rows, strict=True)]
-        part = torch.tensor(values)
+        part = torch.tensor(values, device=device)
         score += weight * part
         if parts is not None:
             parts[name] = part

@@ -10,7 +10,7 @@ from test_tokenizer import CHATML, TALK, folder_of
 
 import train_sft
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import UserError, warmup_linear
+from nanorlhf.common import UserError, lr_at
 from nanorlhf.data import write_jsonl
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import Chat, Tokenizer
@@ -121,8 +121,8 @@ def test_learns_a_rule_that_depends_on_the_prompt(sign, low, high, tmp_path, mon
 
 
 def test_learning_rate_warms_up_then_falls_to_a_tenth():
-    assert [warmup_linear(s, 40, 1.0) for s in (0, 1, 20, 40)] == pytest.approx([0.5, 0.9775, 0.55, 0.1])
-    assert [warmup_linear(s, 1, 2.0) for s in (0,)] == [2.0]
+    assert [lr_at(s, 40, 1.0) for s in (0, 1, 20, 40)] == pytest.approx([0.5, 0.9775, 0.55, 0.1])
+    assert [lr_at(s, 1, 2.0) for s in (0,)] == [2.0]
 
 
 # what it reads and leaves

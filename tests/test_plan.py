@@ -1,0 +1,222 @@
+"""--dry_run: its figures against real tensors, what autograd keeps and torch's FLOP counter."""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import STYLES, V, randint, tiny
+from stages import TRAINERS
+from torch.utils import flop_counter
+
+from nanorlhf import generate, hub, lora, plan
+from nanorlhf.model import ScalarModel
+from nanorlhf.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = ("gpt2", "llama-gqa-untied", "qwen2", "qwen3", "pythia")
+BF16 = torch.bfloat16
+aten = torch.ops.aten
+
+
+def addmm(a, x, w, *args, out_shape=None, **kw):
+    return flop_counter.mm_flop(x, w)
+
+
+
+COUNTED = {  # torch's own formulas, for operations of the CPU that its table leaves out
+    aten.addmm_: addmm,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *a, out_shape=None, **kw:
+        flop_counter.sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *a, out_shape=None, **kw:
+        flop_counter.sdpa_backward_flop_count(g, q, k, v),
+}  # fmt: skip
+
+
+def counted(fn):
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("style", FAMILIES)
+def test_parameters_weights_and_optimizer_are_those_of_the_real_tensors(style, tmp_path):
+    """From config.json alone; then one real AdamW step, whose gradients and moments are weighed."""
+    hub.save(tiny(style), None, tmp_path)
+    for rank in (0, 2):
+        real = hub.load(tmp_path)[0]
+        (tmp_path / "model.safetensors").rename(tmp_path / "away")
+        with plan.without_weights():
+            meta = hub.load(tmp_path)[0]
+        (tmp_path / "away").rename(tmp_path / "model.safetensors")
+        models = []
+        for model in (real, meta):
+            ref = lora.add(model, rank, "bfloat16")
+            models.append([model, ref or model])
+        shapes = [{k: (p.shape, p.dtype) for k, p in m.state_dict().items()} for m, _ in models]
+        assert shapes[0] == shapes[1] and next(meta.parameters()).is_meta
+        storages = {p.data_ptr(): p.nbytes for m in models[0] for p in m.parameters()}
+        assert plan.n_bytes(*models[1]) == sum(storages.values())
+        opt = torch.optim.AdamW(real.parameters())
+        real.logprobs(randint(V, 2, 6), torch.arange(6).expand(2, 6) > 1)[0].sum().backward()
+        opt.step()
+        moments = [x.nbytes for s in opt.state.values() for name, x in s.items() if name != "step"]
+        assert plan.trained_bytes(meta) == sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
+        assert 2 * plan.trained_bytes(meta) == sum(moments)
+
+
+@pytest.mark.parametrize("dtype", [None, BF16])
+def test_kv_cache_is_the_real_one(dtype):
+    model = tiny("llama-gqa-untied")
+    model.compute_dtype = dtype
+    cache = model.new_cache(3, 11)
+    assert plan.kv_bytes(model, 3, 11) == sum(x.nbytes for pair in cache.kv for x in pair)
+
+
+def kept(model, x, mask):
+    """Bytes of all storages that autograd keeps for the backward pass, weights aside."""
+    own, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes(), t  # alive, or its address would serve twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model.logprobs(x, mask)  # noqa: F841  (the graph must live)
+    return sum(size for size, _ in found.values())
+
+
+@pytest.mark.parametrize("dtype", [None, BF16])
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("style", STYLES)
+def test_activations_are_what_autograd_keeps(style, rank, dtype):
+    """Another layer costs exactly that much; the whole model at most what is said, and nearly that."""
+    x, found = randint(V, 4, 201), []
+    mask = torch.arange(201).expand(4, 201) > 0
+    for layers in (2, 3):
+        model = tiny(style, n_layer=layers, max_len=201)
+        lora.add(model, rank, "bfloat16" if dtype else None)
+        model.compute_dtype = dtype
+        found.append(kept(model, x, mask))
+    per_token, once = plan.layer_bytes(model)
+    assert found[1] - found[0] == 800 * per_token + once
+    said = plan.activation_bytes(model, 800)
+    assert 0.85 * said < found[1] < 1.06 * said  # here, tables of positions are large
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("style", FAMILIES)
+def test_flops_are_those_that_torch_counts(style, rank):
+    """One layer more: with a frozen base, the first layer's inputs need no gradient."""
+    found, said = [], []
+    x, mask = randint(V, 3, 13), torch.arange(13).expand(3, 13) > 4
+    for layers in (2, 3):
+        model = tiny(style, n_layer=layers)
+        lora.add(model, rank)
+        forward = partial(model.logprobs, x, mask)
+        found.append([counted(forward), counted(forward()[0].sum().backward)])
+        forwards = plan.flops(model, 3, 12, 24)
+        said.append([forwards, plan.flops(model, 3, 12, 24, train=True) - forwards])
+    assert found[0][0] == said[0][0]
+    assert [b - a for a, b in zip(*found)] == [b - a for a, b in zip(*said)]
+    assert found[0] == said[0] if rank == 0 else found[0][1] <= said[0][1]
+
+
+def test_flops_of_a_critic_and_of_decoding():
+    critic, model = ScalarModel(tiny()), tiny("qwen2")
+    x, mask = randint(V, 3, 13), torch.ones(3, 13, dtype=torch.bool)
+    assert counted(lambda: critic.values(x, mask)) == plan.flops(critic, 3, 12, 36)
+    both = counted(lambda: critic.values(x, mask).sum().backward())
+    assert both == plan.flops(critic, 3, 12, 36, train=True)
+    prompts = [[1, 2, i] for i in range(4)]
+    work = counted(lambda: generate.generate(model, prompts, max_new_tokens=9))
+    assert work == plan.flops(model, 4, 3, 0) + plan.decode(model, 4, 3, 9)[0]
+
+
+def test_a_tile_of_logits_is_the_kernels():
+    assert plan.TILES == pytest.importorskip("nanorlhf.kernels.triton_backend").TILE_BYTES
+
+
+# the command line
+
+
+def dry_run(monkeypatch, capsys, trainer, *argv):
+    """→ status, stdout, stderr of `python train_x.py --dry_run ...`"""
+    monkeypatch.setattr(sys, "argv", [f"{trainer}.py", *argv, "--dry_run"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / f"{trainer}.py"), run_name="__main__")
+    return stop.value.code, *capsys.readouterr()
+
+
+def as_flags(flags):
+    return [x for name, value in flags.items() for x in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda t: t.__name__)
+def test_every_trainer_plans_without_weights_and_writes_nothing(trainer, rank, stages, tmp_path, monkeypatch,
+                                                                capsys):  # fmt: skip
+    for name in ("sft", "rm"):
+        shutil.copytree(stages.folder / name / "model", tmp_path / name / "model")
+        (tmp_path / name / "model" / "model.safetensors").unlink()
+    flags = stages.flags(trainer, tmp_path / "out", lora_rank=rank)
+    for name in ("init", "rm"):
+        if name in flags:
+            flags[name] = flags[name].replace(str(stages.folder), str(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = dry_run(monkeypatch, capsys, trainer.__name__, *as_flags(flags))
+    assert (status, err) == (0, "") and sorted(tmp_path.rglob("*")) == before
+    assert max(map(len, out[out.index("dry run") :].splitlines())) <= 80
+    figures = dict(re.findall(r"^  (\S.*?) {2,}([\d.]+)(?:  |$)", out, re.M))
+    assert float(figures["at most"]) >= 0.5 and "optimizer (AdamW's two moments)" in figures
+    assert "FLOPs of a step" in out and ("frozen" in out or "own" in out or "trained" in out)
+
+
+def test_a_dry_run_finds_what_is_wrong_with_the_data(stages, tmp_path, monkeypatch, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "abc=", "response": "cba"}\n{"prompt": 3, "response": ""}\n')
+    status, _, err = dry_run(monkeypatch, capsys, "train_sft", "--data", str(bad), "--out", f"{tmp_path}/out")
+    assert status == 2 and f"{bad}:2" in err and err.count("\n") == 1
+
+
+QWEN = dict(  # Qwen2.5-1.5B, as published
+    hidden_act="silu", hidden_size=1536, intermediate_size=8960, max_position_embeddings=131072,
+    model_type="qwen2", num_attention_heads=12, num_hidden_layers=28, num_key_value_heads=2,
+    rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=True, torch_dtype="bfloat16",
+    use_sliding_window=False, vocab_size=151936,
+)  # fmt: skip
+
+
+def qwen(folder, head):
+    folder.mkdir()
+    files = Tokenizer.from_bytes().files() | {
+        "config.json": json.dumps(QWEN | {"architectures": [f"Qwen2For{head}"]}).encode()
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return str(folder)
+
+
+def test_ppo_with_adapters_on_a_model_of_1_5_billion_fits_24_gib(tmp_path, monkeypatch, capsys):
+    """Policy, critic and a reward model of that size; without adapters it does not."""
+    data = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"{i:0400}"} for i in range(300)]  # 400 tokens each: the tokenizer here is bytes
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = qwen(tmp_path / "lm", "CausalLM"), qwen(tmp_path / "rm", "SequenceClassification")
+    flags = f"--init {models[0]} --rm {models[1]} --data {data} --dtype bfloat16 --prompts_per_step 64"
+    flags = [*flags.split(), "--max_new_tokens", "256", "--eval_prompts", "64"]
+    size = {}
+    for rank in (0, 16):
+        status, out, _ = dry_run(monkeypatch, capsys, "train_ppo", *flags, "--lora_rank", str(rank))
+        size[rank] = float(re.search(r"^  at most +([\d.]+)", out, re.M)[1])
+        assert status == 0 and "1,543,714,304 parameters" in out  # as Qwen states it: 1.54 billion
+    assert size[16] < 24 < 48 < size[0]
+
+
