@@ -1,9 +1,12 @@
 """--dry_run: its figures against real tensors, what autograd keeps and torch's FLOP counter."""
 
+import importlib
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +17,8 @@ from helpers import STYLES, V, randint, tiny
 from stages import TRAINERS
 from torch.utils import flop_counter
 
-from nanorlhf import generate, hub, lora, plan
+from nanorlhf import generate, hub, lora, plan, tasks
+from nanorlhf.common import parse
 from nanorlhf.model import ScalarModel
 from nanorlhf.tokenizer import Tokenizer
 
@@ -220,3 +224,42 @@ def test_ppo_with_adapters_on_a_model_of_1_5_billion_fits_24_gib(tmp_path, monke
     assert size[16] < 24 < 48 < size[0]
 
 
+
+
+# recipes
+
+
+RECIPES = [("nplus_tldr", {"SIZE": size}, ["sft", "rm", "ppo"]) for size in ("1b", "2.8b", "6.9b")]
+RECIPES += [("deepscaler", {}, ["grpo"] * 3), ("dpo_ultrafeedback", {}, ["sft", "dpo"])]
+RECIPES += [("r1_zero_gsm8k", {"SIZE": size}, ["grpo"]) for size in ("0.5B", "1.5B")]
+RECIPES += [("phoenix_german", {}, ["sft", "dpo"])]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="recipes are bash scripts")
+@pytest.mark.parametrize("recipe, env, stages", RECIPES)
+def test_every_command_of_a_recipe_parses_and_goes_on_from_the_one_before(recipe, env, stages, tmp_path):
+    """The script is run, with a `python` that writes down what it is asked."""
+    script = ROOT / "recipes" / f"{recipe}.sh"
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/bash\nprintf "%s\\t" "$@" >> argv\necho >> argv\n')
+    fake.chmod(0o755)
+    env = os.environ | env | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command, how = ["bash", script, "--seed", "7"], dict(capture_output=True, text=True)
+    run = subprocess.run(command, cwd=tmp_path, env=env, **how)
+    assert (run.returncode, run.stderr) == (0, "")
+    lines = [line.rstrip("\t").split("\t") for line in (tmp_path / "argv").read_text().splitlines()]
+    commands = [line for line in lines if line[0] != "-"]
+    assert [name for name, *_ in commands] == [f"train_{stage}.py" for stage in stages]
+    made = {"models"}
+    for (_, *argv), stage in zip(commands, stages):
+        cfg = parse(importlib.import_module(f"train_{stage}").Config, argv)
+        assert cfg.seed == 7 and cfg.dtype == "bfloat16"
+        for folder in filter(None, (cfg.init, getattr(cfg, "rm", ""))):
+            assert folder in made or folder.startswith("models/")
+        for spec in getattr(cfg, "reward", []):
+            assert (ROOT / spec.partition(":")[0]).exists() and tasks.load_reward(str(ROOT / spec))
+        made.add(f"{cfg.out}/model")
+
+
+def test_all_recipes_are_run_above():
+    assert {path.stem for path in (ROOT / "recipes").glob("*")} == {name for name, *_ in RECIPES}
