@@ -238,11 +238,7 @@ def log_samples(log, step, model, answers, tok):
     tokens, lengths = pad([p + y for p, y in answers], tok.pad_id)
     mask = response_mask([len(p) for p, _ in answers], lengths, tokens.shape[1])
     tokens, lengths, mask = (t.to(model.device) for t in (tokens, lengths, mask))
-    if model.step_ids is None:
-        score = model.rewards(tokens, lengths)
-    else:
-        score = model.process_rewards(tokens, mask)
-    rows = [{"prompt": tok.decode(p)} for p, _ in answers]
+    rows, score = [{"prompt": tok.decode(p)} for p, _ in answers], model.scores(tokens, lengths, mask)
     log.samples(step, rows, [tok.decode(y[:-1]) for _, y in answers], score)
 
 

@@ -11,6 +11,7 @@ import copy
 import torch
 import torch.nn as nn
 
+from nanorlhf.common import require
 from nanorlhf.model import Linear
 
 ALPHA = 32.0  # with a fixed α the best learning rate hardly depends on r; it is about ten times that of W
@@ -63,6 +64,8 @@ def add(model, rank, dtype=None):
     """
     if not rank:
         return None
+    what = f"--lora_rank {rank} with --dtype bf16_weights: adapters are trained in fp32; use bfloat16"
+    require(dtype != "bf16_weights", what)
     frozen = _twin(model).requires_grad_(False)
 
     def adapt(layer):

@@ -356,6 +356,10 @@ class ScalarModel(nn.Module):
         last = mask & ~F.pad(mask[:, 1:], (0, 1))
         return last | (mask & torch.isin(tokens, torch.tensor(self.step_ids, device=tokens.device)))
 
+    def scores(self, tokens, lengths, mask):
+        """tokens, mask (B, T), lengths (B,) → (B,), each model's own way: by steps, or at the last token."""
+        return self.rewards(tokens, lengths) if self.step_ids is None else self.process_rewards(tokens, mask)
+
     def process_rewards(self, tokens, mask):
         """tokens, mask (B, T) → (B,): the product of P(step is right) over the steps (arXiv 2305.20050)."""
         logp = F.logsigmoid(self.head(self.trunk(tokens)))

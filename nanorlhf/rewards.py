@@ -24,11 +24,8 @@ def score_responses(roll, texts, rows, rm, rewards, parts=None):
     """
     if rm is not None:
         size = max(1, SCORE_TOKENS // roll.tokens.shape[1])  # rows at once
-        if rm.step_ids is not None:
-            chunks = zip(roll.tokens.split(size), roll.mask.split(size))
-            return torch.cat([rm.process_rewards(*chunk) for chunk in chunks])
-        chunks = zip(roll.tokens.split(size), roll.lengths.split(size))
-        return torch.cat([rm.rewards(*chunk) for chunk in chunks])  # detail 13: at no other position
+        chunks = zip(*(x.split(size) for x in (roll.tokens, roll.lengths, roll.mask)))
+        return torch.cat([rm.scores(*chunk) for chunk in chunks])  # detail 13: at no other position
     return sum_rewards(texts, rows, rewards, parts, roll.tokens.device)
 
 

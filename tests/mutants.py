@@ -124,7 +124,7 @@ MUTANTS = [
      "lengths - 1])", "lengths - 2])",
      [ORACLE]),
     ("reward model read at the padded end", "nanorlhf/rewards.py",
-     "roll.lengths.split(size))", "(roll.lengths * 0 + roll.tokens.shape[1]).split(size))",
+     "(roll.tokens, roll.lengths,", "(roll.tokens, roll.lengths * 0 + roll.tokens.shape[1],",
      [ORACLE]),
     ("weights of rewards forgotten", "nanorlhf/worker.py",
      "score += weight * part", "score += part",

@@ -10,6 +10,7 @@ from stages import TRAINERS
 
 import train_grpo
 from nanorlhf import hub, lora
+from nanorlhf.common import UserError
 from nanorlhf.model import ScalarModel
 
 F64 = torch.float64
@@ -170,3 +171,11 @@ def test_the_reference_of_a_run_is_the_frozen_base(stages, tmp_path, no_curves, 
     moved = dict(lora.merged(policy).named_parameters())
     assert (ref.blocks[0].attn.q.weight != init.blocks[0].attn.q.weight).any()
     assert all(p.shape == moved[name].shape for name, p in ref.named_parameters())
+
+
+def test_bf16_weights_are_refused():
+    """Adapters are trained in fp32; the flag's other meaning would end in a traceback."""
+    model = tiny()
+    with pytest.raises(UserError, match="--dtype bf16_weights"):
+        lora.add(model, 2, "bf16_weights")
+    assert all(p.requires_grad for p in model.parameters())

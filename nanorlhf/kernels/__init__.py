@@ -57,7 +57,7 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None, backend=
     """
     (N, D), V = hidden.shape, len(weight)
     _check(temperature, weight=(weight, (V, D)), targets=(targets, (N,)), bias=(bias, (V,)))
-    return _backend(backend, hidden, weight).linear_logprob(hidden, weight, targets, temperature, bias)
+    return _backend(backend, hidden, weight).LinearLogprob.apply(hidden, weight, bias, targets, temperature)
 
 
 def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None,
@@ -71,6 +71,6 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
     (N, D), V, ref_d = hidden.shape, len(weight), ref_hidden.shape[-1]
     _check(temperature, weight=(weight, (V, D)), ref_hidden=(ref_hidden, (N, ref_d)),
            ref_weight=(ref_weight, (V, ref_d)), bias=(bias, (V,)), ref_bias=(ref_bias, (V,)))
-    return _backend(backend, hidden, weight, ref_hidden, ref_weight).linear_kl(
-        hidden, weight, ref_hidden, ref_weight, temperature, reverse, bias, ref_bias
+    return _backend(backend, hidden, weight, ref_hidden, ref_weight).LinearKL.apply(
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, reverse
     )

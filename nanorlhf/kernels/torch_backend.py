@@ -22,24 +22,26 @@ TILE = 1 << 21  # logits held at once: 8 MiB in fp32; larger no longer fits a co
 COLS = 4096  # columns of a tile: with fewer rows than 512 the matmuls have too little to do
 
 
-def _spans(n, size):
+def spans(n, size):
+    """Slices of at most `size` that cover range(n)."""
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def _tiles(n, vocab):
     """Row slices and column slices of all tiles."""
     cols = min(vocab, COLS, TILE)
-    return _spans(n, TILE // cols), _spans(vocab, cols)
+    return spans(n, TILE // cols), spans(vocab, cols)
 
 
 def _wide(x):
     return x if x is None or x.dtype == torch.float64 else x.float()
 
 
-def _logits(hidden, weight, bias, temperature):
-    z = _wide(hidden) @ _wide(weight).T
+def _logits(hidden, weight, bias, r, c, temperature):
+    """Logits / temperature of the rows r and the columns c."""
+    z = _wide(hidden[r]) @ _wide(weight[c]).T
     if bias is not None:
-        z += _wide(bias)
+        z += _wide(bias[c])
     return z if temperature == 1 else z.div_(temperature)
 
 
@@ -111,7 +113,7 @@ class LinearLogprob(torch.autograd.Function):
         for r in rows:
             stats = []
             for c in cols:
-                z = _logits(hidden[r], weight[c], None if bias is None else bias[c], temperature)
+                z = _logits(hidden, weight, bias, r, c, temperature)
                 stats.append(_fold(z, targets[r] - c.start, masked=bias is not None))
             out[:, r] = torch.stack(merge(torch.stack(stats)))
         logp, entropy, lse = out
@@ -149,9 +151,8 @@ class LinearKL(torch.autograd.Function):
         for r in rows:
             stats = []
             for c in cols:
-                z = _logits(hidden[r], weight[c], None if bias is None else bias[c], temperature)
-                q = _logits(ref_hidden[r], ref_weight[c], None if ref_bias is None else ref_bias[c],
-                            temperature)
+                z = _logits(hidden, weight, bias, r, c, temperature)
+                q = _logits(ref_hidden, ref_weight, ref_bias, r, c, temperature)
                 stats.append(_fold_kl(q, z) if reverse else _fold_kl(z, q))
             out[:, r] = torch.stack(merge_kl(torch.stack(stats)))
         kl, lse, lse_ref = out[[0, 2, 1]] if reverse else out
@@ -166,8 +167,7 @@ class LinearKL(torch.autograd.Function):
         g = g / ctx.temperature
 
         def dlogits(r, c, z):
-            q = _logits(ref_hidden[r], ref_weight[c], None if ref_bias is None else ref_bias[c],
-                        ctx.temperature)
+            q = _logits(ref_hidden, ref_weight, ref_bias, r, c, ctx.temperature)
             logp, logq = z.sub_(lse[r, None]), q.sub_(lse_ref[r, None])
             p = logp.exp()
             dz = p - logq.exp() if ctx.reverse else p * (_finite(logp - logq, p) - kl[r, None])
@@ -184,7 +184,7 @@ def _backward(ctx, hidden, weight, bias, dlogits):
     rows, cols = _tiles(len(hidden), len(weight))
     for r in rows:
         for c in cols:
-            z = _logits(hidden[r], weight[c], None if bias is None else bias[c], ctx.temperature)
+            z = _logits(hidden, weight, bias, r, c, ctx.temperature)
             dz = dlogits(r, c, z)
             if dx is not None:
                 dx[r].addmm_(dz, _wide(weight[c]))
@@ -192,12 +192,9 @@ def _backward(ctx, hidden, weight, bias, dlogits):
                 dw[c].addmm_(dz.T, _wide(hidden[r]))
             if db is not None:
                 db[c] += dz.sum(0)
-    return tuple(None if d is None else d.to(t.dtype) for d, t in zip((dx, dw, db), inputs))
+    return like((dx, dw, db), inputs)
 
 
-def linear_logprob(hidden, weight, targets, temperature, bias):
-    return LinearLogprob.apply(hidden, weight, bias, targets, temperature)
-
-
-def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature, reverse, bias, ref_bias):
-    return LinearKL.apply(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, reverse)
+def like(grads, inputs):
+    """Gradients, or None, in the dtypes of the inputs they belong to."""
+    return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs))

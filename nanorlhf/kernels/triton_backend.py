@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from nanorlhf.kernels.torch_backend import merge, merge_kl
+from nanorlhf.kernels.torch_backend import like, merge, merge_kl, spans
 
 ADDMM_FP32 = torch.__version__ >= (2, 10)  # before, out_dtype refused an fp32 summand (pytorch#167931)
 DESIGN = None  # "fused" or "stored" by hand; None: by shape, see design()
@@ -262,16 +262,12 @@ def _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width=None, n
         (_tuned(kernel) if tuned else kernel)[grid](*args, **flags)
 
 
-def _spans(n, size):
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
-
 def _tiles(models, dz_bytes, stored):
     """Row slices and column slices of the tiles in memory, and the tiles' row stride."""
     N, V = len(models[0][0]), len(models[0][1])
     ld = WIDTH * triton.cdiv(V, WIDTH * triton.cdiv(V, COLS))
     rows = min(ROWS, TILE_BYTES // (ld * (dz_bytes + (4 * len(models) if stored else 0))))
-    return _spans(N, 1 << (rows.bit_length() - 1)), _spans(V, ld), ld
+    return spans(N, 1 << (rows.bit_length() - 1)), spans(V, ld), ld
 
 
 def _slices(N, V, device):
@@ -392,7 +388,7 @@ class LinearLogprob(torch.autograd.Function):
         per_row = targets, lse, entropy, g.contiguous(), h.contiguous()
         models = [_operands(hidden, weight, bias)]
         grads = _gradients(logprob_backward, models, per_row, 1 / ctx.temperature, ctx.needs_input_grad)
-        return *_cast(grads, (hidden, weight, bias)), None, None
+        return *like(grads, (hidden, weight, bias)), None, None
 
 
 class LinearKL(torch.autograd.Function):
@@ -417,16 +413,4 @@ class LinearKL(torch.autograd.Function):
         per_row = lse, lse_ref, kl, g.contiguous()
         grads = _gradients(kl_backward, models, per_row, 1 / ctx.temperature, ctx.needs_input_grad,
                            REVERSE=ctx.reverse)
-        return *_cast(grads, (hidden, weight, bias)), None, None, None, None, None
-
-
-def _cast(grads, inputs):
-    return (None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs))
-
-
-def linear_logprob(hidden, weight, targets, temperature, bias):
-    return LinearLogprob.apply(hidden, weight, bias, targets, temperature)
-
-
-def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature, reverse, bias, ref_bias):
-    return LinearKL.apply(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, reverse)
+        return *like(grads, (hidden, weight, bias)), None, None, None, None, None
