@@ -45,7 +45,7 @@ from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, requ
 from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask, write_jsonl
 from nanorlhf.hub import load_models
 from nanorlhf.metrics import mean_se
-from nanorlhf.pairs import KEYS, by_budget, load_examples, to_examples
+from nanorlhf.pairs import KEYS, Example, by_budget, load_examples, to_examples
 from nanorlhf.rewards import fresh_samples, load_prompts, score_responses
 
 # ------------------------------------------------------------------------------------------------------------
@@ -195,10 +195,10 @@ def kto_loss(logp, ref_logp, label, z0, beta, lam_d=1.0, lam_u=1.0):
     return torch.where(label.bool(), liked, disliked)
 
 
-def response_logps(model, rows, tok):
+def response_logps(model, rows, pad_id):
     """(prompt ids, response ids, ...) rows → log π(response | prompt), summed over tokens: (B, responses)."""
     flat = [(row[0], y) for row in rows for y in row[1:]]
-    tokens, lengths = pad([p + y for p, y in flat], tok.pad_id)
+    tokens, lengths = pad([p + y for p, y in flat], pad_id)
     mask = response_mask([len(p) for p, _ in flat], lengths, tokens.shape[1])
     logp, _ = model.logprobs(tokens.to(model.device), mask.to(model.device))
     return logp.sum(1).view(len(rows), -1)
@@ -209,23 +209,23 @@ def cache_logps(model, examples, tok, cfg):
     """Log-probs of both responses of each example, (N, 2); no gradients."""
     out = torch.zeros(len(examples), 2, device=model.device)
     for mb in by_budget(examples, cfg.tokens_per_microbatch):
-        out[mb] = response_logps(model, [examples[i][:3] for i in mb], tok)
+        out[mb] = response_logps(model, [examples[i][:3] for i in mb], tok.pad_id)
     return out
 
 
-def objective(policy, examples, ref_logp, z0, tok, cfg):
+def objective(policy, examples, ref_logp, z0, pad_id, cfg):
     """Examples, their reference log-probs (B, 2) or None → losses (B,), and what the log wants: whether each
     is in order, the rewards of chosen and of rejected responses, their log-probs.
     """
     if cfg.loss == "kto":
-        logp = response_logps(policy, [e[:2] for e in examples], tok)[:, 0]  # (B,)
+        logp = response_logps(policy, [e[:2] for e in examples], pad_id)[:, 0]  # (B,)
         liked = torch.tensor([e.liked for e in examples], device=logp.device)
         losses = kto_loss(logp, ref_logp[:, 0], liked, z0, cfg.beta, cfg.kto_lam_d, cfg.kto_lam_u)
         reward = cfg.beta * (logp - ref_logp[:, 0]).detach()
         acc = (reward > cfg.beta * z0) == liked
         sides = reward[liked], reward[~liked], logp[liked], logp[~liked]
     else:
-        w, l = response_logps(policy, [e[:3] for e in examples], tok).unbind(1)  # (B,), (B,)
+        w, l = response_logps(policy, [e[:3] for e in examples], pad_id).unbind(1)  # (B,), (B,)
         ref_w, ref_l = (None, None) if ref_logp is None else ref_logp.unbind(1)
         len_w, len_l = (torch.tensor([len(e[i]) for e in examples], device=w.device) for i in (1, 2))
         losses, chosen, rejected = preference_loss(
@@ -236,23 +236,40 @@ def objective(policy, examples, ref_logp, z0, tok, cfg):
     return losses, (acc.float(), *(x.detach() for x in sides))
 
 
-def pass_over(policy, batch, ref_logp, tok, cfg):
-    """The mean loss of a batch, in micro-batches; adds up its gradient, unless under no_grad → metrics."""
-    z0, total, stats = None, 0.0, []
-    if cfg.loss == "kto":  # of the whole step, however it is cut into micro-batches
-        z0 = (cache_logps(policy, batch, tok, cfg) - ref_logp)[:, 1].mean().clamp(min=0)
-    for mb in by_budget(batch, cfg.tokens_per_microbatch):
-        ref_of = None if ref_logp is None else ref_logp[mb]
-        losses, seen = objective(policy, [batch[i] for i in mb], ref_of, z0, tok, cfg)
-        loss = losses.sum() / len(batch)  # the denominator is the step's
+def step_batch(policy, examples, ref_logp, tok, cfg):
+    """Examples and their reference log-probs (B, 2) or None → the batch of `gradient`: with them pad_id, z0,
+    and counts, of the whole step: examples, chosen (with kto liked) and rejected responses.
+    """
+    z0, counts = None, [len(examples)] * 3
+    if cfg.loss == "kto":
+        z0 = (cache_logps(policy, examples, tok, cfg) - ref_logp)[:, 1].mean().clamp(min=0)
+        liked = sum(e.liked for e in examples)
+        counts = [len(examples), liked, len(examples) - liked]
+    rows = [list(e) for e in examples]
+    return {"examples": rows, "ref_logp": ref_logp, "pad_id": tok.pad_id, "z0": z0, "counts": counts}
+
+
+def gradient(policy, batch, cfg):
+    """Add up the gradient of one optimizer step, micro-batch by micro-batch → its loss, stats.
+
+    Under no_grad the figures alone. Any part of the step's rows gives its part of the gradient and the stats.
+    """
+    examples, (n, n_chosen, n_rejected) = [Example(*e) for e in batch["examples"]], batch["counts"]
+    total, parts = 0.0, []
+    for mb in by_budget(examples, cfg.tokens_per_microbatch):
+        ref_logp = None if batch["ref_logp"] is None else batch["ref_logp"][mb]
+        rows = [examples[i] for i in mb]
+        losses, seen = objective(policy, rows, ref_logp, batch["z0"], batch["pad_id"], cfg)
+        loss = losses.sum() / n  # the denominator is the step's
         if torch.is_grad_enabled():
             loss.backward()
         total += loss.item()
-        stats.append(seen)
-    values = [torch.cat(parts) for parts in zip(*stats)]
-    acc, chosen, rejected, *logps = (x.mean().item() if len(x) else None for x in values)
-    margin = None if None in (chosen, rejected) else chosen - rejected  # with kto one kind may be missing
-    return {"loss": total, "acc": acc, "margin": margin, "logp_chosen": logps[0], "logp_rejected": logps[1]}
+        parts.append(seen)
+    counts = n, n_chosen, n_rejected, n_chosen, n_rejected  # with kto one kind may be missing
+    means = [(torch.cat(x).sum() / k).item() if k else None for x, k in zip(zip(*parts), counts)]
+    acc, chosen, rejected, *logps = means
+    margin = None if None in (chosen, rejected) else chosen - rejected
+    return total, {"acc": acc, "margin": margin, "logp_chosen": logps[0], "logp_rejected": logps[1]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -296,8 +313,8 @@ def evaluate(policy, ref, tok, cfg, held_out, held_out_ref, rows, judge, run, st
     """Held-out pairs; and on fresh samples KL(policy‖--ref), entropy, length and stop rate → metrics."""
     out = {}
     if held_out:
-        found = pass_over(policy, held_out, held_out_ref, tok, cfg)
-        out = {"eval/loss": found["loss"], "eval/acc": found["acc"]}
+        loss, stats = gradient(policy, step_batch(policy, held_out, held_out_ref, tok, cfg), cfg)
+        out = {"eval/loss": loss, "eval/acc": stats["acc"]}
     roll, texts, metrics = fresh_samples(policy, ref, tok, rows, cfg.max_new_tokens, cfg.seed)
     score = judge(roll, texts, rows)  # (B,); offline the implicit reward β·k1 of the whole response
     run.log.samples(step, rows, texts, score)
@@ -376,9 +393,9 @@ def train(cfg):
             order = epoch_batches(len(pairs), cfg.batch_size, seed_for("data", number), step - first)
             batch, ref_of = [pairs[i] for i in order], None if ref_logp is None else ref_logp[order]
             opt.zero_grad()
-            metrics |= pass_over(policy, batch, ref_of, tok, cfg)
+            loss, stats = gradient(policy, step_batch(policy, batch, ref_of, tok, cfg), cfg)
             gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            run.check(step, metrics["loss"], gnorm.item(), f"a batch of {len(batch)} pairs")
+            run.check(step, loss, gnorm.item(), f"a batch of {len(batch)} pairs")
             for group in opt.param_groups:
                 group["lr"] = lr = lr_at(step, cfg.steps, cfg.lr)
             opt.step()
@@ -386,7 +403,8 @@ def train(cfg):
             # ---- one log line
             done = step + 1
             metrics |= clock.columns(sum(len(e.first) + len(e.second) for e in batch))
-            metrics |= {"gnorm": gnorm.item(), "lr": lr} | (measure(step) if done == cfg.steps else {})
+            metrics |= {"loss": loss, "gnorm": gnorm.item(), "lr": lr} | stats
+            metrics |= measure(step) if done == cfg.steps else {}
             run.log.row(step, metrics)
             run.checkpoint(done, lambda: hub.save(policy, tok, f"{cfg.out}/model"))
     return run.log.last

@@ -31,7 +31,7 @@ import torch
 from nanorlhf import generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, require, run_cli, setup
-from nanorlhf.data import epoch_batches
+from nanorlhf.data import epoch_batches, microbatches
 from nanorlhf.hub import load_models
 from nanorlhf.metrics import sample_figures
 from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses
@@ -263,6 +263,28 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
     return (w * torch.where(mask, loss, 0.0)).sum(), stats
 
 
+def gradient(policy, batch, cfg):
+    """Add up the gradient of one optimizer step, micro-batch by micro-batch → its loss, stats.
+
+    batch: tokens, mask, old_logp, ref_logp (or None), w (B, T), lengths, adv (B,), and of the whole step
+    w_sum, the sum of w, and n_tokens, its sampled tokens: any part of its rows then gives its part of the
+    gradient and, ratio_max aside, of stats.
+    """
+    total, stats = 0.0, defaultdict(float)
+    for mb in microbatches(batch["lengths"], cfg.tokens_per_microbatch):
+        T = int(batch["lengths"][mb].max())
+        x, m, old_logp, w = (batch[name][mb, :T] for name in ("tokens", "mask", "old_logp", "w"))
+        ref_logp = None if batch["ref_logp"] is None else batch["ref_logp"][mb, :T]
+        logp, entropy = policy.logprobs(x, m, cfg.temperature)
+        loss, seen = policy_loss(logp, old_logp, ref_logp, batch["adv"][mb], m, w, cfg)
+        loss.backward()
+        total += loss.item()
+        stats["ratio_max"] = max(stats["ratio_max"], seen["ratio_max"])
+        stats["clip"] += seen["clip"] / batch["w_sum"]
+        stats["entropy"] += entropy.sum().item() / batch["n_tokens"]
+    return total, stats
+
+
 def overlong(length, limit, share):
     """DAPO's soft penalty (B,): 0, then linearly down to −1 over the last `share` of the limit; 0: none."""
     late = length - (1 - share) * limit  # tokens beyond the start of that share
@@ -389,6 +411,8 @@ def train(cfg):
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             trained = mask & roll.finished[:, None] if cfg.overlong_filter else mask
             trained = trained & (adv.any() | (not cfg.filter_dead_groups))  # no group alive: no step at all
+            whole = {"tokens": roll.tokens, "lengths": roll.lengths, "mask": mask, "old_logp": old_logp}
+            whole |= {"ref_logp": ref_logp, "adv": adv}
             for group in opt.param_groups:
                 group["lr"] = cfg.lr * min((step + 1) / 5, 1 - cfg.lr_decay * step / cfg.steps)
             for epoch in range(cfg.epochs):
@@ -396,27 +420,18 @@ def train(cfg):
                 for rows_of in torch.randperm(len(mask), generator=order).tensor_split(cfg.minibatches):
                     if not trained[rows_of].any():
                         continue  # every response too long, or every group dead
-                    w = torch.zeros_like(old_logp)
-                    w[rows_of] = token_weights(trained[rows_of], roll.group[rows_of], cfg)
+                    minibatch = {name: None if x is None else x[rows_of] for name, x in whole.items()}
+                    w = token_weights(trained[rows_of], roll.group[rows_of], cfg)
+                    minibatch |= {"w": w, "w_sum": w.sum().item(), "n_tokens": mask[rows_of].sum().item()}
                     opt.zero_grad()
-                    total = largest = 0.0
-                    for mb, T in roll.microbatches(rows_of, budget):
-                        x, m = roll.tokens[mb, :T], mask[mb, :T]
-                        logp, entropy = policy.logprobs(x, m, cfg.temperature)
-                        ref_mb = None if ref_logp is None else ref_logp[mb, :T]
-                        loss, stats = policy_loss(logp, old_logp[mb, :T], ref_mb, adv[mb], m, w[mb, :T], cfg)
-                        loss.backward()
-                        total += loss.item()
-                        largest = max(largest, stats["ratio_max"])
-                        sums["clip"] += stats["clip"] / w.sum().item()
-                        sums["entropy"] += entropy.sum().item() / mask[rows_of].sum().item()
+                    total, stats = gradient(policy, minibatch, cfg)
                     gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm).item()
                     what = f"samples {rows_of[:4].tolist()} …, prompt {batch[rows_of[0]]['prompt']!r}"
                     run.check(step, total, gnorm, what)
                     opt.step()
-                    sums["updates"] += 1
-                    sums["gnorm"] += gnorm
-                    metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), largest)
+                    metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), stats.pop("ratio_max"))
+                    for name, value in (stats | {"gnorm": gnorm, "updates": 1}).items():
+                        sums[name] += value
 
             # ---- one log line
             updates = max(sums.pop("updates", 0), 1)

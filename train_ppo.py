@@ -30,7 +30,7 @@ import torch
 from nanorlhf import generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, require, run_cli, setup, to_device
-from nanorlhf.data import epoch_batches
+from nanorlhf.data import epoch_batches, microbatches
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses
 from nanorlhf.worker import Rewards
@@ -192,6 +192,31 @@ def value_loss(value, old_value, ret, mask, clip, denom):
     return loss, {"value_clip": ((held_error > free_error) & mask).sum() / denom}
 
 
+def gradient(policy, critic, batch, cfg):
+    """Add up the gradients of one optimizer step, micro-batch by micro-batch → its loss, stats.
+
+    batch: tokens, mask, old_logp, adv, old_value, ret (B, T), lengths (B,), and denom, the sampled tokens of
+    the whole step: any part of its rows then gives its part of the gradients and, ratio_max aside, of stats.
+    """
+    total, stats, denom = 0.0, defaultdict(float), batch["denom"]
+    for mb in microbatches(batch["lengths"], cfg.tokens_per_microbatch):
+        T = int(batch["lengths"][mb].max())
+        names = ("tokens", "mask", "old_logp", "adv", "old_value", "ret")
+        x, m, old_logp, adv, old_value, ret = (batch[name][mb, :T] for name in names)
+        logp, entropy = policy.logprobs(x, m, cfg.temperature)
+        pg, seen = policy_loss(logp, old_logp, adv, m, cfg.clip, denom)
+        value = critic.values(x, m)
+        vf, _ = value_loss(value, old_value, ret, m, cfg.value_clip, denom)
+        loss = pg + cfg.vf_coef * vf
+        loss.backward()
+        total += loss.item()
+        stats["ratio_max"] = max(stats["ratio_max"], seen["ratio_max"].item())
+        stats["clip"] += seen["clip"].item()
+        stats["value_loss"] += vf.item()
+        stats["entropy"] += (entropy.sum() / denom).item()
+    return total, stats
+
+
 def adapt_beta(beta, kl, cfg, samples):
     """The adaptive KL controller of arXiv 1909.08593: beta moves so that kl comes to cfg.kl_target."""
     error = max(-0.2, min(0.2, kl / cfg.kl_target - 1))
@@ -273,6 +298,8 @@ def train(cfg):
             adv, ret = gae(reward, old_value, mask, cfg.gamma, cfg.lam)  # (B, T)
             if cfg.whiten_advantages:
                 adv = whiten(adv, mask)  # detail 25: over the whole rollout
+            whole = {"tokens": roll.tokens, "lengths": roll.lengths, "mask": mask, "old_logp": old_logp}
+            whole |= {"old_value": old_value, "adv": adv, "ret": ret}
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             for group in opt.param_groups:
@@ -280,31 +307,20 @@ def train(cfg):
             for epoch in range(cfg.epochs):
                 order = torch.Generator().manual_seed(seed_for("minibatches", step, epoch))
                 for rows_of in torch.randperm(len(mask), generator=order).tensor_split(cfg.minibatches):
-                    denom = mask[rows_of].sum()  # of this optimizer step, however micro-batches cut it
+                    minibatch = {name: x[rows_of] for name, x in whole.items()}
+                    minibatch["denom"] = minibatch["mask"].sum()  # of this optimizer step, however it is cut
                     opt.zero_grad()
-                    total = largest = 0.0
-                    for mb, T in roll.microbatches(rows_of, budget):
-                        x, m = roll.tokens[mb, :T], mask[mb, :T]
-                        logp, entropy = policy.logprobs(x, m, cfg.temperature)
-                        pg, stats = policy_loss(logp, old_logp[mb, :T], adv[mb, :T], m, cfg.clip, denom)
-                        value = critic.values(x, m)
-                        vf, _ = value_loss(value, old_value[mb, :T], ret[mb, :T], m, cfg.value_clip, denom)
-                        loss = pg + cfg.vf_coef * vf
-                        loss.backward()
-                        total += loss.item()
-                        largest = max(largest, stats["ratio_max"].item())
-                        sums["clip"] += stats["clip"].item()
-                        sums["value_loss"] += vf.item()
-                        sums["entropy"] += (entropy.sum() / denom).item()
+                    total, stats = gradient(policy, critic, minibatch, cfg)
                     gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                     critic_gnorm = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
                     what = f"samples {rows_of[:4].tolist()} …, prompt {batch[rows_of[0]]['prompt']!r}"
                     run.check(step, total, (gnorm + critic_gnorm).item(), what)
                     opt.step()
-                    sums["gnorm"] += gnorm.item()
-                    sums["critic_gnorm"] += critic_gnorm.item()
-                    metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), largest)
-                    first_ratio = first_ratio or largest
+                    first_ratio = first_ratio or stats["ratio_max"]
+                    metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), stats.pop("ratio_max"))
+                    stats |= {"gnorm": gnorm.item(), "critic_gnorm": critic_gnorm.item()}
+                    for name, value in stats.items():
+                        sums[name] += value
 
             # ---- one log line
             k1 = (old_logp - ref_logp).sum(1)  # (B,) nats per sequence

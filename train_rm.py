@@ -107,18 +107,18 @@ def step_loss(logit, label, denom):
     return F.binary_cross_entropy_with_logits(logit, label, reduction="sum") / denom
 
 
-def batch_loss(model, rows, tok, denom):
+def batch_loss(model, rows, pad_id, denom):
     """Pairs, or Judged → loss over denom, margins (n,): above 0 where a pair or a step is judged right."""
     if isinstance(rows[0], Judged):
-        logit, label = step_logits(model, rows, tok)
+        logit, label = step_logits(model, rows, pad_id)
         return step_loss(logit, label, denom), (2 * label - 1) * logit
-    chosen, rejected = pair_rewards(model, rows, tok)
+    chosen, rejected = pair_rewards(model, rows, pad_id)
     return pairwise_loss(chosen, rejected) * len(rows) / denom, chosen - rejected
 
 
-def step_logits(model, rows, tok):
+def step_logits(model, rows, pad_id):
     """Judged rows → logits, labels (N,) of all their steps that have a label, row by row."""
-    tokens, lengths = pad([row.ids for row in rows], tok.pad_id)
+    tokens, lengths = pad([row.ids for row in rows], pad_id)
     mask = response_mask([row.prompt for row in rows], lengths, tokens.shape[1])
     tokens, mask = tokens.to(model.device), mask.to(model.device)
     logit = model.head(model.trunk(tokens))[model.step_ends(tokens, mask)]
@@ -127,10 +127,30 @@ def step_logits(model, rows, tok):
     return logit[~label.isnan()], label[~label.isnan()]
 
 
-def pair_rewards(model, pairs, tok):
+def pair_rewards(model, pairs, pad_id):
     """(chosen ids, rejected ids) rows → two tensors of rewards (B,), from one forward pass."""
-    tokens, lengths = pad([w for w, _ in pairs] + [l for _, l in pairs], tok.pad_id)  # detail 6
+    tokens, lengths = pad([w for w, _ in pairs] + [l for _, l in pairs], pad_id)  # detail 6
     return model.rewards(tokens.to(model.device), lengths.to(model.device)).chunk(2)
+
+
+def gradient(rm, batch, cfg):
+    """Add up the gradient of one optimizer step, micro-batch by micro-batch → its loss, stats.
+
+    batch: rows (pairs of ids, or the fields of Judged), pad_id, and denom, the pairs or labelled steps of the
+    whole step: any part of its rows then gives its part of the gradient, and of acc and margin.
+    """
+    rows, denom = batch["rows"], batch["denom"]
+    if cfg.kind != "preference":
+        rows = [Judged(*row) for row in rows]
+    total = right = margin = 0.0
+    padded = [len(x) * max(x) for x in map(row_lengths, rows)]  # a pair: two rows of its longer side
+    for mb in microbatches(padded, cfg.tokens_per_microbatch):
+        loss, margins = batch_loss(rm, [rows[i] for i in mb], batch["pad_id"], denom)
+        loss.backward()
+        total += loss.item()
+        right += (margins > 0).sum().item()
+        margin += margins.sum().item()
+    return total, {"acc": right / denom, "margin": margin / denom}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -213,7 +233,7 @@ def length_only(train, test):
 @torch.no_grad()
 def evaluate(model, rows, tok):
     denom = sum(map(units, rows))
-    parts = [batch_loss(model, rows[i : i + 32], tok, denom) for i in range(0, len(rows), 32)]
+    parts = [batch_loss(model, rows[i : i + 32], tok.pad_id, denom) for i in range(0, len(rows), 32)]
     losses, margins = zip(*parts)
     acc = (torch.cat(margins) > 0).float().mean().item()  # detail 16
     return {"eval/loss": sum(losses).item(), "eval/acc": acc}
@@ -278,14 +298,8 @@ def train(cfg):
             rows = [data[i] for i in order]
             denom = max(sum(map(units, rows)), 1)  # the denominator is the step's, however it is cut
             opt.zero_grad()
-            total = right = margin = 0.0
-            padded = [len(x) * max(x) for x in map(row_lengths, rows)]  # a pair: two rows of its longer side
-            for mb in microbatches(padded, cfg.tokens_per_microbatch):
-                loss, margins = batch_loss(model, [rows[i] for i in mb], tok, denom)
-                loss.backward()
-                total += loss.item()
-                right += (margins > 0).sum().item()
-                margin += margins.sum().item()
+            batch = {"rows": [list(row) for row in rows], "denom": denom, "pad_id": tok.pad_id}
+            total, stats = gradient(model, batch, cfg)
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
             run.check(step, total, gnorm.item(), f"a batch of {len(rows)} rows")
             lr = lr_at(step, cfg.steps, cfg.lr)
@@ -294,8 +308,7 @@ def train(cfg):
             opt.step()
 
             done = step + 1
-            metrics = {"loss": total, "acc": right / denom, "margin": margin / denom}
-            metrics |= {"gnorm": gnorm.item(), "lr": lr}
+            metrics = {"loss": total, "gnorm": gnorm.item(), "lr": lr} | stats
             metrics |= clock.columns(sum(sum(row_lengths(row)) for row in rows))
             due = done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0)
             if due:

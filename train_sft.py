@@ -93,6 +93,23 @@ def batch_tensors(rows, tok, device, loss_on_prompt=False):
     return tokens.to(device), mask.bool().to(device)
 
 
+def gradient(model, batch, cfg):
+    """Add up the gradient of one optimizer step, micro-batch by micro-batch → its loss, stats (here none).
+
+    batch: tokens, mask (B, T), lengths (B,), and denom, the tokens that the whole step's loss counts. So any
+    part of the step's rows gives its part of the gradient.
+    """
+    total = 0.0
+    for mb in microbatches(batch["lengths"], cfg.tokens_per_microbatch):
+        T = int(batch["lengths"][mb].max())
+        tokens, mask = batch["tokens"][mb, :T], batch["mask"][mb, :T]
+        logp, _ = model.logprobs(tokens, mask)
+        loss = sft_loss(logp, mask, batch["denom"])
+        loss.backward()
+        total += loss.item()
+    return total, {}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -200,16 +217,11 @@ def train(cfg):
             order = epoch_batches(len(data), cfg.batch_size, derive_seed(cfg.seed, "data"), step)
             rows = [data[i] for i in order]
             tokens, mask = batch_tensors(rows, tok, device, cfg.loss_on_prompt)  # (B, T)
-            denom = mask.sum()  # of the whole step: how it is cut into micro-batches must not matter
             lengths = torch.tensor([len(ids) for ids, _ in rows])
+            denom = mask.sum()  # of the whole step: how it is cut into micro-batches must not matter
             opt.zero_grad()
-            total = 0.0
-            for mb in microbatches(lengths, cfg.tokens_per_microbatch):
-                T = int(lengths[mb].max())
-                logp, _ = model.logprobs(tokens[mb, :T], mask[mb, :T])
-                loss = sft_loss(logp, mask[mb, :T], denom)
-                loss.backward()
-                total += loss.item()
+            batch = {"tokens": tokens, "mask": mask, "lengths": lengths, "denom": denom}
+            total, _ = gradient(model, batch, cfg)
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
             run.check(step, total, gnorm.item(), f"a batch of {len(rows)} demonstrations")
             lr = lr_at(step, cfg.steps, cfg.lr)

@@ -74,7 +74,7 @@ FAULTS = [
         GRPO, "adv = advantages(reward, roll.group,",
         "adv = advantages(reward, torch.arange(len(mask)) % cfg.prompts_per_step,")),
     Fault("recomputed", "old log-probs recomputed", "ratio_max", "ratio_max is 1 in every row", patch=(
-        GRPO, "policy_loss(logp, old_logp[mb, :T],", "policy_loss(logp, logp.detach(),")),
+        GRPO, "policy_loss(logp, old_logp,", "policy_loss(logp, logp.detach(),")),
     Fault("zero_grad", "gradients never cleared", "gnorm", "gnorm is never below 1", patch=(
         GRPO, "                    opt.zero_grad()\n", "")),
 ]

@@ -84,10 +84,10 @@ def test_reward_is_read_at_eos_and_padding_is_free(stages):
     rows = [dict(prompt="ab=", chosen="ba", rejected=""), dict(prompt="c=", chosen="abcabcabc", rejected="d")]
     pairs = train_rm.encode(rows, tok, 16, "training")
     assert all(side[-1] == tok.eos_id and tok.eos_id not in side[:-1] for pair in pairs for side in pair)
-    together = torch.stack(train_rm.pair_rewards(model, pairs, tok)).detach()
+    together = torch.stack(train_rm.pair_rewards(model, pairs, tok.pad_id)).detach()
     for i, row in enumerate(rows):
         by_hand = [score(model, tok, row["prompt"], row[key]) for key in ("chosen", "rejected")]
-        alone = [r.item() for r in train_rm.pair_rewards(model, pairs[i : i + 1], tok)]
+        alone = [r.item() for r in train_rm.pair_rewards(model, pairs[i : i + 1], tok.pad_id)]
         assert together[:, i].tolist() == pytest.approx(by_hand, abs=1e-5)
         assert alone == pytest.approx(by_hand, abs=1e-5)
     assert together[0, 0] != together[1, 0]
@@ -111,9 +111,9 @@ def test_references_score_zero_on_average_and_the_folder_keeps_it(kind, stages, 
 def test_normalising_shifts_and_does_not_scale(stages):
     model, tok = load(stages.folder / "rm")
     pairs = train_rm.encode([dict(prompt="ab=", chosen="ba", rejected="f")], tok, 16, "training")
-    before = torch.stack(train_rm.pair_rewards(model, pairs, tok))
+    before = torch.stack(train_rm.pair_rewards(model, pairs, tok.pad_id))
     train_rm.normalise(model, [w for w, _ in pairs], tok)
-    shift = torch.stack(train_rm.pair_rewards(model, pairs, tok)) - before
+    shift = torch.stack(train_rm.pair_rewards(model, pairs, tok.pad_id)) - before
     assert torch.allclose(shift, -before[0].expand(2, 1), atol=1e-6)
 
 
