@@ -1,64 +1,181 @@
 """Run folders and everything a run needs to go on. Nothing is ever half-written.
 
     out/config.json  metrics.csv  samples.jsonl  curves.png  model/ (a Hugging Face folder)
-    state/step-000020/ (resuming)
+    state/step-000020/ (resuming)  lock (while a process is at work)
 
-A folder is written under a temporary name, fsynced, and renamed into place; state carries the sha256 of its
-file, since neither torch.load nor safetensors notices a flipped bit. All randomness is derived from (seed,
-step), so that weights, optimizer and step are the whole state of a run.
+A folder is written under a temporary name, fsynced, and renamed into place; state carries the size and sha256
+of each of its files, since neither torch.load nor safetensors notices a flipped bit. All randomness is
+derived from (seed, step), so that weights, optimizer and step are the whole state of a run.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
+import sys
 import threading
 
 import torch
+from safetensors import SafetensorError
 
 from nanorlhf.common import Interrupted, Log, RunError, UserError, import_wandb, require
 
-KEEP = 2  # complete checkpoints kept in state/
+try:
+    import fcntl
+except ImportError:  # Windows: run folders are not locked there
+    fcntl = None
+
+MANIFEST = "manifest.json"
 
 
-def write_folder(folder, files):
-    """Write {name: bytes} as one folder, all or nothing. Disk full: RunError, and the old folder stays."""
+@contextlib.contextmanager
+def new_folder(folder, manifest=False, size=0):
+    """`with new_folder(f) as tmp:` write files into tmp, which is then put in the place of f, all or nothing.
+
+    manifest: leave manifest.json there, the size and sha256 of every file. size: bytes, for the message.
+    RunError if the disk is full or fails; the old folder stays then, and after a crash `restore` finds it.
+    """
     tmp, old = f"{folder}.tmp", f"{folder}.old"
     try:
         restore(folder)
         for leftover in (tmp, old):
             shutil.rmtree(leftover, ignore_errors=True)
         os.makedirs(tmp)
-        for name, data in files.items():
-            with open(os.path.join(tmp, name), "wb") as f:
-                f.write(data)
-                f.flush()
+        yield tmp
+        if manifest:
+            with open(os.path.join(tmp, MANIFEST), "w") as f:
+                json.dump({"files": dict(describe(tmp))}, f, separators=(",", ":"))
+        for path in _paths(tmp):
+            with open(path, "rb+") as f:
                 os.fsync(f.fileno())
+        for where, _, _ in os.walk(tmp):
+            _sync_folder(where)
         if os.path.isdir(folder):
             os.rename(folder, old)
         os.rename(tmp, folder)
         shutil.rmtree(old, ignore_errors=True)
-        if hasattr(os, "O_DIRECTORY"):  # make the rename itself durable
-            fd = os.open(os.path.dirname(os.path.abspath(folder)), os.O_DIRECTORY)
-            os.fsync(fd)
-            os.close(fd)
-    except OSError as e:
+        _sync_folder(os.path.dirname(os.path.abspath(folder)))  # makes the rename itself durable
+    except (OSError, SafetensorError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "inline_container" not in str(e):  # torch.save's word for the disk
+            raise
         shutil.rmtree(tmp, ignore_errors=True)
         restore(folder)
-        size = sum(map(len, files.values()))
+        cause = e if isinstance(e, OSError) else e.__context__
+        why = getattr(cause, "strerror", None) or str(e).splitlines()[0]
         kept = "the last complete checkpoint is kept"
-        raise RunError(f"cannot save {folder} ({size:,} bytes): {e.strerror}; {kept}") from e
+        raise RunError(f"cannot save {folder} ({size:,} bytes): {why}; {kept}") from e
+
+
+def write_folder(folder, files, manifest=False, size=0):
+    """Write {name: bytes, or a function that writes to a path} as one folder, as `new_folder` does.
+
+    size: bytes that the functions will write.
+    """
+    size += sum(len(data) for data in files.values() if not callable(data))
+    with new_folder(folder, manifest, size) as tmp:
+        for name, data in files.items():
+            path = os.path.join(tmp, name)
+            if callable(data):
+                data(path)
+                continue
+            with open(path, "wb") as f:
+                f.write(data)
 
 
 def restore(folder):
-    """After a crash between the two renames of `write_folder` there is only the old one: put it back."""
+    """After a crash between the two renames of `new_folder` there is only the old one: put it back."""
     if os.path.isdir(f"{folder}.old") and not os.path.isdir(folder):
         os.rename(f"{folder}.old", folder)
+
+
+def _paths(folder):
+    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
+
+
+def _sync_folder(folder):
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        fd = os.open(folder, os.O_DIRECTORY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def describe(folder):
+    """Pairs (name, {"bytes", "sha256"}) of every file in a folder but its manifest."""
+    for path in _paths(folder):
+        name = os.path.relpath(path, folder).replace(os.sep, "/")
+        if name != MANIFEST:
+            digest = hashlib.sha256()
+            with open(path, "rb") as f:
+                while block := f.read(1 << 22):
+                    digest.update(block)
+            yield name, {"bytes": os.path.getsize(path), "sha256": digest.hexdigest()}
+
+
+def verify(folder):
+    """ValueError, naming the file, unless a folder is what its manifest says, byte for byte."""
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as f:
+            want = dict(json.load(f)["files"])
+        want = {name: (x["bytes"], x["sha256"]) for name, x in want.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: no list of checksums ({type(e).__name__}: {e})") from None
+    have = {name: (x["bytes"], x["sha256"]) for name, x in describe(folder)}
+    for name in sorted(want):
+        found = "missing" if name not in have else f"of {have[name][0]:,} bytes"
+        if have.get(name) != want[name]:
+            why = f"it is {found}, the manifest says {want[name][0]:,} bytes of another content"
+            raise ValueError(f"{os.path.join(folder, name)}: wrong checksum ({why})")
+
+
+def take_lock(folder):
+    """→ the open file folder/lock, which holds this process's number. UserError while another has it.
+
+    The operating system lets go of it when a process ends, however it ends: a dead one is in nobody's way.
+    """
+    if fcntl is None:
+        return None
+    path = os.path.join(folder, "lock")
+    while True:
+        f = open(path, "a+")
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            who = f.read().strip() or "unknown"
+            f.close()
+            what = "wait for it, stop it, or name another folder"
+            raise UserError(f"--out {folder} is in use by another process (pid {who}): {what}") from None
+        except OSError as e:  # a network file system that has no locks
+            print(f"warning: {path}: cannot be locked ({e.strerror}); let no second run use this folder")
+        with contextlib.suppress(FileNotFoundError):  # who held it before may just have removed it
+            if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
+                break
+        f.close()
+    f.truncate(0)
+    f.write(str(os.getpid()))
+    f.flush()
+    return f
+
+
+def trainer_of(cfg):
+    """A Config's module, "train_ppo", also where that is the script which was started."""
+    module = type(cfg).__module__
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    return os.path.splitext(os.path.basename(script))[0] if module == "__main__" and script else module
+
+
+def tensor_bytes(x):
+    """Bytes of all the tensors in nested dicts and lists."""
+    if isinstance(x, torch.Tensor):
+        return x.numel() * x.element_size()
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
+    return sum(map(tensor_bytes, parts))
 
 
 class Run:
@@ -76,16 +193,27 @@ class Run:
 
     def __init__(self, cfg, columns, show, panels):
         self.cfg, self.out, self.signum, self.handlers, self.log = cfg, cfg.out, None, {}, None
+        self.lock = None
         self.columns, self.show, self.panels = columns, show, panels
         self.config, self.state = os.path.join(self.out, "config.json"), os.path.join(self.out, "state")
         import_wandb(cfg.wandb)  # if it is missing, say so before anything is touched
         require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
+
+    def __enter__(self):
         with self._usable():
             os.makedirs(self.out, exist_ok=True)
-            holds_run = os.path.exists(self.config)
-        if holds_run and not (cfg.resume or cfg.overwrite):
+            self.lock = take_lock(self.out)
+        if os.path.exists(self.config) and not (self.cfg.resume or self.cfg.overwrite):
+            self._unlock()
             raise UserError(f"--out {self.out} holds a run: add --resume to go on with it, --overwrite to "
                             "replace it, or name another folder")
+        return self
+
+    def _unlock(self):
+        if self.lock is not None:
+            with contextlib.suppress(FileNotFoundError):  # somebody tidied up
+                os.unlink(self.lock.name)
+            self.lock.close()
 
     @contextlib.contextmanager
     def _usable(self):
@@ -114,46 +242,66 @@ class Run:
             self.log = Log(self.out, self.columns, self.show, self.cfg.steps, step, self.cfg.wandb, config)
             with open(self.config + ".tmp", "w") as f:
                 json.dump(config, f, indent=2)
+                f.flush()
+                os.fsync(f.fileno())
             os.replace(self.config + ".tmp", self.config)
         if threading.current_thread() is threading.main_thread():  # elsewhere handlers may not be set
             self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return step, extra
 
     def _compare(self, config):
+        """Say which flags differ from those in config.json, and keep that for `_fit`."""
+        self.changed = ""
         if not os.path.exists(self.config):
             return
         try:
-            with open(self.config) as f:
+            with open(self.config, encoding="utf-8") as f:
                 old = json.load(f)
         except ValueError:
             raise UserError(f"{self.config} is damaged: it is not JSON; --overwrite starts anew") from None
         if not isinstance(old, dict):
             raise UserError(f"{self.config} is damaged: it is no JSON object; --overwrite starts anew")
-        for key in sorted(k for k in set(old) & set(config) if old[k] != config[k]):
-            if key not in ("resume", "overwrite"):
-                print(f"resume: --{key} was {old[key]}, is now {config[key]}")
+        same = {"resume", "overwrite"} | {k for k in config if old.get(k, config[k]) == config[k]}
+        changed = [f"--{k} was {old[k]}, is now {config[k]}" for k in sorted(config.keys() - same)]
+        for change in changed:
+            print(f"resume: {change}")
+        self.changed = "; ".join(changed)
 
     def _stop(self, signum, frame):
         if self.signum is not None:  # the second time: at once
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(128 + signum)
         self.signum = signum
         self.log.say("\nstopping after this step (once more to stop at once)")
 
+    def _tidy(self):
+        """Remove what a crash left half-written."""
+        for name in sorted(os.listdir(self.state)):
+            path, kind = os.path.splitext(os.path.join(self.state, name))
+            if kind == ".old":
+                restore(path)
+            if kind == ".tmp":
+                print(f"resume: {path} was never completed; removed")
+            if kind in (".old", ".tmp"):
+                shutil.rmtree(path + kind, ignore_errors=True)
+
     def _load(self):
+        self._tidy()
         steps = self._checkpoints()
         for name in reversed(steps):
-            path = os.path.join(self.state, name, "state.pt")
+            folder = os.path.join(self.state, name)
+            path = os.path.join(folder, "state.pt")
             try:
-                with open(os.path.join(self.state, name, "manifest.json")) as f:
-                    want = json.load(f)["sha256"]
-                with open(path, "rb") as f:
-                    data = f.read()
-                if hashlib.sha256(data).hexdigest() != want:
-                    raise ValueError("its checksum does not match")
-                state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-            except (OSError, ValueError, KeyError) as e:
-                print(f"resume: {path} is damaged ({e})")
+                verify(folder)
+                state = torch.load(path, weights_only=True, map_location="cpu")
+            except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as e:
+                said = str(e) if isinstance(e, ValueError) else f"{path}: {str(e).splitlines()[0]}"
+                if self.cfg.resume != "auto":
+                    older = "--resume auto takes the newest one that is whole, --overwrite starts anew"
+                    raise UserError(f"--resume: damaged: {said}; {older}") from None
+                print(f"resume: skipped as damaged: {said}")
                 continue
+            made_by = state["trainer"]
+            require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
             for key, model in self.models.items():
                 self._fit(model, state["models"].get(key), path, key)
             if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(state["frozen"], self.frozen)):
@@ -173,29 +321,31 @@ class Run:
         names = (d for d in os.listdir(self.state) if d.startswith("step-") and d[5:].isdigit())
         return sorted(names, key=lambda d: int(d[5:]))
 
-    @staticmethod
-    def _fit(model, saved, path, key):
+    def _fit(self, model, saved, path, key):
         mine = {k: tuple(v.shape) for k, v in model.state_dict().items()}
         theirs = {k: tuple(v.shape) for k, v in (saved or {}).items()}
         wrong = sorted(k for k in set(mine) | set(theirs) if mine.get(k) != theirs.get(k))
         if wrong:
             k = wrong[0]
             shapes = f"{k} is {theirs.get(k)} there and {mine.get(k)} here ({len(wrong)} tensors differ)"
-            hint = "resume with the flags in config.json"
+            hint = f"{self.changed or 'no flag differs'}; resume with the flags in config.json"
             raise UserError(f"--resume: {path} does not fit this {key}: {shapes}; {hint}")
         model.load_state_dict(saved)
 
     def save(self, step, extra=None):
         """State after `step` steps. RunError if it cannot be written; the older checkpoints stay."""
-        state = {"step": step, "models": {k: m.state_dict() for k, m in self.models.items()},
-                 "optimizer": self.optimizer.state_dict(), "extra": extra or {}, "frozen": self.frozen}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        data = buffer.getvalue()
-        manifest = {"step": step, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        files = {"state.pt": data, "manifest.json": json.dumps(manifest).encode()}
-        write_folder(os.path.join(self.state, f"step-{step:06d}"), files)
-        for old in self._checkpoints()[:-KEEP]:
+        state = {"step": step, "trainer": trainer_of(self.cfg), "extra": extra or {}, "frozen": self.frozen,
+                 "models": {k: m.state_dict() for k, m in self.models.items()},
+                 "optimizer": self.optimizer.state_dict()}  # fmt: skip
+
+        def write(path):
+            with open(path, "wb") as f:
+                torch.save(state, f)
+
+        self.log.sync()  # the rows before this step must not be lost after it is saved
+        folder = os.path.join(self.state, f"step-{step:06d}")
+        write_folder(folder, {"state.pt": write}, manifest=True, size=tensor_bytes(state))
+        for old in self._checkpoints()[: -self.cfg.keep]:
             shutil.rmtree(os.path.join(self.state, old), ignore_errors=True)
 
     def checkpoint(self, done, export, extra=None):
@@ -213,14 +363,12 @@ class Run:
         if self.signum is not None:
             raise Interrupted(self.signum)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, kind, error, trace):
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         if self.log is not None:
             self.log.close(self.panels if kind is None or kind is Interrupted else ())
+        self._unlock()
         if kind is None:
             print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png")
 

@@ -49,8 +49,9 @@ class Flags:
     """
 
     skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
-    resume: bool = False  # go on with the run in --out
+    resume: bool | typing.Literal["auto"] = False  # go on with the run in --out; auto: past damaged ones
     overwrite: bool = False  # replace the run in --out
+    keep: int = 2  # checkpoints kept in OUT/state, the newest ones
     seed: int = 0  # every random number of the run is derived from it
     device: typing.Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: typing.Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights
@@ -88,6 +89,8 @@ def check_ranges(cfg, above_zero, any_sign=("seed",)):
     """UserError for a number out of range: those named must be above 0, the others not below it."""
     for f, kind in _field_types(type(cfg)):
         value = getattr(cfg, f.name)
+        if f.name == "keep":
+            require(value > 0, f"--keep {value}: must be at least 1")
         if kind not in (int, float) or value is None or f.name in any_sign:
             continue
         least = "must be at least 1" if kind is int else "must be above 0"
@@ -100,17 +103,25 @@ def _field_types(Config):
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         kind = hints[f.name]
-        if typing.get_origin(kind) in (types.UnionType, typing.Union):  # None: a default from a table
-            kind = next(k for k in kind.__args__ if k is not type(None))
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kinds = [k for k in kind.__args__ if k is not type(None)]  # None: a default from a table
+            kind = kinds[0] if len(kinds) == 1 else kind
         yield f, kind
+
+
+def _switch(kind):
+    """The words that a flag takes which may stand alone, and what they mean; None for other kinds."""
+    words = {"true": True, "1": True, "false": False, "0": False}
+    more = [k.__args__ for k in getattr(kind, "__args__", ()) if typing.get_origin(k) is typing.Literal]
+    return words | {w: w for (w,) in more} if kind is bool or more else None
 
 
 def _convert(flag, kind, text):
     """One flag's text → value of the field's type; UserError says what would be right."""
-    if kind is bool:
-        if text.lower() in ("true", "false", "1", "0"):
-            return text.lower() in ("true", "1")
-        raise UserError(f"{flag} {text}: must be true or false")
+    if words := _switch(kind):
+        if text.lower() in words:
+            return words[text.lower()]
+        raise UserError(f"{flag} {text}: must be {' or '.join(w for w in words if w.isalpha())}")
     if typing.get_origin(kind) is typing.Literal:
         if text in kind.__args__:
             return text
@@ -183,7 +194,7 @@ def parse(Config, argv, doc="", prog="train.py"):
         kind = kinds[name]
         if not eq:
             follows = i < len(argv) and not argv[i].startswith("--")
-            if kind is bool and not (follows and argv[i].lower() in ("true", "false", "1", "0")):
+            if _switch(kind) and not follows:
                 text = "true"
             elif not follows:
                 raise UserError(f"{flag} needs a value")
@@ -229,9 +240,9 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     except Interrupted as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return e.code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print(f"{prog}: interrupted at once; checkpoints saved before are kept", file=sys.stderr)
-        return 130
+        return e.args[0] if e.args else 130
     return 0
 
 
@@ -350,6 +361,12 @@ class Log:
                 where = f"{self.out}/{name}"
                 self.say(f"warning: cannot write {where} ({e.strerror}); training goes on without it")
             self.warned = True
+
+    def sync(self):
+        """Make what was written so far outlast a power cut."""
+        for name in ("metrics.csv", "samples.jsonl"):
+            with contextlib.suppress(OSError), open(os.path.join(self.out, name), "rb+") as f:
+                os.fsync(f.fileno())  # a full disk has been said by _append
 
     def say(self, text):
         self.bar.clear()

@@ -12,6 +12,7 @@ configuration exactly if what we write for it, read again, is that configuration
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 
 from nanorlhf import lora
-from nanorlhf.checkpoint import write_folder
+from nanorlhf.checkpoint import tensor_bytes, write_folder
 from nanorlhf.common import UserError, blame, require, to_device
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.tokenizer import FILE, Tokenizer, beside, stop_ids
@@ -282,9 +283,12 @@ def _fill(model, family, folder):
     want, seen, head = dict(_tensors(model, family)), set(), None
     for file in _files(folder):
         with blame(file, *DAMAGE), safe_open(file, "pt") as f:
-            for key in f.keys():
+            said, digest = (f.metadata() or {}).get("sha256"), hashlib.sha256()
+            for key in sorted(f.keys()):
                 name = key if key in want or key.startswith(family.prefix) else family.prefix + key
                 tensor = f.get_tensor(key)
+                if said:
+                    _add(digest, key, tensor)
                 if name not in want and key == family.tensors["lm_head"] + ".weight" and trunk.cfg.tied:
                     head = tensor  # some files hold the embedding twice
                     continue
@@ -299,10 +303,31 @@ def _fill(model, family, folder):
                 for part, view in zip(want[name], _views(tensor, name, want[name], trunk.cfg)):
                     part.view(view.shape).copy_(view)
                 seen.add(name)
+            require(said in (None, digest.hexdigest()), "wrong checksum: damaged after it was saved")
     for name in sorted(want.keys() - seen):
         raise UserError(f"{file}: tensor {name} is missing")
     if head is not None and not torch.equal(head.to(trunk.wte.weight.dtype), trunk.wte.weight):
         raise UserError(f"{file}: the unembedding is not the embedding, although config.json says that it is")
+
+
+def _add(digest, name, tensor):
+    """safetensors loads a file with a flipped bit in silence; a hash of names and tensors does not."""
+    digest.update(name.encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy())
+
+
+def _write_weights(tensors, path):
+    """A safetensors file with a checksum in its header, where no other program minds it."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        _add(digest, name, tensors[name])
+    about = {"format": "pt", "sha256": digest.hexdigest()}
+    safetensors.save_file(tensors, path, about)
+    with open(path, "rb+") as f:  # which of the two stands first is left to chance: the same bytes every time
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size)) | {"__metadata__": about}
+        f.seek(8)
+        f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def _files(folder):
@@ -357,12 +382,12 @@ def save(model, tok, folder):
     tensors = {name: _join(name, [p.detach() for p in parts], trunk.cfg).to("cpu", dtype).contiguous()
                for name, parts in _tensors(model, family)}  # fmt: skip
     files = {"config.json": json.dumps(config, indent=2).encode(),
-             "model.safetensors": safetensors.save(tensors, metadata={"format": "pt"})}
+             "model.safetensors": lambda path: _write_weights(tensors, path)}  # fmt: skip
     if source and source.fits(tok):
         files |= source.files
     if tok is not None:
         files |= tok.files()
-    write_folder(os.path.normpath(folder), files)
+    write_folder(os.path.normpath(folder), files, size=tensor_bytes(tensors))
 
 
 def load(folder, flag="--init", hint="", kind="", dtype=torch.float32, like=None):

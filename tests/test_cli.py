@@ -89,6 +89,7 @@ def test_ways_to_write_a_flag():
     assert ppo("--max-new-tokens", "7").max_new_tokens == ppo("--max_new_tokens=7").max_new_tokens == 7
     assert ppo("--resume").resume is ppo("--resume=1").resume is ppo("--resume", "True").resume is True
     assert ppo().resume is ppo("--resume", "false").resume is ppo("--resume=0").resume is False
+    assert ppo("--resume", "auto").resume == ppo("--resume=auto").resume == "auto"
     assert ppo("--resume", "--seed", "3").seed == 3 and ppo("--seed", "-3").seed == -3
     assert ppo("--reward", "a.py:f", "--reward=b.py:g*0.2").reward == ["a.py:f", "b.py:g*0.2"]
     assert ppo("--reward", "a.py:f", "--data=x=y.jsonl").data == "x=y.jsonl"
@@ -112,8 +113,9 @@ def test_ways_to_write_a_flag():
         (train_sft, "--steps 1.5", "--steps 1.5: must be an integer such as 100"),
         (train_sft, "--steps=", "--steps : must be an integer"),
         (train_sft, "--lr fast", "--lr fast: must be a number such as 3e-4"),
-        (train_sft, "--resume=maybe", "--resume maybe: must be true or false"),
-        (train_sft, "--resume maybe", "unknown flag maybe"),
+        (train_sft, "--resume=maybe", "--resume maybe: must be true or false or auto"),
+        (train_sft, "--overwrite maybe", "--overwrite maybe: must be true or false"),
+        (train_sft, "--keep 0", "--keep 0: must be at least 1"),
         (train_sft, "--arch lama", "--arch lama: must be one of gpt2, llama (did you mean llama?)"),
         (train_rm, "--device tpu", "--device tpu: must be one of auto, cpu, cuda, mps"),
         (train_ppo, "--reward_timeout -1", "--reward_timeout -1.0: must not be negative"),

@@ -239,6 +239,9 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch):
         def keys(self):
             return self.file.keys()
 
+        def metadata(self):
+            return self.file.metadata()
+
         def get_tensor(self, key):
             nonlocal largest
             tensor = self.file.get_tensor(key)
@@ -770,7 +773,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 SAVES = [(os, "makedirs", 0), *((owner, name, i) for owner, name in ((checkpoint, "open"), (os, "fsync"))
                                 for i in range(3))]  # fmt: skip
 RENAMES = [(os, "rename", 0), (os, "rename", 1)]
-LAST = [(os, "fsync", 3)] * hasattr(os, "O_DIRECTORY")  # of the parent folder, where there is such a thing
+LAST = [(os, "fsync", 4)] * hasattr(os, "O_DIRECTORY")  # of the parent folder, where there is such a thing
 
 
 @pytest.mark.parametrize("owner, name, call", [*SAVES, *RENAMES])
@@ -806,7 +809,7 @@ def test_killed_while_saving(owner, name, call, tmp_path, monkeypatch):
         fail(patch, owner, name, call, SystemExit(9))
         with pytest.raises(SystemExit):
             hub.save(tiny(seed=2), TOK, folder)
-    done = (name, call) == ("fsync", 3)  # the new one is in place
+    done = (name, call) == ("fsync", 4)  # the new one is in place
     assert os.path.isdir(f"{folder}.old" if (name, call) == ("rename", 1) else folder)
     assert torch.equal(hub.load(folder)[0].wte.weight, tiny(seed=1 + done).wte.weight)
     hub.save(tiny(seed=3), TOK, folder)

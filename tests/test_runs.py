@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -322,9 +323,13 @@ def test_damaged_state_falls_back_to_the_older_one(damage, stages, tmp_path, cap
     for out in ("whole", "run"):
         train_sft.train(stages.config(train_sft, tmp_path / out))
     damage(tmp_path / "run/state/step-000006")
-    train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
+    before = snapshot(tmp_path / "run")
+    with pytest.raises(UserError, match="--resume: damaged: .*step-000006/.*checksum.*--resume auto takes"):
+        train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
+    assert snapshot(tmp_path / "run") == before
+    train_sft.train(stages.config(train_sft, tmp_path / "run", resume="auto"))
     out = capsys.readouterr().out
-    assert "step-000006/state.pt is damaged (" in out and "run from step 4" in out
+    assert re.search("skipped as damaged: .*step-000006/.*checksum", out) and "run from step 4" in out
     same_run(tmp_path / "whole", tmp_path / "run")
 
 
@@ -334,7 +339,7 @@ def test_all_checkpoints_damaged(stages, tmp_path):
         flip(tmp_path / "run/state" / name / "state.pt")
     before = snapshot(tmp_path / "run")
     with pytest.raises(UserError, match="every checkpoint in .* is damaged; --overwrite starts anew"):
-        train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
+        train_sft.train(stages.config(train_sft, tmp_path / "run", resume="auto"))
     assert snapshot(tmp_path / "run") == before
 
 
@@ -490,11 +495,11 @@ def test_weights_that_the_last_update_spoilt_are_not_saved(stages, tmp_path, mon
 
 
 @EACH
-def test_a_model_lost_at_the_last_step_is_made_by_resume(trainer, stages, tmp_path, monkeypatch):
+def test_a_model_lost_at_the_last_step_is_made_by_resume(trainer, stages, tmp_path, monkeypatch, at_step):
     """A full disk while the last step's model/ is written: --resume must not find the run complete."""
     cfg = stages.config(trainer, tmp_path / "run", save_every=0)
     with monkeypatch.context() as patch, pytest.raises(RunError, match="cannot save"):
-        patch.setattr(os, "fsync", disk_full)
+        at_step(cfg.steps - 1, lambda: patch.setattr(os, "fsync", disk_full))
         trainer.train(cfg)
     trainer.train(stages.config(trainer, tmp_path / "run", save_every=0, resume=True))
     assert hub.load(tmp_path / "run/model")
