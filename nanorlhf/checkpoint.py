@@ -23,6 +23,7 @@ import threading
 import torch
 from safetensors import SafetensorError
 
+from nanorlhf import replay
 from nanorlhf.common import Interrupted, Log, RunError, UserError, import_wandb, require
 
 try:
@@ -372,10 +373,20 @@ class Run:
         if kind is None:
             print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png")
 
-    def check(self, step, loss, gnorm, where):
-        """Stop before the optimizer step if loss or gradient is not finite: nothing is spoilt yet."""
+    def check(self, step, loss, gnorm, where, batch=None, models=()):
+        """Stop before the optimizer step if loss or gradient is not finite: nothing is spoilt yet.
+
+        batch and models, what the trainer's `gradient` was given, go into a file for nanorlhf/replay.py.
+        """
         if not (math.isfinite(loss) and math.isfinite(gnorm)):
             look = "look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is too high"
             kept = "--resume goes on from the last checkpoint" if self._checkpoints() else "no checkpoint yet"
             found = f"step {step}: loss {loss:g}, gradient norm {gnorm:g} ({where})"
+            if batch is not None:
+                path = os.path.join(self.out, f"bad-step-{step}.pt")
+                try:
+                    replay.save(path, trainer_of(self.cfg), self.cfg, step, models, batch)
+                    look = f"python -m nanorlhf.replay {path} shows where it arises; {look}"
+                except (OSError, RuntimeError) as e:
+                    print(f"warning: {path} could not be written ({str(e).splitlines()[0]})")
             raise RunError(f"{found}; this update was not made; {look}; {kept}")

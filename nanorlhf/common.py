@@ -208,13 +208,20 @@ def parse(Config, argv, doc="", prog="train.py"):
     return Config(**values)
 
 
+def _smaller(cfg):
+    """Which flags to lower when the memory is full, the one that costs least first."""
+    flags = "tokens_per_microbatch batch_size prompts_per_step group_size max_new_tokens".split()
+    now = [f"--{name} (now {getattr(cfg, name)})" for name in flags if hasattr(cfg, name)]
+    return f"lower {', then '.join(now)}; --dry_run prints what a run needs, --resume goes on with it"
+
+
 def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     """Run a trainer from the command line → status: 2 for a user's mistake, 1 for a run that had to stop.
 
     dry_run(cfg) is what --dry_run calls in place of train(cfg). It is no field of Config, as it decides
     nothing about a run.
     """
-    prog = os.path.basename(sys.argv[0])
+    prog, cfg = os.path.basename(sys.argv[0]), None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows writes to a pipe in a code page without β and │
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -236,6 +243,13 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
         if e.errno != errno.ENOSPC:
             raise
         print(f"{prog}: stopped: the disk is full ({e})", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as e:
+        said = str(e).partition("\n")[0]
+        short = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said
+        if not short:
+            raise
+        print(f"{prog}: stopped: out of memory: {said}; {_smaller(cfg)}", file=sys.stderr)
         return 1
     except Interrupted as e:
         print(f"{prog}: {e}", file=sys.stderr)

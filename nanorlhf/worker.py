@@ -5,7 +5,11 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -182,3 +186,69 @@ def sum_rewards(texts, rows, rewards, parts=None, device="cpu"):
         if parts is not None:
             parts[name] = part
     return score
+
+
+# ------------------------------------------------------------------------------------------------------------
+# rewards that run what a model wrote
+
+GUARD = """
+import os, resource, sys
+path, memory, size, seconds = sys.argv[1], *map(int, sys.argv[2:])
+for what, limit in (("AS", memory), ("FSIZE", size), ("CPU", seconds), ("CORE", 0)):
+    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (limit, limit))
+here = os.path.realpath(os.curdir) + os.sep
+starts = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.kill",
+          "os.killpg", "socket.connect", "socket.bind", "socket.sendto"}
+paths = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink",
+         "os.truncate", "os.utime", "shutil.rmtree", "shutil.move"}
+
+def hook(event, args):
+    if event in starts:
+        raise PermissionError(event + " is not for a program under test")
+    if event == "open":
+        writes = any(c in args[1] for c in "wax+") if isinstance(args[1], str) else args[2] & 3
+        names = args[:1] if writes else ()
+    else:
+        names = args[:2] if event in paths else ()
+    for name in names:
+        if isinstance(name, (str, bytes)) and not os.path.realpath(os.fsdecode(name)).startswith(here):
+            raise PermissionError(f"{event} outside of the program's own folder: {name!r}")
+
+with open(path) as f:
+    code = compile(f.read(), "program.py", "exec")
+sys.argv = ["program.py"]
+sys.addaudithook(hook)
+exec(code, {"__name__": "__main__"})
+"""
+
+
+def run_program(code, stdin="", timeout=5.0, memory_mb=512, output_bytes=1 << 16):
+    """Run a Python program → (its exit status, or None where it took too long; what it printed).
+
+    In a process of its own, in an empty folder that is then removed, without this process's environment:
+    `timeout` seconds, `memory_mb` MiB of address space, `output_bytes` printed and in each file that it
+    writes. It cannot open a file for writing elsewhere, start a process or connect, as long as it asks
+    Python. This holds accidents, and what a model does to pass a test. It is not a security sandbox: native
+    code, ctypes say, gets around it, and every file of yours can be read. POSIX only.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        where, work = Path(folder), Path(folder, "work")
+        work.mkdir()
+        (where / "program.py").write_text(code, encoding="utf-8", errors="replace")
+        (where / "stdin").write_text(stdin, encoding="utf-8", errors="replace")
+        limits = map(str, (memory_mb << 20, output_bytes, math.ceil(timeout) + 1))
+        argv = [sys.executable, "-I", "-c", GUARD, str(where / "program.py"), *limits]
+        env = {"PATH": os.defpath, "HOME": str(work), "LANG": "C.UTF-8"}
+        with open(where / "stdin", "rb") as given, open(where / "stdout", "wb") as printed:
+            process = subprocess.Popen(argv, cwd=work, env=env, stdin=given, stdout=printed,
+                                       stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+            try:
+                status = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # what it started, too
+                process.wait()
+        with open(where / "stdout", "rb") as f:
+            return status, f.read(output_bytes).decode("utf-8", "replace")
