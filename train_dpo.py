@@ -393,9 +393,10 @@ def train(cfg):
             order = epoch_batches(len(pairs), cfg.batch_size, seed_for("data", number), step - first)
             batch, ref_of = [pairs[i] for i in order], None if ref_logp is None else ref_logp[order]
             opt.zero_grad()
-            loss, stats = gradient(policy, step_batch(policy, batch, ref_of, tok, cfg), cfg)
+            whole = step_batch(policy, batch, ref_of, tok, cfg)
+            loss, stats = gradient(policy, whole, cfg)
             gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            run.check(step, loss, gnorm.item(), f"a batch of {len(batch)} pairs")
+            run.check(step, loss, gnorm.item(), f"{len(batch)} pairs", whole, [policy])
             for group in opt.param_groups:
                 group["lr"] = lr = lr_at(step, cfg.steps, cfg.lr)
             opt.step()
@@ -410,5 +411,9 @@ def train(cfg):
     return run.log.last
 
 
+def main(argv=None):
+    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.dpo(cfg, load_models))
+
+
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, train, __doc__, dry_run=lambda cfg: plan.dpo(cfg, load_models)))
+    sys.exit(main())

@@ -427,7 +427,7 @@ def train(cfg):
                     total, stats = gradient(policy, minibatch, cfg)
                     gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm).item()
                     what = f"samples {rows_of[:4].tolist()} …, prompt {batch[rows_of[0]]['prompt']!r}"
-                    run.check(step, total, gnorm, what)
+                    run.check(step, total, gnorm, what, minibatch, [policy])
                     opt.step()
                     metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), stats.pop("ratio_max"))
                     for name, value in (stats | {"gnorm": gnorm, "updates": 1}).items():
@@ -453,5 +453,9 @@ def train(cfg):
     return run.log.last
 
 
+def main(argv=None):
+    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rl(cfg, load_models))
+
+
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, train, __doc__, dry_run=lambda cfg: plan.rl(cfg, load_models)))
+    sys.exit(main())

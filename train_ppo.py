@@ -314,7 +314,7 @@ def train(cfg):
                     gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
                     critic_gnorm = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
                     what = f"samples {rows_of[:4].tolist()} …, prompt {batch[rows_of[0]]['prompt']!r}"
-                    run.check(step, total, (gnorm + critic_gnorm).item(), what)
+                    run.check(step, total, (gnorm + critic_gnorm).item(), what, minibatch, [policy, critic])
                     opt.step()
                     first_ratio = first_ratio or stats["ratio_max"]
                     metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), stats.pop("ratio_max"))
@@ -356,5 +356,9 @@ def train(cfg):
     return run.log.last
 
 
+def main(argv=None):
+    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rl(cfg, load_models))
+
+
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, train, __doc__, dry_run=lambda cfg: plan.rl(cfg, load_models)))
+    sys.exit(main())

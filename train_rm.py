@@ -301,7 +301,7 @@ def train(cfg):
             batch = {"rows": [list(row) for row in rows], "denom": denom, "pad_id": tok.pad_id}
             total, stats = gradient(model, batch, cfg)
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            run.check(step, total, gnorm.item(), f"a batch of {len(rows)} rows")
+            run.check(step, total, gnorm.item(), f"a batch of {len(rows)} rows", batch, [model])
             lr = lr_at(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
@@ -322,5 +322,9 @@ def train(cfg):
     return run.log.last
 
 
+def main(argv=None):
+    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rm(cfg, load_model))
+
+
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, train, __doc__, dry_run=lambda cfg: plan.rm(cfg, load_model)))
+    sys.exit(main())

@@ -223,7 +223,7 @@ def train(cfg):
             batch = {"tokens": tokens, "mask": mask, "lengths": lengths, "denom": denom}
             total, _ = gradient(model, batch, cfg)
             gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            run.check(step, total, gnorm.item(), f"a batch of {len(rows)} demonstrations")
+            run.check(step, total, gnorm.item(), f"{len(rows)} demonstrations", batch, [model])
             lr = lr_at(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
@@ -239,5 +239,9 @@ def train(cfg):
     return run.log.last
 
 
+def main(argv=None):
+    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.sft(cfg, load))
+
+
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, train, __doc__, dry_run=lambda cfg: plan.sft(cfg, load)))
+    sys.exit(main())
