@@ -172,7 +172,7 @@ def main(cfg):
         pairs = encode_pairs(read_rows(cfg.pairs, "pairs", "--pairs"), tok, model.cfg.max_len, "given")
         require(pairs, f"--pairs {cfg.pairs}: no usable pair is left")
         if rm:
-            out["rm_acc"] = pairs_accuracy(pairs, tok, device, lambda x, length, mask: rm.rewards(x, length))
+            out["rm_acc"] = pairs_accuracy(pairs, tok, device, rm.scores)
         if other:
 
             def implicit(x, length, mask):

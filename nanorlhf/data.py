@@ -247,3 +247,31 @@ def microbatches(lengths, tokens_per_microbatch: int) -> list[list[int]]:
             groups.append([i])
             longest = lengths[i]
     return groups
+
+
+def pack(tokens, mask, lengths):
+    """Ragged rows laid one after the other in fewer of them → tokens, mask, doc (R, T'), lengths (R,).
+
+    tokens, mask, lengths   (B, T), (B, T), (B,), as `pad` gives them
+    doc[r, t] is the number of the row that this token comes from, -1 on pads (id 0). First fit: longest rows
+    first, equal lengths by index, each goes into the first packed row that has room. No packed row is longer
+    than the longest row: beyond that, attention, which grows with the square, costs more than pads do.
+    """
+    lengths = [int(length) for length in lengths]
+    groups, used = [], []  # rows of each packed row, its tokens
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        r = next((r for r, n in enumerate(used) if n + lengths[i] <= max(lengths)), len(groups))
+        if r == len(groups):
+            groups.append([])
+            used.append(0)
+        groups[r].append(i)
+        used[r] += lengths[i]
+    shape = len(groups), max(used, default=0)  # (R, T')
+    packed, counted, doc = tokens.new_zeros(shape), mask.new_zeros(shape), tokens.new_full(shape, -1)
+    for r, group in enumerate(groups):
+        end = 0
+        for i in group:
+            start, end = end, end + lengths[i]
+            packed[r, start:end], counted[r, start:end] = tokens[i, : lengths[i]], mask[i, : lengths[i]]
+            doc[r, start:end] = i
+    return packed, counted, doc, torch.tensor(used)

@@ -178,7 +178,7 @@ class Attention(nn.Module):
         self.o = Linear(q, cfg.d_model, bias=cfg.o_bias)
         self.q_norm, self.k_norm = (Norm(cfg, cfg.head_dim) if cfg.qk_norm else None for _ in "qk")
 
-    def forward(self, x, rope, layer_cache, step):
+    def forward(self, x, rope, layer_cache, step, mask):
         B, T, _ = x.shape
         parts = (f(x).view(B, T, -1, self.cfg.head_dim) for f in (self.q, self.k, self.v))
         q, k, v = (part.transpose(1, 2) for part in parts)  # (B, H, T, hd)
@@ -187,15 +187,14 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         gqa = dict(enable_gqa=True) if self.cfg.n_kv_head != self.cfg.n_head else {}
-        if step is None:
-            if layer_cache is not None:  # prefill: positions 0 … T-1 of every row
-                layer_cache[0][:, :, :T], layer_cache[1][:, :, :T] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
-        else:  # decode: one new token per row, each written at its row's own position
-            rows, pos, live, mask = step
+        if step is not None:  # decode: one new token per row, each written at its row's own position
+            rows, pos, live = step
             ck, cv = layer_cache
             ck[rows, :, pos], cv[rows, :, pos] = k[:, :, 0], v[:, :, 0]
-            y = F.scaled_dot_product_attention(q, ck[:, :, :live], cv[:, :, :live], attn_mask=mask, **gqa)
+            k, v = ck[:, :, :live], cv[:, :, :live]
+        elif layer_cache is not None:  # prefill: positions 0 … T-1 of every row
+            layer_cache[0][:, :, :T], layer_cache[1][:, :, :T] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **gqa)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -219,8 +218,8 @@ class Block(nn.Module):
         self.norm1, self.attn, self.norm2, self.mlp = Norm(cfg), Attention(cfg), Norm(cfg), MLP(cfg)
         self.parallel = cfg.parallel
 
-    def forward(self, x, rope, layer_cache, step):
-        attended = x + self.attn(self.norm1(x), rope, layer_cache, step)  # detail 7: no dropout
+    def forward(self, x, rope, layer_cache, step, mask):
+        attended = x + self.attn(self.norm1(x), rope, layer_cache, step, mask)  # detail 7: no dropout
         return attended + self.mlp(self.norm2(x if self.parallel else attended))
 
 
@@ -264,17 +263,25 @@ class GPT(nn.Module):
     def new_cache(self, batch, max_len):
         return KVCache(self.cfg, batch, max_len, self.device, self.compute_dtype or self.wte.weight.dtype)
 
-    def forward(self, tokens, cache=None, pos=None):
+    def forward(self, tokens, cache=None, pos=None, doc=None):
         """tokens (B, T) int64 → hidden states (B, T, D), after the last norm.
 
         With a cache and no `pos`: prefill, positions 0 … T-1. With `pos` (B,) and T = 1: decode, each row's
-        token stands at its own position. Raises UserError past `max_len`: rotary positions would extrapolate
-        in silence.
+        token stands at its own position. With `doc` (B, T) int64, and no cache: rows hold several documents,
+        one after the other (`data.pack`); where the number changes another begins, which sees nothing to its
+        left and whose positions start at 0. Raises UserError past `max_len`: rotary positions would
+        extrapolate in silence.
         """
         B, T = tokens.shape
         if T > self.cfg.max_len:
             raise UserError(f"a sequence of {T} tokens exceeds the model's context of {self.cfg.max_len}")
         where = torch.arange(T, device=tokens.device)[None] if pos is None else pos[:, None]  # (1 or B, T)
+        mask = None  # causal
+        if doc is not None:
+            begins = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0))
+            start = (where * begins).cummax(1).values  # (B, T), where the document of a token begins
+            mask = (start[:, :, None] == start[:, None]).tril()[:, None]  # (B, 1, T, T)
+            where = where - start
         x = self.wte(tokens)
         if self.wpe is not None:
             x = x + self.wpe(where)
@@ -287,9 +294,9 @@ class GPT(nn.Module):
         if pos is not None:
             live = int(pos.max()) + 1  # attend over the filled part of the cache only
             mask = (torch.arange(live, device=pos.device) <= pos[:, None])[:, None, None]  # (B, 1, 1, live)
-            step = torch.arange(B, device=pos.device), pos, live, mask
+            step = torch.arange(B, device=pos.device), pos, live
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, cache and cache.kv[i], step)
+            x = block(x, rope, cache and cache.kv[i], step, mask)
         return self.norm(x)
 
     def head_logits(self, hidden):
@@ -301,16 +308,19 @@ class GPT(nn.Module):
         """tokens (B, T) → fp32 logits (B, T, V). For evaluation and tests: training never builds them."""
         return self.head_logits(self(tokens))
 
-    def logprobs(self, tokens, mask, temperature=1.0):
+    def logprobs(self, tokens, mask, temperature=1.0, doc=None):
         """→ logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]), and the entropy of that distribution.
 
         Indexed by the token they describe and 0 where mask is 0; masked positions never enter the head.
-        Position 0 has nothing before it, so mask[:, 0] must be 0 (ValueError otherwise).
+        Nothing stands before the first token of a row, or of a document (doc, see `forward`): the mask must
+        be 0 there (ValueError otherwise).
         """
         mask = mask.bool()
-        if mask[:, 0].any():
-            raise ValueError("mask[:, 0] must be 0: the first token has no distribution to be scored under")
-        hidden = self(tokens[:, :-1])  # hidden[t-1] predicts token t: the one shift in the code base
+        if mask[:, 0].any() or (doc is not None and (mask[:, 1:] & (doc[:, 1:] != doc[:, :-1])).any()):
+            what = "mask[:, 0], and the mask where a document begins, must be 0"
+            raise ValueError(f"{what}: a first token has no distribution to be scored under")
+        doc = None if doc is None else doc[:, :-1]
+        hidden = self(tokens[:, :-1], doc=doc)  # hidden[t-1] predicts token t: the one shift in the code base
         keep = mask[:, 1:]
         logp, entropy = linear_logprob(hidden[keep], self.unembedding, tokens[:, 1:][keep], temperature)
         where = mask.nonzero(as_tuple=True)

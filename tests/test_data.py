@@ -15,6 +15,7 @@ from nanorlhf.data import (
     encode_pair,
     epoch_batches,
     microbatches,
+    pack,
     pad,
     read_jsonl,
     response_mask,
@@ -195,7 +196,7 @@ def test_mask_counts_the_eos():
     assert [tokens[b][mask[b]].tolist() for b in range(2)] == [r for _, r in pairs]
 
 
-# epoch_batches, microbatches
+# epoch_batches, microbatches, pack
 
 
 @settings(deadline=None, max_examples=60)
@@ -241,3 +242,28 @@ def test_microbatches_by_hand():
     assert microbatches([2, 5, 2, 9, 2], 6) == [[3], [1], [0, 2, 4]]
     with pytest.raises(UserError, match="--tokens_per_microbatch"):
         microbatches([1], -1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(1, 20), max_size=30))
+def test_pack(lengths):
+    """Every row once and whole; packed rows are no longer than the longest, and no two would fit into one."""
+    rows = [[100 * i + t for t in range(n)] for i, n in enumerate(lengths)]
+    tokens, length = pad(rows, 9999)
+    mask = tokens % 3 == 0
+    packed, counted, doc, used = pack(tokens, mask, length)
+    for i, row in enumerate(rows):
+        r, t = (doc == i).nonzero(as_tuple=True)
+        assert packed[r, t].tolist() == row and len(set(r.tolist())) == 1 and t[-1] - t[0] == len(row) - 1
+        assert counted[r, t].tolist() == [x % 3 == 0 for x in row]
+    assert (doc >= 0).sum(1).tolist() == used.tolist() and used.sum() == sum(lengths)
+    assert not counted[doc < 0].any() and packed.shape == (len(used), max(lengths, default=0))
+    assert len(used) < 2 or sum(sorted(used.tolist())[:2]) > max(lengths)
+
+
+def test_pack_by_hand():
+    tokens, lengths = pad([[1], [2, 2, 2], [3, 3, 3, 3, 3], [4, 4], [5]], 0)
+    packed, _, doc, used = pack(tokens, tokens > 0, lengths)
+    assert packed.tolist() == [[3, 3, 3, 3, 3], [2, 2, 2, 4, 4], [1, 5, 0, 0, 0]]
+    assert used.tolist() == [5, 5, 2]
+    assert doc.tolist() == [[2, 2, 2, 2, 2], [1, 1, 1, 3, 3], [0, 4, -1, -1, -1]]

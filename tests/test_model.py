@@ -9,8 +9,10 @@ import torch
 from helpers import STYLES, V, Watch, randint, tiny
 from torch import nn
 
+from nanorlhf import lora
 from nanorlhf import model as model_module
 from nanorlhf.common import UserError
+from nanorlhf.data import pack, pad
 from nanorlhf.kernels import torch_backend
 from nanorlhf.model import GPT, GPTConfig, Norm, ScalarModel, rope_table, rotate
 
@@ -213,7 +215,7 @@ def test_attention_against_loops():
             weights = [((q[t, h] @ k[s, h]) / 2).exp() for s in range(t + 1)]
             out[t, h] = sum(w * v[s, h] for s, w in enumerate(weights)) / sum(weights)
     want = attention.o(out.view(1, 5, 16))
-    assert (attention(x, None, None, None) - want).abs().max() < 1e-12
+    assert (attention(x, None, None, None, None) - want).abs().max() < 1e-12
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -301,6 +303,44 @@ def test_logprobs_of_nothing():
     assert not logp.any() and not entropy.any() and logp.shape == (2, 5)
     (logp.sum() + entropy.sum()).backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@styles
+def test_packed_documents_are_strangers(style, lora_rank):
+    """Log-probs, entropies and the gradient of packed rows are those of each document alone; other tokens in
+    one document move nothing of the others, to the bit."""
+    model = tiny(style, dtype=F64)
+    lora.add(model, lora_rank)
+    for name, p in model.named_parameters():
+        p.data += 0.1 * torch.randn_like(p) if name.endswith(".B") else 0
+    docs = [randint(V, n, seed=n).tolist() for n in (9, 7, 5, 4, 2, 1)]
+    tokens, lengths = pad(docs, 0)
+    mask = (torch.arange(9) >= 1) & (torch.arange(9) < lengths[:, None])
+    packed, counted, doc, used = pack(tokens, mask, lengths)
+    assert used.tolist() == [9, 9, 9, 1] and doc[3].tolist() == [5] + [-1] * 8  # 9, 7+2, 5+4, 1
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def score(found):
+        """Each token with a weight of its own, by document → the sum's gradient."""
+        loss = sum(((logp + 0.3 * entropy) * torch.arange(1, 1 + len(logp)) * (d + 1)).sum()
+                   for d, (logp, entropy) in found.items())
+        return torch.autograd.grad(loss, trained)
+
+    alone = {d: [x[0] for x in model.logprobs(torch.tensor([ids]), torch.arange(len(ids))[None] > 0)]
+             for d, ids in enumerate(docs) if len(ids) > 1}
+    logp = model.logprobs(packed, counted, doc=doc)
+    together = {d: [x[doc == d] for x in logp] for d in alone}
+    for d in alone:
+        assert all((a - b).abs().max() < 1e-10 for a, b in zip(alone[d], together[d]))
+    for a, b in zip(score(alone), score(together), strict=True):
+        assert a.abs().max() > 0 and (a - b).abs().max() < 1e-10 * max(1, a.abs().max())
+    for d in alone:
+        other = torch.where(doc == d, (packed + 1) % V, packed)
+        moved = (model.logprobs(other, counted, doc=doc)[0] - logp[0]).abs()
+        assert moved[doc == d].max() > 1e-4 and moved[doc != d].max() == 0
+    with pytest.raises(ValueError, match="where a document begins"):  # its last token would predict ours
+        model.logprobs(packed, counted | (torch.arange(9) == 7), doc=doc)
 
 
 def test_logits_are_never_stored_in_training():
