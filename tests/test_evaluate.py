@@ -191,17 +191,27 @@ def test_against_itself_and_another(run, stages, tmp_path):
 
 
 def test_reward_model_accuracy(run, stages, tmp_path):
-    """By hand, one response at a time."""
+    """By hand, one response at a time; a process reward model by the product over its b's and the end."""
     rm, tok = hub.load(stages.folder / "rm/model")
 
-    def score(y):
-        ids = tok.encode("abc=" + y) + [tok.eos_id]
-        return rm.rewards(torch.tensor([ids]), torch.tensor([len(ids)])).item()
+    def logits(y):
+        ids = torch.tensor([tok.encode("abc=" + y) + [tok.eos_id]])
+        return (rm.trunk(ids)[0] @ rm.score.weight[0] + rm.reward_bias)[4:]
 
-    sides = [("cba", "a"), ("b", "cba"), ("f", "abc"), ("abcab", "fed"), ("a", "ff")]
+    def at_the_end(y):
+        return logits(y)[-1].item()
+
+    def product(y):
+        return math.prod(z.sigmoid().item() for z, letter in zip(logits(y), y + "b") if letter == "b")
+
+    sides = [("cba", "a"), ("b", "cba"), ("f", "abc"), ("abcab", "fed"), ("f", "cba")]
     path = jsonl(tmp_path / "p.jsonl", [dict(prompt="abc=", chosen=w, rejected=l) for w, l in sides])
     out = run(rm=f"{stages.folder}/rm/model", pairs=path)
-    assert out["rm_acc"] == pytest.approx(sum(score(w) > score(l) for w, l in sides) / 5)
+    last, right = (sum(score(w) > score(l) for w, l in sides) / 5 for score in (at_the_end, product))
+    assert out["rm_acc"] == pytest.approx(last) and last != right
+    rm.step_ids = tok.encode("b")
+    hub.save(rm, tok, tmp_path / "process")
+    assert run(rm=f"{tmp_path}/process", pairs=path)["rm_acc"] == pytest.approx(right)
     assert not any(name.startswith(("pass", "maj")) for name in out)  # a score has no "right"
 
 
