@@ -22,7 +22,7 @@ import torch
 from nanorlhf import generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli, setup, to_device
-from nanorlhf.data import encode_demonstration, epoch_batches, microbatches, pad, split_by_hash
+from nanorlhf.data import encode_demonstration, epoch_batches, microbatches, pack, pad, split_by_hash
 from nanorlhf.formats import read_rows
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import Tokenizer
@@ -55,6 +55,7 @@ class Config(Flags):
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     loss_on_prompt: bool = False  # count the prompt's tokens too (detail 9)
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
+    pack: bool = False  # short demonstrations share a row, unseen by each other: fewer pads, the same curve
 
     eval_every: int = 100  # steps between held-out measurements; 0: only at the end
     save_every: int = 200  # steps between checkpoints; 0: only at the end
@@ -99,12 +100,14 @@ def gradient(model, batch, cfg):
     batch: tokens, mask (B, T), lengths (B,), and denom, the tokens that the whole step's loss counts. So any
     part of the step's rows gives its part of the gradient.
     """
+    tokens, mask, lengths, doc = batch["tokens"], batch["mask"], batch["lengths"], None
+    if cfg.pack:
+        tokens, mask, lengths, doc = pack(tokens, mask, lengths)
     total = 0.0
-    for mb in microbatches(batch["lengths"], cfg.tokens_per_microbatch):
-        T = int(batch["lengths"][mb].max())
-        tokens, mask = batch["tokens"][mb, :T], batch["mask"][mb, :T]
-        logp, _ = model.logprobs(tokens, mask)
-        loss = sft_loss(logp, mask, batch["denom"])
+    for mb in microbatches(lengths, cfg.tokens_per_microbatch):
+        T = int(lengths[mb].max())
+        logp, _ = model.logprobs(tokens[mb, :T], mask[mb, :T], doc=doc[mb, :T] if cfg.pack else None)
+        loss = sft_loss(logp, mask[mb, :T], batch["denom"])
         loss.backward()
         total += loss.item()
     return total, {}

@@ -250,7 +250,7 @@ def microbatches(lengths, tokens_per_microbatch: int) -> list[list[int]]:
 
 
 def pack(tokens, mask, lengths):
-    """Ragged rows laid one after the other in fewer of them → tokens, mask, doc (R, T'), lengths (R,).
+    """Ragged rows one after the other, in fewer of them → tokens, mask (R, T'), lengths (R,), doc (R, T').
 
     tokens, mask, lengths   (B, T), (B, T), (B,), as `pad` gives them
     doc[r, t] is the number of the row that this token comes from, -1 on pads (id 0). First fit: longest rows
@@ -274,4 +274,4 @@ def pack(tokens, mask, lengths):
             start, end = end, end + lengths[i]
             packed[r, start:end], counted[r, start:end] = tokens[i, : lengths[i]], mask[i, : lengths[i]]
             doc[r, start:end] = i
-    return packed, counted, doc, torch.tensor(used)
+    return packed, counted, torch.tensor(used, dtype=torch.int64), doc

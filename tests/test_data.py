@@ -251,7 +251,7 @@ def test_pack(lengths):
     rows = [[100 * i + t for t in range(n)] for i, n in enumerate(lengths)]
     tokens, length = pad(rows, 9999)
     mask = tokens % 3 == 0
-    packed, counted, doc, used = pack(tokens, mask, length)
+    packed, counted, used, doc = pack(tokens, mask, length)
     for i, row in enumerate(rows):
         r, t = (doc == i).nonzero(as_tuple=True)
         assert packed[r, t].tolist() == row and len(set(r.tolist())) == 1 and t[-1] - t[0] == len(row) - 1
@@ -263,7 +263,7 @@ def test_pack(lengths):
 
 def test_pack_by_hand():
     tokens, lengths = pad([[1], [2, 2, 2], [3, 3, 3, 3, 3], [4, 4], [5]], 0)
-    packed, _, doc, used = pack(tokens, tokens > 0, lengths)
+    packed, _, used, doc = pack(tokens, tokens > 0, lengths)
     assert packed.tolist() == [[3, 3, 3, 3, 3], [2, 2, 2, 4, 4], [1, 5, 0, 0, 0]]
     assert used.tolist() == [5, 5, 2]
     assert doc.tolist() == [[2, 2, 2, 2, 2], [1, 1, 1, 3, 3], [0, 4, -1, -1, -1]]

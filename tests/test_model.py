@@ -317,7 +317,7 @@ def test_packed_documents_are_strangers(style, lora_rank):
     docs = [randint(V, n, seed=n).tolist() for n in (9, 7, 5, 4, 2, 1)]
     tokens, lengths = pad(docs, 0)
     mask = (torch.arange(9) >= 1) & (torch.arange(9) < lengths[:, None])
-    packed, counted, doc, used = pack(tokens, mask, lengths)
+    packed, counted, used, doc = pack(tokens, mask, lengths)
     assert used.tolist() == [9, 9, 9, 1] and doc[3].tolist() == [5] + [-1] * 8  # 9, 7+2, 5+4, 1
     trained = [p for p in model.parameters() if p.requires_grad]
 

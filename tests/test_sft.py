@@ -5,6 +5,7 @@ import csv
 
 import pytest
 import torch
+from helpers import STYLES, tiny
 from stages import words
 from test_tokenizer import CHATML, TALK, folder_of
 
@@ -66,18 +67,56 @@ def test_mask_comes_from_lengths():
     assert mask.int().tolist() == [[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
 
 
+@pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("budget", [0, 64, 1])
-def test_step_is_one_step_however_it_is_cut(budget, stages, tmp_path, gradients):
+def test_step_is_one_step_however_it_is_cut(budget, pack, stages, tmp_path, gradients, spy):
     """Every step takes all rows and hardly moves, so each gradient must be the oracle's: the denominator is
     the whole step's, no row comes twice or is left out, and the step before it is forgotten."""
-    rows = words(20) + [{"prompt": "abcdef=", "response": r} for r in ("", "a", "fedcba")]  # ragged
+    rows = words(20) + [{"prompt": "abcdef=", "response": r} for r in ("", "a", "fedcba")]
+    rows += [{"prompt": "a=", "response": r} for r in ("", "b", "ca")]  # ragged
     rows = [r for r in rows if not tasks.held_out(r["prompt"])]
     write_jsonl(tmp_path / "d.jsonl", rows)
     flags = dict(data=f"{tmp_path}/d.jsonl", batch_size=len(rows), steps=2, lr=1e-12)
-    train_sft.train(stages.config(train_sft, tmp_path / "run", tokens_per_microbatch=budget, **flags))
+    packed, flags = spy(train_sft, "pack"), flags | dict(tokens_per_microbatch=budget, pack=pack)
+    train_sft.train(stages.config(train_sft, tmp_path / "run", **flags))
+    assert len(packed) == 2 * pack and all(len(used) < len(rows) for _, (_, _, used, _) in packed)
     model, tok = hub.load(tmp_path / "run" / "model")
     _, exact = oracle(model, train_sft.encode(rows, tok, 16))
     assert len(gradients) == 2 and all(close(step, exact) for step in gradients)
+
+
+@pytest.mark.parametrize("budget", [0, 20])
+@pytest.mark.parametrize("on_prompt", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_packing_moves_nothing(style, on_prompt, budget):
+    """Loss and gradient of a step, in float64, with rows packed and not."""
+    model, found = tiny(style, dtype=torch.float64, n_layer=1), []
+    rows = [(x[:n], y[:n]) for x, y in 3 * ROWS for n in range(3, 7)]
+    tokens, mask = train_sft.batch_tensors(rows, TOK, "cpu", on_prompt)
+    batch = dict(tokens=tokens, mask=mask, lengths=torch.tensor([len(x) for x, _ in rows]), denom=mask.sum())
+    for pack in (False, True):
+        model.zero_grad()
+        cfg = train_sft.Config(pack=pack, tokens_per_microbatch=budget)
+        found.append([torch.tensor(train_sft.gradient(model, batch, cfg)[0]).double()])
+        found[-1] += [p.grad.clone() for p in model.parameters()]
+    for a, b in zip(*found, strict=True):
+        assert a.abs().max() > 0 and (a - b).abs().max() < 1e-9
+
+
+def test_a_packed_run_is_the_run(stages, tmp_path):
+    """Six steps on ragged rows with and without: every figure but those of time."""
+    rows = [r | {"response": r["response"] * (i % 3)} for i, r in enumerate(words(64))]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    runs = []
+    for pack in (False, True):
+        flags = dict(data=f"{tmp_path}/d.jsonl", pack=pack, eval_every=3)
+        train_sft.train(stages.config(train_sft, tmp_path / f"{pack}", **flags))
+        with open(tmp_path / f"{pack}/metrics.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+        runs.append([{k: float(r[k] or 0) for k in r if k not in ("tok_s", "s")} for r in rows])
+    assert len(runs[0]) == 6
+    for a, b in zip(*runs, strict=True):
+        assert b == pytest.approx(a, abs=1e-5, rel=1e-5)
 
 
 def test_batches_follow_seed_and_step_alone(stages, tmp_path, monkeypatch):
