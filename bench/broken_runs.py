@@ -50,7 +50,8 @@ FAULTS = [
     Fault("overlong", "--overlong_penalty 0.2", "len", "the reward falls, len with it",
         "--overlong_penalty 0.2"),
     Fault("late", "log-probs one position late", "kl", "the health line; kl is not 0 at step 0", patch=(
-        "nanorlhf/model.py", "hidden = self(tokens[:, :-1], doc=doc)  #", "hidden = self(tokens, doc=doc)[:, 1:]  #")),
+        "nanorlhf/model.py",
+        "hidden = self(tokens[:, :-1], doc=doc)  #", "hidden = self(tokens, doc=doc)[:, 1:]  #")),
     Fault("temperature", "sampled at 0.6, scored at 1", "ratio_max", "the health line, not the reward",
         "--temperature 0.6", (GRPO, "logprobs(x, m, cfg.temperature)", "logprobs(x, m)"),
         beside="broken_temperature_right"),
