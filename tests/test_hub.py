@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -252,6 +254,26 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "safe_open", Spy)
     hub.load(tmp_path / "m")
     assert len(alive) > 20 and largest <= 2  # the one that is read, and the last one's name for it
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the high-water mark is Linux's")
+@pytest.mark.parametrize("dtype, size", [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_peak_memory_of_load(dtype, size, tmp_path):
+    """The model in the dtype asked for and one of its three shards, seen from a process of its own."""
+    model = tiny("llama", vocab_size=16000, d_model=512, d_ff=1024, n_layer=4, tied=False).bfloat16()
+    hub.save(model, None, tmp_path / "m")
+    shard = max((tmp_path / "m" / name).stat().st_size for name in shards(tmp_path / "m").values())
+    watch = """import sys, torch
+from nanorlhf import hub
+def mark(name): return int(open("/proc/self/status").read().split(name)[1].split()[0]) * 1024
+torch.ones(1000, 1000).normal_()
+before = mark("VmRSS:")
+hub.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print(mark("VmHWM:") - before)"""
+    command = [sys.executable, "-c", watch, str(tmp_path / "m"), str(dtype)[6:]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    grown, own = int(done.stdout), size * sum(p.numel() for p in model.parameters())
+    assert own < grown < own + 1.5 * shard  # half a shard for what is imported on the way
 
 
 def test_what_stands_beside_the_weights_travels(tmp_path):
