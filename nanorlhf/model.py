@@ -276,17 +276,15 @@ class GPT(nn.Module):
         if T > self.cfg.max_len:
             raise UserError(f"a sequence of {T} tokens exceeds the model's context of {self.cfg.max_len}")
         where = torch.arange(T, device=tokens.device)[None] if pos is None else pos[:, None]  # (1 or B, T)
-        mask = None  # causal
         if doc is not None:
             begins = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0))
             start = (where * begins).cummax(1).values  # (B, T), where the document of a token begins
-            mask = (start[:, :, None] == start[:, None]).tril()[:, None]  # (B, 1, T, T)
             where = where - start
         x = self.wte(tokens)
         if self.wpe is not None:
             x = x + self.wpe(where)
         x = x.to(self.compute_dtype or x.dtype)
-        rope = step = None
+        rope = step = mask = None  # no mask: causal
         if self.cfg.pos == "rope":
             cfg = self.cfg
             table = rope_table(cfg.rope_dim, cfg.max_len, cfg.rope_theta, tokens.device, cfg.rope_scaling)
@@ -295,6 +293,9 @@ class GPT(nn.Module):
             live = int(pos.max()) + 1  # attend over the filled part of the cache only
             mask = (torch.arange(live, device=pos.device) <= pos[:, None])[:, None, None]  # (B, 1, 1, live)
             step = torch.arange(B, device=pos.device), pos, live
+        if doc is not None:  # 0 or −∞, made once: of a mask of bools attention makes this in every layer
+            seen = (start[:, :, None] == start[:, None]).tril()[:, None]
+            mask = x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)  # (B, 1, T, T)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, cache and cache.kv[i], step, mask)
         return self.norm(x)
