@@ -1,0 +1,80 @@
+"""Our variants, each in a process of its own (bench/worker.py): a whole train() of a trainer, or the bare model."""
+
+import importlib
+import time
+
+import torch
+
+from bench.worker import lengths_of
+from nanorlhf import common, generate, hub
+
+
+def run(spec, turn):
+    torch.set_num_threads(1)
+    if spec["job"] == "bare":
+        return bare(spec, turn)
+    if spec.get("lengths"):
+        plan_lengths(spec["lengths"])
+    trainer = importlib.import_module(f"train_{spec['job']}")
+    extra = count_reference(trainer, spec["config"]["batch_size"]) if spec["job"] == "dpo" else {"cpu_more": 0.0}
+    log_row = common.Log.row
+
+    def row(log, step, metrics):
+        log_row(log, step, metrics)
+        turn.done(tokens=round(metrics["tok_s"] * metrics["s"]), **extra)
+
+    common.Log.row = row
+    trainer.train(trainer.Config(**spec["config"]))
+
+
+def plan_lengths(plan):
+    """Let the rows of every rollout of this many rows end at these lengths, whatever the model says.
+
+    The plan is written into the table of uniform numbers: EOS is the last id, so that u = 1 draws it and
+    u < 0.9 does not. No other line of the sampler is touched.
+    """
+    start, steps = generate._start, iter(range(1 << 30))
+
+    def planned(*args):
+        out = start(*args)
+        u = out[3]  # (rows, positions)
+        if len(u) == len(plan):
+            u.mul_(0.9)
+            for b, length in enumerate(lengths_of(plan, next(steps))):
+                u[b, length - 1 :] = 1.0
+        return out
+
+    generate._start = planned
+
+
+def count_reference(trainer, batch_size):
+    """DPO scores the reference once per pair, before the first step: the share of a step of the first epoch
+    → {"cpu_more": seconds to be added to each step}, filled while the run starts."""
+    cache, extra = trainer.cache_logps, {"cpu_more": 0.0}
+
+    def timed(model, examples, *args):
+        start = time.process_time()
+        out = cache(model, examples, *args)
+        if len(examples) > batch_size:
+            extra["cpu_more"] = (time.process_time() - start) * batch_size / len(examples)
+        return out
+
+    trainer.cache_logps = timed
+    return extra
+
+
+def bare(spec, turn):
+    """Forward, loss, backward and AdamW on the same tokens again and again."""
+    model, _ = hub.load(spec["model"])
+    model.to(spec["device"])
+    model.compute_dtype = torch.bfloat16 if spec["dtype"] == "bfloat16" else None
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=spec["device"] == "cuda")
+    tokens = torch.tensor(spec["tokens"], device=spec["device"])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 0] = False
+    while True:
+        opt.zero_grad()
+        loss = -model.logprobs(tokens, mask)[0].sum() / mask.sum()
+        loss.backward()
+        opt.step()
+        turn.done(tokens=tokens.numel(), loss=loss.item())

@@ -1,0 +1,140 @@
+"""The peers' variants, each in a process of its own (bench/worker.py). Nothing of ours is imported here.
+
+TRL's trainers with their own defaults ("defaults"), or with gradient checkpointing off, which is faster on
+models this small ("tuned"); transformers' GPT2LMHeadModel; nanoGPT's model where NANOGPT names its model.py.
+All start from the folder that we saved, with its tokenizer.
+"""
+
+import importlib.util
+import json
+import os
+
+import torch
+
+from bench.reward import score
+from bench.worker import lengths_of
+
+
+def run(spec, turn):
+    torch.set_num_threads(1)
+    bare(spec, turn) if spec["job"] == "bare" else trl(spec, turn)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the bare model
+
+
+def bare(spec, turn):
+    kind, device = spec["variant"], spec["device"]
+    if kind == "nanoGPT":
+        model = nanogpt(spec)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        act = {"activation_function": "gelu_pytorch_tanh"} if kind == "HF, fused GELU" else {}
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32, **act)
+    model.to(device).train()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
+    tokens = torch.tensor(spec["tokens"], device=device)
+    bf16 = torch.autocast(device, torch.bfloat16, enabled=spec["dtype"] == "bfloat16")
+    while True:
+        opt.zero_grad()
+        with bf16:
+            if kind == "nanoGPT":
+                loss = model(tokens[:, :-1], tokens[:, 1:].contiguous())[1]
+            else:
+                loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        opt.step()
+        turn.done(tokens=tokens.numel(), loss=loss.item())
+
+
+def nanogpt(spec):
+    """nanoGPT's GPT with the folder's weights; its own matrices are (out, in), the folder's (in, out)."""
+    from safetensors.torch import load_file
+
+    module_spec = importlib.util.spec_from_file_location("nanogpt", os.environ["NANOGPT"])
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    with open(f"{spec['model']}/config.json") as f:
+        cfg = json.load(f)
+    size = {"n_layer": cfg["n_layer"], "n_head": cfg["n_head"], "n_embd": cfg["n_embd"]}
+    size |= {"block_size": cfg["n_positions"], "vocab_size": cfg["vocab_size"]}
+    model = module.GPT(module.GPTConfig(**size, dropout=0.0, bias=True))
+    theirs, ours = model.state_dict(), load_file(f"{spec['model']}/model.safetensors")
+    for name, tensor in ours.items():
+        theirs[name].copy_(tensor.T if ".c_" in name and tensor.dim() == 2 else tensor)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------
+# TRL's trainers
+
+
+def trl(spec, turn):
+    import trl
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import TrainerCallback
+
+    disable_progress_bars()
+    job, out, cpu = spec["job"], spec["out"], spec["device"] == "cpu"
+    name = {"sft": "SFT", "rm": "Reward", "dpo": "DPO", "grpo": "GRPO"}[job]
+    with open(spec["data"]) as f:
+        data = Dataset.from_list([json.loads(line) for line in f])
+    tok = AutoTokenizer.from_pretrained(spec["model"])
+    more = {"num_labels": 1} if job == "rm" else {}
+    auto = AutoModelForSequenceClassification if job == "rm" else AutoModelForCausalLM
+    model = auto.from_pretrained(spec["model"], dtype=torch.float32, **more)
+    args = dict(
+        output_dir=out, per_device_train_batch_size=spec["rows"], max_steps=10_000, learning_rate=1e-4, seed=0,
+        bf16=spec["dtype"] == "bfloat16", use_cpu=cpu, report_to="none", save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=spec["variant"] == "TRL defaults",
+    )  # fmt: skip
+    kw = dict(model=model, train_dataset=data, processing_class=tok)
+    if job == "grpo":
+        args |= dict(num_generations=spec["group"], max_completion_length=spec["new"], beta=0.0)
+        kw["reward_funcs"] = lambda prompts, completions, **_: list(map(score, prompts, completions))
+        plan_lengths(model, tok.eos_token_id, spec["lengths"])
+    trainer = getattr(trl, f"{name}Trainer")(args=getattr(trl, f"{name}Config")(**args), **kw)
+    compute_loss, seen = trainer.compute_loss, {}
+
+    def counted(model, inputs, *rest, **named):
+        seen["tokens"] = int(counted_tokens(inputs))
+        return compute_loss(model, inputs, *rest, **named)
+
+    class Hook(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            turn.done(**seen)
+
+    trainer.compute_loss = counted
+    trainer.add_callback(Hook())
+    trainer.train()
+
+
+def counted_tokens(inputs):
+    """The tokens that a step's figures count: of the loss; of the whole sequences for a reward model."""
+    if "completion_mask" in inputs:
+        return inputs["completion_mask"].sum()
+    return (inputs["labels"] != -100).sum() if "labels" in inputs else inputs["attention_mask"].sum()
+
+
+def plan_lengths(model, eos_id, plan):
+    """Let every rollout end at these lengths: a logits processor that allows EOS there and nowhere else."""
+    generate, steps = model.generate, iter(range(1 << 30))
+
+    class Planned:
+        def __init__(self, prompt):
+            self.prompt, self.ends = prompt, torch.tensor(lengths_of(plan, next(steps)))
+
+        def __call__(self, ids, scores):
+            ends = (self.ends == ids.shape[1] - self.prompt + 1).nonzero()[:, 0].to(scores.device)
+            scores[:, eos_id] = -torch.inf
+            scores[ends] = -torch.inf
+            scores[ends, eos_id] = 0.0
+            return scores
+
+    def planned(**inputs):
+        return generate(**inputs, logits_processor=[Planned(inputs["input_ids"].shape[1])])
+
+    model.generate = planned

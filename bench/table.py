@@ -1,0 +1,208 @@
+"""Rows of the benchmark: what was measured, the verdict, the CSV, the tables on the console and in the docs.
+
+A row is one thing measured, of ours beside one peer. `ratio` says how many times as fast ours is; `share` is
+our peak memory divided by the peer's. A goal that is met is PASS, one that is not MISS; a row without its
+peer, or without a GPU, has empty cells.
+"""
+
+import csv
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from importlib import metadata
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RESULTS = os.path.join(ROOT, "bench", "results")
+QUICK = os.path.join(ROOT, "out", "bench")  # where --quick writes: its figures mean nothing
+COLUMNS = (
+    "row unit ours ours_low ours_high ours_wall peer theirs theirs_low theirs_high theirs_wall ratio goal verdict "
+    "ours_mib theirs_mib share share_goal share_verdict tokens note"
+).split()
+PACKAGES = "torch transformers trl liger-kernel numpy".split()
+
+
+def row(name, unit, ours=None, peer="", theirs=None, goal=None, mib=(None, None), share_goal=None, **more):
+    """One row. `ours` and `theirs` are the values of all rounds; None: not measured, or no such peer.
+
+    unit       a time ("s", "ms"), which is better low, or a rate ("tok/s"), which is better high
+    goal       least ratio; a string "≤ 1.4" is a bound on our own value, for rows whose goal is no ratio
+    share_goal largest share of the peer's memory; with "≤ 300" a bound on our own MiB
+    """
+    out = {"row": name, "unit": unit, "peer": peer, "goal": goal, "share_goal": share_goal, **more}
+    for who, values in (("ours", ours), ("theirs", theirs)):
+        if values:
+            out |= {who: statistics.median(values), f"{who}_low": min(values), f"{who}_high": max(values)}
+    out["ours_mib"], out["theirs_mib"] = mib
+    if ours and theirs:
+        a, b = out["ours"], out["theirs"]
+        out["ratio"] = a / b if unit.endswith("/s") or unit == "share" else b / a
+    if None not in mib:
+        out["share"] = mib[0] / mib[1]
+    out["verdict"] = _verdict(goal, out.get("ours"), out.get("ratio"), least=True)
+    out["share_verdict"] = _verdict(share_goal, mib[0], out.get("share"), least=False)
+    return out
+
+
+def _verdict(goal, own, ratio, least):
+    """PASS or MISS; "" without a goal, or where what it is about was not measured."""
+    if goal is None:
+        return ""
+    value, bound = ratio, goal
+    if isinstance(goal, str):
+        value, (sign, bound) = own, goal.split()
+        least, bound = sign == "≥", float(bound.rstrip("%")) / (100 if bound.endswith("%") else 1)
+    if value is None:
+        return ""
+    return "PASS" if (value >= bound if least else value <= bound) else "MISS"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# files
+
+
+def about():
+    """Machine, versions and commit of a run."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), cpu)
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "-"
+    found = {"cpu": f"{cpu}, {os.cpu_count()} cores", "gpu": "-", "versions": versions}
+    found |= {"commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else "")}
+    return found | {"date": time.strftime("%Y-%m-%d")}
+
+
+def _git(*command):
+    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def save(part, kind, rows, folder, **more):
+    """Rows of one part → PART_KIND.csv; where and with what they were measured → about.json."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, f"{part}_{kind}.csv"), "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for r in rows:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()})
+    path = os.path.join(folder, "about.json")
+    runs = load_about(folder) | {f"{part}_{kind}": about() | more}
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(dict(sorted(runs.items())), f, indent=1, ensure_ascii=False)
+        f.write("\n")
+
+
+def load(part, kind, folder):
+    """Rows of a part as they were saved, numbers as floats; [] where it has not been run."""
+    path = os.path.join(folder, f"{part}_{kind}.csv")
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="", encoding="utf-8") as f:
+        return [{k: _number(v) for k, v in r.items()} for r in csv.DictReader(f)]
+
+
+def load_about(folder):
+    path = os.path.join(folder, "about.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def _number(text):
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# tables
+
+
+def figure(x):
+    """Three digits, and thousands with a comma."""
+    if x is None:
+        return "-"
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" if abs(x) < 1 else f"{x:.{1 if abs(x) >= 10 else 2}f}"
+
+
+def spread(r, who):
+    """Half the range of the rounds, as a share of the median; "" for a single round."""
+    low, high, mid = (r.get(f"{who}{k}") for k in ("_low", "_high", ""))
+    return f" ±{50 * (high - low) / mid:.0f}%" if mid and high is not None and high > low else ""
+
+
+def cells(r):
+    """The cells of a row, as text."""
+    goal, share = r.get("goal"), r.get("share_goal")
+    unmeasured = "not measured" if r.get("note") == "not measured" else "-"
+    return [
+        r["row"], r["unit"], figure(r["ours"]) + spread(r, "ours") if r.get("ours") is not None else unmeasured,
+        r.get("peer") or "", figure(r.get("theirs")) + spread(r, "theirs"),
+        "-" if r.get("ratio") is None else f"{r['ratio']:.2f}×",
+        "" if goal is None else goal if isinstance(goal, str) else f"≥ {goal:g}×", r.get("verdict") or "",
+        figure(r.get("ours_mib")), figure(r.get("theirs_mib")),
+        "-" if r.get("share") is None else f"{r['share']:.0%}",
+        "" if share is None else share if isinstance(share, str) else f"≤ {share:.0%}",
+        r.get("share_verdict") or "",
+    ]  # fmt: skip
+
+
+TITLES = "row|unit|ours|peer|theirs|ratio|goal||MiB|theirs|share|goal|".split("|")
+
+
+def _used(rows):
+    """Titles and cells without the columns that are empty in every row."""
+    table = [cells(r) for r in rows]
+    keep = [i for i in range(len(TITLES)) if any(c[i] not in ("", "-") for c in table)]
+    return [TITLES[i] for i in keep], [[c[i] for i in keep] for c in table]
+
+
+def console(title, rows, run=None):
+    """The table as text; columns as wide as they must be."""
+    titles, table = _used(rows)
+    widths = [max(len(line[i]) for line in [titles, *table]) for i in range(len(titles))]
+    left = {i for i, t in enumerate(titles) if t in ("row", "peer", "unit")}
+    lines = [title]
+    if run:
+        versions = " ".join(f"{k} {v}" for k, v in run["versions"].items() if v != "-")
+        lines.append(f"{run['cpu']}; {versions}; commit {run['commit']}, {run['date']}")
+    for line in [titles, *table]:
+        text = (f"{x:<{w}}" if i in left else f"{x:>{w}}" for i, (x, w) in enumerate(zip(line, widths)))
+        lines.append("  ".join(text).rstrip())
+    return "\n".join(lines)
+
+
+def markdown(rows, run=None):
+    """The table for the docs."""
+    titles, table = _used(rows)
+    lines = [titles, ["---"] * len(titles), *table]
+    out = "\n".join("| " + " | ".join(x.replace("|", "\\|") for x in line) + " |" for line in lines)
+    if run:
+        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items() if v != "-")
+        out += f"\n\n{run['cpu']}; {versions}; commit {run['commit']}, {run['date']}."
+    return out
+
+
+def fill(path, blocks):
+    """Replace what stands between <!-- bench NAME --> and <!-- end --> in a page; other names stay as is."""
+    with open(path, encoding="utf-8") as f:
+        old = f.read()
+
+    def block(m):
+        return f"{m[1]}\n{blocks[m[2]]}\n{m[4]}" if m[2] in blocks else m[0]
+
+    new = re.sub(r"(<!-- bench (\S+) -->)(.*?)(<!-- end -->)", block, old, flags=re.S)
+    if new != old:
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(new)
