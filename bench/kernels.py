@@ -38,9 +38,11 @@ from nanorlhf.common import pyplot  # noqa: E402
 from nanorlhf.kernels import reference  # noqa: E402
 
 CPU_SHAPES = [(4096, 384, 50257), (2048, 96, 512)]
+QUICK_SHAPES = [(128, 32, 512)]  # to see that it runs
 GPU_SHAPES = [(N, D, V) for V in (50257, 151936) for N in (8192, 65536) for D in (768, 1024, 2048, 4096)]
 GPU_SHAPES.insert(1, (8192, 768, 50304))  # beside 50257: what an odd vocabulary costs
 MiB = 1 << 20
+RESULTS = os.path.join(ROOT, "bench", "results")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -86,13 +88,15 @@ def liger(x, w, targets):
     return _ChunkedSelectiveLogProbFunction.apply(x, w, targets, None, 1.0, 4096)
 
 
-def variants(device):
+def variants(device, quick=False):
     found = {"ours": ours, "naive": naive, "naive + entropy": naive_entropy,
              "naive, compiled": torch.compile(naive, dynamic=False), "rows in chunks": rows_in_chunks,
              "TRL": trl, "Liger": liger}
     if device == "cuda":
         found |= {f"ours, {design}": partial(ours, design=design) for design in ("fused", "stored")}
         found["ours, torch"] = ours_torch
+    if quick:
+        found = {name: found[name] for name in ("ours", "naive")}
     usable = {}
     for name, f in found.items():
         try:
@@ -306,17 +310,22 @@ def write(path, rows):
 def main(argv):
     options = dict(zip(argv[::2], argv[1::2]))
     device = options.get("--device", "cuda" if torch.cuda.is_available() else "cpu")
-    rounds, only = int(options.get("--rounds", 5)), options.get("--only")
+    run(device, int(options.get("--rounds", 5)), options.get("--only"))
+
+
+def run(device, rounds, only=None, folder=RESULTS, quick=False):
+    """Measure all shapes, or those of the width `only` → kernels_DEVICE.csv in the folder, and the figure."""
     kind = "gpu" if device == "cuda" else "cpu"
-    path = os.path.join(ROOT, "bench", "results", f"kernels_{kind}.csv")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"kernels_{kind}.csv")
     torch.set_num_threads(1)
-    variants_of.update(variants(device))
+    variants_of.update(variants(device, quick))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = []
     if only and os.path.exists(path):
         with open(path, newline="") as f:
             rows = [row for row in csv.DictReader(f) if row["D"] != only]
-    for shape in GPU_SHAPES if device == "cuda" else CPU_SHAPES:
+    for shape in QUICK_SHAPES if quick else GPU_SHAPES if device == "cuda" else CPU_SHAPES:
         if only in (None, str(shape[1])):
             print(f"\nN {shape[0]:,}  D {shape[1]:,}  V {shape[2]:,}  {str(dtype)[6:]}, {device}")
             titles = ("fwd ms", "f+b ms", "/ours", "MiB", "logp", "dhidden", "dweight")
@@ -324,8 +333,9 @@ def main(argv):
             torch._dynamo.reset()  # or torch.compile meets a second shape and turns to dynamic ones
             rows += measure(shape, device, dtype, rounds)
             write(path, rows)  # after every shape: a run that is cut short keeps what it has
-    with open(path, newline="") as f:
-        plot(list(csv.DictReader(f)), os.path.join(ROOT, "docs", "img", f"kernels_{kind}.png"))
+    if not quick:
+        with open(path, newline="") as f:
+            plot(list(csv.DictReader(f)), os.path.join(ROOT, "docs", "img", f"kernels_{kind}.png"))
 
 
 variants_of = {}

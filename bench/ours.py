@@ -1,4 +1,4 @@
-"""Our variants, each in a process of its own (bench/worker.py): a whole train() of a trainer, or the bare model."""
+"""Our variants, each in a process of its own (bench/worker.py): a whole train(), or the bare model."""
 
 import importlib
 import time
@@ -16,7 +16,7 @@ def run(spec, turn):
     if spec.get("lengths"):
         plan_lengths(spec["lengths"])
     trainer = importlib.import_module(f"train_{spec['job']}")
-    extra = count_reference(trainer, spec["config"]["batch_size"]) if spec["job"] == "dpo" else {"cpu_more": 0.0}
+    extra = count_reference(trainer, spec["config"]["batch_size"]) if spec["job"] == "dpo" else {}
     log_row = common.Log.row
 
     def row(log, step, metrics):

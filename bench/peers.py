@@ -74,8 +74,12 @@ def nanogpt(spec):
 def trl(spec, turn):
     import trl
     from datasets import Dataset, disable_progress_bars
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from transformers import TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        TrainerCallback,
+    )
 
     disable_progress_bars()
     job, out, cpu = spec["job"], spec["out"], spec["device"] == "cpu"
@@ -87,9 +91,9 @@ def trl(spec, turn):
     auto = AutoModelForSequenceClassification if job == "rm" else AutoModelForCausalLM
     model = auto.from_pretrained(spec["model"], dtype=torch.float32, **more)
     args = dict(
-        output_dir=out, per_device_train_batch_size=spec["rows"], max_steps=10_000, learning_rate=1e-4, seed=0,
-        bf16=spec["dtype"] == "bfloat16", use_cpu=cpu, report_to="none", save_strategy="no", disable_tqdm=True,
-        gradient_checkpointing=spec["variant"] == "TRL defaults",
+        output_dir=out, per_device_train_batch_size=spec["rows"], max_steps=10_000, learning_rate=1e-4,
+        bf16=spec["dtype"] == "bfloat16", use_cpu=cpu, report_to="none", save_strategy="no", seed=0,
+        disable_tqdm=True, gradient_checkpointing=spec["variant"] == "TRL defaults",
     )  # fmt: skip
     kw = dict(model=model, train_dataset=data, processing_class=tok)
     if job == "grpo":

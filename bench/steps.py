@@ -1,20 +1,20 @@
 """Whole steps of the trainers, as a user gets them: data, rollout, reward, loss, update, logging.
 
-Every variant is a real run of its trainer in a process of its own (bench/worker.py), and they do their steps in
-turn. Equal for all: the weights (a folder that we saved), the tokenizer, the data file, batch size, sequence
-lengths, dtype, one thread, AdamW, and the tokens that count in every step, which is asserted. For GRPO the
-lengths of the responses are planned: EOS is forced at the same lengths for everybody, a fresh permutation of
-them over the rows of each step.
+Every variant is a real run of its trainer in a process of its own (bench/worker.py), and they do their
+steps in turn. Equal for all: the weights (a folder that we saved), the tokenizer, the data file, batch size,
+sequence lengths, dtype, one thread, AdamW, and the tokens that count in every step, which is asserted. For
+GRPO and PPO the lengths of the responses are planned: EOS is forced at the same lengths for everybody, a fresh
+permutation of them over the rows of each step.
 
-Not equal: the order of the rows, and the random numbers (so the sampled tokens). TRL's DPO scores the reference
-in each step; ours once per pair before the first, of which a step is charged its share, as in the first epoch.
-TRL computes a token-mean GRPO loss ("dapo") as ours does, and neither has a KL term or a reference.
+Not equal: the order of the rows, and the random numbers (so the sampled tokens). TRL's DPO scores the
+reference in each step; ours once per pair before the first, of which a step is charged its share, as in the
+first epoch. TRL computes a token-mean GRPO loss ("dapo") as ours does, and neither has a KL term or a
+reference.
 """
 
 import itertools
 import json
 import math
-import os
 import random
 import string
 import sys
@@ -44,7 +44,7 @@ PROMPT, LENGTH = 16, 128  # tokens of a prompt; of a demonstration or one side o
 def save_model(folder, size, max_len, vocab=0):
     """A random GPT-2-shaped model with a tokenizer whose tokens are words, saved → tokenizer.
 
-    EOS is the last id (bench/ours.py needs it there), and every word is one token for us and for transformers.
+    EOS is the last id (bench/ours.py needs it there), and every word is one token, for transformers too.
     """
     layers, width, heads, V = SIZES[size]
     V = vocab or V
@@ -59,7 +59,7 @@ def save_model(folder, size, max_len, vocab=0):
 
 
 def save_data(path, tok, keys, n, length, prompt=PROMPT):
-    """n rows of random words, a prompt and as many tokens in each other key as fill `length` with their EOS."""
+    """n rows of random words: a prompt, and in each other key as many as fill `length` with an EOS."""
     rng = random.Random(0)
     with open(path, "w") as f:
         for _ in range(n):
@@ -69,15 +69,20 @@ def save_data(path, tok, keys, n, length, prompt=PROMPT):
 
 
 def ragged(rows, longest, mean=None):
-    """Planned lengths: even from 1 to the longest, or with a `mean`, those of an exponential law, cut there."""
+    """Planned lengths: even from 1 to the longest, or with a `mean` exponential, cut there."""
     if mean is None:
         return [1 + round(i * (longest - 1) / (rows - 1)) for i in range(rows)]
     return [min(longest, max(1, round(-mean * math.log(1 - (i + 0.5) / rows)))) for i in range(rows)]
 
 
 def variants(tmp, job, size, vocab=0, rows=16, prompts=8, group=8, new=64, mean=None, length=LENGTH,
-             prompt=PROMPT, device="cpu", dtype="float32", peers=()):
-    """Write model and data → {variant: spec for its worker}, ours first."""
+             prompt=PROMPT, budget=1024, device="cpu", dtype="float32", peers=()):
+    """Write model and data → {variant: spec for its worker}, ours first.
+
+    rows, length   of SFT, RM and DPO: rows or pairs a step, tokens of a row (or of a side), prompt included
+    prompts, group, new, mean   of GRPO: prompts a step, samples of each, longest response, see `ragged`
+    budget         our --tokens_per_microbatch for GRPO: less padding than with its default, the same loss
+    """
     tok = save_model(f"{tmp}/model", size, max(length, prompt + new), vocab)
     keys = {"sft": ("prompt", "response"), "grpo": ("prompt",)}.get(job, ("prompt", "chosen", "rejected"))
     n = max(96, 8 * prompts)
@@ -93,8 +98,9 @@ def variants(tmp, job, size, vocab=0, rows=16, prompts=8, group=8, new=64, mean=
     if job == "grpo":
         plan = ragged(prompts * group, new, mean)
         shared |= dict(lengths=plan, group=group, new=new, rows=prompts * group)
-        config |= dict(prompts_per_step=prompts, group_size=group, max_new_tokens=str(new), minibatches=1, ref="none",
-                       reward=[f"{ROOT}/bench/reward.py:score"], reward_timeout=0.0, eval_prompts=1)  # fmt: skip
+        config |= dict(prompts_per_step=prompts, group_size=group, max_new_tokens=str(new), minibatches=1,
+                       ref="none", tokens_per_microbatch=budget, reward_timeout=0.0, eval_prompts=1,
+                       reward=[f"{ROOT}/bench/reward.py:score"])  # fmt: skip
     else:
         shared["rows"] = config["batch_size"] = rows
         config |= dict(eval_prompts=1, max_new_tokens=4) if job == "dpo" else {}
@@ -137,7 +143,8 @@ def in_turn(specs, rounds, warmup, tmp, pythons=None):
 
 def seconds(run, gpu):
     """Seconds of each round: CPU seconds, or on a GPU those of the wall."""
-    return run["wall"] if gpu else [a + b for a, b in zip(run["cpu"], run.get("cpu_more", [0] * len(run["cpu"])))]
+    more = run.get("cpu_more", [0.0] * len(run["cpu"]))
+    return run["wall"] if gpu else [a + b for a, b in zip(run["cpu"], more)]
 
 
 def compare(name, found, goals, share_goals, gpu=False):
@@ -147,7 +154,8 @@ def compare(name, found, goals, share_goals, gpu=False):
     for peer, goal in goals.items():
         run = found.get(peer)
         if run:
-            assert run["tokens"] == ours["tokens"], f"{name}: {ours['tokens']} tokens, {peer}: {run['tokens']}"
+            both = f"{name}: {ours['tokens']} tokens, {peer}: {run['tokens']}"
+            assert run["tokens"] == ours["tokens"], both
         mib = max(ours["mib"]), run and max(run["mib"])
         walls = {"ours_wall": sum(ours["wall"]) / len(ours["wall"])}
         walls |= {"theirs_wall": sum(run["wall"]) / len(run["wall"])} if run else {}
@@ -163,7 +171,7 @@ CPU = [  # name, goals in time, goals in memory, what variants() gets
     ("DPO, 4.9M, V 512", {TUNED: 1.1, DEFAULTS: 1.2}, {}, dict(job="dpo", size="4.9M")),
     ("GRPO, 4.9M, V 512", {TUNED: 1.6, DEFAULTS: None}, {TUNED: 0.55}, dict(job="grpo", size="4.9M")),
     ("GRPO, 0.8M, V 512", {TUNED: 2.2}, {}, dict(job="grpo", size="0.8M", mean=12)),
-    ("GRPO, demo's size, V 544", {TUNED: 4.0}, {}, dict(job="grpo", size="demo", prompts=12, new=40)),
+    ("GRPO, demo's size, V 544", {TUNED: 4.0}, {}, dict(job="grpo", size="demo", mean=12)),
     ("SFT, V 50,257", {TUNED: 2.6}, {TUNED: 0.36}, dict(job="sft", size="4.9M", vocab=50257)),
     ("GRPO, V 50,257", {TUNED: 2.4}, {TUNED: 0.28}, dict(job="grpo", size="4.9M", vocab=50257)),
 ]
@@ -177,15 +185,18 @@ QUICK = [
 
 def rows(quick=False, gpu=False, rounds=0, only=""):
     """All rows of this part; `only` takes those whose name contains it."""
+    return measure([x for x in (QUICK if quick else CPU) if only in x[0]], rounds or quick)
+
+
+def measure(wanted, rounds=0, gpu=False):
+    """Rows of (name, goals, share goals, arguments of `variants`); 5 rounds, of the slow ones 3."""
     out = []
-    for name, goals, shares, what in QUICK if quick else CPU:
-        if only not in name:
-            continue
+    for name, goals, shares, what in wanted:
         heavy = what.get("vocab", 0) > 1000
         with tempfile.TemporaryDirectory() as tmp:
             specs = variants(tmp, **what, peers=goals)
-            found = in_turn(specs, rounds or (1 if quick else 3 if heavy else 5), 1 if heavy else 2, tmp)
-        for r in compare(name, found, goals, shares):
+            found = in_turn(specs, rounds or (3 if heavy else 5), 1 if heavy else 2, tmp)
+        for r in compare(name, found, goals, shares, gpu):
             out.append(r)
-            print("  ".join(x for x in table.cells(r) if x), flush=True)
+            table.progress(r)
     return out

@@ -15,12 +15,14 @@ import subprocess
 import time
 from importlib import metadata
 
+import torch
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "bench", "results")
 QUICK = os.path.join(ROOT, "out", "bench")  # where --quick writes: its figures mean nothing
 COLUMNS = (
-    "row unit ours ours_low ours_high ours_wall peer theirs theirs_low theirs_high theirs_wall ratio goal verdict "
-    "ours_mib theirs_mib share share_goal share_verdict tokens note"
+    "row unit ours ours_low ours_high ours_wall peer theirs theirs_low theirs_high theirs_wall ratio goal "
+    "verdict ours_mib theirs_mib share share_goal share_verdict tokens note"
 ).split()
 PACKAGES = "torch transformers trl liger-kernel numpy".split()
 
@@ -77,6 +79,8 @@ def about():
         except metadata.PackageNotFoundError:
             versions[name] = "-"
     found = {"cpu": f"{cpu}, {os.cpu_count()} cores", "gpu": "-", "versions": versions}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
     found |= {"commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else "")}
     return found | {"date": time.strftime("%Y-%m-%d")}
 
@@ -86,16 +90,20 @@ def _git(*command):
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def save(part, kind, rows, folder, **more):
-    """Rows of one part → PART_KIND.csv; where and with what they were measured → about.json."""
+def save(part, kind, rows, folder):
+    """Rows of one part → PART_KIND.csv."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, f"{part}_{kind}.csv"), "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for r in rows:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()})
+
+
+def save_about(part, kind, folder):
+    """Where and with what a part was measured → about.json."""
     path = os.path.join(folder, "about.json")
-    runs = load_about(folder) | {f"{part}_{kind}": about() | more}
+    runs = load_about(folder) | {f"{part}_{kind}": about()}
     with open(path, "w", encoding="utf-8") as f:
         json.dump(dict(sorted(runs.items())), f, indent=1, ensure_ascii=False)
         f.write("\n")
@@ -145,9 +153,11 @@ def spread(r, who):
 def cells(r):
     """The cells of a row, as text."""
     goal, share = r.get("goal"), r.get("share_goal")
-    unmeasured = "not measured" if r.get("note") == "not measured" else "-"
+    ours = "not measured" if r.get("note") == "not measured" else "-"
+    if r.get("ours") is not None:
+        ours = figure(r["ours"]) + spread(r, "ours")
     return [
-        r["row"], r["unit"], figure(r["ours"]) + spread(r, "ours") if r.get("ours") is not None else unmeasured,
+        r["row"], r["unit"], ours,
         r.get("peer") or "", figure(r.get("theirs")) + spread(r, "theirs"),
         "-" if r.get("ratio") is None else f"{r['ratio']:.2f}×",
         "" if goal is None else goal if isinstance(goal, str) else f"≥ {goal:g}×", r.get("verdict") or "",
@@ -159,6 +169,11 @@ def cells(r):
 
 
 TITLES = "row|unit|ours|peer|theirs|ratio|goal||MiB|theirs|share|goal|".split("|")
+
+
+def progress(r):
+    """One measured row at once, in a long run."""
+    print("  ".join(x for x in cells(r) if x), flush=True)
 
 
 def _used(rows):

@@ -1,6 +1,6 @@
 """One variant of a benchmark in a process of its own, which does one step each time that it is told to.
 
-    python -m bench.worker '{"who": "ours", "job": "sft", ...}'        what bench starts; not for hands
+    python -m bench.worker        what bench starts, with {"who": "ours", "job": "sft", ...} on stdin
 
 A whole train() runs here; at the end of each of its steps it reports and waits. So the variants of a row can
 take turns, no peer's imports count as ours, and a step is what a user gets, its data, logging and all. CPU
@@ -30,9 +30,10 @@ class Worker:
         self.log = log
         with open(log, "w") as stderr:
             self.process = subprocess.Popen(
-                [python, "-m", "bench.worker", json.dumps(spec)], cwd=ROOT, env=os.environ | quiet, text=True,
+                [python, "-m", "bench.worker"], cwd=ROOT, env=os.environ | quiet, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
             )  # fmt: skip
+        self.process.stdin.write(json.dumps(spec) + "\n")
 
     def step(self):
         """One step more → {"cpu", "wall", "mib", "tokens", ...}; the first includes start and warm-up."""
@@ -102,6 +103,6 @@ def lengths_of(plan, step):
 
 
 if __name__ == "__main__":
-    spec, turn = json.loads(sys.argv[1]), Turn()
+    spec, turn = json.loads(sys.stdin.readline()), Turn()
     turn.wait()
     importlib.import_module(f"bench.{spec['who']}").run(spec, turn)

@@ -1,0 +1,124 @@
+"""Our numbers beside the peers': time, memory, and whether the goal is met. One table a part.
+
+    python -m bench                    all parts on the CPU, 20 minutes of a quiet machine
+    python -m bench steps import       these parts: kernels, training, generation, steps, import, install
+    python -m bench steps --only GRPO  the rows whose name has GRPO in it; the others stay as they were
+    python -m bench --quick            the smallest sizes and one round: to see that it runs, no more
+    python -m bench --gpu              what only a GPU can say (bf16), into tables of their own
+    python -m bench --report           no measuring: print all tables, write them into docs/performance.md
+
+Peers (pip install -e ".[peers]"): transformers, TRL, Liger-Kernel; a row whose peer is missing shows "-". Two
+more by environment variables: PPO_PYTHON=path/bin/python, that of an environment with trl==1.9.2, the last
+that had PPO, and NANOGPT=path/model.py. Times are CPU seconds of the process on one thread, medians over
+rounds in which the variants take turns, ± half the range; memory is the largest resident set of a process that
+ran one variant alone. A part that is done is kept in bench/results/PART_cpu.csv, with machine, versions and
+commit in about.json.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+
+import torch
+
+from bench import gpu, heads, install, steps, table, training
+from nanorlhf.common import UserError, require
+
+GENERATION = "Generation, 64 rows, useful tokens a second"
+
+
+def generation_rows(quick=False, gpu=False, rounds=0, only=""):
+    """bench/generation.py, where it is there."""
+    if importlib.util.find_spec("bench.generation") is None:
+        return []
+    return [r for r in importlib.import_module("bench.generation").rows(quick, gpu) if only in r["row"]]
+
+
+PARTS = {
+    "kernels": ("Log-probs from hidden states, forward and backward", heads.rows),
+    "training": ("Training step of the bare model, 16 × 128 tokens", training.rows),
+    "generation": (GENERATION, generation_rows),
+    "steps": ("A whole step of a trainer", steps.rows),
+    "import": ("Import of a trainer, from the start of Python", install.import_rows),
+    "install": ("What an install brings beyond torch", install.install_rows),
+}
+MEMORY = "Peak memory beside the peers' (the rows above that have a goal for it)"
+GPU_PARTS = {
+    "roofline": ("What this GPU does at most", gpu.roofline_rows),
+    "kernels": ("Log-probs from hidden states, forward and backward, bf16", heads.rows),
+    "training": ("Training step, sequence 2,048, bf16", gpu.training_rows),
+    "generation": ("Generation, bf16", generation_rows),
+    "steps": ("A GRPO step, bf16", gpu.step_rows),
+}
+PAGE = os.path.join(table.ROOT, "docs", "performance.md")
+
+
+def measure(parts, quick, on_gpu, rounds, only, folder):
+    """Run the parts, each kept as soon as it is done."""
+    kind, known = ("gpu", GPU_PARTS) if on_gpu else ("cpu", PARTS)
+    for part in parts or known:
+        title, rows = known[part]
+        print(f"\n{title} ...", flush=True)
+        more = {"folder": folder} if part == "kernels" else {}
+        found = rows(quick=quick, gpu=on_gpu, rounds=rounds, only=only, **more)
+        if part != "kernels":  # that one has a CSV of its own
+            new = {(r["row"], r["peer"]) for r in found}
+            old = table.load(part, kind, folder) if only else []
+            table.save(part, kind, [r for r in old if (r["row"], r["peer"]) not in new] + found, folder)
+        table.save_about(part, kind, folder)
+
+
+def tables(folder):
+    """→ {name in the page: (title, rows, run)} of all that has been measured."""
+    runs, out = table.load_about(folder), {}
+    for kind, known in (("cpu", PARTS), ("gpu", GPU_PARTS)):
+        for part, (title, _) in known.items():
+            rows = heads.from_csv(folder, kind) if part == "kernels" else table.load(part, kind, folder)
+            if kind == "gpu" and not rows:
+                rows = gpu.NOT_MEASURED.get(part, [])
+            if rows:
+                out[f"{part}_{kind}"] = title, rows, runs.get(f"{part}_{kind}")
+    memory = [r for name, (_, rows, _) in out.items() if name.endswith("cpu") for r in rows
+              if r.get("share_goal") not in (None, "")]  # fmt: skip
+    if memory:
+        keys = ("row", "peer", "ours_mib", "theirs_mib", "share")
+        keys += ("share_goal", "share_verdict")
+        out["memory_cpu"] = MEMORY, [{k: r.get(k) for k in keys} | {"unit": "MiB"} for r in memory], None
+    return out
+
+
+def main(argv):
+    options, parts = {"--rounds": "0", "--only": ""}, []
+    flags = {"--quick": False, "--gpu": False, "--report": False}
+    args = iter(argv)
+    for x in args:
+        if x in flags:
+            flags[x] = True
+        elif x in options:
+            options[x] = next(args, "")
+            require(options[x], f"{x} needs a value")
+        else:
+            known = GPU_PARTS if "--gpu" in argv else PARTS
+            require(x in known, f"{x}: no such part or flag; parts: {', '.join(known)}, flags: see --help")
+            parts.append(x)
+    require(options["--rounds"].isdigit(), f"--rounds {options['--rounds']}: must be an integer")
+    require(torch.cuda.is_available() or not flags["--gpu"], "--gpu: this torch sees no GPU")
+    folder = table.QUICK if flags["--quick"] else table.RESULTS
+    if not flags["--report"]:
+        measure(parts, flags["--quick"], flags["--gpu"], int(options["--rounds"]), options["--only"], folder)
+    found = tables(folder)
+    for title, rows, run in found.values():
+        print("\n" + table.console(title, rows, run))
+    if flags["--report"] and not flags["--quick"]:
+        table.fill(PAGE, {name: table.markdown(rows, run) for name, (_, rows, run) in found.items()})
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(print(__doc__))
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        print(f"python -m bench: error: {e}", file=sys.stderr)
+        sys.exit(2)
