@@ -10,9 +10,9 @@
 Peers (pip install -e ".[peers]"): transformers, TRL, Liger-Kernel; a row whose peer is missing shows "-". Two
 more by environment variables: PPO_PYTHON=path/bin/python, that of an environment with trl==1.9.2, the last
 that had PPO, and NANOGPT=path/model.py. Times are CPU seconds of the process on one thread, medians over
-rounds in which the variants take turns, ± half the range; memory is the largest resident set of a process that
-ran one variant alone. A part that is done is kept in bench/results/PART_cpu.csv, with machine, versions and
-commit in about.json.
+rounds in which the variants take turns, ± half the range; memory is the largest resident set of a process
+that ran one variant alone. A part that is done is kept in bench/results/PART_cpu.csv; machine, versions and
+commit stand in about.json.
 """
 
 import importlib
@@ -51,7 +51,7 @@ GPU_PARTS = {
     "generation": ("Generation, bf16", generation_rows),
     "steps": ("A GRPO step, bf16", gpu.step_rows),
 }
-PAGE = os.path.join(table.ROOT, "docs", "performance.md")
+PAGE, README = (os.path.join(table.ROOT, *x) for x in (("docs", "performance.md"), ("README.md",)))
 
 
 def measure(parts, quick, on_gpu, rounds, only, folder):
@@ -88,6 +88,14 @@ def tables(folder):
     return out
 
 
+def summary(found):
+    """The rows of steps and generation that have a goal, one peer each and without the goals."""
+    parts = [found[name][1] for name in ("steps_cpu", "generation_cpu") if name in found]
+    rows = [r for part in parts for r in part if r["goal"]]
+    first = {r["row"]: r for r in reversed(rows)}.values()
+    return [r | dict.fromkeys(("goal", "verdict", "share_goal", "share_verdict")) for r in reversed(first)]
+
+
 def main(argv):
     options, parts = {"--rounds": "0", "--only": ""}, []
     flags = {"--quick": False, "--gpu": False, "--report": False}
@@ -108,10 +116,12 @@ def main(argv):
     if not flags["--report"]:
         measure(parts, flags["--quick"], flags["--gpu"], int(options["--rounds"]), options["--only"], folder)
     found = tables(folder)
-    for title, rows, run in found.values():
-        print("\n" + table.console(title, rows, run))
+    for name, (title, rows, run) in found.items():
+        if name.split("_")[0] in (parts or [name.split("_")[0]]):
+            print("\n" + table.console(title, rows, run))
     if flags["--report"] and not flags["--quick"]:
         table.fill(PAGE, {name: table.markdown(rows, run) for name, (_, rows, run) in found.items()})
+        table.fill(README, {"summary": table.markdown(summary(found))})
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def step_flops(size, tokens, sequence):
 def training_rows(quick=False, gpu=True, rounds=0, only=""):
     """Seconds of a step beside transformers', and the share of the matmul rate of this run."""
     size, B, T = ("tiny", 2, 64) if quick else ("1.5B", BATCH, SEQUENCE)
-    name = f"training step, {size}, {B} × {T:,}"
+    name = f"{size}, {B} × {T:,}"
     out = training.measure(name, {training.HF: None}, size, 0, B, T, rounds or 5, "cuda", "bfloat16")
     rate = sorted(matmul_rate(10))[5]
     flops = step_flops(size, B * T, T)
@@ -85,7 +85,7 @@ def _later(name, peer, goal, unit="s"):
 
 NOT_MEASURED = {
     "training": [
-        _later("training step, 1.5B, 8 × 2,048: share of the matmul rate", training.HF, "≥ 50%", "share")
+        _later("1.5B, 8 × 2,048: share of the matmul rate", training.HF, "≥ 50%", "share")
     ],
     "steps": [_later(f"GRPO, {size}", steps.TUNED, 4.0) for size in ("124M", "0.5B")],
     "kernels": [

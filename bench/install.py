@@ -18,15 +18,14 @@ print(json.dumps([time.process_time(), peak / 1024, len(sys.modules)]))
 
 
 def import_rows(quick=False, gpu=False, rounds=0, only=""):
-    """CPU seconds from the start of the interpreter, peak memory and modules, in turn; the first round warms
-    the disk's cache."""
+    """CPU seconds from the start of the interpreter, peak memory and modules, in turn."""
     what = {"ours": "import train_grpo", "torch": "import torch", "TRL": "from trl import GRPOTrainer"}
     found = {name: [] for name in what if name != "TRL" or present("trl")}
-    for i in range(1 + (rounds or (1 if quick else 5))):
+    for i in range(1 if quick else 1 + (rounds or 5)):  # the first warms the disk's cache
         for name in found:
             command = [sys.executable, "-c", ENTRY.format(what=what[name])]
             done = subprocess.run(command, cwd=table.ROOT, capture_output=True, text=True, check=True)
-            if i:
+            if i or quick:
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
     times, mibs, modules = zip(*found["ours"])
     out = []

@@ -83,7 +83,7 @@ def trl(spec, turn):
 
     disable_progress_bars()
     job, out, cpu = spec["job"], spec["out"], spec["device"] == "cpu"
-    name = {"sft": "SFT", "rm": "Reward", "dpo": "DPO", "grpo": "GRPO"}[job]
+    name = {"sft": "SFT", "rm": "Reward", "dpo": "DPO", "grpo": "GRPO", "ppo": "PPO"}[job]
     with open(spec["data"]) as f:
         data = Dataset.from_list([json.loads(line) for line in f])
     tok = AutoTokenizer.from_pretrained(spec["model"])
@@ -96,10 +96,12 @@ def trl(spec, turn):
         disable_tqdm=True, gradient_checkpointing=spec["variant"] == "TRL defaults",
     )  # fmt: skip
     kw = dict(model=model, train_dataset=data, processing_class=tok)
+    if job == "ppo":
+        return ppo(spec, turn, args, tok, model, data)
     if job == "grpo":
         args |= dict(num_generations=spec["group"], max_completion_length=spec["new"], beta=0.0)
         kw["reward_funcs"] = lambda prompts, completions, **_: list(map(score, prompts, completions))
-        plan_lengths(model, tok.eos_token_id, spec["lengths"])
+        plan_lengths(model, tok.eos_token_id, spec)
     trainer = getattr(trl, f"{name}Trainer")(args=getattr(trl, f"{name}Config")(**args), **kw)
     compute_loss, seen = trainer.compute_loss, {}
 
@@ -116,6 +118,29 @@ def trl(spec, turn):
     trainer.train()
 
 
+def ppo(spec, turn, args, tok, model, data):
+    """The trainer that TRL 1.9.2 still has; one epoch, one minibatch, responses of full length."""
+    from transformers import AutoModelForSequenceClassification, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    seen = plan_lengths(model, tok.eos_token_id, spec)
+    scalar = (AutoModelForSequenceClassification.from_pretrained(spec["rm"], num_labels=1) for _ in "rv")
+    reward_model, value_model = scalar
+    ref_model = type(model).from_pretrained(spec["model"], dtype=torch.float32)
+    args.pop("max_steps")
+    args |= dict(num_ppo_epochs=1, num_mini_batches=1, response_length=spec["new"], temperature=1.0,
+                 total_episodes=10_000 * spec["rows"], num_sample_generations=0)  # fmt: skip
+    data = data.map(lambda row: {"input_ids": tok(row["prompt"]).input_ids}, remove_columns=["prompt"])
+
+    class Hook(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            turn.done(**seen)
+
+    PPOTrainer(args=PPOConfig(**args), processing_class=tok, model=model, ref_model=ref_model,
+               reward_model=reward_model, value_model=value_model, train_dataset=data, eval_dataset=data,
+               callbacks=[Hook()]).train()  # fmt: skip
+
+
 def counted_tokens(inputs):
     """The tokens that a step's figures count: of the loss; of the whole sequences for a reward model."""
     if "completion_mask" in inputs:
@@ -123,9 +148,12 @@ def counted_tokens(inputs):
     return (inputs["labels"] != -100).sum() if "labels" in inputs else inputs["attention_mask"].sum()
 
 
-def plan_lengths(model, eos_id, plan):
-    """Let every rollout end at these lengths: a logits processor that allows EOS there and nowhere else."""
-    generate, steps = model.generate, iter(range(1 << 30))
+def plan_lengths(model, eos_id, spec):
+    """Let every rollout end at the planned lengths: a logits processor allows EOS there and nowhere else.
+
+    → {"tokens": those of the last rollout}, filled as it goes.
+    """
+    generate, plan, steps, seen = model.generate, spec["lengths"], iter(range(1 << 30)), {}
 
     class Planned:
         def __init__(self, prompt):
@@ -139,6 +167,8 @@ def plan_lengths(model, eos_id, plan):
             return scores
 
     def planned(**inputs):
+        seen["tokens"] = sum(min(length, spec["new"]) for length in plan)
         return generate(**inputs, logits_processor=[Planned(inputs["input_ids"].shape[1])])
 
     model.generate = planned
+    return seen

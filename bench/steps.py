@@ -3,7 +3,7 @@
 Every variant is a real run of its trainer in a process of its own (bench/worker.py), and they do their
 steps in turn. Equal for all: the weights (a folder that we saved), the tokenizer, the data file, batch size,
 sequence lengths, dtype, one thread, AdamW, and the tokens that count in every step, which is asserted. For
-GRPO and PPO the lengths of the responses are planned: EOS is forced at the same lengths for everybody, a fresh
+GRPO and PPO the lengths of responses are planned: EOS is forced at the same lengths for everybody, a fresh
 permutation of them over the rows of each step.
 
 Not equal: the order of the rows, and the random numbers (so the sampled tokens). TRL's DPO scores the
@@ -15,6 +15,7 @@ reference.
 import itertools
 import json
 import math
+import os
 import random
 import string
 import sys
@@ -25,7 +26,7 @@ import torch
 from bench import table
 from bench.worker import ROOT, Failed, Worker
 from nanorlhf import hub
-from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.tokenizer import WORDS, Tokenizer
 
 SIZES = {  # layers, width, heads, vocabulary
@@ -84,8 +85,9 @@ def variants(tmp, job, size, vocab=0, rows=16, prompts=8, group=8, new=64, mean=
     budget         our --tokens_per_microbatch for GRPO: less padding than with its default, the same loss
     """
     tok = save_model(f"{tmp}/model", size, max(length, prompt + new), vocab)
-    keys = {"sft": ("prompt", "response"), "grpo": ("prompt",)}.get(job, ("prompt", "chosen", "rejected"))
-    n = max(96, 8 * prompts)
+    pairs = ("prompt", "chosen", "rejected")
+    keys = {"sft": ("prompt", "response"), "rm": pairs, "dpo": pairs}.get(job, ("prompt",))
+    n = max(96, 2 * prompts)
     save_data(f"{tmp}/data.jsonl", tok, keys, n, length, prompt)
     theirs = f"{tmp}/peers.jsonl"
     names = ("prompt", "completion") if job == "sft" else keys
@@ -101,6 +103,12 @@ def variants(tmp, job, size, vocab=0, rows=16, prompts=8, group=8, new=64, mean=
         config |= dict(prompts_per_step=prompts, group_size=group, max_new_tokens=str(new), minibatches=1,
                        ref="none", tokens_per_microbatch=budget, reward_timeout=0.0, eval_prompts=1,
                        reward=[f"{ROOT}/bench/reward.py:score"])  # fmt: skip
+    elif job == "ppo":
+        plan = [new + 1] * prompts  # none ends: the case in which we gain least
+        shared |= dict(lengths=plan, new=new, rows=prompts, rm=f"{tmp}/rm")
+        config |= dict(prompts_per_step=prompts, max_new_tokens=new, minibatches=1, eval_prompts=1)
+        config["rm"] = f"{tmp}/rm"
+        hub.save(ScalarModel(hub.load(f"{tmp}/model")[0]), tok, f"{tmp}/rm")
     else:
         shared["rows"] = config["batch_size"] = rows
         config |= dict(eval_prompts=1, max_new_tokens=4) if job == "dpo" else {}
@@ -111,15 +119,16 @@ def variants(tmp, job, size, vocab=0, rows=16, prompts=8, group=8, new=64, mean=
     return specs
 
 
-def in_turn(specs, rounds, warmup, tmp, pythons=None):
+def in_turn(specs, rounds, warmup, tmp):
     """Let the variants do their steps in turn → {variant: {"cpu", "wall", "tokens", ...: one value a round}}.
 
     A peer that fails is left out, and its last words are printed; if ours does, that is an error.
     """
     workers = {}
     for name, spec in specs.items():
-        python = (pythons or {}).get(name, sys.executable)
-        workers[name] = Worker(spec, f"{tmp}/{name.replace(' ', '-')}.log", python)
+        python = os.environ.get("PPO_PYTHON") if name == OLD else sys.executable
+        if python:
+            workers[name] = Worker(spec, f"{tmp}/{name.replace(' ', '-')}.log", python)
     found = {name: {} for name in workers}
     try:
         for i in range(warmup + rounds):
@@ -164,11 +173,12 @@ def compare(name, found, goals, share_goals, gpu=False):
     return rows
 
 
-TUNED, DEFAULTS = "TRL tuned", "TRL defaults"
+TUNED, DEFAULTS, OLD = "TRL tuned", "TRL defaults", "TRL 1.9.2"
 CPU = [  # name, goals in time, goals in memory, what variants() gets
     ("SFT, 4.9M, V 512", {TUNED: 1.1, DEFAULTS: 1.2}, {}, dict(job="sft", size="4.9M")),
     ("RM, 4.9M, V 512", {TUNED: 1.05, DEFAULTS: 1.2}, {}, dict(job="rm", size="4.9M")),
     ("DPO, 4.9M, V 512", {TUNED: 1.1, DEFAULTS: 1.2}, {}, dict(job="dpo", size="4.9M")),
+    ("PPO, 4.9M, V 512", {OLD: 1.2}, {}, dict(job="ppo", size="4.9M", prompts=64)),
     ("GRPO, 4.9M, V 512", {TUNED: 1.6, DEFAULTS: None}, {TUNED: 0.55}, dict(job="grpo", size="4.9M")),
     ("GRPO, 0.8M, V 512", {TUNED: 2.2}, {}, dict(job="grpo", size="0.8M", mean=12)),
     ("GRPO, demo's size, V 544", {TUNED: 4.0}, {}, dict(job="grpo", size="demo", mean=12)),
@@ -179,6 +189,7 @@ QUICK = [
     ("SFT, tiny", {TUNED: None}, {}, dict(job="sft", size="tiny", rows=4, length=32)),
     ("RM, tiny", {TUNED: None}, {}, dict(job="rm", size="tiny", rows=4, length=32)),
     ("DPO, tiny", {TUNED: None}, {}, dict(job="dpo", size="tiny", rows=4, length=32)),
+    ("PPO, tiny", {OLD: None}, {}, dict(job="ppo", size="tiny", prompts=8, new=8)),
     ("GRPO, tiny", {TUNED: None}, {}, dict(job="grpo", size="tiny", prompts=2, group=4, new=8)),
 ]
 

@@ -12,6 +12,7 @@ import platform
 import re
 import statistics
 import subprocess
+import textwrap
 import time
 from importlib import metadata
 
@@ -160,7 +161,7 @@ def cells(r):
         r["row"], r["unit"], ours,
         r.get("peer") or "", figure(r.get("theirs")) + spread(r, "theirs"),
         "-" if r.get("ratio") is None else f"{r['ratio']:.2f}×",
-        "" if goal is None else goal if isinstance(goal, str) else f"≥ {goal:g}×", r.get("verdict") or "",
+        "" if goal is None else goal if isinstance(goal, str) else f"≥ {goal:.3g}×", r.get("verdict") or "",
         figure(r.get("ours_mib")), figure(r.get("theirs_mib")),
         "-" if r.get("share") is None else f"{r['share']:.0%}",
         "" if share is None else share if isinstance(share, str) else f"≤ {share:.0%}",
@@ -188,10 +189,7 @@ def console(title, rows, run=None):
     titles, table = _used(rows)
     widths = [max(len(line[i]) for line in [titles, *table]) for i in range(len(titles))]
     left = {i for i, t in enumerate(titles) if t in ("row", "peer", "unit")}
-    lines = [title]
-    if run:
-        versions = " ".join(f"{k} {v}" for k, v in run["versions"].items() if v != "-")
-        lines.append(f"{run['cpu']}; {versions}; commit {run['commit']}, {run['date']}")
+    lines = [title, *textwrap.wrap(where(run), 100)]
     for line in [titles, *table]:
         text = (f"{x:<{w}}" if i in left else f"{x:>{w}}" for i, (x, w) in enumerate(zip(line, widths)))
         lines.append("  ".join(text).rstrip())
@@ -203,10 +201,16 @@ def markdown(rows, run=None):
     titles, table = _used(rows)
     lines = [titles, ["---"] * len(titles), *table]
     out = "\n".join("| " + " | ".join(x.replace("|", "\\|") for x in line) + " |" for line in lines)
-    if run:
-        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items() if v != "-")
-        out += f"\n\n{run['cpu']}; {versions}; commit {run['commit']}, {run['date']}."
-    return out
+    return f"{out}\n\n{where(run)}" if run else out
+
+
+def where(run):
+    """Machine, versions, commit and day of a run in one line; "" for None."""
+    if not run:
+        return ""
+    gpu = "" if run["gpu"] == "-" else f", {run['gpu']}"
+    versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items() if v != "-")
+    return f"{run['cpu']}{gpu}; {versions}; commit {run['commit']}, {run['date']}."
 
 
 def fill(path, blocks):

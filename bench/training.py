@@ -27,7 +27,7 @@ def rows(quick=False, gpu=False, rounds=0, only=""):
         if only in name:
             B, T = (2, 32) if quick else (16, 128)
             n = rounds or (1 if quick else 3 if vocab else 5)
-            out += measure(f"training step, {name}", goals, size, vocab, B, T, n)
+            out += measure(name, goals, size, vocab, B, T, n)
     return out
 
 

@@ -1,0 +1,89 @@
+"""python -m bench: verdicts, CSV, tables, and the parts that need no peer; no figure is tested."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import __main__ as bench
+from bench import install, table, training
+from bench.steps import ragged
+from nanorlhf.common import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("unit, ours, theirs, ratio", [("s", 2.0, 3.0, 1.5), ("tok/s", 200.0, 100.0, 2.0)])
+def test_a_ratio_above_one_is_in_our_favour(unit, ours, theirs, ratio):
+    r = table.row("x", unit, [ours], "peer", [theirs], goal=ratio + 0.01)
+    assert r["ratio"] == ratio and r["verdict"] == "MISS"
+    assert table.row("x", unit, [ours], "peer", [theirs], goal=ratio - 0.01)["verdict"] == "PASS"
+
+
+def test_goals_of_memory_and_of_our_own_value():
+    r = table.row("x", "s", [1.0, 3.0, 2.0], goal="≤ 1.9", mib=(50.0, 100.0), share_goal=0.5)
+    assert (r["ours"], r["ours_low"], r["ours_high"]) == (2.0, 1.0, 3.0)
+    assert (r["verdict"], r["share"], r["share_verdict"]) == ("MISS", 0.5, "PASS")
+    r = table.row("x", "share", [0.5], goal="≥ 50%", mib=(301.0, None), share_goal="≤ 300")
+    assert (r["verdict"], r["share_verdict"]) == ("PASS", "MISS")
+
+
+def test_without_a_peer_there_is_no_ratio_and_no_verdict():
+    r = table.row("x", "s", [1.0], "TRL", None, goal=1.1, mib=(5.0, None), share_goal=0.5)
+    assert "ratio" not in r and not r["verdict"] and not r["share_verdict"]
+    assert table.cells(r)[4:6] == ["-", "-"]
+    later = table.row("x", "s", None, "TRL", None, goal=1.1, note="not measured")
+    assert table.cells(later)[2] == "not measured"
+
+
+def test_rows_survive_the_csv_and_reach_the_page(tmp_path):
+    rows = [table.row("GRPO | a", "s", [1.0, 1.5, 2.0], "TRL tuned", [3.0], 1.6, (100.0, 200.0), 0.55),
+            table.row("SFT", "s", [1.0], "TRL tuned", None, 1.1)]  # fmt: skip
+    table.save("steps", "cpu", rows, tmp_path)
+    table.save_about("steps", "cpu", tmp_path)
+    found = bench.tables(tmp_path)
+    title, back, run = found["steps_cpu"]
+    assert [table.cells(r) for r in back] == [table.cells(r) for r in rows] and run["versions"]["torch"]
+    (memory,) = found["memory_cpu"][1]
+    assert (memory["row"], memory["share"], memory["share_verdict"]) == ("GRPO | a", 0.5, "PASS")
+    page = tmp_path / "page.md"
+    blocks = (f"{x}\n<!-- bench {x} -->\nold\n<!-- end -->\n" for x in ("steps_cpu", "other"))
+    page.write_text("".join(blocks))
+    table.fill(page, {"steps_cpu": table.markdown(back, run)})
+    lines = page.read_text().splitlines()
+    assert lines[0] == "steps_cpu" and lines[-4:] == ["other", "<!-- bench other -->", "old", "<!-- end -->"]
+    first = "| GRPO \\| a | s | 1.50 ±33% | TRL tuned | 3.00 | 2.00× | ≥ 1.6× | PASS | 100 | 200 | 50% |"
+    assert lines[4].startswith(first) and lines.count("old") == 1
+
+
+def test_quick_measures_what_needs_no_peer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "QUICK", str(tmp_path))
+    monkeypatch.setattr(install, "present", lambda name, known=install.present: name != "trl" and known(name))
+    bench.main(["import", "install", "--quick"])
+    ours = table.load("import", "cpu", tmp_path)
+    assert ours[0]["ours"] > 0 and ours[0]["ours_mib"] > 50 and ours[1]["ours"] > 500  # s, MiB, modules
+    packages, size = table.load("install", "cpu", tmp_path)
+    assert {"tiktoken", "numpy", "tqdm"} <= set(size["note"].split()) and 5 <= packages["ours"] < 50
+    assert "torch" not in size["note"].split() and "A whole step" not in capsys.readouterr().out
+
+
+def test_a_worker_does_a_step_when_it_is_told_to(monkeypatch):
+    """Ours alone, in a process of its own: the peers of this row are not installed, or not asked for."""
+    monkeypatch.setattr(training, "QUICK", [("tiny", {training.NANOGPT: None}, "tiny", 0)])
+    (r,) = training.rows(quick=True)
+    assert r["ours"] > 0 and r["ours_mib"] > 50 and r["tokens"] == 64 and r["theirs_mib"] is None
+
+
+def test_planned_lengths():
+    even, skewed = ragged(64, 64), ragged(64, 64, mean=12)
+    assert (min(even), max(even), sum(even)) == (1, 64, 64 * 65 // 2)
+    assert min(skewed) == 1 and max(skewed) <= 64 and 11 < sum(skewed) / 64 < 13
+
+
+def test_mistakes_are_named():
+    for argv, said in ((["stepz"], "stepz"), (["--rounds"], "--rounds"), (["--rounds", "x"], "--rounds x")):
+        with pytest.raises(UserError, match=said):
+            bench.main(argv)
+    done = subprocess.run([sys.executable, "-m", "bench", "nope"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
