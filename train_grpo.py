@@ -256,11 +256,24 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
         loss, clipped = -ratio.detach().clamp(max=cfg.cispo_cap) * adv * logp, ratio > cfg.cispo_cap
     else:
         loss, clipped = -adv * logp, torch.zeros_like(mask)
-    stats = {"clip": (w * clipped).sum().item(), "ratio_max": (ratio.detach() * mask).max().item()}
+    stats = {"clip": (w * clipped).sum(), "ratio_max": (ratio.detach() * mask).max()}
     if cfg.kl != "none" and cfg.kl_in == "loss":
         k = kl_estimate(logp, ref_logp, cfg.kl)
         loss = loss + cfg.beta * (k * token_ratio if cfg.kl_unbiased else k)
     return (w * torch.where(mask, loss, 0.0)).sum(), stats
+
+
+def token_loss(old_logp, ref_logp, adv, mask, w, cfg):
+    """policy_loss of some tokens, at `at` in (B, T), as if they were one row: GPT.logprobs forms its gradient
+    chunk by chunk. Not for --ratio sequence.
+    """
+
+    def loss(logp, entropy, at):
+        ref = None if ref_logp is None else ref_logp[at][None]
+        rows = adv[at[0]][None], mask[at][None], w[at][None]  # (1, n) each
+        return policy_loss(logp[None], old_logp[at][None], ref, *rows, cfg)[0]
+
+    return loss
 
 
 def gradient(policy, batch, cfg):
@@ -275,12 +288,18 @@ def gradient(policy, batch, cfg):
         T = int(batch["lengths"][mb].max())
         x, m, old_logp, w = (batch[name][mb, :T] for name in ("tokens", "mask", "old_logp", "w"))
         ref_logp = None if batch["ref_logp"] is None else batch["ref_logp"][mb, :T]
-        logp, entropy = policy.logprobs(x, m, cfg.temperature)
-        loss, seen = policy_loss(logp, old_logp, ref_logp, batch["adv"][mb], m, w, cfg)
-        loss.backward()
+        given = old_logp, ref_logp, batch["adv"][mb], m, w, cfg
+        if cfg.ratio == "token":
+            loss, logp, entropy = policy.logprobs(x, m, cfg.temperature, token_loss(*given))
+            loss.backward()
+            loss, seen = policy_loss(logp, *given)  # for the log
+        else:  # no sum over tokens: the ratio is one of whole rows
+            logp, entropy = policy.logprobs(x, m, cfg.temperature)
+            loss, seen = policy_loss(logp, *given)
+            loss.backward()
         total += loss.item()
-        stats["ratio_max"] = max(stats["ratio_max"], seen["ratio_max"])
-        stats["clip"] += seen["clip"] / batch["w_sum"]
+        stats["ratio_max"] = max(stats["ratio_max"], seen["ratio_max"].item())
+        stats["clip"] += seen["clip"].item() / batch["w_sum"]
         stats["entropy"] += entropy.sum().item() / batch["n_tokens"]
     return total, stats
 

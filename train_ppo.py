@@ -180,6 +180,11 @@ def policy_loss(logp, old_logp, adv, mask, clip, denom):
     return loss, {"clip": ((held > free) & mask).sum() / denom, "ratio_max": largest}
 
 
+def token_loss(old_logp, adv, mask, clip, denom):
+    """policy_loss of some tokens, at `at` in (B, T): GPT.logprobs forms its gradient chunk by chunk."""
+    return lambda logp, entropy, at: policy_loss(logp, old_logp[at], adv[at], mask[at], clip, denom)[0]
+
+
 def value_loss(value, old_value, ret, mask, clip, denom):
     """½ · the larger squared error, of the critic or of the critic held within ±clip of its old self.
 
@@ -203,13 +208,14 @@ def gradient(policy, critic, batch, cfg):
         T = int(batch["lengths"][mb].max())
         names = ("tokens", "mask", "old_logp", "adv", "old_value", "ret")
         x, m, old_logp, adv, old_value, ret = (batch[name][mb, :T] for name in names)
-        logp, entropy = policy.logprobs(x, m, cfg.temperature)
-        pg, seen = policy_loss(logp, old_logp, adv, m, cfg.clip, denom)
+        of_tokens = token_loss(old_logp, adv, m, cfg.clip, denom)
+        pg, logp, entropy = policy.logprobs(x, m, cfg.temperature, of_tokens)
         value = critic.values(x, m)
         vf, _ = value_loss(value, old_value, ret, m, cfg.value_clip, denom)
         loss = pg + cfg.vf_coef * vf
         loss.backward()
-        total += loss.item()
+        pg, seen = policy_loss(logp, old_logp, adv, m, cfg.clip, denom)  # for the log
+        total += (pg + cfg.vf_coef * vf).item()
         stats["ratio_max"] = max(stats["ratio_max"], seen["ratio_max"].item())
         stats["clip"] += seen["clip"].item()
         stats["value_loss"] += vf.item()

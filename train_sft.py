@@ -85,6 +85,11 @@ def sft_loss(logp, mask, denom):
     return -(logp * mask).sum() / denom
 
 
+def token_loss(mask, denom):
+    """sft_loss of some tokens, at `at` in (B, T): GPT.logprobs forms its gradient chunk by chunk."""
+    return lambda logp, entropy, at: sft_loss(logp, mask[at], denom)
+
+
 def batch_tensors(rows, tok, device, loss_on_prompt=False):
     """(ids, mask of the assistant's) rows → tokens (B, T), mask (B, T) bool of the tokens the loss counts."""
     tokens, _ = pad([ids for ids, _ in rows], tok.pad_id)  # detail 5
@@ -106,10 +111,10 @@ def gradient(model, batch, cfg):
     total = 0.0
     for mb in microbatches(lengths, cfg.tokens_per_microbatch):
         T = int(lengths[mb].max())
-        logp, _ = model.logprobs(tokens[mb, :T], mask[mb, :T], doc=doc[mb, :T] if cfg.pack else None)
-        loss = sft_loss(logp, mask[mb, :T], batch["denom"])
+        x, m, of_row = tokens[mb, :T], mask[mb, :T], doc[mb, :T] if cfg.pack else None
+        loss, logp, _ = model.logprobs(x, m, loss=token_loss(m, batch["denom"]), doc=of_row)
         loss.backward()
-        total += loss.item()
+        total += sft_loss(logp, m, batch["denom"]).item()
     return total, {}
 
 

@@ -53,7 +53,7 @@ FAULTS = [
         "nanorlhf/model.py",
         "hidden = self(tokens[:, :-1], doc=doc)  #", "hidden = self(tokens, doc=doc)[:, 1:]  #")),
     Fault("temperature", "sampled at 0.6, scored at 1", "ratio_max", "the health line, not the reward",
-        "--temperature 0.6", (GRPO, "logprobs(x, m, cfg.temperature)", "logprobs(x, m)"),
+        "--temperature 0.6", (GRPO, "x, m, cfg.temperature", "x, m, 1.0"),
         beside="broken_temperature_right"),
     Fault("prompts", "rewards judged by another prompt", "eval/reward",
         "reward and eval/reward disagree", patch=(
@@ -75,7 +75,7 @@ FAULTS = [
         GRPO, "adv = advantages(reward, roll.group,",
         "adv = advantages(reward, torch.arange(len(mask)) % cfg.prompts_per_step,")),
     Fault("recomputed", "old log-probs recomputed", "ratio_max", "ratio_max is 1 in every row", patch=(
-        GRPO, "policy_loss(logp, old_logp,", "policy_loss(logp, logp.detach(),")),
+        GRPO, "torch.where(mask, logp - old_logp,", "torch.where(mask, logp - logp.detach(),")),
     Fault("zero_grad", "gradients never cleared", "gnorm", "gnorm is never below 1", patch=(
         GRPO, "                    opt.zero_grad()\n", "")),
 ]

@@ -61,6 +61,11 @@ def ours_torch(x, w, targets):
     return kernels.linear_logprob(x, w, targets, backend="torch")
 
 
+def ours_one_pass(x, w, targets, g):
+    """The same for a loss that is a sum over rows, here Σ g·logp: gradients are formed with the logits."""
+    return kernels.linear_logprob(x, w, targets, loss=lambda logp, entropy, rows: (g[rows] * logp).sum())
+
+
 def naive(x, w, targets):
     return F.log_softmax((x @ w.T).float(), -1).gather(1, targets[:, None]).squeeze(1)
 
@@ -89,18 +94,18 @@ def liger(x, w, targets):
 
 
 def variants(device, quick=False):
-    found = {"ours": ours, "naive": naive, "naive + entropy": naive_entropy,
+    found = {"ours": ours, "ours, one pass": ours_one_pass, "naive": naive, "naive + entropy": naive_entropy,
              "naive, compiled": torch.compile(naive, dynamic=False), "rows in chunks": rows_in_chunks,
              "TRL": trl, "Liger": liger}
     if device == "cuda":
         found |= {f"ours, {design}": partial(ours, design=design) for design in ("fused", "stored")}
         found["ours, torch"] = ours_torch
     if quick:
-        found = {name: found[name] for name in ("ours", "naive")}
+        found = {name: found[name] for name in ("ours", "ours, one pass", "naive")}
     usable = {}
     for name, f in found.items():
         try:
-            f(*operands(16, 16, 32, device, torch.float32)[:3])
+            call(f, *operands(16, 16, 32, device, torch.float32))
             usable[name] = f
         except Exception as e:  # a peer that is missing, or that needs a GPU
             print(f"without {name}: {type(e).__name__}: {str(e).splitlines()[0][:70] if str(e) else ''}")
@@ -134,14 +139,20 @@ def clock(fn, device):
     return start.elapsed_time(end) / 1e3, result
 
 
-def logp_of(out):
-    return out[0] if isinstance(out, tuple) else out
+def call(f, x, w, targets, g):
+    """→ (logp, perhaps entropy), what is to be differentiated, the upstream gradient of that."""
+    if f is ours_one_pass:
+        total, *out = f(x, w, targets, g)
+        return out, total, None
+    out = f(x, w, targets)
+    out = out if isinstance(out, tuple) else (out,)
+    return out, out[0], g.to(out[0].dtype)
 
 
 def passes(f, x, w, targets, g, device):
     """Seconds of the forward pass, and of forward and backward together."""
-    forward, out = clock(lambda: logp_of(f(x, w, targets)), device)
-    backward, _ = clock(lambda: torch.autograd.grad(out, (x, w), g.to(out.dtype)), device)
+    forward, (_, loss, up) = clock(lambda: call(f, x, w, targets, g), device)
+    backward, _ = clock(lambda: torch.autograd.grad(loss, (x, w), up), device)
     return forward, forward + backward
 
 
@@ -164,13 +175,13 @@ def errors(f, shape, device, dtype):
     """Against float64: largest errors of logp and entropy, relative errors of the gradients (2-norm)."""
     rows = 1024 if device == "cuda" else 256  # blocks are tuned from 1,024 on
     x, w, targets, g = operands(rows, *shape[1:], device, dtype)
-    out = f(x, w, targets)
-    grads = torch.autograd.grad(logp_of(out), (x, w), g.to(logp_of(out).dtype))
+    out, loss, up = call(f, x, w, targets, g)
+    grads = torch.autograd.grad(loss, (x, w), up)
     x64, w64 = (t.detach().double().requires_grad_() for t in (x, w))
     want, entropy = reference.linear_logprob(x64, w64, targets)
     wants = torch.autograd.grad(want, (x64, w64), g.double())
-    found = {"err_logp": (logp_of(out) - want).abs().max().item(),
-             "err_entropy": (out[1] - entropy).abs().max().item() if isinstance(out, tuple) else math.nan}
+    found = {"err_logp": (out[0] - want).abs().max().item(),
+             "err_entropy": (out[1] - entropy).abs().max().item() if len(out) > 1 else math.nan}
     for name, a, b in zip(("err_dhidden", "err_dweight"), grads, wants):
         found[name] = ((a.double() - b).norm() / b.norm()).item()
     return found

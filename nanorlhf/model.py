@@ -309,12 +309,16 @@ class GPT(nn.Module):
         """tokens (B, T) → fp32 logits (B, T, V). For evaluation and tests: training never builds them."""
         return self.head_logits(self(tokens))
 
-    def logprobs(self, tokens, mask, temperature=1.0, doc=None):
+    def logprobs(self, tokens, mask, temperature=1.0, loss=None, doc=None):
         """→ logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]), and the entropy of that distribution.
 
         Indexed by the token they describe and 0 where mask is 0; masked positions never enter the head.
         Nothing stands before the first token of a row, or of a document (doc, see `forward`): the mask must
         be 0 there (ValueError otherwise).
+
+        With `loss`, for losses that are sums over tokens, in one pass → total, logp, entropy. It is called as
+        loss(logp (n,), entropy (n,), at) for one chunk of tokens after the other, `at` = (row (n,), column
+        (n,)) being their places in (B, T). Of what is returned only `total`, their sum, is differentiable.
         """
         mask = mask.bool()
         if mask[:, 0].any() or (doc is not None and (mask[:, 1:] & (doc[:, 1:] != doc[:, :-1])).any()):
@@ -322,11 +326,12 @@ class GPT(nn.Module):
             raise ValueError(f"{what}: a first token has no distribution to be scored under")
         doc = None if doc is None else doc[:, :-1]
         hidden = self(tokens[:, :-1], doc=doc)  # hidden[t-1] predicts token t: the one shift in the code base
-        keep = mask[:, 1:]
-        logp, entropy = linear_logprob(hidden[keep], self.unembedding, tokens[:, 1:][keep], temperature)
-        where = mask.nonzero(as_tuple=True)
+        where = row, col = mask.nonzero(as_tuple=True)
+        part = loss and (lambda logp, entropy, r: loss(logp, entropy, (row[r], col[r])))
+        operands = hidden[row, col - 1], self.unembedding, tokens[where], temperature
+        *total, logp, entropy = linear_logprob(*operands, loss=part)
         zeros = logp.new_zeros(mask.shape)
-        return zeros.index_put(where, logp), zeros.index_put(where, entropy)
+        return *total, zeros.index_put(where, logp), zeros.index_put(where, entropy)
 
 
 class ScalarModel(nn.Module):

@@ -22,6 +22,7 @@ from nanorlhf.rewards import SCORE_TOKENS, load_prompts
 META = torch.device("meta")
 GIB = 1 << 30
 TILES = 96 << 20  # bytes of logits that the Triton backend holds at once; the torch backend less
+STORED = GIB  # the same for losses in one pass (kernels/triton_backend.py: STORED_BYTES), at most
 CONTEXT = GIB // 2  # what CUDA itself and its libraries take, about
 PEAK, SHARE, BANDWIDTH = 312e12, 0.4, 2.0e12  # A100 80 GB: bf16 FLOP/s, of which we expect 40%; bytes/s
 
@@ -107,12 +108,15 @@ def activation_bytes(model, tokens):
     return trunk.cfg.n_layer * (per_token * tokens + once) + (last + 8) * tokens
 
 
-def head_bytes(model, train=False):
-    """Bytes that log-probs need: the unembedding, if it is cast; tiles of logits; its gradient in fp32."""
+def head_bytes(model, train=False, one_pass=0):
+    """Bytes that log-probs need: the unembedding, if it is cast; its gradient in fp32; tiles of logits, or,
+    where the loss of `one_pass` tokens is formed in one pass, whole rows of logits and of their gradients.
+    """
     weight, c = _trunk(model).wte.weight, width(model)
     if isinstance(model, ScalarModel):
         return 0
-    return TILES + weight.numel() * (c * (weight.itemsize > c) + 4 * (train and weight.requires_grad))
+    tiles = min(STORED, one_pass * len(weight) * (4 + c * (c < 4))) or TILES
+    return tiles + weight.numel() * (c * (weight.itemsize > c) + 4 * (train and weight.requires_grad))
 
 
 def passing_bytes(model, tokens):
@@ -121,12 +125,13 @@ def passing_bytes(model, tokens):
     return tokens * (width(model) * (3 * cfg.d_ff + 3 * cfg.d_model) + 8 * cfg.d_model)
 
 
-def flops(model, rows, length, kept, train=False):
+def flops(model, rows, length, kept, train=False, one_pass=False):
     """FLOPs of rows sequences of `length` tokens, `kept` of which go through the head (2 per multiply-add).
 
     Forward: 2 per weight and token, and 4 · Q · length in every layer and token for attention (the whole
     square: kernels that skip the masked half do half of it). Backward: as much for the inputs, as much for
-    weights that are trained, 2.5 × for attention, which computes its scores again; the head once more too.
+    weights that are trained, 2.5 × for attention, which computes its scores again; the head once more too,
+    unless its loss is formed in one pass.
     Norms and the like, of order D, are left out (arXiv 2001.08361, 2205.05198).
     """
     trunk = _trunk(model)
@@ -135,7 +140,7 @@ def flops(model, rows, length, kept, train=False):
     out = tokens * 4 * cfg.n_head * cfg.head_dim * length * cfg.n_layer * (3.5 if train else 1)
     for weights, n in (([p for p in trunk.blocks.parameters() if p.dim() == 2], tokens), (head, kept)):
         for p in weights:
-            again = 1 + p.requires_grad + (weights is head and isinstance(model, GPT))
+            again = 1 + p.requires_grad + (weights is head and isinstance(model, GPT) and not one_pass)
             out += 2 * p.numel() * n * (1 + again * train)
     return out
 
@@ -179,10 +184,11 @@ def _passing(model, tokens):
     return {"a layer at work": passing_bytes(model, tokens), "unembedding, tile of logits": head_bytes(model)}
 
 
-def _update(tokens, *trained):
+def _update(tokens, *trained, one_pass=True):
+    heads = sum(head_bytes(m, True, tokens * one_pass) for m in trained)
     return {"activations": sum(activation_bytes(m, tokens) for m in trained),
             "a layer at work": passing_bytes(trained[0], tokens),
-            "unembedding, gradient, tile of logits": sum(head_bytes(m, True) for m in trained)}  # fmt: skip
+            "unembedding, gradient, tile of logits": heads}  # fmt: skip
 
 
 def _mean(x):
@@ -197,7 +203,7 @@ def _sft_or_rm(cfg, model, lengths, what, sampled):
     if sampled:
         phases["sampling"] = _sampling(model, 8, longest)
     kept = rows if isinstance(model, ScalarModel) else rows * mean
-    work = {"update": flops(model, rows, mean, kept, train=True)}
+    work = {"update": flops(model, rows, mean, kept, train=True, one_pass=True)}
     about = f"{len(lengths):,} {what}, {mean:.0f} tokens on average, {longest:,} at most"
     report(cfg, about, {"model": model}, ("model",), phases, work)
 
@@ -249,7 +255,7 @@ def dpo(cfg, load_models):
     at_once = max(cfg.eval_prompts, 512 * bool(cfg.online))
     phases = {"sampling": _sampling(policy, at_once, min(policy.cfg.max_len, longest + cfg.max_new_tokens)),
               "scoring": _passing(policy, max(batch, 8192, SCORE_TOKENS * bool(rm))),
-              "update": _update(batch, policy)}  # fmt: skip
+              "update": _update(batch, policy, one_pass=False)}  # fmt: skip
     about = f"{len(lengths):,} pairs, {mean:.0f} tokens a side on average, {longest:,} at most"
     report(cfg, about, models, ("policy",), phases, work | passes, 0, copies)
 
@@ -269,18 +275,18 @@ def rl(cfg, load_models):
     models = {"policy": policy, "reference": ref} | dict(zip(["critic"], critic)) | {"reward model": rm}
     older = getattr(cfg, "off_policy_steps", 0)
     copies = n_bytes(policy) * (older and older + 2)  # the sampler, and the weights of the steps since
-    trained = [policy, *critic]
+    trained, by_token = [policy, *critic], getattr(cfg, "ratio", "token") == "token"
     at_once = max(rows, min(512, len(test)))  # of a step, or of the evaluation
     phases = {"sampling": _sampling(policy, at_once, longest),
               "scoring": _passing(policy, max(batch, SCORE_TOKENS * bool(rm))),
-              "update": _update(batch, *trained)}  # fmt: skip
+              "update": _update(batch, *trained, one_pass=by_token)}  # fmt: skip
 
     work, moved = decode(policy, rows, mean, new)
     work += flops(policy, cfg.prompts_per_step, mean, 0)
     scoring = flops(rm, rows, length, rows) if rm else 0
     scoring += flops(ref, rows, length, responses) if ref else 0
     scoring += flops(critic[0], rows, length, rows * length) if critic else 0
-    update = sum(flops(m, rows, length, responses, train=True) for m in trained) * cfg.epochs
+    update = sum(flops(m, rows, length, responses, True, by_token) for m in trained) * cfg.epochs
     about = f"{len(data):,} prompts, {mean:.0f} tokens on average, {longest - new:,} at most; "
     about += f"responses of at most {new:,}"
     work = {"sampling": work, "scoring": scoring, "update": update}

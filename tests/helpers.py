@@ -1,5 +1,7 @@
 """What several test files share: tiny models, operands of the kernels, a watch on the sizes of tensors."""
 
+from collections import Counter
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,12 +39,15 @@ def randint(high, *shape, seed=0):
 
 
 class Watch(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returned."""
+    """Remembers the largest tensor that any operation returned, and counts the calls of each operation."""
 
-    largest = 0
+    def __init__(self):
+        super().__init__()
+        self.largest, self.calls = 0, Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.calls[func.overloadpacket.__name__] += 1
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, torch.Tensor):
                 self.largest = max(self.largest, x.numel())

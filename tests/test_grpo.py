@@ -602,14 +602,14 @@ def test_first_gradient_is_the_oracle(lab, spy, gradients, agg, kw):
 def test_every_row_is_in_one_minibatch_with_weights_of_its_own(lab, spy):
     """Each epoch deals all rows out anew, each once and with its advantage; a step's weights sum to 1."""
     rolls, advs = spy(generate, "generate"), spy(train_grpo, "advantages")
-    losses = spy(train_grpo, "policy_loss")
+    losses = spy(train_grpo, "token_loss")
     train(config(lab, by_letters, steps=1, epochs=2, minibatches=3, tokens_per_microbatch=0, lr=1e-12))
     want = sorted(zip(rolls[0][1].logp.sum(1).tolist(), advs[0][1].tolist()))
     assert len(losses) == 6
     orders = []
     for epoch in (losses[:3], losses[3:]):
         dealt = []
-        for (_, old_logp, _, adv, mask, w, _), _ in epoch:
+        for (old_logp, _, adv, mask, w, _), _ in epoch:
             dealt += zip(old_logp.sum(1).tolist(), adv.tolist())
             close(w.sum(), 1.0)
             assert ((w > 0) == mask).all()
@@ -651,7 +651,7 @@ def test_off_policy_steps_sample_with_old_weights(lab, spy, k):
     for step, (_, roll) in enumerate(rolls):
         model.load_state_dict(states[max(step - k, 0)])
         close(roll.logp, model.logprobs(roll.tokens, roll.mask)[0].detach(), atol=1e-5)
-        (logp, old_logp, *_), _ = losses[step]
+        (logp, old_logp, *_), _ = losses[2 * step + 1]  # after the call with all tokens in one row
         assert sorted(old_logp.sum(1).tolist()) == sorted(roll.logp.sum(1).tolist())
         assert (logp - old_logp).abs().max() < 1e-5 or step > 0
     model.load_state_dict(states[4])

@@ -90,6 +90,95 @@ def test_kl_gradcheck(reverse, with_bias):
         assert torch.autograd.gradcheck(f, inputs)
 
 
+def some_loss(N, part, module=None, seed=4, dtype=torch.float64):
+    """A loss per row of logp and entropy, neither linear nor the same in any two rows."""
+    a, b = torch.randn(2, N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def loss(logp, entropy, rows):
+        on_logp, on_entropy = a[rows] * torch.tanh(logp / 9), b[rows] * entropy.square()
+        return {"logp": on_logp, "entropy": on_entropy, "both": on_logp + on_entropy}[part].sum()
+
+    return loss
+
+
+@settings(max_examples=80, deadline=None)
+@given(**sizes, stored=st.sampled_from([1, 50, 1 << 25]), part=st.sampled_from(["logp", "entropy", "both"]),
+       with_bias=st.booleans())  # fmt: skip
+def test_one_pass_is_the_oracle_float64(N, V, chunk, temperature, std, seed, stored, part, with_bias):
+    """The gradient of a loss, times what comes from upstream: as autograd gives it through all logits."""
+    hidden, weight, targets, bias = operands(N, V, seed=seed, std=std)
+    inputs, loss = (hidden, weight, bias) if with_bias else (hidden, weight), some_loss(N, part)
+
+    def naive(h, w, b=None):
+        logp, entropy = reference.linear_logprob(h, w, targets, temperature, b)
+        return 1.7 * loss(logp, entropy, slice(None)), logp.detach(), entropy.detach()
+
+    def one_pass(h, w, b=None):
+        total, *figures = linear_logprob(h, w, targets, temperature, b, loss=loss)
+        assert not any(x.requires_grad for x in figures)
+        return 1.7 * total, *figures
+
+    leaves, wants = ([x.clone().requires_grad_() for x in inputs] for _ in "ab")
+    with mock.patch.object(torch_backend, "TILE", chunk), mock.patch.object(torch_backend, "STORED", stored):
+        out = one_pass(*leaves)
+        out[0].backward()
+    want = naive(*wants)
+    want[0].backward()
+    close(out, want, 1e-10 * (1 + std / temperature))
+    close([x.grad for x in leaves], [x.grad for x in wants], 1e-10 * (1 + std / temperature))
+
+
+@pytest.mark.parametrize("part", ["logp", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N, V", [(700, 512), (50, 5000), (5, 9)])
+def test_one_pass_has_the_bits_of_two(N, V, dtype, part):
+    """The same tiles, the same expressions: the gradients of both ways are equal, bit by bit."""
+    hidden, weight, targets, bias = operands(N, V, D=16, dtype=dtype)
+    loss = some_loss(N, part, dtype=torch.float32)
+    results = []
+    for with_loss in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        h, w, b = leaves
+        with mock.patch.object(torch_backend, "TILE", 1 << 17):
+            if with_loss:
+                total, logp, entropy = linear_logprob(h, w, targets, 0.7, b, loss=loss)
+            else:
+                logp, entropy = linear_logprob(h, w, targets, 0.7, b)
+                total = loss(logp, entropy, slice(None))
+            total.backward()
+        results.append([logp, entropy, *(x.grad for x in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][2].dtype == dtype and results[0][2].abs().sum() > 0
+
+
+def test_one_pass_does_no_work_that_nobody_asked_for():
+    """Matmuls: 3 a tile; 2 where one operand is frozen; 1 where none is trained or gradients are off."""
+    hidden, weight, targets, _ = operands(6, 11)
+
+    def matmuls(*trained, fn=lambda *args: linear_logprob(*args, loss=some_loss(6, "both"))[0]):
+        h, w = (x.clone().requires_grad_(name in trained) for name, x in (("h", hidden), ("w", weight)))
+        with Watch() as watch:
+            total = fn(h, w, targets)
+            if total.requires_grad:
+                total.backward()
+                assert [name for name, x in (("h", h), ("w", w)) if x.grad is not None] == [*trained]
+        return sum(watch.calls[name] for name in ("mm", "addmm_"))
+
+    assert (matmuls("h", "w"), matmuls("h"), matmuls("w"), matmuls()) == (3, 2, 2, 1)
+    assert matmuls("h", "w", fn=lambda *args: linear_logprob(*args)[0].sum()) == 4  # the watch can count
+    with torch.no_grad():
+        assert matmuls("h", "w") == 1
+
+
+def test_one_pass_can_be_differentiated_once():
+    """Its gradients are handed over, not copied: a second time is refused, and not answered with zeros."""
+    hidden, weight, targets, _ = operands(6, 11)
+    total, _, _ = linear_logprob(hidden, weight.requires_grad_(), targets, loss=some_loss(6, "both"))
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        total.backward()
+
+
 @settings(max_examples=60, deadline=None)
 @given(**sizes)
 def test_fp32_close_to_float64(N, V, chunk, temperature, std, seed):
@@ -136,6 +225,13 @@ def test_minus_infinity_in_the_bias():
     bias[[0, 4, 10]] = -INF
     targets[:] = torch.tensor([1, 2, 3, 4, 9, 5])
     got, grads = differentiate(lambda h, w, b: linear_logprob(h, w, targets, 0.8, b), (hidden, weight, bias))
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    h, w, b = leaves
+    for part in ("logp", "both"):
+        total, *figures = linear_logprob(h, w, targets, 0.8, b, loss=some_loss(6, part))
+        close(figures, got, 1e-12)
+        total.backward()
+        assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in leaves)
     allowed = bias > -INF
     logits = (hidden @ weight.T + bias)[:, allowed] / 0.8
     p = logits.softmax(-1)
@@ -179,9 +275,12 @@ def test_kl_of_equal_models_is_zero():
         assert kl.abs().max() <= 1e-6 and max(g.abs().max() for g in grads) <= 1e-5
 
 
-@pytest.mark.parametrize("fn", ["logprob", "kl"])
+@pytest.mark.parametrize("fn", ["logprob", "kl", "one pass"])
 def test_logits_are_never_stored_whole(fn):
-    """No operation, forward or backward, returns more than a chunk; what is saved is inputs and (N,) rows."""
+    """No operation, forward or backward, returns more than a chunk; what is saved is inputs and (N,) rows.
+
+    In one pass a chunk is one of whole rows, and nothing is saved.
+    """
     N, V, D, chunk = 64, 256, 4, 2048
     hidden, weight, targets, bias = operands(N, V, D=D)
     ref_hidden, ref_weight, _, ref_bias = operands(N, V, D=D, seed=1)
@@ -191,16 +290,19 @@ def test_logits_are_never_stored_whole(fn):
         h, w, b = leaves
         if fn == "logprob":
             out = sum(module.linear_logprob(h, w, targets, 1.0, b))
+        elif fn == "one pass" and module is not reference:
+            out = module.linear_logprob(h, w, targets, 1.0, b, loss=some_loss(N, "both"))[0]
         else:
             out = module.linear_kl(h, w, ref_hidden, ref_weight, 1.0, False, b, ref_bias)
         out.sum().backward()
 
     saved = []
-    with mock.patch.object(torch_backend, "TILE", chunk), Watch() as watch:
+    limits = mock.patch.multiple(torch_backend, TILE=chunk, COLS=64, STORED=chunk)
+    with limits, Watch() as watch:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
             run(torch_backend_with_defaults)
     assert watch.largest == chunk
-    assert N * D + V * D < sum(saved) <= 2 * (N * D + V * D + V) + 3 * N < N * V
+    assert fn == "one pass" or N * D + V * D < sum(saved) <= 2 * (N * D + V * D + V) + 3 * N < N * V
     with Watch() as watch:  # the oracle does store them: the watch can see
         run(reference)
     assert watch.largest == N * V

@@ -296,12 +296,27 @@ def test_logprobs_gradient():
         assert p.grad.abs().max() > 0 and (got[name] - p.grad).abs().max() < 1e-11, name
 
 
+def test_logprobs_in_one_pass():
+    """The loss is called with each token's log-prob, entropy and place; gradients are those of two passes."""
+    tokens, mask = randint(V, 3, 7), block_mask(7, [(2, 7), (1, 4), (5, 6)])
+    a, b, results = *torch.rand(2, 3, 7, dtype=F64), []
+    for loss in (None, lambda logp, entropy, at: (a[at] * logp + b[at] * entropy.exp()).sum()):
+        model = tiny("gpt2-untied", dtype=F64)
+        *total, logp, entropy = model.logprobs(tokens, mask, 0.8, loss)
+        total = total[0] if loss else (a * logp + b * entropy.exp() * mask).sum()
+        total.backward()
+        figures = [x.detach() for x in (total, logp, entropy)]
+        results.append([*figures, *(p.grad for p in model.parameters())])
+    assert all((x - y).abs().max() < 1e-12 for x, y in zip(*results, strict=True))
+
+
 def test_logprobs_of_nothing():
     """An all-zero mask is no error and has a zero gradient, not NaN."""
     model, tokens = tiny(), randint(V, 2, 5)
     logp, entropy = model.logprobs(tokens, torch.zeros(2, 5, dtype=torch.bool))
     assert not logp.any() and not entropy.any() and logp.shape == (2, 5)
-    (logp.sum() + entropy.sum()).backward()
+    total, *_ = model.logprobs(tokens, torch.zeros(2, 5), loss=lambda logp, entropy, at: 1 / 0)
+    (logp.sum() + entropy.sum() + total).backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 

@@ -128,6 +128,9 @@ def test_flops_are_those_that_torch_counts(style, rank):
         found.append([counted(forward), counted(forward()[0].sum().backward)])
         forwards = plan.flops(model, 3, 12, 24)
         said.append([forwards, plan.flops(model, 3, 12, 24, train=True) - forwards])
+        both = counted(lambda m=model: m.logprobs(x, mask, loss=lambda logp, *_: logp.sum())[0].backward())
+        one_pass = plan.flops(model, 3, 12, 24, train=True, one_pass=True)
+        assert sum(found[-1]) - both == sum(said[-1]) - one_pass > 0
     assert found[0][0] == said[0][0]
     assert [b - a for a, b in zip(*found)] == [b - a for a, b in zip(*said)]
     assert found[0] == said[0] if rank == 0 else found[0][1] <= said[0][1]
@@ -145,7 +148,8 @@ def test_flops_of_a_critic_and_of_decoding():
 
 
 def test_a_tile_of_logits_is_the_kernels():
-    assert plan.TILES == pytest.importorskip("nanorlhf.kernels.triton_backend").TILE_BYTES
+    backend = pytest.importorskip("nanorlhf.kernels.triton_backend")
+    assert (plan.TILES, plan.STORED) == (backend.TILE_BYTES, backend.STORED_BYTES)
 
 
 # the command line

@@ -532,7 +532,7 @@ def test_old_logp_is_the_samplers(lab, spy, monkeypatch):
 def test_every_row_is_in_one_minibatch_and_its_own(lab, spy):
     """Each epoch deals all rows out anew, each once, with the tensors of one row staying together."""
     rolls, returns, whites = spy(generate, "generate"), spy(train_ppo, "gae"), spy(train_ppo, "whiten")
-    policy, critic = spy(train_ppo, "policy_loss"), spy(train_ppo, "value_loss")
+    policy, critic = spy(train_ppo, "token_loss"), spy(train_ppo, "value_loss")
     train(config(lab, epochs=2, minibatches=3, lr=1e-12, critic_lr=1e-12, clip=0.1, value_clip=0.3))
     roll, adv, ((_, old_value, *_), (_, ret)) = rolls[0][1], whites[0][1], returns[0]
 
@@ -547,8 +547,8 @@ def test_every_row_is_in_one_minibatch_and_its_own(lab, spy):
         part = slice(3 * epoch, 3 * epoch + 3)
         dealt = []
         for (p, _), (v, _) in zip(policy[part], critic[part], strict=True):
-            dealt += rows(p[1], p[2], p[3].float(), v[1], v[2])
-            assert p[5] == v[5] == p[3].sum() and (p[4], v[4]) == (0.1, 0.3)
+            dealt += rows(p[0], p[1], p[2].float(), v[1], v[2])
+            assert p[4] == v[5] == p[2].sum() and (p[3], v[4]) == (0.1, 0.3)
         assert sorted(dealt) == want
         orders.append(dealt)
     assert orders[0] != orders[1]
@@ -557,9 +557,9 @@ def test_every_row_is_in_one_minibatch_and_its_own(lab, spy):
 def test_advantages_can_stay_as_they_are(lab, spy):
     """--whiten_advantages false: the loss gets those of GAE; by default it does not."""
     for raw in (True, False):
-        returns, losses = spy(train_ppo, "gae"), spy(train_ppo, "policy_loss")
+        returns, losses = spy(train_ppo, "gae"), spy(train_ppo, "token_loss")
         train(config(lab, whiten_advantages=not raw, tokens_per_microbatch=0))
-        same = torch.equal(losses[0][0][2].sort(0).values, returns[0][1][0].sort(0).values)
+        same = torch.equal(losses[0][0][1].sort(0).values, returns[0][1][0].sort(0).values)
         assert same == raw
 
 

@@ -97,6 +97,56 @@ def test_logprob_is_the_oracle(N, V, D, temperature, std, seed, with_bias, desig
 
 
 @settings(max_examples=40, deadline=None)
+@given(**{k: v for k, v in shapes.items() if k != "design"}, entropy_too=st.booleans())
+def test_one_pass_is_the_oracle(N, V, D, temperature, std, seed, with_bias, entropy_too):
+    """A loss of each row's log-prob and entropy, chunks of a few rows, times what comes from upstream."""
+    hidden, weight, targets, bias = operands(N, V, D, seed, std, torch.float32)
+    inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
+    a, b = torch.randn(2, N, generator=torch.Generator().manual_seed(seed))
+
+    def run(fn, t, *weights):
+        a, b = weights
+
+        def loss(logp, entropy, rows):
+            return (a[rows] * torch.tanh(logp / 9) + entropy_too * b[rows] * torch.sin(entropy)).sum()
+
+        def f(h, w, bias=None):
+            if fn is linear_logprob:
+                return fn(h, w, t, temperature, bias=bias, loss=loss)[0]
+            return loss(*fn(h, w, t, temperature, bias=bias), slice(None))
+
+        return f
+
+    tol = rounding(std, D, temperature)
+    fast = run(linear_logprob, targets.to(DEVICE), a.to(DEVICE), b.to(DEVICE))
+    oracle = run(reference.linear_logprob, targets, a.double(), b.double())
+    with mock.patch.object(triton_backend, "STORED_BYTES", 8 * 128 * 5):
+        check(fast, oracle, inputs, None, (1 + N) * tol, 30 * tol, tol / temperature * (1 + N) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_pass_has_the_gradients_of_two(dtype):
+    """Operands of 16 bits keep fp32 logits; only what is asked for is formed."""
+    hidden, weight, targets, _ = operands(37, 101, D=16, std=6.0, dtype=dtype)
+    a = torch.randn(37, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    results = []
+    for frozen in ("", "w"):
+        for loss in (None, lambda logp, entropy, rows: (a[rows] * (logp + 0.3 * entropy)).sum()):
+            h, w = (x.to(DEVICE, copy=True).requires_grad_() for x in (hidden, weight))
+            w.requires_grad_(not frozen)
+            with small("stored"):
+                *total, logp, entropy = linear_logprob(h, w, targets.to(DEVICE), 0.7, loss=loss)
+                total = total[0] if loss else (a * (logp + 0.3 * entropy)).sum()
+                total.backward()
+            assert bool(frozen) == (w.grad is None) and h.grad.dtype == dtype
+            results.append([logp, entropy, h.grad] + ([] if frozen else [w.grad]))
+    for two, one in (results[:2], results[2:]):
+        for x, y in zip(two, one, strict=True):
+            scale = 1e-5 if dtype == torch.float32 or x.dtype == torch.float32 else 1e-2
+            assert (x - y).abs().max() <= scale * x.abs().max()
+
+
+@settings(max_examples=40, deadline=None)
 @given(**shapes, reverse=st.booleans(), ref_d=st.sampled_from([16, 8]))
 def test_kl_is_the_oracle(N, V, D, temperature, std, seed, with_bias, design, reverse, ref_d):
     """Both directions, a reference of another width."""

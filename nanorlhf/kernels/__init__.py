@@ -47,17 +47,28 @@ def _check(temperature, **shapes):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {want}")
 
 
-def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None, backend=None):
+def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None, backend=None, loss=None):
     """Log-prob of each target, and entropy, under softmax((hidden·weightᵀ + bias) / temperature), row by row.
 
     hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) or None → logp (N,), entropy (N,), both fp32
     and differentiable in hidden, weight and bias. Logits are fp32 whatever the operands' dtype and are never
     stored whole. backend: "triton", "torch", or None: Triton on a GPU, else torch. Raises ValueError on
     shapes that do not fit, on temperature ≤ 0 and on a backend that cannot run here.
+
+    With `loss`, in one pass of 3 matmuls in place of 4 → total, logp, entropy. It is called for one chunk of
+    rows after the other, as loss(logp (n,), entropy (n,), rows: slice), and returns a scalar: a sum over
+    these rows, in which nothing but the two is differentiated. `total`, the sum of these sums, can be
+    differentiated once; logp and entropy cannot.
     """
     (N, D), V = hidden.shape, len(weight)
     _check(temperature, weight=(weight, (V, D)), targets=(targets, (N,)), bias=(bias, (V,)))
-    return _backend(backend, hidden, weight).LinearLogprob.apply(hidden, weight, bias, targets, temperature)
+    backend, inputs = _backend(backend, hidden, weight), (hidden, weight, bias, targets, temperature)
+    if loss is None:
+        return backend.LinearLogprob.apply(*inputs)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias) if x is not None):
+        return backend.LinearLoss.apply(*inputs, loss)
+    logp, entropy = backend.LinearLogprob.apply(*inputs)
+    return loss(logp, entropy, slice(0, N)) if N else logp.sum(), logp, entropy
 
 
 def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None,

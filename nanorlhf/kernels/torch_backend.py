@@ -12,6 +12,10 @@ With z = logits/T, p = softmax(z), lse = log Σ exp z, the row's target y and up
     KL(p‖q) = Σ p (log p − log q)      ∂/∂z: g p (log p − log q − KL)
     KL(q‖p) = Σ q (log q − log p)      ∂/∂z: g (p − q)
 
+Where the loss is a sum over rows of a function of that row's logp and entropy, g and h are known as soon as
+all tiles of the row have been folded. LinearLoss keeps the logits of a chunk of rows until then, and turns
+them into gradients on the spot: three matmuls in place of four (docs/kernels.md).
+
 The online log-sum-exp is that of Milakov and Gimelshein (arXiv 1805.02867), taken over tiles.
 """
 
@@ -19,6 +23,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 TILE = 1 << 21  # logits held at once: 8 MiB in fp32; larger no longer fits a core's cache and is slower
+STORED = 1 << 25  # logits that LinearLoss keeps at once: 128 MiB in fp32
 COLS = 4096  # columns of a tile: with fewer rows than 512 the matmuls have too little to do
 
 
@@ -27,19 +32,20 @@ def spans(n, size):
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
-def _tiles(n, vocab):
-    """Row slices and column slices of all tiles."""
+def _tiles(n, vocab, stored=None):
+    """Row slices and column slices of all tiles; with `stored`, so many logits at most of the same rows."""
     cols = min(vocab, COLS, TILE)
-    return spans(n, TILE // cols), spans(vocab, cols)
+    rows = TILE // cols if stored is None else max(1, min(TILE // cols, stored // vocab))
+    return spans(n, rows), spans(vocab, cols)
 
 
 def _wide(x):
     return x if x is None or x.dtype == torch.float64 else x.float()
 
 
-def _logits(hidden, weight, bias, r, c, temperature):
+def _logits(hidden, weight, bias, r, c, temperature, out=None):
     """Logits / temperature of the rows r and the columns c."""
-    z = _wide(hidden[r]) @ _wide(weight[c]).T
+    z = torch.mm(_wide(hidden[r]), _wide(weight[c]).T, out=out)
     if bias is not None:
         z += _wide(bias[c])
     return z if temperature == 1 else z.div_(temperature)
@@ -56,15 +62,22 @@ def _top(z):
     return torch.where(top > -torch.inf, top, 0.0)
 
 
-def _fold(z, target, masked):
+def _place(target, z):
+    """Each row's target in this tile → (rows, 1) column, clamped to the tile, and whether it is in there."""
+    here = (target >= 0) & (target < z.shape[1])
+    return target.clamp(0, z.shape[1] - 1)[:, None], here[:, None]
+
+
+def _fold(z, target, masked, keep=False):
     """A tile → (4, rows): maximum m, s = Σ exp(z−m), Σ exp(z−m)·(z−m), and z at the target if it is here.
 
     Without the shift by m, Σ p z would cancel against lse: at logits of 300, errors of 3e-3 in fp32.
+    Overwrites z, unless it is to `keep`.
     """
-    here = (target >= 0) & (target < z.shape[1])
-    y = torch.where(here, z.gather(1, target.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1), 0.0)
+    at, here = _place(target, z)
+    y = torch.where(here, z.gather(1, at), 0.0).squeeze(1)
     top = _top(z)
-    z -= top[:, None]
+    z = z - top[:, None] if keep else z.sub_(top[:, None])
     e = z.exp()
     total = e.sum(-1)
     return torch.stack((top, total, e.mul_(_finite(z, e) if masked else z).sum(-1), y))
@@ -80,6 +93,21 @@ def merge(stats):
     log_total = total.log()
     entropy = log_total - (scale * (t + s * shift)).sum(0) / total
     return y.sum(0) - top - log_total, entropy, top + log_total
+
+
+def _dlogits(z, target, lse, entropy, g, h):
+    """A tile of logits → ∂loss/∂(x·wᵀ). All else (rows,); g, h: upstream, over the temperature; h None: 0.
+
+    Overwrites z.
+    """
+    logp = z.sub_(lse[:, None])
+    if h is None:
+        dz = logp.exp_().mul_(-g[:, None])
+    else:
+        p = logp.exp()
+        dz = p * (-g[:, None] - h[:, None] * (_finite(logp, p) + entropy[:, None]))
+    at, here = _place(target, z)
+    return dz.scatter_add_(1, at, torch.where(here, g[:, None], 0.0))
 
 
 def _fold_kl(z, r):
@@ -129,18 +157,66 @@ class LinearLogprob(torch.autograd.Function):
         g, h = g / ctx.temperature, h / ctx.temperature
 
         def dlogits(r, c, z):
-            logp = z.sub_(lse[r, None])
-            dz = p = logp.exp()
-            if use_entropy:
-                dz = p * (-g[r, None] - h[r, None] * (_finite(logp, p) + entropy[r, None]))
-            else:
-                dz *= -g[r, None]
-            target = targets[r] - c.start
-            here = (target >= 0) & (target < z.shape[1])
-            at = target.clamp(0, z.shape[1] - 1)[:, None]
-            return dz.scatter_add_(1, at, torch.where(here, g[r], 0.0)[:, None])
+            h_r = h[r] if use_entropy else None
+            return _dlogits(z, targets[r] - c.start, lse[r], entropy[r], g[r], h_r)
 
         return *_backward(ctx, hidden, weight, bias, dlogits), None, None
+
+
+def differentiate(loss, logp, entropy, rows):
+    """→ loss(logp, entropy, rows), a scalar, and its gradients by logp and by entropy, (n,) each."""
+    logp, entropy = (x.detach().requires_grad_() for x in (logp, entropy))
+    with torch.enable_grad():
+        total = loss(logp, entropy, rows)
+        grads = None, None
+        if total.requires_grad:
+            grads = torch.autograd.grad(total, (logp, entropy), allow_unused=True)
+    return total.detach(), *(torch.zeros_like(logp) if g is None else g for g in grads)
+
+
+class LinearLoss(torch.autograd.Function):
+    """→ Σ loss(logp, entropy, rows) over chunks of rows, logp, entropy; only the first is differentiable.
+
+    Its gradients are formed in the forward pass, where a chunk's logits are; `backward` only scales them.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, loss):
+        logp, entropy = _wide(hidden).new_empty(2, len(hidden))
+        total, grads = logp.new_zeros(()), _zeros(ctx, hidden, weight, bias)
+        rows, cols = _tiles(len(hidden), len(weight), STORED)
+        buffer = logp.new_empty(max((r.stop - r.start for r in rows), default=0) * len(weight))
+        for r in rows:
+            n, stats = r.stop - r.start, []
+            tiles = [buffer[n * c.start : n * c.stop].view(n, -1) for c in cols]
+            for c, z in zip(cols, tiles):
+                _logits(hidden, weight, bias, r, c, temperature, out=z)
+                stats.append(_fold(z, targets[r] - c.start, masked=bias is not None, keep=True))
+            logp[r], entropy[r], lse = merge(torch.stack(stats))
+            part, g, h = differentiate(loss, logp[r], entropy[r], r)
+            total += part
+            g, h = g / temperature, h / temperature if (h != 0).any() else None
+            for c, z in zip(cols, tiles):
+                dz = _dlogits(z, targets[r] - c.start, lse, entropy[r], g, h)
+                _add(grads, dz, hidden, weight, r, c)
+        return hand_over(ctx, grads, (hidden, weight, bias), total, logp, entropy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, up, *_):
+        grads, ctx.grads = ctx.grads, None  # kept any longer, autograd would copy them
+        if grads is None:
+            raise RuntimeError("linear_logprob(loss=...) can be differentiated once only")
+        if up.is_cuda or up != 1:  # on a GPU looking costs more than multiplying
+            grads = [None if g is None else g.mul_(up) for g in grads]
+        return *(None if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes)), None, None, None
+
+
+def hand_over(ctx, grads, inputs, *out):
+    """The gradients that LinearLoss.forward has formed, kept for its backward pass → out."""
+    ctx.grads, ctx.dtypes = grads, [None if x is None else x.dtype for x in inputs]
+    ctx.mark_non_differentiable(*out[1:])
+    return out
 
 
 class LinearKL(torch.autograd.Function):
@@ -178,21 +254,30 @@ class LinearKL(torch.autograd.Function):
 
 def _backward(ctx, hidden, weight, bias, dlogits):
     """Gradients of hidden, weight and bias, or None; `dlogits(rows, columns, z)`: ∂loss/∂(x·wᵀ) of a tile."""
-    inputs = hidden, weight, bias
-    needs = ctx.needs_input_grad
-    dx, dw, db = (torch.zeros_like(_wide(t)) if need else None for t, need in zip(inputs, needs))
+    grads = _zeros(ctx, hidden, weight, bias)
     rows, cols = _tiles(len(hidden), len(weight))
     for r in rows:
         for c in cols:
             z = _logits(hidden, weight, bias, r, c, ctx.temperature)
-            dz = dlogits(r, c, z)
-            if dx is not None:
-                dx[r].addmm_(dz, _wide(weight[c]))
-            if dw is not None:  # a frozen unembedding (LoRA) saves this matmul
-                dw[c].addmm_(dz.T, _wide(hidden[r]))
-            if db is not None:
-                db[c] += dz.sum(0)
-    return like((dx, dw, db), inputs)
+            _add(grads, dlogits(r, c, z), hidden, weight, r, c)
+    return like(grads, (hidden, weight, bias))
+
+
+def _zeros(ctx, *inputs):
+    """What the gradients of hidden, weight and bias are summed in; None where none is asked for."""
+    needs = ctx.needs_input_grad
+    return [torch.zeros_like(x, dtype=_wide(x).dtype) if need else None for x, need in zip(inputs, needs)]
+
+
+def _add(grads, dz, hidden, weight, r, c):
+    """A tile's ∂loss/∂(x·wᵀ), added to the gradients."""
+    dx, dw, db = grads
+    if dx is not None:
+        dx[r].addmm_(dz, _wide(weight[c]))
+    if dw is not None:  # a frozen unembedding (LoRA) saves this matmul
+        dw[c].addmm_(dz.T, _wide(hidden[r]))
+    if db is not None:
+        db[c] += dz.sum(0)
 
 
 def like(grads, inputs):

@@ -21,12 +21,14 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from nanorlhf.kernels.torch_backend import like, merge, merge_kl, spans
+from nanorlhf.kernels import torch_backend
+from nanorlhf.kernels.torch_backend import differentiate, hand_over, like, merge, merge_kl, spans
 
 ADDMM_FP32 = torch.__version__ >= (2, 10)  # before, out_dtype refused an fp32 summand (pytorch#167931)
 DESIGN = None  # "fused" or "stored" by hand; None: by shape, see design()
 COLS = 8192  # columns of a tile in memory. Its row stride is even, so no odd vocabulary reaches cuBLAS
 TILE_BYTES = 96 << 20  # all tiles in memory together
+STORED_BYTES = 1 << 30  # logits and their gradients in LinearLoss: fewer rows, and dW is read too often
 ROWS = 4096  # rows of a tile in memory, at most
 WIDTH = 256  # the vocabulary is dealt out to programs in multiples of this; tuned BLOCK_Vs divide it
 
@@ -348,16 +350,21 @@ def _gradients(kernel, models, per_row, scale, needs, **flags):
         for c in cols:
             logits = _stored_logits(models, buffers, r, c) if stored else None
             _launch(kernel, models, logits, per_row, out, r, c, ld, scale, **flags)
-            dz = out[: r.stop - r.start, : c.stop - c.start]
-            if dx is not None:
-                _add_matmul(total, dz, w[c])
-            if dw is not None:
-                _add_matmul(dw[c], dz.T, x[r])
-            if db is not None:
-                db[c] += dz.sum(0, dtype=torch.float32)
+            _add((total if dx is not None else None, dw, db), out, models[0], r, c)
         if dx is not None:
             dx[r] = total
     return dx, dw, db
+
+
+def _add(grads, out, model, r, c):
+    """∂loss/∂(x·wᵀ) of a tile, added to the gradients: (dx of these rows, dw, db), in fp32, or None."""
+    (dx, dw, db), (x, w, _), dz = grads, model, out[: r.stop - r.start, : c.stop - c.start]
+    if dx is not None:
+        _add_matmul(dx, dz, w[c])
+    if dw is not None:
+        _add_matmul(dw[c], dz.T, x[r])
+    if db is not None:
+        db[c] += dz.sum(0, dtype=torch.float32)
 
 
 def _operands(hidden, weight, bias):
@@ -389,6 +396,38 @@ class LinearLogprob(torch.autograd.Function):
         models = [_operands(hidden, weight, bias)]
         grads = _gradients(logprob_backward, models, per_row, 1 / ctx.temperature, ctx.needs_input_grad)
         return *like(grads, (hidden, weight, bias)), None, None
+
+
+class LinearLoss(torch_backend.LinearLoss):
+    """In the stored design, and one tile is all columns of a chunk of rows. `backward` is inherited."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, loss):
+        N, V, scale, targets = len(hidden), len(weight), 1 / temperature, targets.contiguous()
+        logp, entropy, lse, g, h = hidden.new_empty((5, N), dtype=torch.float32)
+        total, inputs = logp.new_zeros(()), (hidden, weight, bias)
+        grads = [torch.zeros_like(x, dtype=torch.float32) if need else None
+                 for x, need in zip(inputs, ctx.needs_input_grad)]  # fmt: skip
+        models = [_operands(*inputs)]
+        dtype = torch.bfloat16 if models[0][0].dtype == torch.bfloat16 else torch.float32
+        cols, ld = slice(0, V), WIDTH * triton.cdiv(V, WIDTH)
+        n = max(1, min(N, ROWS, STORED_BYTES // (ld * (4 + dtype.itemsize))))
+        buffers = hidden.new_empty((1, n, ld), dtype=torch.float32)
+        out = buffers[0]  # in place, where the dtype allows it: a program reads what it writes, and no more
+        if dtype != torch.float32:
+            out = hidden.new_empty((n, ld), dtype=dtype)
+        stats = hidden.new_empty((triton.cdiv(V, COLS), 4, N), dtype=torch.float32)
+        for r in spans(N, n):
+            logits = _stored_logits(models, buffers, r, cols)
+            of_rows = stats[:, :, r.start :]
+            _launch(logprob_forward, models, logits, (targets,), of_rows, r, cols, ld, scale, COLS, N)
+            logp[r], entropy[r], lse[r] = merge(stats[:, :, r])
+            part, g[r], h[r] = differentiate(loss, logp[r], entropy[r], r)
+            total += part
+            per_row = targets, lse, entropy, g, h
+            _launch(logprob_backward, models, logits, per_row, out, r, cols, ld, scale)
+            _add((None if grads[0] is None else grads[0][r], *grads[1:]), out, models[0], r, cols)
+        return hand_over(ctx, grads, inputs, total, logp, entropy)
 
 
 class LinearKL(torch.autograd.Function):
