@@ -32,7 +32,7 @@ def generation_rows(quick=False, gpu=False, rounds=0, only=""):
     """bench/generation.py, where it is there."""
     if importlib.util.find_spec("bench.generation") is None:
         return []
-    return [r for r in importlib.import_module("bench.generation").rows(quick, gpu) if only in r["row"]]
+    return importlib.import_module("bench.generation").rows(quick, gpu, rounds, only)
 
 
 PARTS = {

@@ -2,9 +2,11 @@
 
 import importlib
 import time
+from types import SimpleNamespace
 
 import torch
 
+import train_sft
 from bench.worker import lengths_of
 from nanorlhf import common, generate, hub
 
@@ -72,9 +74,9 @@ def bare(spec, turn):
     tokens = torch.tensor(spec["tokens"], device=spec["device"])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
+    batch = dict(tokens=tokens, mask=mask, lengths=mask.sum(1).cpu() + 1, denom=mask.sum())
     while True:
         opt.zero_grad()
-        loss = -model.logprobs(tokens, mask)[0].sum() / mask.sum()
-        loss.backward()
+        loss, _ = train_sft.gradient(model, batch, SimpleNamespace(tokens_per_microbatch=0))
         opt.step()
-        turn.done(tokens=tokens.numel(), loss=loss.item())
+        turn.done(tokens=tokens.numel(), loss=loss)
