@@ -117,7 +117,9 @@ def main(argv):
         measure(parts, flags["--quick"], flags["--gpu"], int(options["--rounds"]), options["--only"], folder)
     found = tables(folder)
     for name, (title, rows, run) in found.items():
-        if name.split("_")[0] in (parts or [name.split("_")[0]]):
+        part, kind = name.split("_")
+        mine = part in (parts or [part]) and (kind == "gpu") == flags["--gpu"]
+        if mine or flags["--report"]:
             print("\n" + table.console(title, rows, run))
     if flags["--report"] and not flags["--quick"]:
         table.fill(PAGE, {name: table.markdown(rows, run) for name, (_, rows, run) in found.items()})

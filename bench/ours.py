@@ -2,7 +2,6 @@
 
 import importlib
 import time
-from types import SimpleNamespace
 
 import torch
 
@@ -74,9 +73,10 @@ def bare(spec, turn):
     tokens = torch.tensor(spec["tokens"], device=spec["device"])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
+    cfg = train_sft.Config(tokens_per_microbatch=0)
     batch = dict(tokens=tokens, mask=mask, lengths=mask.sum(1).cpu() + 1, denom=mask.sum())
     while True:
         opt.zero_grad()
-        loss, _ = train_sft.gradient(model, batch, SimpleNamespace(tokens_per_microbatch=0))
+        loss, _ = train_sft.gradient(model, batch, cfg)
         opt.step()
         turn.done(tokens=tokens.numel(), loss=loss)
