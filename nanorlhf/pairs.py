@@ -55,6 +55,8 @@ def encode_pairs(rows, tok, max_len, what):
             long += 1
         else:
             pairs.append((sides[0][0], sides[0][1], sides[1][1]))
+    equal = f"{same} of {len(rows)} {what} pairs have equal responses, more than half"
+    require(2 * same <= len(rows), f"{equal}: there is too little to learn")
     if same or long:
         print(f"dropped {same + long} of {len(rows)} {what} pairs: {same} with equal responses, "
               f"{long} longer than the context of {max_len} tokens")

@@ -30,6 +30,25 @@ def stages(tmp_path_factory):
 
 
 @pytest.fixture
+def at_step(monkeypatch):
+    """at_step(k, action): call action once in step k, between gradients and update; returns an undo."""
+    from nanorlhf.checkpoint import Run  # only now: the environment above is read when kernels are imported
+
+    def install(k, action):
+        check, todo = Run.check, [action]
+
+        def check_and_act(run, step, *args):
+            if step == k and todo:
+                todo.pop()()
+            return check(run, step, *args)
+
+        monkeypatch.setattr(Run, "check", check_and_act)
+        return lambda: monkeypatch.setattr(Run, "check", check)
+
+    return install
+
+
+@pytest.fixture
 def gradients(monkeypatch):
     """What reaches the optimizer before it is clipped: one list of gradients a step."""
     seen, clip = [], torch.nn.utils.clip_grad_norm_

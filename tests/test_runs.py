@@ -1,100 +1,34 @@
 """Run folders: what is in them, resuming, stopping, refusing, and every way in which a disk can fail."""
 
 import contextlib
-import csv
 import dataclasses
 import errno
 import json
 import os
-import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import threading
-import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
-from stages import LOSS, TRAINERS
+from runs import EACH, Crash, crash, disk_full, equal, flip, metrics, same_run, snapshot, state, states
+from stages import TRAINERS
 
 import train_grpo
 import train_ppo
-import train_rm
 import train_sft
 from nanorlhf import checkpoint, common, hub
 from nanorlhf.checkpoint import Run, restore, write_folder
-from nanorlhf.common import Interrupted, Log, RunError, UserError, run_cli
+from nanorlhf.common import Interrupted, Log, RunError, UserError
 from nanorlhf.data import write_jsonl
-
-ROOT = Path(__file__).parents[1]
-EACH = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda t: t.__name__)
 
 
 @pytest.fixture(autouse=True)
 def quick(no_curves, monkeypatch):
     """No curves, and no fsync: neither is what these tests are about, and both are slow."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-
-
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(k, action): call action once in step k, between gradients and update; returns an undo."""
-
-    def install(k, action):
-        check, todo = Run.check, [action]
-
-        def check_and_act(run, step, *args):
-            if step == k and todo:
-                todo.pop()()
-            return check(run, step, *args)
-
-        monkeypatch.setattr(Run, "check", check_and_act)
-        return lambda: monkeypatch.setattr(Run, "check", check)
-
-    return install
-
-
-def snapshot(folder):
-    """{path: contents} of everything in a folder."""
-    files = (p for p in sorted(Path(folder).rglob("*")) if p.is_file())
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
-
-
-def metrics(out):
-    """The rows of metrics.csv without the two columns that are times."""
-    with open(Path(out) / "metrics.csv", newline="") as f:
-        return [{k: v for k, v in row.items() if k not in ("s", "tok_s")} for row in csv.DictReader(f)]
-
-
-def same_run(a, b):
-    a, b = Path(a), Path(b)
-    assert metrics(a) == metrics(b)
-    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
-    assert snapshot(a / "model") == snapshot(b / "model")
-    assert states(a)[-1] == states(b)[-1] and equal(state(a), state(b))
-
-
-def states(out):
-    return sorted(p.name for p in (Path(out) / "state").iterdir())
-
-
-def state(out, name=None):
-    return torch.load(Path(out) / "state" / (name or states(out)[-1]) / "state.pt", weights_only=True)
-
-
-def equal(a, b):
-    """Nested dicts, lists and tensors, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 # what a run leaves
@@ -139,14 +73,6 @@ def test_a_single_step_draws_its_curves(trainer, stages, tmp_path, monkeypatch):
 
 
 # resuming
-
-
-class Crash(BaseException):
-    """A power cut: nothing catches it."""
-
-
-def crash():
-    raise Crash
 
 
 @EACH
@@ -226,28 +152,7 @@ def test_torn_log_lines_are_dropped_on_resume(stages, tmp_path):
     same_run(tmp_path / "whole", tmp_path / "run")
 
 
-@pytest.mark.parametrize("flags, says", [
-    (dict(d_model=64), r"not fit this model: blocks\.0\.attn\.k\.bias is \(32,\) there and \(64,\) here"),
-    (dict(n_layer=2), r"blocks\.1\.attn\.k\.bias is None there and \(32,\) here \(16 tensors differ\)"),
-])  # fmt: skip
-def test_resume_with_another_size(flags, says, stages, tmp_path):
-    train_sft.train(stages.config(train_sft, tmp_path / "run"))
-    before = snapshot(tmp_path / "run")
-    with pytest.raises(UserError, match=says):
-        train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True, **flags))
-    assert snapshot(tmp_path / "run") == before
-
-
 # refusing
-
-
-@EACH
-def test_a_second_run_is_refused_and_touches_nothing(trainer, stages, tmp_path):
-    trainer.train(stages.config(trainer, tmp_path / "run"))
-    before = snapshot(tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run: add --resume to go on with it, --overwrite to"):
-        trainer.train(stages.config(trainer, tmp_path / "run", seed=1))
-    assert snapshot(tmp_path / "run") == before
 
 
 @EACH
@@ -287,50 +192,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(stages, tmp_path):
     assert states(tmp_path / "run") == states(tmp_path / "new")
 
 
-def test_out_that_cannot_be_a_folder(stages, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="--out .*/file: cannot be used as a run folder"):
-        train_sft.train(stages.config(train_sft, tmp_path / "file"))
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 # damage
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGE = pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: flip(folder / "state.pt"),
-        lambda folder: (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:-1]),
-        lambda folder: (folder / "state.pt").write_bytes(b""),
-        lambda folder: (folder / "state.pt").unlink(),
-        lambda folder: (folder / "manifest.json").unlink(),
-        lambda folder: (folder / "manifest.json").write_text('{"step": 6}'),
-        lambda folder: (folder / "manifest.json").write_text("{"),
-    ],
-    ids="flipped truncated empty no-state no-manifest no-checksum bad-manifest".split(),
-)
-
-
-@DAMAGE
-def test_damaged_state_falls_back_to_the_older_one(damage, stages, tmp_path, capsys):
-    for out in ("whole", "run"):
-        train_sft.train(stages.config(train_sft, tmp_path / out))
-    damage(tmp_path / "run/state/step-000006")
-    before = snapshot(tmp_path / "run")
-    with pytest.raises(UserError, match="--resume: damaged: .*step-000006/.*checksum.*--resume auto takes"):
-        train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
-    assert snapshot(tmp_path / "run") == before
-    train_sft.train(stages.config(train_sft, tmp_path / "run", resume="auto"))
-    out = capsys.readouterr().out
-    assert re.search("skipped as damaged: .*step-000006/.*checksum", out) and "run from step 4" in out
-    same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_all_checkpoints_damaged(stages, tmp_path):
@@ -409,40 +271,10 @@ def test_crash_between_the_renames_of_model(stages, tmp_path, monkeypatch):
 # a full disk
 
 
-def disk_full(*args, **kw):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 def full_for(monkeypatch, mode):
     """The log finds no space when it opens a file in this mode."""
     opened = {mode: disk_full}
     monkeypatch.setattr(common, "open", lambda p, m="r", **kw: opened.get(m, open)(p, m, **kw), raising=False)
-
-
-@EACH
-def test_disk_full_while_saving(trainer, stages, tmp_path, monkeypatch, at_step, capsys):
-    """Exit status 1 and one line; the older checkpoint goes on to the same end; no *.tmp is left."""
-    trainer.train(stages.config(trainer, tmp_path / "whole"))
-    undo = at_step(3, lambda: monkeypatch.setattr(os, "fsync", disk_full))
-    argv = [f"--{k}={v}" for k, v in stages.flags(trainer, tmp_path / "run").items()]
-    assert run_cli(trainer.Config, trainer.train, "", argv) == 1
-    err = capsys.readouterr().err.splitlines()
-    assert len(err) == 1 and "cannot save" in err[0] and "run/model" in err[0] and "No space left" in err[0]
-    assert not list((tmp_path / "run").rglob("*.tmp"))
-    undo()
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
-    assert hub.load(tmp_path / "run/model")
-    trainer.train(stages.config(trainer, tmp_path / "run", resume=True))
-    same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def test_disk_full_on_the_log_is_said_once(stages, tmp_path, monkeypatch, capsys):
-    train_ppo.train(stages.config(train_ppo, tmp_path / "whole"))
-    full_for(monkeypatch, "a")
-    train_ppo.train(stages.config(train_ppo, tmp_path / "run"))
-    assert capsys.readouterr().out.count("warning: cannot write") == 1
-    assert metrics(tmp_path / "run") == []
-    assert snapshot(tmp_path / "run/model") == snapshot(tmp_path / "whole/model")
 
 
 def test_disk_full_when_resuming_keeps_the_logs(stages, tmp_path, monkeypatch):
@@ -455,32 +287,6 @@ def test_disk_full_when_resuming_keeps_the_logs(stages, tmp_path, monkeypatch):
 
 
 # stopping
-
-
-@EACH
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_loss_stops_before_the_update(trainer, value, stages, tmp_path, monkeypatch, capsys):
-    """One line with the step and where to look; the weights in memory are those of the last checkpoint."""
-    loss, models, start = getattr(trainer, LOSS[trainer]), {}, Run.start
-    cfg = stages.flags(trainer, tmp_path / "run", save_every=1)
-
-    def spoilt(*args):
-        out = loss(*args)
-        if not (tmp_path / "run/state/step-000002").exists():  # not yet step 2
-            return out
-        return (out[0] * value, *out[1:]) if isinstance(out, tuple) else out * value
-
-    monkeypatch.setattr(trainer, LOSS[trainer], spoilt)
-    spy = lambda run, m, *args, **kw: models.update(m) or start(run, m, *args, **kw)  # noqa: E731
-    monkeypatch.setattr(Run, "start", spy)
-    argv = [f"--{k}={v}" for k, v in cfg.items()]
-    assert run_cli(trainer.Config, trainer.train, "", argv) == 1
-    err = capsys.readouterr().err.splitlines()
-    assert len(err) == 1 and f"stopped: step 2: loss {value:g}" in err[0].replace("-inf", "inf")
-    assert "this update was not made" in err[0] and "metrics.csv" in err[0] and "--lr" in err[0]
-    saved = state(tmp_path / "run", "step-000002")["models"]
-    assert all(equal(dict(models[name].state_dict()), saved[name]) for name in saved)
-    assert len(metrics(tmp_path / "run")) == 2 and hub.load(tmp_path / "run/model")
 
 
 def test_weights_that_the_last_update_spoilt_are_not_saved(stages, tmp_path, monkeypatch):
@@ -503,22 +309,6 @@ def test_a_model_lost_at_the_last_step_is_made_by_resume(trainer, stages, tmp_pa
         trainer.train(cfg)
     trainer.train(stages.config(trainer, tmp_path / "run", save_every=0, resume=True))
     assert hub.load(tmp_path / "run/model")
-
-
-@EACH
-def test_resume_takes_the_hyper_parameters_of_this_run(trainer, stages, tmp_path, capsys):
-    """A flag that resume announces as changed is changed: learning rate, weight decay, a fixed beta."""
-    more = {train_ppo: dict(beta=0.7, critic_lr=1e-9), train_grpo: {}}.get(trainer, dict(weight_decay=0.5))
-    trainer.train(stages.config(trainer, tmp_path / "run", steps=2))
-    trainer.train(stages.config(trainer, tmp_path / "run", steps=4, lr=1e-9, resume=True, **more))
-    assert "--lr was 0.01, is now 1e-09" in capsys.readouterr().out
-    last = metrics(tmp_path / "run")[-1]
-    assert float(last["lr"]) <= 1e-9 and float(last.get("beta", 0.7)) == 0.7
-    groups = state(tmp_path / "run", "step-000004")["optimizer"]["param_groups"]
-    if trainer is train_ppo:
-        assert groups[1]["peak"] == 1e-9
-    elif trainer is not train_grpo:
-        assert groups[0]["weight_decay"] == 0.5
 
 
 @pytest.mark.parametrize("trainer", [train_ppo, train_grpo], ids=lambda t: t.__name__)
@@ -559,16 +349,6 @@ def test_checkpoints_are_ordered_by_number(stages, tmp_path):
     assert run._checkpoints() == ["step-000002", "step-999999", "step-1000000"]
 
 
-def test_a_second_ctrl_c_stops_at_once(stages, tmp_path, at_step, capsys):
-    undo = at_step(3, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
-    argv = [f"--{k}={v}" for k, v in stages.flags(train_sft, tmp_path / "run").items()]
-    assert run_cli(train_sft.Config, train_sft.train, "", argv) == 130
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    undo()
-    assert states(tmp_path / "run") == ["step-000002"]
-    train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
-
-
 def test_handlers_are_put_back_whatever_happens(stages, tmp_path, at_step):
     mine = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -598,44 +378,7 @@ def test_train_in_a_thread_sets_no_handlers(stages, tmp_path, at_step):
     same_run(tmp_path / "main", tmp_path / "run")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT to send")
-def test_ctrl_c_in_a_real_process(stages, tmp_path):
-    """Exit status 130, one line; what is left resumes behind the last step that was logged."""
-    flags = stages.flags(train_sft, tmp_path / "run", steps=10**6, save_every=0)
-    argv = [sys.executable, str(ROOT / "train_sft.py"), *(f"--{k}={v}" for k, v in flags.items())]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "run/metrics.csv"
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 3):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "train_sft.py: interrupted; the checkpoint is saved, --resume goes on from it\n"
-    done = len(metrics(tmp_path / "run"))
-    assert states(tmp_path / "run") == [f"step-{done:06d}"] and hub.load(tmp_path / "run/model")
-    train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True, steps=done + 1, save_every=0))
-    assert [int(row["step"]) for row in metrics(tmp_path / "run")] == list(range(done + 1))
-
-
 # what need not be there
-
-
-def test_no_network(stages, tmp_path, monkeypatch):
-    """SFT, reward model and PPO on the built-in task without a socket."""
-
-    def refuse(*args, **kw):
-        raise AssertionError("a connection was tried")
-
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, refuse)
-    size = dict(n_layer=1, d_model=16, n_head=2, demos=60, vocab_size=400, max_len=128)
-    for trainer, flags in (
-        (train_sft, dict(out="sft", batch_size=4, eval_every=0, **size)),
-        (train_rm, dict(out="rm", init="sft/model", pairs=16, batch_size=4)),
-        (train_ppo, dict(out="ppo", init="sft/model", rm="rm/model", prompts_per_step=4, eval_prompts=4)),
-    ):
-        monkeypatch.chdir(tmp_path)
-        trainer.train(trainer.Config(steps=1, **flags))
 
 
 def test_without_matplotlib_it_says_so_once(stages, tmp_path, monkeypatch, capsys):

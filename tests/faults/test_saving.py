@@ -1,0 +1,322 @@
+"""Faults of saving and resuming. The first line of each docstring is a row of docs/reliability.md."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import EACH, crash, equal, metrics, same_run, snapshot, state, states
+from stages import LOSS
+
+import train_grpo
+import train_ppo
+import train_sft
+from nanorlhf import hub, replay
+from nanorlhf.checkpoint import Run
+from nanorlhf.common import UserError
+
+ROOT = Path(__file__).parents[2]
+posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor limits")
+
+
+# row 1 is in test_kills.py
+
+
+def test_row_02_kill_inside_the_checkpoint_write(run, stages, tmp_path, monkeypatch):
+    """S | killed inside a checkpoint's write | the half-written folder is removed, the one before is used"""
+    assert run(train_sft, "whole").status == 0
+    real = torch.save
+
+    def cut_short(state, f):
+        real(state, f)
+        if state["step"] == 4:
+            f.truncate(1000)
+            crash()
+
+    with monkeypatch.context() as patch, pytest.raises(BaseException, match="^$"):
+        patch.setattr(torch, "save", cut_short)
+        run(train_sft)
+    assert states(tmp_path / "run") == ["step-000002", "step-000004.tmp"]
+    done = run(train_sft, resume="true")
+    assert "step-000004 was never completed; removed" in done.out and "from step 2" in done.out
+    same_run(tmp_path / "whole", tmp_path / "run")
+    assert states(tmp_path / "run") == ["step-000004", "step-000006"]
+
+
+HANGS = """
+import sys, time, torch, train_sft
+torch.save = lambda *args: (print("x", flush=True), time.sleep(60))
+sys.argv[0] = "train_sft.py"
+sys.exit(train_sft.main())
+"""
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("first, more", [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_row_03_signals(first, more, stages, tmp_path):
+    """S | Ctrl-C or SIGTERM | the step is finished and saved, status 130 or 143; a second one ends it at
+    once"""
+    flags = stages.flags(train_sft, tmp_path / "run", steps=10**6, save_every=0)
+    argv = [sys.executable, str(ROOT / "train_sft.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    if more:  # the second one comes while the first one's checkpoint hangs
+        argv[1:2] = ["-c", HANGS]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run/metrics.csv"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 3):
+        time.sleep(0.02)
+    process.send_signal(first)
+    if more:
+        while "x\n" not in process.stdout.readline():
+            pass
+        process.send_signal(first)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + first
+    ends = "interrupted at once; checkpoints saved before are kept" if more else \
+        "interrupted; the checkpoint is saved, --resume goes on from it"  # fmt: skip
+    assert err == f"train_sft.py: {ends}\n"
+    done = len(metrics(tmp_path / "run"))
+    if not more:
+        assert states(tmp_path / "run") == [f"step-{done:06d}"] and hub.load(tmp_path / "run/model")
+        train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True, steps=done + 1, save_every=0))
+        assert [int(row["step"]) for row in metrics(tmp_path / "run")] == list(range(done + 1))
+
+
+@posix
+@EACH
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_row_04_disk_full_while_saving(trainer, share, run, tmp_path, at_step):
+    """X | disk full (RLIMIT_FSIZE) while saving | path and bytes are named, nothing half-written stays, the
+    older checkpoint goes on to the same end"""
+    run(trainer, "whole")
+    size = (tmp_path / "whole/state/step-000006/state.pt").stat().st_size
+    model = (tmp_path / "whole/model/model.safetensors").stat().st_size
+    limit = int(share * (model if share < 0.5 else size))  # in the model folder, or behind it in the state
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    undo = at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1])))
+    try:
+        done = run(trainer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    undo()
+    where = "run/state/step-000004" if share > 0.5 else "run/"
+    assert done.stopped("cannot save", where, "File too large")
+    assert re.search(r"\([\d,]{5,} bytes\)", done.err[0])
+    assert not list((tmp_path / "run").rglob("*.tmp")) and hub.load(tmp_path / "run/model")
+    assert states(tmp_path / "run") == ["step-000002"]
+    assert run(trainer, resume="true").status == 0
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_row_05_disk_full_on_the_log(run, tmp_path, monkeypatch):
+    """S | disk full on metrics.csv | said once, training goes on"""
+    from nanorlhf import common
+
+    run(train_ppo, "whole")
+
+    def no_room(path, mode="r", **kw):
+        if mode == "a":
+            raise OSError(28, "No space left on device")
+        return open(path, mode, **kw)
+
+    monkeypatch.setattr(common, "open", no_room, raising=False)
+    done = run(train_ppo)
+    assert done.status == 0 and done.out.count("warning: cannot write") == 1
+    assert metrics(tmp_path / "run") == []
+    assert snapshot(tmp_path / "run/model") == snapshot(tmp_path / "whole/model")
+
+
+@EACH
+def test_row_06_out_that_cannot_be_used(trainer, run, tmp_path):
+    """R | --out is a file, cannot be made, or holds a run | named, nothing is touched; --resume or
+    --overwrite"""
+    (tmp_path / "file").write_text("mine")
+    assert run(trainer, "file").refused("--out", "file", "cannot be used as a run folder")
+    assert run(trainer, "file/below").refused("--out", "cannot be used as a run folder")
+    assert (tmp_path / "file").read_text() == "mine"
+    run(trainer)
+    before = snapshot(tmp_path / "run")
+    assert run(trainer, seed=1).refused("holds a run: add --resume to go on with it, --overwrite to")
+    assert snapshot(tmp_path / "run") == before
+
+
+def damage(path, rng):
+    """One bit flipped, the end cut off, or emptied."""
+    data = bytearray(path.read_bytes())
+    how = rng.choice(["flip", "flip", "cut", "empty"])
+    if how == "flip":
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data if how == "flip" else data[: rng.randrange(len(data)) if how == "cut" else 0])
+
+
+def test_row_07_damaged_checkpoint(run, tmp_path):
+    """R | a file of a checkpoint truncated, emptied, or one bit flipped, 100 times at random | refused by
+    name ("checksum"); --resume auto says so and takes the older one"""
+    run(train_sft, "whole")
+    rng = random.Random(0)
+    files = ["state.pt"] * 3 + ["manifest.json"]
+    for case in range(100):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        name = rng.choice(files)
+        damage(tmp_path / "run/state/step-000006" / name, rng)
+        before = snapshot(tmp_path / "run")
+        again = run(train_sft, resume="true")
+        assert again.refused("step-000006/", "checksum", "--resume auto"), (case, name)
+        assert snapshot(tmp_path / "run") == before
+        if case % 10 == 0:
+            done = run(train_sft, resume="auto")
+            assert done.status == 0 and re.search("skipped as damaged: .*step-000006/.*checksum", done.out)
+            assert "from step 4" in done.out
+            same_run(tmp_path / "whole", tmp_path / "run")
+        else:  # the same decision, without training
+            flags = json.loads(before["config.json"]) | {"resume": "auto", "out": f"{tmp_path}/run"}
+            cfg = train_sft.Config(**flags)
+            with Run(cfg, train_sft.COLUMNS, [], []) as opened:
+                model, _ = hub.load(tmp_path / "run/model")
+                matrices = [[p for p in model.parameters() if (p.dim() > 1) == big] for big in (True, False)]
+                step, _ = opened.start({"model": model}, torch.optim.AdamW([{"params": m} for m in matrices]))
+            assert step == 4
+    weights = tmp_path / "whole/model/model.safetensors"
+    data, want = weights.read_bytes(), hub.load(tmp_path / "whole/model")[0].state_dict()
+    for case in range(50):
+        flipped = bytearray(data)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        weights.write_bytes(flipped)
+        try:  # a flip in what the header says of checksums themselves leaves the weights as they were
+            assert equal(dict(hub.load(tmp_path / "whole/model")[0].state_dict()), dict(want)), case
+        except UserError as e:
+            assert "model.safetensors" in str(e)
+
+
+def test_row_08_newest_checkpoint_incomplete(run, tmp_path):
+    """S | the newest checkpoint was never completed | removed, and the next older one is used"""
+    run(train_sft, "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    newest = tmp_path / "run/state/step-000006"
+    (newest / "manifest.json").unlink()
+    newest.rename(f"{newest}.tmp")
+    done = run(train_sft, resume="true")
+    assert done.status == 0 and "step-000006 was never completed; removed" in done.out
+    assert "from step 4" in done.out
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags, says", [
+    (dict(d_model=64), "blocks.0.attn.k.bias is (32,) there and (64,) here"),
+    (dict(n_layer=2), "blocks.1.attn.k.bias is None there and (32,) here (16 tensors differ)"),
+])  # fmt: skip
+def test_row_09_resume_with_another_model(flags, says, run, tmp_path):
+    """R | --resume with another shape, vocabulary or algorithm | the flags and tensors that differ are
+    listed"""
+    run(train_sft)
+    before = snapshot(tmp_path / "run")
+    (name, value), = flags.items()
+    assert run(train_sft, resume="true", **flags).refused(says, f"--{name} was", f"is now {value}")
+    assert run(train_grpo, resume="true").refused("is a run of train_sft.py")
+    assert snapshot(tmp_path / "run") == before
+
+
+@EACH
+def test_row_10_resume_with_another_learning_rate(trainer, run, tmp_path):
+    """S | --resume with another learning rate, weight decay, beta, number of steps | printed, and used"""
+    more = {train_ppo: dict(beta=0.7, critic_lr=1e-9), train_grpo: {}}.get(trainer, dict(weight_decay=0.5))
+    run(trainer, steps=2)
+    done = run(trainer, steps=4, lr=1e-9, resume="true", **more)
+    assert "--lr was 0.01, is now 1e-09" in done.out and "--steps was 2, is now 4" in done.out
+    last = metrics(tmp_path / "run")[-1]
+    assert float(last["lr"]) <= 1e-9 and float(last.get("beta", 0.7)) == 0.7
+    groups = state(tmp_path / "run", "step-000004")["optimizer"]["param_groups"]
+    if trainer is train_ppo:
+        assert groups[1]["peak"] == 1e-9
+    elif trainer is not train_grpo:
+        assert groups[0]["weight_decay"] == 0.5
+
+
+@EACH
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_row_32_loss_that_is_not_finite(trainer, value, run, tmp_path, monkeypatch, capsys):
+    """X | NaN or infinity in loss or gradient | before the update, weights as saved before; the batch goes to
+    bad-step-N.pt, which nanorlhf.replay reproduces"""
+    loss, models, start = getattr(trainer, LOSS[trainer]), {}, Run.start
+
+    def spoilt(*args):
+        out = loss(*args)
+        if not (tmp_path / "run/state/step-000002").exists():  # not yet step 2
+            return out
+        return (out[0] * value, *out[1:]) if isinstance(out, tuple) else out * value
+
+    monkeypatch.setattr(trainer, LOSS[trainer], spoilt)
+    spy = lambda run, m, *args, **kw: models.update(m) or start(run, m, *args, **kw)  # noqa: E731
+    monkeypatch.setattr(Run, "start", spy)
+    done = run(trainer, save_every=1)
+    assert done.stopped("this update was not made", "metrics.csv", "--lr", "nanorlhf.replay")
+    assert f"stopped: step 2: loss {value:g}" in done.err[0].replace("-inf", "inf")
+    saved = state(tmp_path / "run", "step-000002")["models"]
+    assert all(equal(dict(models[name].state_dict()), saved[name]) for name in saved)
+    assert len(metrics(tmp_path / "run")) == 2 and hub.load(tmp_path / "run/model")
+    file = f"{tmp_path}/run/bad-step-2.pt"
+    assert replay.main([file]) == 1 and "not finite again" in capsys.readouterr().out
+    monkeypatch.setattr(trainer, LOSS[trainer], loss)  # the bug mended
+    assert replay.main([file]) == 0
+    out = capsys.readouterr().out
+    assert "finite here: not reproduced" in out and "not finite: none" in out
+
+
+def test_row_37_out_of_memory(run, tmp_path, at_step):
+    """X | out of memory in a step | sizes, and the flags to lower; the checkpoint is kept"""
+    allocate = lambda: torch.empty(1 << 60)  # noqa: E731
+    for error, words in ((allocate, ["4611686018427387904 bytes"]), (None, ["3 MiB"])):
+        undo = at_step(3, error or (lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("3 MiB\nmore"))))
+        done = run(train_grpo, overwrite="true")
+        undo()
+        lower = "lower --tokens_per_microbatch (now 4096), then --prompts_per_step (now 4)"
+        assert done.stopped("out of memory", lower, *words)
+        assert states(tmp_path / "run") == ["step-000002"]
+    assert run(train_grpo, resume="true").status == 0
+
+
+@EACH
+def test_row_38_same_seed_same_run(trainer, run, tmp_path):
+    """S | one seed twice; one micro-batch or many; resumed or not | bit-equal; first step within 1e-5;
+    bit-equal"""
+    how = dict(lr=1e-4, tokens_per_microbatch=0)
+    for name, more in (("a", {}), ("b", {}), ("cut", dict(tokens_per_microbatch=1))):
+        assert run(trainer, name, **how | more).status == 0
+    same_run(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/state/step-000006")
+    assert run(trainer, "b", **how, resume="true").status == 0
+    same_run(tmp_path / "a", tmp_path / "b")
+    whole, cut = (metrics(tmp_path / name)[0] for name in ("a", "cut"))  # later Adam divides noise by noise
+    for key in filter(whole.get, whole):
+        assert float(cut[key]) == pytest.approx(float(whole[key]), rel=1e-5, abs=1e-6), key
+
+
+@posix
+def test_row_39_two_processes_on_one_folder(run, tmp_path, at_step):
+    """R | a second process on the same --out | refused with the first one's pid; a dead one's lock is taken
+    over"""
+    seen = []
+    run(train_sft, "other")
+    at_step(3, lambda: seen.append(second(tmp_path / "run")))
+    assert run(train_sft).status == 0
+    assert f"in use by another process (pid {os.getpid()})" in seen[0], seen
+    assert not (tmp_path / "run/lock").exists()
+    (tmp_path / "run/lock").write_text("1")  # of a process that was killed
+    assert run(train_sft, resume="true", steps=8).status == 0
+
+
+def second(folder):
+    """What take_lock says in another process."""
+    code = f"from nanorlhf.checkpoint import take_lock\ntry: take_lock({str(folder)!r})\n" \
+        "except Exception as e: print(type(e).__name__, e)"  # fmt: skip
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
