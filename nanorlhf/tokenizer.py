@@ -24,6 +24,7 @@ import tiktoken
 
 from nanorlhf.common import UserError, blame, require
 
+LONG = 10_000  # characters of a word, from which on it is left out when ranks are learnt
 FILE = "nanorlhf_tokenizer.json"  # of kind "chars"; the others are saved as tokenizer.json
 ONE_CHAR = r"[\s\S]"  # not (?s). , which the regular expressions of transformers read otherwise
 # Words keep the space before them, as in GPT-2, so that a sentence costs about one token a word. Unlike
@@ -151,7 +152,8 @@ class Tokenizer:
         for text in [texts] if isinstance(texts, str) else texts:
             counts.update(regex.findall(WORDS, text))
         # Ordinary text has no lone surrogates; tiktoken would read each as U+FFFD, here it counts as "?".
-        words = [(list(word.encode(errors="replace")), n) for word, n in counts.items()]
+        # A run of a million spaces is no word: each merge would walk it once more, for minutes.
+        words = [(list(word.encode(errors="replace")), n) for word, n in counts.items() if len(word) < LONG]
         return cls("bpe", WORDS, _learn(words, vocab_size))
 
     # --------------------------------------------------------------------------------------------------------
