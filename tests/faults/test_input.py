@@ -1,4 +1,4 @@
-"""Faults of what a user gives: files, folders, flags. The first line of each docstring is a row of the table."""
+"""Faults of what a user gives: files, folders, flags. Docstrings are rows of docs/reliability.md."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ from nanorlhf.common import parse, run_cli
 
 @pytest.fixture
 def refuse(run, tmp_path):
-    """refuse(trainer, flags, *words): exit status 2, one line with the words, and no run folder with a run."""
+    """refuse(trainer, flags, *words): exit status 2, one line with the words, and no run."""
 
     def check(trainer, flags, *words):
         done = run(trainer, **flags)
@@ -63,8 +63,8 @@ class Canary:
 
 
 def test_row_11_pickle_payload(run, stages, model, tmp_path):
-    """R | a pickle with a payload as model, as training state, as bad-step file | refused, the payload does not
-    run"""
+    """R | a pickle with a payload as model, as training state, as bad-step file | refused, the payload does
+    not run"""
     canary = str(tmp_path / "canary")
     (model / "model.safetensors").unlink()
     torch.save({"w": Canary(canary)}, model / "pytorch_model.bin")
@@ -141,7 +141,8 @@ def test_row_15_no_data(trainer, refuse, tmp_path):
 
 @EACH
 def test_row_16_bad_rows(trainer, run, refuse, tmp_path):
-    """R | bad JSON, no object, unknown keys in line n | refused by file:n; --skip_bad_rows drops and counts"""
+    """R | bad JSON, no object, unknown keys in line n | refused by file:n; --skip_bad_rows drops
+    and counts"""
     good = [json.dumps(row).encode() for row in rows_of(trainer)]
     for bad, word in ((b"{", "bad JSON"), (b"3", "expected one object"), (b'{"promt": "a"}', "missing key")):
         path = data(tmp_path, b"\n".join([good[0], bad, *good[1:]]))
@@ -161,7 +162,8 @@ def test_row_16_bad_rows(trainer, run, refuse, tmp_path):
 ], ids="bom surrogate spaces latin-1 nul utf-16".split())  # fmt: skip
 @pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
 def test_row_17_odd_bytes(bend, word, tokenizer, run, tmp_path):
-    """R | BOM, CRLF, lone surrogate, a row of a million spaces; latin-1, NUL, UTF-16 | read; refused by line"""
+    """R | BOM, CRLF, lone surrogate, a row of a million spaces; latin-1, NUL, UTF-16 | read;
+    refused by line"""
     text = "".join(json.dumps(row) + "\n" for row in words(64)).encode()
     path = data(tmp_path, bend(text))
     done = run(train_sft, data=path, tokenizer=tokenizer, steps=2)
@@ -199,7 +201,8 @@ def test_row_19_pairs_that_teach_nothing(run, refuse, tmp_path):
     done = run(train_sft, **how)
     assert done.status == 0 and "16 of 64 pairs answer different prompts" in done.out
     apart = [row | {"rejected": turn.format("c", "y")} for row in talk[:40]] + talk[40:]
-    assert run(train_sft, **how | dict(data=data(tmp_path, apart))).refused("different prompts", "more than half")
+    done = run(train_sft, **how | dict(data=data(tmp_path, apart)))
+    assert done.refused("different prompts", "more than half")
 
 
 def test_row_20_labelled_rows(refuse, tmp_path):
@@ -235,8 +238,8 @@ def test_row_22_replies_that_would_be_masked_away(run, refuse, tmp_path):
 
 @EACH
 def test_row_23_sizes_that_do_not_fit(trainer, run, refuse, tmp_path):
-    """S | fewer rows than a batch; samples that do not fill the minibatches | rows come again in the next epoch;
-    refused with the numbers"""
+    """S | fewer rows than a batch; samples that do not fill the minibatches | rows come again in the next
+    epoch; refused with the numbers"""
     few = data(tmp_path, rows_of(trainer)[:12])
     more = dict(prompts_per_step=40) if trainer in (train_ppo, train_grpo) else dict(batch_size=40)
     assert run(trainer, data=few, steps=2, **more).status == 0
@@ -285,7 +288,8 @@ def test_row_34_numbers_at_the_edge(refuse, stages, capsys):
 ])  # fmt: skip
 @EACH
 def test_row_35_flags(trainer, argv, says, capsys):
-    """R | unknown or misspelt flag, prefix, wrong type | refused with the nearest name; --resume False is false"""
+    """R | unknown or misspelt flag, prefix, wrong type | refused with the nearest name; --resume False is
+    false"""
     assert trainer.main(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and says in lines[0]

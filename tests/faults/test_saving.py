@@ -1,4 +1,4 @@
-"""Faults of saving and resuming. The first line of each docstring is a row of docs/reliability.md."""
+"""Faults of saving and resuming. Docstrings are rows of docs/reliability.md."""
 
 import json
 import os

@@ -1,0 +1,262 @@
+"""Faults inside a step, of rewards, and of the surroundings. Docstrings are rows of docs/reliability.md."""
+
+import gc
+import math
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import metrics, same_run
+from stages import TRAINERS
+
+import train_grpo
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf import hub
+from nanorlhf.worker import run_program
+
+ROOT = Path(__file__).parents[2]
+FULL = bool(os.environ.get("FAULTS_FULL"))
+RL = pytest.mark.parametrize("trainer", [train_ppo, train_grpo], ids=lambda t: t.__name__)
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+
+
+def rewards(tmp_path, body, **more):
+    """Flags for a reward function with this body, called in this process unless more says otherwise."""
+    (tmp_path / "r.py").write_text(f"import os, sys, time\ndef f(prompt, response, row):\n    {body}\n")
+    return dict(rm="", reward=[f"{tmp_path}/r.py:f"], reward_timeout=0) | more
+
+
+def biased(stages, tmp_path, towards):
+    """A policy that writes EOS at once (towards 1) or never (towards -1) → its folder."""
+    model, tok = hub.load(stages.folder / "sft/model")
+    with torch.no_grad():
+        model.norm.weight.zero_()  # hidden states are then the norm's bias, whatever was read
+        model.norm.bias.copy_(towards * 30 * model.wte.weight[tok.eos_id])
+    hub.save(model, tok, tmp_path / "biased")
+    return str(tmp_path / "biased")
+
+
+def finite(out):
+    return all(math.isfinite(float(x)) for row in metrics(out) for x in row.values() if x)
+
+
+@RL
+def test_row_24_empty_completions(trainer, run, stages, tmp_path):
+    """S | every completion is empty, EOS at once | scored, one token long, finite loss"""
+    flags = rewards(tmp_path, "assert response == ''; return 0.5")
+    assert run(trainer, init=biased(stages, tmp_path, 1), **flags).status == 0
+    assert finite(tmp_path / "run")
+    assert all(float(row["len"]) == float(row["stop"]) == 1 for row in metrics(tmp_path / "run"))
+
+
+@RL
+def test_row_25_no_completion_ends(trainer, run, stages, tmp_path):
+    """S | no completion ends in EOS | `stop` is 0; PPO gives no_eos_score in place of the score, GRPO can filter
+    or penalise"""
+    more = {} if trainer is train_ppo else dict(overlong_filter="true")
+    flags = rewards(tmp_path, "return len(response)", steps=2, **more)
+    init = biased(stages, tmp_path, -1)
+    assert run(trainer, init=init, **flags).status == 0
+    assert finite(tmp_path / "run") and all(float(row["stop"]) == 0 for row in metrics(tmp_path / "run"))
+    if trainer is train_ppo:
+        x = torch.zeros(2, 3)
+        mask, ends = torch.ones(2, 3).bool(), torch.tensor([True, False])
+        shaped = train_ppo.shape_rewards(torch.tensor([7.0, 7.0]), x, x, mask, ends, 0.1, -1.0)
+        assert shaped[:, -1].tolist() == [7, -1]
+    else:  # every row is filtered: no update at all
+        before = hub.load(init)[0].state_dict()
+        after = hub.load(tmp_path / "run/model")[0].state_dict()
+        assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_row_26_all_masked_micro_batch(stages):
+    """S | a micro-batch without a single token that counts | zero loss and gradient, never NaN; the other rows'
+    gradient is what it is without it"""
+    model, tok = hub.load(stages.folder / "sft/model")
+    tokens = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]])
+    mask = torch.tensor([[False] * 4, [False, True, True, True]])
+    grads = []
+    for rows, denom in (([0], 3), ([0, 1], 3), ([1], 3)):
+        batch = dict(tokens=tokens[rows], mask=mask[rows], lengths=torch.tensor([4] * len(rows)), denom=denom)
+        cfg = stages.config(train_sft, "unused", tokens_per_microbatch=4)
+        model.zero_grad()
+        loss, _ = train_sft.gradient(model, batch, cfg)
+        grads.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert grads[0][0] == 0 and not grads[0][1].any()
+    assert grads[1][0] == grads[2][0] != 0 and torch.equal(grads[1][1], grads[2][1])
+    x, cfg = torch.full((1, 4), -1.0, requires_grad=True), stages.config(train_grpo, "unused")
+    none = torch.zeros(1, 4).bool()
+    for loss, _ in (train_ppo.policy_loss(x, x.detach(), x.detach(), none, 0.2, 3),
+                    train_ppo.value_loss(x, x.detach(), x.detach() + 1, none, 0.2, 3),
+                    train_grpo.policy_loss(x, x.detach(), None, x.detach(), none, none.float(), cfg)):  # fmt: skip
+        x.grad = None
+        loss.backward()
+        assert loss.item() == 0 and not x.grad.any()
+
+
+@pytest.mark.parametrize("value", ["0.0", "1.0", "0.1", "1 / 3"])
+@pytest.mark.parametrize("more", [{}, dict(filter_dead_groups="true"), dict(norm="batch_std")], ids=str)
+def test_row_27_equal_rewards(value, more, run, stages, tmp_path):
+    """S | all rewards of a group equal (0, 1, 0.1, 1/3) | `dead` is 1, advantage and gradient exactly 0"""
+    assert run(train_grpo, steps=2, **rewards(tmp_path, f"return {value}"), **more).status == 0
+    rows = metrics(tmp_path / "run")
+    assert all(float(row["dead"]) == 1 and float(row["gnorm"]) == 0 for row in rows)
+    before, after = (hub.load(f)[0].state_dict() for f in (stages.folder / "sft/model", tmp_path / "run/model"))
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@RL
+@pytest.mark.parametrize("body", ["return float('nan')", "return float('inf')", "return None", "return '1'",
+                                  "return [1.0, 2.0]"])  # fmt: skip
+@pytest.mark.parametrize("own", [True, False], ids=["own process", "here"])
+def test_row_29_reward_that_is_no_number(trainer, body, own, run, tmp_path):
+    """X | a reward function returns NaN, infinity, None, a string, a list | named with the sample"""
+    if own and (trainer is train_ppo or "nan" not in body):
+        pytest.skip("one of them: a process costs seconds")
+    done = run(trainer, **rewards(tmp_path, body, reward_timeout=30.0 if own else 0))
+    assert done.stopped("reward f returned", "prompt '", "response '", "it must be a finite number")
+
+
+@posix
+@pytest.mark.slow
+def test_row_30_reward_that_misbehaves(run, tmp_path):
+    """S | a reward function raises, hangs, prints, exits, forks | it is ended at its timeout, scores 0, is
+    counted; above half of a batch the run stops"""
+    does = {2: "raise KeyError(1)", 4: "os._exit(3)", 6: "sys.exit(3)", 8: "time.sleep(600)", 10: "os.fork()"}
+    log = str(tmp_path / "log")
+    body = [f"open({log!r}, 'a').write('x')", f"n = len(open({log!r}).read())", "print('noise')",
+            *(f"if n == {n}: {what}" for n, what in does.items()), "return 1.0"]  # fmt: skip
+    done = run(train_grpo, steps=2, **rewards(tmp_path, "\n    ".join(body), reward_timeout=5.0))
+    assert done.status == 0 and "reward f raised KeyError" in done.out and "noise" not in done.out
+    assert [float(row["reward_failed"]) for row in metrics(tmp_path / "run")] == [4 / 20, 0]
+    assert multiprocessing.active_children() == []
+    done = run(train_grpo, overwrite="true", **rewards(tmp_path, "os._exit(3)", reward_timeout=3.0))
+    assert done.stopped("more than half of", "ended its process (status 3)")
+    assert multiprocessing.active_children() == []
+
+
+@posix
+def test_row_31_programs_that_a_model_wrote(tmp_path, monkeypatch):
+    """S | generated code loops, allocates 10 GB, prints without end, writes elsewhere, reads the environment |
+    run_program ends it, caps and scrubs; the canary file stays; it is not a security sandbox"""
+    monkeypatch.setenv("SECRET", "s3cret")
+    canary = tmp_path / "canary"
+    canary.write_text("alive")
+    assert run_program("print(int(input()) + 1)", "41\n") == (0, "42\n")
+    assert run_program("import os; open('x', 'w').write('mine'); print(os.listdir())") == (0, "['x']\n")
+    assert run_program("while True: pass", timeout=0.5) == (None, "")
+    assert run_program("raise SystemExit(3)") == (3, "") and run_program("bytearray(10 ** 10)")[0] == 1
+    status, out = run_program("while True: print('x' * 100)", output_bytes=1000)
+    assert status == 1 and len(out) == 1000
+    assert "s3cret" not in run_program("import os; print(dict(os.environ))")[1]
+    path = repr(str(canary))
+    for act in (f"open({path}, 'w')", f"os.remove({path})", f"os.truncate({path}, 0)", f"os.rename({path}, 'x')",
+                f"os.open({path}, os.O_WRONLY | os.O_TRUNC)", f"os.system('echo > ' + {path})",
+                f"subprocess.run(['rm', {path}])", f"shutil.rmtree({str(tmp_path)!r})", "os.fork()",
+                f"os.kill({os.getpid()}, 15)", "socket.create_connection(('127.0.0.1', 1))"):  # fmt: skip
+        assert run_program(f"import os, shutil, socket, subprocess\n{act}\nprint('done')") == (1, ""), act
+    assert canary.read_text() == "alive" and "not a security sandbox" in run_program.__doc__
+
+
+def test_row_33_exploding_ratio(stages):
+    """S | old log-probs off by 100 | finite: the log-ratio is clamped; all is clipped"""
+    old, cfg = torch.full((2, 3), -101.0), stages.config(train_grpo, "unused")
+    mask = torch.ones(2, 3)
+    for sign, adv in ((1, 1.0), (-1, -1.0)):
+        logp = (old + sign * 100).requires_grad_()
+        adv = torch.full((2, 3), adv)
+        for loss, stats in (train_ppo.policy_loss(logp, old, adv, mask, 0.2, 6),
+                            train_grpo.policy_loss(logp, old, None, adv, mask, mask / 6, cfg)):  # fmt: skip
+            logp.grad = None
+            loss.backward()
+            assert loss.isfinite() and logp.grad.isfinite().all()
+            assert float(stats["clip"]) == pytest.approx(1) and math.isfinite(float(stats["ratio_max"]))
+
+
+def test_row_40_no_network(tmp_path, monkeypatch):
+    """S | no network: every socket raises | SFT, reward model and PPO run; no call is tried"""
+
+    def refuse(*args, **kw):
+        raise AssertionError("a connection was tried")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    size = dict(n_layer=1, d_model=16, n_head=2, demos=60, vocab_size=400, max_len=128)
+    for trainer, flags in (
+        (train_sft, dict(out="sft", batch_size=4, eval_every=0, **size)),
+        (train_rm, dict(out="rm", init="sft/model", pairs=16, batch_size=4)),
+        (train_ppo, dict(out="ppo", init="sft/model", rm="rm/model", prompts_per_step=4, eval_prompts=4)),
+    ):
+        monkeypatch.chdir(tmp_path)
+        trainer.train(trainer.Config(steps=1, **flags))
+
+
+@posix
+@pytest.mark.slow
+def test_row_41_surroundings(run, stages, tmp_path):
+    """S | read-only HOME, no terminal, LANG=C, a path with spaces and umlauts, another folder as cwd | the same
+    run"""
+    home, out = tmp_path / "home", tmp_path / "ein Läufer — 走"
+    home.mkdir(mode=0o555)
+    out.mkdir()
+    env = dict(PATH=os.environ["PATH"], HOME=str(home), LANG="C", LC_ALL="C", OMP_NUM_THREADS="1")
+    flags = stages.flags(train_sft, "run", steps=2)
+    argv = [sys.executable, str(ROOT / "train_sft.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    done = subprocess.run(argv, cwd=out, env=env, stdin=subprocess.DEVNULL, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    run(train_sft, "here", steps=2)
+    same_run(tmp_path / "here", out / "run")
+    assert not any(home.iterdir())
+
+
+@RL
+def test_row_43_reference(trainer, run, stages, tmp_path, monkeypatch):
+    """S | the reference drifts with the policy | its weights are bit-equal after training; at step 0 the ratio is
+    1 and the KL 0"""
+    seen, real = [], trainer.load_models
+    monkeypatch.setattr(trainer, "load_models", lambda *args: seen.append(real(*args)) or seen[-1])
+    flags = dict(minibatches=1, beta=0.1) | ({} if trainer is train_ppo else dict(kl="k3", off_policy_steps=0))
+    assert run(trainer, **flags).status == 0
+    policy, ref = seen[0][:2]
+    before = hub.load(stages.folder / "sft/model")[0].state_dict()
+    assert all(torch.equal(ref.state_dict()[key], before[key]) for key in before)
+    assert not all(torch.equal(policy.state_dict()[key], before[key]) for key in before)
+    first = metrics(tmp_path / "run")[0]
+    assert float(first["ratio_max"]) == pytest.approx(1, abs=1e-5) and abs(float(first["kl"])) < 1e-5
+
+
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into /proc")
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", TRAINERS if FULL else TRAINERS[:1], ids=lambda t: t.__name__)
+def test_row_44_many_steps(trainer, run, tmp_path, monkeypatch):
+    """S | 10,000 steps of a tiny run | memory, open files and time of a step stay flat"""
+    from nanorlhf.common import Log
+
+    steps, marks, row = 10_000 if FULL else 600, [], Log.row
+
+    def watch(log, step, figures):
+        row(log, step, figures)
+        if (step + 1) % (steps // 10) == 0:
+            gc.collect()
+            marks.append((resident(), len(os.listdir("/proc/self/fd")), time.process_time()))
+
+    monkeypatch.setattr(Log, "row", watch)
+    small = dict(prompts_per_step=2, group_size=2, sample_every=1000) if trainer in (train_ppo, train_grpo) else \
+        dict(batch_size=2, eval_every=0)  # fmt: skip
+    assert run(trainer, steps=steps, save_every=steps // 20, lr=1e-5, **small).status == 0
+    memory, files, seconds = zip(*marks[1:])  # the first tenth warms up
+    assert memory[-1] - memory[0] < 8 << 20 and files[-1] == files[0], (memory, files)
+    print(trainer.__name__, "tenths of the run in s of CPU:", [round(b - a, 2) for a, b in zip(seconds, seconds[1:])])
