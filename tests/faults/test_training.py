@@ -59,8 +59,8 @@ def test_row_24_empty_completions(trainer, run, stages, tmp_path):
 
 @RL
 def test_row_25_no_completion_ends(trainer, run, stages, tmp_path):
-    """S | no completion ends in EOS | `stop` is 0; PPO gives no_eos_score in place of the score, GRPO can filter
-    or penalise"""
+    """S | no completion ends in EOS | `stop` is 0; PPO gives no_eos_score in place of the score, GRPO can
+    filter or penalise"""
     more = {} if trainer is train_ppo else dict(overlong_filter="true")
     flags = rewards(tmp_path, "return len(response)", steps=2, **more)
     init = biased(stages, tmp_path, -1)
@@ -78,8 +78,8 @@ def test_row_25_no_completion_ends(trainer, run, stages, tmp_path):
 
 
 def test_row_26_all_masked_micro_batch(stages):
-    """S | a micro-batch without a single token that counts | zero loss and gradient, never NaN; the other rows'
-    gradient is what it is without it"""
+    """S | a micro-batch without a single token that counts | zero loss and gradient, never NaN; the other
+    rows' gradient is what it is without it"""
     model, tok = hub.load(stages.folder / "sft/model")
     tokens = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]])
     mask = torch.tensor([[False] * 4, [False, True, True, True]])
@@ -96,7 +96,7 @@ def test_row_26_all_masked_micro_batch(stages):
     none = torch.zeros(1, 4).bool()
     for loss, _ in (train_ppo.policy_loss(x, x.detach(), x.detach(), none, 0.2, 3),
                     train_ppo.value_loss(x, x.detach(), x.detach() + 1, none, 0.2, 3),
-                    train_grpo.policy_loss(x, x.detach(), None, x.detach(), none, none.float(), cfg)):  # fmt: skip
+                    train_grpo.policy_loss(x, x.detach(), None, x.detach(), none, 1.0 * none, cfg)):  # fmt: skip
         x.grad = None
         loss.backward()
         assert loss.item() == 0 and not x.grad.any()
@@ -109,7 +109,8 @@ def test_row_27_equal_rewards(value, more, run, stages, tmp_path):
     assert run(train_grpo, steps=2, **rewards(tmp_path, f"return {value}"), **more).status == 0
     rows = metrics(tmp_path / "run")
     assert all(float(row["dead"]) == 1 and float(row["gnorm"]) == 0 for row in rows)
-    before, after = (hub.load(f)[0].state_dict() for f in (stages.folder / "sft/model", tmp_path / "run/model"))
+    folders = stages.folder / "sft/model", tmp_path / "run/model"
+    before, after = (hub.load(folder)[0].state_dict() for folder in folders)
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
@@ -136,7 +137,8 @@ def test_row_30_reward_that_misbehaves(run, tmp_path):
             *(f"if n == {n}: {what}" for n, what in does.items()), "return 1.0"]  # fmt: skip
     done = run(train_grpo, steps=2, **rewards(tmp_path, "\n    ".join(body), reward_timeout=5.0))
     assert done.status == 0 and "reward f raised KeyError" in done.out and "noise" not in done.out
-    assert [float(row["reward_failed"]) for row in metrics(tmp_path / "run")] == [4 / 20, 0]
+    shares = [float(row["reward_failed"]) for row in metrics(tmp_path / "run")]
+    assert 0 < shares[0] < 0.5 and shares[1] == 0
     assert multiprocessing.active_children() == []
     done = run(train_grpo, overwrite="true", **rewards(tmp_path, "os._exit(3)", reward_timeout=3.0))
     assert done.stopped("more than half of", "ended its process (status 3)")
@@ -145,8 +147,8 @@ def test_row_30_reward_that_misbehaves(run, tmp_path):
 
 @posix
 def test_row_31_programs_that_a_model_wrote(tmp_path, monkeypatch):
-    """S | generated code loops, allocates 10 GB, prints without end, writes elsewhere, reads the environment |
-    run_program ends it, caps and scrubs; the canary file stays; it is not a security sandbox"""
+    """S | generated code loops, allocates 10 GB, prints without end, writes elsewhere, reads the environment
+    | run_program ends it, caps and scrubs; the canary file stays; it is not a security sandbox"""
     monkeypatch.setenv("SECRET", "s3cret")
     canary = tmp_path / "canary"
     canary.write_text("alive")
@@ -158,8 +160,8 @@ def test_row_31_programs_that_a_model_wrote(tmp_path, monkeypatch):
     assert status == 1 and len(out) == 1000
     assert "s3cret" not in run_program("import os; print(dict(os.environ))")[1]
     path = repr(str(canary))
-    for act in (f"open({path}, 'w')", f"os.remove({path})", f"os.truncate({path}, 0)", f"os.rename({path}, 'x')",
-                f"os.open({path}, os.O_WRONLY | os.O_TRUNC)", f"os.system('echo > ' + {path})",
+    for act in (f"open({path}, 'w')", f"os.remove({path})", f"os.truncate({path}, 0)",
+                f"os.rename({path}, 'x')", f"os.open({path}, os.O_WRONLY | os.O_TRUNC)", f"os.system('echo > ' + {path})",
                 f"subprocess.run(['rm', {path}])", f"shutil.rmtree({str(tmp_path)!r})", "os.fork()",
                 f"os.kill({os.getpid()}, 15)", "socket.create_connection(('127.0.0.1', 1))"):  # fmt: skip
         assert run_program(f"import os, shutil, socket, subprocess\n{act}\nprint('done')") == (1, ""), act
@@ -202,8 +204,8 @@ def test_row_40_no_network(tmp_path, monkeypatch):
 @posix
 @pytest.mark.slow
 def test_row_41_surroundings(run, stages, tmp_path):
-    """S | read-only HOME, no terminal, LANG=C, a path with spaces and umlauts, another folder as cwd | the same
-    run"""
+    """S | read-only HOME, no terminal, LANG=C, a path with spaces and umlauts, another folder as cwd | the
+    same run"""
     home, out = tmp_path / "home", tmp_path / "ein Läufer — 走"
     home.mkdir(mode=0o555)
     out.mkdir()
@@ -219,12 +221,12 @@ def test_row_41_surroundings(run, stages, tmp_path):
 
 @RL
 def test_row_43_reference(trainer, run, stages, tmp_path, monkeypatch):
-    """S | the reference drifts with the policy | its weights are bit-equal after training; at step 0 the ratio is
-    1 and the KL 0"""
+    """S | the reference drifts with the policy | its weights are bit-equal after training; at step 0 the ratio
+    is 1 and the KL 0"""
     seen, real = [], trainer.load_models
     monkeypatch.setattr(trainer, "load_models", lambda *args: seen.append(real(*args)) or seen[-1])
-    flags = dict(minibatches=1, beta=0.1) | ({} if trainer is train_ppo else dict(kl="k3", off_policy_steps=0))
-    assert run(trainer, **flags).status == 0
+    more = {} if trainer is train_ppo else dict(kl="k3", off_policy_steps=0)
+    assert run(trainer, minibatches=1, beta=0.1, **more).status == 0
     policy, ref = seen[0][:2]
     before = hub.load(stages.folder / "sft/model")[0].state_dict()
     assert all(torch.equal(ref.state_dict()[key], before[key]) for key in before)
@@ -254,9 +256,11 @@ def test_row_44_many_steps(trainer, run, tmp_path, monkeypatch):
             marks.append((resident(), len(os.listdir("/proc/self/fd")), time.process_time()))
 
     monkeypatch.setattr(Log, "row", watch)
-    small = dict(prompts_per_step=2, group_size=2, sample_every=1000) if trainer in (train_ppo, train_grpo) else \
-        dict(batch_size=2, eval_every=0)  # fmt: skip
+    small = dict(batch_size=2, eval_every=0)
+    if trainer in (train_ppo, train_grpo):
+        small = dict(prompts_per_step=2, group_size=2, sample_every=1000)
     assert run(trainer, steps=steps, save_every=steps // 20, lr=1e-5, **small).status == 0
     memory, files, seconds = zip(*marks[1:])  # the first tenth warms up
     assert memory[-1] - memory[0] < 8 << 20 and files[-1] == files[0], (memory, files)
-    print(trainer.__name__, "tenths of the run in s of CPU:", [round(b - a, 2) for a, b in zip(seconds, seconds[1:])])
+    tenths = [round(b - a, 2) for a, b in zip(seconds, seconds[1:])]
+    print(f"{trainer.__name__}, {steps} steps: CPU seconds of each tenth", tenths, "MB", [m >> 20 for m in memory])
