@@ -66,3 +66,11 @@ def flip(path):
 
 def disk_full(*args, **kw):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def to_argv(flags):
+    """{name: value, or a list of values} → a command line."""
+    argv = []
+    for key, value in flags.items():
+        argv += [f"--{key}={x}" for x in (value if isinstance(value, list) else [value])]
+    return argv

@@ -4,6 +4,7 @@ import os
 from typing import NamedTuple
 
 import pytest
+from runs import to_argv
 
 
 class Done(NamedTuple):
@@ -50,10 +51,3 @@ def cli(capsys):
 def run(cli, stages, tmp_path):
     """run(trainer, name, **flags) → Done, of a run into tmp_path/name."""
     return lambda trainer, name="run", **more: cli(trainer, stages.flags(trainer, tmp_path / name, **more))
-
-
-def to_argv(flags):
-    argv = []
-    for key, value in flags.items():
-        argv += [f"--{key}={x}" for x in (value if isinstance(value, list) else [value])]
-    return argv

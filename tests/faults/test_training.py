@@ -96,7 +96,8 @@ def test_row_26_all_masked_micro_batch(stages):
     none = torch.zeros(1, 4).bool()
     for loss, _ in (train_ppo.policy_loss(x, x.detach(), x.detach(), none, 0.2, 3),
                     train_ppo.value_loss(x, x.detach(), x.detach() + 1, none, 0.2, 3),
-                    train_grpo.policy_loss(x, x.detach(), None, x.detach(), none, 1.0 * none, cfg)):  # fmt: skip
+                    train_grpo.policy_loss(x, x.detach(), None, x.detach(), none, 1.0 * none, cfg),
+                    ):  # fmt: skip
         x.grad = None
         loss.backward()
         assert loss.item() == 0 and not x.grad.any()
@@ -161,7 +162,8 @@ def test_row_31_programs_that_a_model_wrote(tmp_path, monkeypatch):
     assert "s3cret" not in run_program("import os; print(dict(os.environ))")[1]
     path = repr(str(canary))
     for act in (f"open({path}, 'w')", f"os.remove({path})", f"os.truncate({path}, 0)",
-                f"os.rename({path}, 'x')", f"os.open({path}, os.O_WRONLY | os.O_TRUNC)", f"os.system('echo > ' + {path})",
+                f"os.rename({path}, 'x')", f"os.open({path}, os.O_WRONLY | os.O_TRUNC)",
+                f"os.system('echo > ' + {path})",
                 f"subprocess.run(['rm', {path}])", f"shutil.rmtree({str(tmp_path)!r})", "os.fork()",
                 f"os.kill({os.getpid()}, 15)", "socket.create_connection(('127.0.0.1', 1))"):  # fmt: skip
         assert run_program(f"import os, shutil, socket, subprocess\n{act}\nprint('done')") == (1, ""), act
@@ -221,8 +223,8 @@ def test_row_41_surroundings(run, stages, tmp_path):
 
 @RL
 def test_row_43_reference(trainer, run, stages, tmp_path, monkeypatch):
-    """S | the reference drifts with the policy | its weights are bit-equal after training; at step 0 the ratio
-    is 1 and the KL 0"""
+    """S | the reference drifts with the policy | its weights are bit-equal after training; at step 0 the
+    ratio is 1 and the KL 0"""
     seen, real = [], trainer.load_models
     monkeypatch.setattr(trainer, "load_models", lambda *args: seen.append(real(*args)) or seen[-1])
     more = {} if trainer is train_ppo else dict(kl="k3", off_policy_steps=0)
@@ -263,4 +265,4 @@ def test_row_44_many_steps(trainer, run, tmp_path, monkeypatch):
     memory, files, seconds = zip(*marks[1:])  # the first tenth warms up
     assert memory[-1] - memory[0] < 8 << 20 and files[-1] == files[0], (memory, files)
     tenths = [round(b - a, 2) for a, b in zip(seconds, seconds[1:])]
-    print(f"{trainer.__name__}, {steps} steps: CPU seconds of each tenth", tenths, "MB", [m >> 20 for m in memory])
+    print(f"{trainer.__name__}, {steps} steps; CPU s of each tenth: {tenths}, MB: {[m >> 20 for m in memory]}")
