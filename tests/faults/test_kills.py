@@ -28,7 +28,8 @@ def flags_of(trainer, stages, out):
     if trainer is train_sft:
         return flags | dict(eval_every=1)  # its samples are what a rollout is to others
     if trainer is train_dpo:
-        return flags | dict(online=STEPS, pairs=8 * STEPS, rm=f"{stages.folder}/rm/model", group_size=2, eval_every=1)
+        online = dict(online=STEPS, pairs=8 * STEPS, group_size=2, eval_every=1)
+        return flags | online | dict(rm=f"{stages.folder}/rm/model")
     if trainer in (train_ppo, train_grpo):
         return flags
     if not (sft := out.parent / "sft").exists():

@@ -265,4 +265,4 @@ def test_row_44_many_steps(trainer, run, tmp_path, monkeypatch):
     memory, files, seconds = zip(*marks[1:])  # the first tenth warms up
     assert memory[-1] - memory[0] < 8 << 20 and files[-1] == files[0], (memory, files)
     tenths = [round(b - a, 2) for a, b in zip(seconds, seconds[1:])]
-    print(f"{trainer.__name__}, {steps} steps; CPU s of each tenth: {tenths}, MB: {[m >> 20 for m in memory]}")
+    print(f"{trainer.__name__}, {steps} steps; CPU s a tenth: {tenths}, MB: {[m >> 20 for m in memory]}")
