@@ -25,8 +25,8 @@ from stages import TRAINERS, rows_of
 FULL = bool(os.environ.get("FAULTS_FULL"))
 ROOT = Path(__file__).parents[2]
 ODD = st.sampled_from([
-    "", " ", "nan", "inf", "-inf", "-1", "0", "1e999", "1.5", "0x10", "²", "１２", "true", "none", "null", "auto",
-    "x", "\u0000", "\ud800", "é", "a" * 300, "--", "-", "=", "*", "../x", "/dev/null", "/proc/self/mem", "~", "%s",
+    "", " ", "nan", "inf", "-inf", "-1", "0", "1e999", "1.5", "0x10", "²", "１２", "true", "none", "null",
+    "auto", "x", "\u0000", "\ud800", "é", "a" * 300, "--", "-", "=", "*", "../x", "/dev/null", "~", "%s",
     "{}", "a.py:f", "2,1", "1,2", ",", str(2**63), str(-(2**70)), "True", "1_0", "\n", "a\nb", "[1]",
 ])  # fmt: skip
 VALUES = st.recursive(
