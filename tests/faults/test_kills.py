@@ -49,6 +49,12 @@ def start(trainer, flags, phases):
     return process
 
 
+def begun(process, phases):
+    """Wait for a process's first word."""
+    while process.is_alive() and phases.read_bytes() == b".":
+        time.sleep(0.001)
+
+
 @posix
 @pytest.mark.slow
 @EACH
@@ -57,7 +63,10 @@ def test_row_01_kill_at_any_moment(trainer, stages, tmp_path, monkeypatch):
     failed restart; weights, metrics.csv and samples.jsonl bit-equal to the uninterrupted run"""
     phases, rng = tmp_path / "phase", random.Random(trainer.__name__)
     whole = start(trainer, flags_of(trainer, stages, tmp_path / "whole"), phases)
+    begun(whole, phases)
+    length = time.monotonic()
     whole.join()
+    length = time.monotonic() - length
     assert whole.exitcode == 0, Path(f"{phases}.txt").read_text()
     hits, runs = Counter(), 0
     while sum(hits.values()) < KILLS:
@@ -67,7 +76,8 @@ def test_row_01_kill_at_any_moment(trainer, stages, tmp_path, monkeypatch):
             more = {} if not (out / "config.json").exists() else dict(resume="auto")
             process = start(trainer, flags_of(trainer, stages, out) | more, phases)
             if sum(hits.values()) < KILLS:
-                process.join(rng.uniform(0, 0.5))
+                begun(process, phases)
+                process.join(rng.uniform(0, 0.7 * length))
                 while process.is_alive() and phases.read_bytes() != target[:1].encode():
                     time.sleep(0.0002)  # after a random time, when this phase comes next, and a little later
                 process.join(rng.uniform(0, 0.002))
