@@ -138,10 +138,10 @@ def _number(text):
 # tables
 
 
-def figure(x):
-    """Three digits, and thousands with a comma."""
-    if x is None:
-        return "-"
+def figure(x, unit=""):
+    """Three digits, and thousands with a comma; a share as a percentage."""
+    if x is None or unit == "share":
+        return "-" if x is None else f"{x:.0%}"
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" if abs(x) < 1 else f"{x:.{1 if abs(x) >= 10 else 2}f}"
 
 
@@ -156,10 +156,10 @@ def cells(r):
     goal, share = r.get("goal"), r.get("share_goal")
     ours = "not measured" if r.get("note") == "not measured" else "-"
     if r.get("ours") is not None:
-        ours = figure(r["ours"]) + spread(r, "ours")
+        ours = figure(r["ours"], r["unit"]) + spread(r, "ours")
     return [
         r["row"], r["unit"], ours,
-        r.get("peer") or "", figure(r.get("theirs")) + spread(r, "theirs"),
+        r.get("peer") or "", figure(r.get("theirs"), r["unit"]) + spread(r, "theirs"),
         "-" if r.get("ratio") is None else f"{r['ratio']:.2f}×",
         "" if goal is None else goal if isinstance(goal, str) else f"≥ {goal:.3g}×", r.get("verdict") or "",
         figure(r.get("ours_mib")), figure(r.get("theirs_mib")),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as bench
-from bench import install, table, training
+from bench import heads, install, table, training
 from bench.steps import ragged
 from nanorlhf.common import UserError
 
@@ -55,6 +55,18 @@ def test_rows_survive_the_csv_and_reach_the_page(tmp_path):
     assert lines[0] == "steps_cpu" and lines[-4:] == ["other", "<!-- bench other -->", "old", "<!-- end -->"]
     first = "| GRPO \\| a | s | 1.50 ±33% | TRL tuned | 3.00 | 2.00× | ≥ 1.6× | PASS | 100 | 200 | 50% |"
     assert lines[4].startswith(first) and lines.count("old") == 1
+
+
+def test_the_kernels_csv_becomes_rows_with_goals(tmp_path):
+    head = "N,D,V,variant,forward_ms,total_ms,total_low_ms,total_high_ms,peak_mib\n"
+    ours = "ours,9,30,29,31,5", '"ours, one pass",20,22,21,23,9'
+    rows = ("matmul,10,40,40,40,", *ours, "naive,8,30,30,30,100")
+    (tmp_path / "kernels_cpu.csv").write_text(head + "".join(f"8,4,50257,{r}\n" for r in rows))
+    found = {(r["row"][-10:], r["peer"]): r for r in heads.from_csv(tmp_path, "cpu")}
+    two, one = found["two passes", "naive"], found[", one pass", "naive"]
+    assert (two["ratio"], two["verdict"], two["share_verdict"]) == (1.0, "PASS", "PASS")
+    assert (one["ratio"], one["verdict"], one["share_verdict"]) == (30 / 22, "PASS", "MISS")
+    assert not found["two passes", "TRL"]["verdict"] and len(found) == 2 * len(heads.PEERS)
 
 
 def test_quick_measures_what_needs_no_peer(tmp_path, monkeypatch, capsys):
