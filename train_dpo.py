@@ -41,7 +41,19 @@ import torch.nn.functional as F
 
 from nanorlhf import generate, hub, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli, setup
+from nanorlhf.common import (
+    Clock,
+    Flags,
+    adamw,
+    at_work,
+    check_ranges,
+    derive_seed,
+    freeze,
+    lr_at,
+    require,
+    run_cli,
+    setup,
+)
 from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask, write_jsonl
 from nanorlhf.hub import load_models
 from nanorlhf.metrics import mean_se
@@ -207,9 +219,10 @@ def response_logps(model, rows, pad_id):
 @torch.no_grad()
 def cache_logps(model, examples, tok, cfg):
     """Log-probs of both responses of each example, (N, 2); no gradients."""
-    out = torch.zeros(len(examples), 2, device=model.device)
-    for mb in by_budget(examples, cfg.tokens_per_microbatch):
-        out[mb] = response_logps(model, [examples[i][:3] for i in mb], tok.pad_id)
+    with at_work(model):
+        out = torch.zeros(len(examples), 2, device=model.device)
+        for mb in by_budget(examples, cfg.tokens_per_microbatch):
+            out[mb] = response_logps(model, [examples[i][:3] for i in mb], tok.pad_id)
     return out
 
 
@@ -332,6 +345,7 @@ def train(cfg):
     device = setup(cfg)
     task = tasks.get(cfg.task)
     policy, ref, rm, tok = load_models(cfg, device)
+    freeze(cfg, ref, rm, trained=(policy,))
     rewards = [tasks.load_reward(spec) for spec in cfg.reward] or [(cfg.task, 1.0, task.reward)]
     rounds, labelled = max(1, cfg.online), not cfg.online or cfg.judge == "self"
     by_round = bool(cfg.online) and cfg.online_ref == "round"
@@ -342,13 +356,14 @@ def train(cfg):
         if not labelled:
             return score_responses(roll, texts, rows, rm, rewards)
         budget = cfg.tokens_per_microbatch
-        h = roll.per_token(lambda x, m: policy.logprobs(x, m)[0] - ref.logprobs(x, m)[0], budget)
+        with at_work(ref):
+            h = roll.per_token(lambda x, m: policy.logprobs(x, m)[0] - ref.logprobs(x, m)[0], budget)
         return cfg.beta * h.sum(1)
 
     def seed_for(*purpose):
         return derive_seed(cfg.seed, *purpose)
 
-    opt = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    opt = adamw(policy.parameters(), device, lr=cfg.lr, weight_decay=cfg.weight_decay)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
 
         def measure(step):

@@ -30,7 +30,18 @@ import torch
 
 from nanorlhf import generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, require, run_cli, setup
+from nanorlhf.common import (
+    Clock,
+    Flags,
+    adamw,
+    at_work,
+    check_ranges,
+    derive_seed,
+    freeze,
+    require,
+    run_cli,
+    setup,
+)
 from nanorlhf.data import epoch_batches, microbatches
 from nanorlhf.hub import load_models
 from nanorlhf.metrics import sample_figures
@@ -370,12 +381,13 @@ def train(cfg):
     task = tasks.get(cfg.task)
     rewards = Rewards(cfg, task)
     policy, ref, rm, tok = load_models(cfg, device)
+    freeze(cfg, ref, rm, trained=(policy,))
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, cfg.limits[-1])
 
     def seed_for(*purpose):
         return derive_seed(cfg.seed, *purpose)
 
-    opt = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
+    opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
     names = [f"reward/{name}" for name, *_ in rewards] if len(rewards) > 1 else []
     if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
         print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
@@ -411,7 +423,8 @@ def train(cfg):
             mask, old_logp, budget = roll.mask, roll.logp, cfg.tokens_per_microbatch  # (B, T), (B, T)
             ref_logp = None
             if ref is not None:
-                ref_logp = roll.per_token(lambda x, m: ref.logprobs(x, m, cfg.temperature)[0], budget)
+                with at_work(ref):
+                    ref_logp = roll.per_token(lambda x, m: ref.logprobs(x, m, cfg.temperature)[0], budget)
             reward = score + overlong(roll.response_len, limit, cfg.overlong_penalty)
             if cfg.kl != "none" and cfg.kl_in == "reward":
                 reward = reward - cfg.beta * (kl_estimate(old_logp, ref_logp, cfg.kl) * mask).sum(1)

@@ -29,7 +29,19 @@ import torch
 
 from nanorlhf import generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, require, run_cli, setup, to_device
+from nanorlhf.common import (
+    Clock,
+    Flags,
+    adamw,
+    at_work,
+    check_ranges,
+    derive_seed,
+    freeze,
+    require,
+    run_cli,
+    setup,
+    to_device,
+)
 from nanorlhf.data import epoch_batches, microbatches
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses
@@ -255,6 +267,7 @@ def train(cfg):
     task = tasks.get(cfg.task)
     rewards = Rewards(cfg, task)
     policy, ref, critic, rm, tok = load_models(cfg, device)
+    freeze(cfg, ref, rm, trained=(policy, critic))
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len)
 
     def seed_for(*purpose):
@@ -267,7 +280,7 @@ def train(cfg):
     # detail 20: Adam's eps is 1e-5; with PyTorch's 1e-8 the first step is about a fifth longer
     peaks = ((policy, cfg.lr), (critic, cfg.critic_lr))
     groups = [{"params": model.parameters(), "peak": peak} for model, peak in peaks]
-    opt = torch.optim.AdamW(groups, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    opt = adamw(groups, device, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
     with rewards, Run(cfg, COLUMNS, SHOW, PANELS) as run:
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, cfg.max_new_tokens, seed_for("gate"))
@@ -289,7 +302,8 @@ def train(cfg):
                 seed_for("rollout", step), pad_id=tok.pad_id,
             )
             mask, old_logp, budget = roll.mask, roll.logp, cfg.tokens_per_microbatch  # (B, T), (B, T)
-            ref_logp = roll.per_token(lambda x, m: ref.logprobs(x, m, cfg.temperature)[0], budget)  # (B, T)
+            with at_work(ref):  # (B, T)
+                ref_logp = roll.per_token(lambda x, m: ref.logprobs(x, m, cfg.temperature)[0], budget)
 
             # ---- reward
             batch = [batch[g] for g in roll.group.tolist()]

@@ -33,7 +33,18 @@ import torch.nn.functional as F
 
 from nanorlhf import hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli, setup, to_device
+from nanorlhf.common import (
+    Clock,
+    Flags,
+    adamw,
+    check_ranges,
+    derive_seed,
+    lr_at,
+    require,
+    run_cli,
+    setup,
+    to_device,
+)
 from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl, response_mask
 from nanorlhf.formats import read_rows
 from nanorlhf.model import ScalarModel
@@ -290,7 +301,7 @@ def train(cfg):
             shown = [(row.ids[: row.prompt], row.ids[row.prompt :]) for row in test[:8]]
         lora.add(model, cfg.lora_rank, cfg.dtype)  # only now: the pairs are samples of the plain model
         betas, decay = (0.9, 0.99), cfg.weight_decay
-        opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=betas, weight_decay=decay)
+        opt = adamw(model.parameters(), device, lr=cfg.lr, betas=betas, weight_decay=decay)
         start, _ = run.start({"model": model}, opt)
         for step in range(start, cfg.steps):
             clock = Clock()

@@ -21,7 +21,18 @@ import torch
 
 from nanorlhf import generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli, setup, to_device
+from nanorlhf.common import (
+    Clock,
+    Flags,
+    adamw,
+    check_ranges,
+    derive_seed,
+    lr_at,
+    require,
+    run_cli,
+    setup,
+    to_device,
+)
 from nanorlhf.data import encode_demonstration, epoch_batches, microbatches, pack, pad, split_by_hash
 from nanorlhf.formats import read_rows
 from nanorlhf.model import GPT, GPTConfig
@@ -216,7 +227,7 @@ def train(cfg):
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    opt = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    opt = adamw(groups, device, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
 
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
         start, _ = run.start({"model": model}, opt)

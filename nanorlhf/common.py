@@ -55,6 +55,10 @@ class Flags:
     seed: int = 0  # every random number of the run is derived from it
     device: typing.Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: typing.Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights
+    frozen_dtype: typing.Literal["float32", "bfloat16"] = "float32"  # matrices of reference and reward model
+    offload: bool = False  # reference and reward model stay in the CPU's memory while they are not used
+    checkpoint_activations: bool = False  # keep a block's input only, and run it again in the backward pass
+    compile: bool = False  # torch.compile the blocks; slow to start: for long runs of large models on a GPU
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
     wandb: str = ""  # project name, to log to Weights & Biases as well
@@ -293,13 +297,69 @@ def to_device(cfg, device, *models):
     the threads wait for each other at every small operation. The largest model decides.
     """
     size, rounded = 0, cfg.dtype == "bf16_weights"
+    run_block = None
+    if getattr(cfg, "compile", False) and device.type != "meta":  # --dry_run
+        run_block = compiled(lambda block, *args: block(*args), device)
     compute = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
     for model in filter(None, models):
         model.to(device, torch.bfloat16 if rounded else None)
-        getattr(model, "trunk", model).compute_dtype = compute
+        trunk = getattr(model, "trunk", model)
+        trunk.compute_dtype, trunk.run_block = compute, run_block or trunk.run_block
+        trunk.recompute = getattr(cfg, "checkpoint_activations", False)
         size = max(size, sum(p.numel() for p in model.parameters()))
     torch.set_num_threads(cfg.threads or (1 if size < 1_000_000 else THREADS))
     return models
+
+
+def freeze(cfg, *models, trained):
+    """--frozen_dtype and --offload, for models (or None) that are only read.
+
+    bfloat16 is for their matrices, a reward model's head aside. Where activations have it too (--dtype
+    bfloat16) this halves their memory and changes next to nothing, as a weight is cast to the activations'
+    dtype at its use. A reference that shares the tensors of a `trained` model (LoRA) is left as it is.
+    """
+    taken = {id(p) for model in trained for p in model.parameters()}
+    for model in filter(None, models):
+        trunk = getattr(model, "trunk", model)
+        if any(id(p) in taken for p in trunk.parameters()):
+            continue
+        for p in trunk.parameters():
+            if p.dim() > 1 and cfg.frozen_dtype != "float32":
+                p.data = p.data.to(getattr(torch, cfg.frozen_dtype))
+        if cfg.offload and model.device.type == "cpu":
+            print("--offload: does nothing on the CPU, where all models are at home")
+        elif cfg.offload:
+            model.home = model.device
+            if model.device.type != "meta":  # --dry_run
+                model.to("cpu")
+
+
+@contextlib.contextmanager
+def at_work(model):
+    """Within, a model that `freeze` has offloaded is on its device; afterwards on the CPU again."""
+    home = getattr(model, "home", None)
+    if home is not None:
+        model.to(home)
+    try:
+        yield
+    finally:
+        if home is not None:
+            model.to("cpu")
+
+
+def adamw(groups, device, **how):
+    """torch.optim.AdamW; on CUDA its fused form, one kernel for all weights."""
+    return torch.optim.AdamW(groups, fused=True if device.type == "cuda" else None, **how)
+
+
+def compiled(fn, device):
+    """fn under torch.compile, for any length; UserError where that does not work (no C++ compiler)."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(4, device=device))
+    except Exception as e:
+        why = str(e).strip().split("\n")[0][:100]
+        raise UserError(f"--compile: torch.compile does not work here ({why}); leave the flag out") from None
+    return torch.compile(fn, dynamic=True)
 
 
 def lr_at(step, steps, peak):

@@ -24,6 +24,7 @@ from functools import lru_cache
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanorlhf.common import UserError
 from nanorlhf.kernels import linear_logprob
@@ -230,6 +231,8 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.compute_dtype = None  # dtype of the activations; None: that of the weights
+        self.recompute = False  # --checkpoint_activations
+        self.run_block = Block.__call__  # in training and scoring; with --compile, its compiled form
         self.n_ids = cfg.vocab_size  # ids that exist: published models pad their matrices beyond them
         self.stop_ids = ()  # ids that end a response besides the tokenizer's EOS (chat models have several)
         self.source = None  # what hub.load keeps of a folder for hub.save
@@ -297,7 +300,13 @@ class GPT(nn.Module):
             seen = (start[:, :, None] == start[:, None]).tril()[:, None]
             mask = x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)  # (B, 1, T, T)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, cache and cache.kv[i], step, mask)
+            if cache is not None:
+                x = block(x, rope, cache.kv[i], step, mask)
+            elif self.recompute and torch.is_grad_enabled():
+                args = block, x, rope, None, None, mask
+                x = checkpoint(self.run_block, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self.run_block(block, x, rope, None, None, mask)
         return self.norm(x)
 
     def head_logits(self, hidden):

@@ -14,6 +14,7 @@ import sys
 import torch
 
 from nanorlhf import hub, lora, tasks
+from nanorlhf.common import freeze
 from nanorlhf.generate import LEAVE
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.pairs import encode_pairs, load_examples, load_rows, require_both
@@ -105,7 +106,10 @@ def activation_bytes(model, tokens):
     trunk = _trunk(model)
     per_token, once = layer_bytes(model)
     last = _saved_by_norm(trunk.norm, 1, 4)
-    return trunk.cfg.n_layer * (per_token * tokens + once) + (last + 8) * tokens
+    kept = trunk.cfg.n_layer * (per_token * tokens + once)
+    if trunk.recompute:  # the inputs of all blocks, and one block at a time
+        kept = trunk.cfg.n_layer * width(model) * trunk.cfg.d_model * tokens + per_token * tokens + once
+    return kept + (last + 8) * tokens
 
 
 def head_bytes(model, train=False, one_pass=0):
@@ -131,16 +135,18 @@ def flops(model, rows, length, kept, train=False, one_pass=False):
     Forward: 2 per weight and token, and 4 · Q · length in every layer and token for attention (the whole
     square: kernels that skip the masked half do half of it). Backward: as much for the inputs, as much for
     weights that are trained, 2.5 × for attention, which computes its scores again; the head once more too,
-    unless its loss is formed in one pass.
+    unless its loss is formed in one pass, and the blocks with --checkpoint_activations.
     Norms and the like, of order D, are left out (arXiv 2001.08361, 2205.05198).
     """
     trunk = _trunk(model)
     cfg, tokens = trunk.cfg, rows * length
     head = [model.score.weight] if isinstance(model, ScalarModel) else [trunk.wte.weight]
-    out = tokens * 4 * cfg.n_head * cfg.head_dim * length * cfg.n_layer * (3.5 if train else 1)
+    passes = 3.5 + trunk.recompute if train else 1
+    out = tokens * 4 * cfg.n_head * cfg.head_dim * length * cfg.n_layer * passes
     for weights, n in (([p for p in trunk.blocks.parameters() if p.dim() == 2], tokens), (head, kept)):
         for p in weights:
-            again = 1 + p.requires_grad + (weights is head and isinstance(model, GPT) and not one_pass)
+            again = 1 + p.requires_grad
+            again += trunk.recompute if weights is not head else isinstance(model, GPT) and not one_pass
             out += 2 * p.numel() * n * (1 + again * train)
     return out
 
@@ -241,6 +247,7 @@ def _pair_lengths(cfg, policy, tok, kto=False):
 def dpo(cfg, load_models):
     with without_weights():
         policy, ref, rm, tok = load_models(cfg, META)
+        freeze(cfg, ref, rm, trained=(policy,))
     for spec in cfg.reward:
         tasks.load_reward(spec)
     lengths = _pair_lengths(cfg, policy, tok, cfg.loss == "kto")
@@ -264,6 +271,7 @@ def rl(cfg, load_models):
     """PPO and GRPO: sampling, scoring, update."""
     with without_weights():
         policy, ref, *critic, rm, tok = load_models(cfg, META)
+        freeze(cfg, ref, rm, trained=(policy, *critic))
     for spec in cfg.reward:
         tasks.load_reward(spec)
     new = cfg.limits[-1] if hasattr(cfg, "limits") else cfg.max_new_tokens
@@ -314,7 +322,11 @@ def report(cfg, about, models, trained, phases, work, moved=0, copies=0):
         print(f"  {name:<14}{n:>16,} parameters, {note}")
 
     moves = trained_bytes(*(models[name] for name in trained))
-    resident = {"weights": n_bytes(*models.values()) + copies, "gradients": moves,
+    away = [m for m in models.values() if getattr(m, "home", None)]  # --offload
+    if away:
+        phases["scoring"]["largest offloaded model"] = max(map(n_bytes, away))
+    stay = [m for m in models.values() if m not in away]
+    resident = {"weights": n_bytes(*stay) + copies, "gradients": moves,
                 "optimizer (AdamW's two moments)": 2 * moves, "CUDA's own, about": CONTEXT}  # fmt: skip
     phases = phases | {"optimizer step": {"AdamW's temporaries": moves}}
     if cfg.lora_rank:

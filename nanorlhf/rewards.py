@@ -6,7 +6,7 @@ Shared by the RL trainers: none of this may move a learning curve, or turn one a
 import torch
 
 from nanorlhf import generate, tasks
-from nanorlhf.common import blame, derive_seed, require
+from nanorlhf.common import at_work, blame, derive_seed, require
 from nanorlhf.data import split_by_hash
 from nanorlhf.formats import read_rows
 from nanorlhf.worker import sum_rewards
@@ -25,7 +25,8 @@ def score_responses(roll, texts, rows, rm, rewards, parts=None):
     if rm is not None:
         size = max(1, SCORE_TOKENS // roll.tokens.shape[1])  # rows at once
         chunks = zip(*(x.split(size) for x in (roll.tokens, roll.lengths, roll.mask)))
-        return torch.cat([rm.scores(*chunk) for chunk in chunks])  # detail 13: at no other position
+        with at_work(rm):
+            return torch.cat([rm.scores(*chunk) for chunk in chunks])  # detail 13: at no other position
     return sum_rewards(texts, rows, rewards, parts, roll.tokens.device)
 
 
@@ -102,7 +103,8 @@ def fresh_samples(policy, ref, tok, rows, max_new_tokens, seed, budget=8192):
     prompts = [tok.encode_prompt(r["prompt"]) for r in rows]
     seed = derive_seed(seed, "eval")
     roll = generate.generate(policy, prompts, 1, max_new_tokens, 1.0, tok.eos_id, seed, pad_id=tok.pad_id)
-    k1 = roll.logp - roll.per_token(lambda x, m: ref.logprobs(x, m)[0], budget)  # (B, T)
+    with at_work(ref):
+        k1 = roll.logp - roll.per_token(lambda x, m: ref.logprobs(x, m)[0], budget)  # (B, T)
     entropy = roll.per_token(lambda x, m: policy.logprobs(x, m)[1], budget)  # (B, T)
     metrics = {
         "kl": k1.sum(1).mean().item(),

@@ -115,6 +115,18 @@ def test_activations_are_what_autograd_keeps(style, rank, dtype):
     assert 0.85 * said < found[1] < 1.06 * said  # here, tables of positions are large
 
 
+def test_checkpointed_blocks_keep_their_input_and_run_twice():
+    x, mask, found, said = randint(V, 3, 13), torch.arange(13).expand(3, 13) > 4, [], []
+    for layers in (2, 3):
+        model = tiny(n_layer=layers)
+        model.recompute = True
+        found.append([kept(model, x, mask), counted(lambda m=model: m.logprobs(x, mask)[0].sum().backward())])
+        said.append([plan.activation_bytes(model, 36), plan.flops(model, 3, 12, 24, train=True)])
+    (size, work), (want, counts) = ([b - a for a, b in zip(*x)] for x in (found, said))
+    last = 2 * 36 * model.blocks[0].mlp.down.weight.numel()  # torch stops before it, the plan does not
+    assert (size, work) == (want, counts - last)
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("style", FAMILIES)
 def test_flops_are_those_that_torch_counts(style, rank):

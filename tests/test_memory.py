@@ -1,0 +1,150 @@
+"""The flags that spend time or precision to save memory: what they may change, and what they must not."""
+
+import copy
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from helpers import STYLES, V, randint, tiny
+
+import train_dpo
+import train_grpo
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf import common, hub, lora
+from nanorlhf.model import ScalarModel
+
+CPU = torch.device("cpu")
+X, MASK = randint(V, 3, 9), torch.arange(9).expand(3, 9) > 2
+
+
+def flags(**given):
+    plain = dict(dtype="float32", threads=1, frozen_dtype="float32", offload=False, compile=False,
+                 checkpoint_activations=False)  # fmt: skip
+    return SimpleNamespace(**plain | given)
+
+
+def gradients_of(model):
+    """Gradients of a loss of both heads, and how many numbers were kept for the backward pass."""
+    model.zero_grad()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        logp, entropy = model.logprobs(X, MASK)
+        loss = (logp.sin() + 0.1 * entropy).sum()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters()], sum(kept)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_checkpointing_keeps_less_and_changes_no_bit(style):
+    model = tiny(style, n_layer=4)
+    want, all_kept = gradients_of(model)
+    common.to_device(flags(checkpoint_activations=True), CPU, model)
+    got, kept = gradients_of(model)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert kept < 0.5 * all_kept
+
+
+@pytest.mark.parametrize("trainer", [train_sft, train_rm, train_ppo, train_grpo, train_dpo])
+def test_checkpointing_reaches_every_trainer(trainer, stages, tmp_path, no_curves):
+    """Blocks run once more for each micro-batch, and the weights come out the same."""
+    weights, calls = [], []
+    for again in (False, True):
+        out = tmp_path / str(again)
+        with mock.patch("nanorlhf.model.checkpoint", wraps=torch.utils.checkpoint.checkpoint) as spy:
+            trainer.train(stages.config(trainer, out, steps=2, checkpoint_activations=again))
+        weights.append(hub.load(f"{out}/model")[0].state_dict())
+        calls.append(spy.call_count)
+    assert calls[0] == 0 < calls[1]
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
+def test_frozen_dtype_is_that_of_frozen_matrices_alone():
+    """Not of the policy, of norms and biases, of a reward model's head, nor of what LoRA shares."""
+    policy, ref, rm = tiny(), tiny(seed=1), ScalarModel(tiny(seed=2))
+    before = copy.deepcopy(ref)
+    common.freeze(flags(frozen_dtype="bfloat16"), ref, rm, None, trained=(policy,))
+    assert {p.dtype for p in policy.parameters()} == {rm.score.weight.dtype} == {torch.float32}
+    for model in (ref, rm.trunk):
+        for p in model.parameters():
+            assert p.dtype == (torch.bfloat16 if p.dim() > 1 else torch.float32)
+    off = (ref.logprobs(X, MASK)[0] - before.logprobs(X, MASK)[0]).abs().max()
+    assert 1e-4 < off < 0.1, "rounded weights, and no more"
+    adapted = tiny()
+    shared = lora.add(adapted, 2)
+    common.freeze(flags(frozen_dtype="bfloat16", offload=True), shared, trained=(adapted,))
+    assert all(p.dtype == torch.float32 for p in shared.parameters()) and not hasattr(shared, "home")
+
+
+def test_with_bf16_activations_frozen_bf16_weights_change_nothing():
+    """A weight is cast to the activations' dtype at its use anyhow. (Learned positions are added before.)"""
+    ref = tiny("llama-gqa-untied")
+    common.to_device(flags(dtype="bfloat16"), CPU, ref)
+    want = ref.logprobs(X, MASK)
+    common.freeze(flags(frozen_dtype="bfloat16"), ref, trained=())
+    assert all(torch.equal(a, b) for a, b in zip(ref.logprobs(X, MASK), want))
+
+
+@pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo])
+def test_frozen_dtype_reaches_the_trainers(trainer, stages, tmp_path, no_curves):
+    """The reference is rounded, so KL is not 0 at the start; the policy is not."""
+    kl = dict(kl="k3", beta=0.1) if trainer is train_grpo else {}
+    flags = dict(steps=1, lr=1e-9, frozen_dtype="bfloat16") | kl
+    out = trainer.train(stages.config(trainer, tmp_path / "run", **flags))
+    assert 1e-6 < abs(out["kl"]) < 0.1
+    assert all(p.dtype == torch.float32 for p in hub.load(f"{tmp_path}/run/model")[0].parameters())
+
+
+@pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo])
+def test_offloaded_models_are_at_work_when_they_are_used(trainer, stages, tmp_path, no_curves, monkeypatch):
+    """A device that is none: each frozen model must be there in every forward pass, and away at the end."""
+    seen, freeze = [], common.freeze
+
+    def pretend(cfg, *models, trained):
+        for model in filter(None, models):
+            model.home, model.where = "device", "cpu"
+            model.to = lambda where, m=model: setattr(m, "where", where)
+            trunk = getattr(model, "trunk", model)
+            trunk.register_forward_pre_hook(lambda *_, m=model: seen.append((m, m.where)))
+
+    monkeypatch.setattr(trainer, "freeze", pretend)
+    online = dict(online=2, pairs=16, rm=f"{stages.folder}/rm/model") if trainer is train_dpo else {}
+    kl = dict(kl="k3", beta=0.1) if trainer is train_grpo else {}
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=2, **online, **kl))
+    assert len({model for model, _ in seen}) == 2, "the reference and the reward model"
+    assert {where for _, where in seen} == {"device"} and {model.where for model, _ in seen} == {"cpu"}
+    assert common.freeze is freeze
+
+
+def test_offload_says_that_it_does_nothing_on_the_cpu(capsys):
+    ref = tiny()
+    common.freeze(flags(offload=True), ref, trained=())
+    with common.at_work(ref), common.at_work(None):
+        assert ref.device == CPU and not hasattr(ref, "home")
+    assert "--offload: does nothing on the CPU" in capsys.readouterr().out
+
+
+def test_compiled_blocks(monkeypatch):
+    """Same gradients, names and copies. Dynamo without its C++ compiler, which takes a minute."""
+    real, model = torch.compile, tiny("llama-gqa-untied")
+    want, names = gradients_of(model)[0], list(model.state_dict())
+    monkeypatch.setattr(torch, "compile", lambda fn, **how: real(fn, backend="eager", **how))
+    common.to_device(flags(compile=True), CPU, model)
+    with ExitStack() as stack:
+        block = stack.enter_context(mock.patch.object(model, "run_block", wraps=model.run_block))
+        got, _ = gradients_of(model)
+        assert block.call_count == len(model.blocks)
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(got, want, strict=True))
+    assert list(copy.deepcopy(model).state_dict()) == names
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch):
+    def fail(fn, **how):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nat length")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(common.UserError, match="--compile: .*No working C.. compiler found.; leave"):
+        common.to_device(flags(compile=True), CPU, tiny())
