@@ -175,8 +175,8 @@ class Config(Flags):
 
 
 COLUMNS = (
-    "step reward reward_se reward_failed kl entropy len len_wrong stop dead clip ratio_max gnorm rounds "
-    "sampled limit lr tok_s s eval/reward eval/greedy"
+    "step reward reward_se reward_failed kl entropy len len_wrong stop dead clip ratio_max gap gnorm "
+    "rounds sampled limit lr tok_s s eval/reward eval/greedy"
 ).split()
 SHOW = ["reward", "kl", "entropy", "len", "stop", "dead", "gnorm"]
 PANELS = ["reward", "kl", "entropy", ("len", "len_wrong"), "dead", "clip"]
@@ -292,7 +292,7 @@ def gradient(policy, batch, cfg):
 
     batch: tokens, mask, old_logp, ref_logp (or None), w (B, T), lengths, adv (B,), and of the whole step
     w_sum, the sum of w, and n_tokens, its sampled tokens: any part of its rows then gives its part of the
-    gradient and, ratio_max aside, of stats.
+    gradient and of stats; of ratio_max and gap, the largest |logp − old_logp|, the maximum counts.
     """
     total, stats = 0.0, defaultdict(float)
     for mb in microbatches(batch["lengths"], cfg.tokens_per_microbatch):
@@ -310,6 +310,7 @@ def gradient(policy, batch, cfg):
             loss.backward()
         total += loss.item()
         stats["ratio_max"] = max(stats["ratio_max"], seen["ratio_max"].item())
+        stats["gap"] = max(stats["gap"], (logp.detach() - old_logp).abs().max().item())
         stats["clip"] += seen["clip"].item() / batch["w_sum"]
         stats["entropy"] += entropy.sum().item() / batch["n_tokens"]
     return total, stats
@@ -462,6 +463,7 @@ def train(cfg):
                     run.check(step, total, gnorm, what, minibatch, [policy])
                     opt.step()
                     metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), stats.pop("ratio_max"))
+                    metrics.setdefault("gap", stats.pop("gap"))  # of the first minibatch, before any update
                     for name, value in (stats | {"gnorm": gnorm, "updates": 1}).items():
                         sums[name] += value
 

@@ -122,7 +122,7 @@ class Config(Flags):
 
 
 COLUMNS = (
-    "step reward reward_se reward_failed kl entropy len stop dead clip ratio_max gnorm value_loss "
+    "step reward reward_se reward_failed kl entropy len stop dead clip ratio_max gap gnorm value_loss "
     "explained_var critic_gnorm beta lr tok_s s eval/reward eval/greedy"
 ).split()
 SHOW = ["reward", "kl", "entropy", "len", "stop", "clip", "gnorm"]
@@ -213,7 +213,8 @@ def gradient(policy, critic, batch, cfg):
     """Add up the gradients of one optimizer step, micro-batch by micro-batch → its loss, stats.
 
     batch: tokens, mask, old_logp, adv, old_value, ret (B, T), lengths (B,), and denom, the sampled tokens of
-    the whole step: any part of its rows then gives its part of the gradients and, ratio_max aside, of stats.
+    the whole step: any part of its rows then gives its part of the gradients and of stats; of ratio_max and
+    gap, the largest |logp − old_logp|, the maximum counts.
     """
     total, stats, denom = 0.0, defaultdict(float), batch["denom"]
     for mb in microbatches(batch["lengths"], cfg.tokens_per_microbatch):
@@ -229,6 +230,7 @@ def gradient(policy, critic, batch, cfg):
         pg, seen = policy_loss(logp, old_logp, adv, m, cfg.clip, denom)  # for the log
         total += (pg + cfg.vf_coef * vf).item()
         stats["ratio_max"] = max(stats["ratio_max"], seen["ratio_max"].item())
+        stats["gap"] = max(stats["gap"], (logp.detach() - old_logp).abs().max().item())
         stats["clip"] += seen["clip"].item()
         stats["value_loss"] += vf.item()
         stats["entropy"] += (entropy.sum() / denom).item()
@@ -338,6 +340,7 @@ def train(cfg):
                     opt.step()
                     first_ratio = first_ratio or stats["ratio_max"]
                     metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), stats.pop("ratio_max"))
+                    metrics.setdefault("gap", stats.pop("gap"))  # of the first minibatch, before any update
                     stats |= {"gnorm": gnorm.item(), "critic_gnorm": critic_gnorm.item()}
                     for name, value in stats.items():
                         sums[name] += value

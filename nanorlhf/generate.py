@@ -12,6 +12,7 @@ from tqdm import tqdm
 from nanorlhf.common import RunError, UserError
 from nanorlhf.rollout import Rollout
 
+NOT_FINITE = "the model's logits are not finite; lower --lr, or start from another checkpoint"
 LEAVE = 1 / 8  # share of ended rows at which the batch is compacted: at every one, copying costs more
 
 
@@ -40,21 +41,28 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     `torch.multinomial` is ten times slower on a CPU. Temperature 0 is greedy, with the log-prob at
     temperature 1.
     """
-    z = logits / temperature if temperature else logits
+    token, logp = draw(logits, u, temperature, top_k, top_p)
+    if not logp.isfinite().all():
+        raise RunError(NOT_FINITE)
+    return token, logp
+
+
+def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """`sample` that never waits for a GPU: where logits are not finite, neither is the log-prob."""
+    z = logits if temperature in (0, 1) else logits / temperature
     z = filter_logits(z, top_k, top_p)
-    top = z.max(-1, keepdim=True)
-    if not top.values.isfinite().all():
-        raise RunError("the model's logits are not finite; lower --lr, or start from another checkpoint")
-    e = (z - top.values).exp_()
+    top = z.amax(-1, keepdim=True)
+    e = (z - top).exp_()  # every pass over (b, V) counts: amax is ten times as fast as max on a CPU
+    sums = e.sum(-1)
     if temperature:
-        cdf = e.cumsum(-1)
+        cdf = torch.cumsum(e, -1, out=e)
         total = cdf[:, -1:].contiguous()
         token = torch.searchsorted(cdf, u[:, None] * total, right=True)
         # u·total can round up to total: then the last token with any probability, never one of probability 0
-        token = torch.minimum(token, torch.searchsorted(cdf, total))
+        token = torch.minimum(token, torch.searchsorted(cdf, total)).clamp_(max=z.shape[1] - 1)  # if not NaN
     else:
-        token = top.indices
-    logp = (z.gather(1, token) - top.values).squeeze(1) - e.sum(-1).log()
+        token = z.argmax(-1, keepdim=True)
+    logp = (z.gather(1, token) - top).squeeze(1) - sums.log()
     return token.squeeze(1), logp
 
 
@@ -83,7 +91,7 @@ def _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id)
     return [x.to(model.device) for x in (tokens, plen, group, u, stop)]
 
 
-def _finish(tokens, logp, plen, new, finished, group):
+def _finish(tokens, logp, new, finished, plen, group):
     place = torch.arange(tokens.shape[1], device=tokens.device)
     mask = (place >= plen[:, None]) & (place < (plen + new)[:, None])
     T = int((plen + new).max())
@@ -92,31 +100,45 @@ def _finish(tokens, logp, plen, new, finished, group):
 
 @torch.no_grad()
 def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0,
-             pad_id=None):
+             pad_id=None, slots=0):
     """n responses to each prompt (a list of token ids) → Rollout of len(prompts)·n rows, grouped by prompt.
 
     A response ends with EOS (or one of model.stop_ids), which belongs to it, or after max_new_tokens without
-    one (finished=False).
-    Log-probs are those of the distribution sampled from (temperature, top_k, top_p applied; temperature 0 is
-    greedy and reports temperature 1). Raises UserError for an empty prompt and for prompts that do not fit
-    the model's context.
+    one (finished=False). Log-probs are those of the distribution sampled from (temperature, top_k, top_p
+    applied; temperature 0 is greedy and reports temperature 1). slots: decode at most so many rows at a time,
+    the next row taking the place of one that has ended (slots.py); 0: on a GPU as many as suit it, on a CPU
+    all rows at once, and ended ones leave. Raises UserError for an empty prompt and for prompts that do not
+    fit the model's context.
     """
+    if slots < 0:
+        raise UserError(f"slots={slots} must be 0 or more")
     tokens, plen, group, u, stop = _start(
         model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id
     )
+    distinct = {tuple(p): i * n for i, p in enumerate(prompts)}  # prompt → one of its rows
+    which = {p: i for i, p in enumerate(distinct)}  # prompt → its number
+    first, of_row = list(distinct.values()), [which[tuple(p)] for p in prompts for _ in range(n)]
+    if slots or tokens.is_cuda:
+        from nanorlhf import slots as engine  # which needs `draw`
+
+        size = slots or engine.how_many(model, len(group), tokens.shape[1])
+        how = temperature, top_k, top_p
+        parts = engine.decode(model, min(size, len(group)), tokens, plen, u, stop, how, first, of_row)
+        return _finish(*parts, plen, group)
+
+    first, of_row = (torch.tensor(x, device=tokens.device) for x in (first, of_row))
     logp = torch.zeros(tokens.shape, device=tokens.device)
     new = torch.zeros_like(plen)
     finished = torch.zeros_like(plen, dtype=torch.bool)
-
-    distinct = {tuple(p): i for i, p in enumerate(prompts)}  # prompt → one of its places
-    first = torch.tensor(list(distinct.values()), device=tokens.device)
-    where = {p: i for i, p in enumerate(distinct)}  # prompt → its row in the prefill
-    of_row = torch.tensor([where[tuple(p)] for p in prompts], device=tokens.device)[group]
-    cache = model.new_cache(len(first), tokens.shape[1])
-    start = plen[first * n]
-    hidden = model(tokens[first * n, : int(start.max())], cache)
+    start = plen[first]
+    longest = int(start.max())
+    shared = len(first) < len(group)
+    cache = prefilled = model.new_cache(len(first), longest if shared else tokens.shape[1])
+    hidden = model(tokens[first, :longest], prefilled)
     last = hidden[torch.arange(len(first), device=tokens.device), start - 1][of_row]  # (B, D)
-    cache.select(of_row)
+    if shared:
+        cache = model.new_cache(len(group), tokens.shape[1])
+        cache.fill(slice(None), prefilled, of_row, longest)
 
     rows = torch.arange(len(group), device=tokens.device)  # those still in the batch
     alive = torch.ones_like(finished)
@@ -136,10 +158,10 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
             if left <= len(rows) * (1 - LEAVE):
                 keep = alive.nonzero().squeeze(1)
                 rows, token, alive = rows[keep], token[keep], alive[keep]
-                cache.select(keep)
+                cache.keep(keep, longest + t)
         if t + 1 < max_new_tokens:
             last = model(token[:, None], cache, plen[rows] + t)[:, 0]
-    return _finish(tokens, logp, plen, new, finished, group)
+    return _finish(tokens, logp, new, finished, plen, group)
 
 
 @torch.no_grad()
@@ -162,7 +184,7 @@ def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=No
         finished[live] = torch.isin(token[live], stop)
         if finished.all():
             break
-    return _finish(tokens, logp, plen, new, finished, group)
+    return _finish(tokens, logp, new, finished, plen, group)
 
 
 def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512, desc="",

@@ -17,6 +17,7 @@ attention (arXiv 2305.13245), longer contexts by slower rotation (Llama 3.1, arX
 queries and keys (Qwen3, arXiv 2505.09388), attention and MLP side by side (GPT-NeoX, arXiv 2204.06745).
 """
 
+import copy
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -27,7 +28,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanorlhf.common import UserError
-from nanorlhf.kernels import linear_logprob
+from nanorlhf.kernels import decode_attention, linear_logprob
+
+MM_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # torch 2.8 and later, on CUDA
 
 
 @dataclass
@@ -158,15 +161,28 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of every layer, preallocated: (B, n_kv_head, max_len, head_dim) each."""
+    """Keys and values of every layer, preallocated: (n_layer, 2, B, n_kv_head, max_len, head_dim)."""
 
     def __init__(self, cfg, batch, max_len, device, dtype):
-        shape = (batch, cfg.n_kv_head, max_len, cfg.head_dim)
-        self.kv = [[torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"] for _ in range(cfg.n_layer)]
+        shape = (cfg.n_layer, 2, batch, cfg.n_kv_head, max_len, cfg.head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
 
-    def select(self, rows):
-        """Keep (or repeat) the given rows: one prefill serves n samples, and finished rows leave."""
-        self.kv = [[x.index_select(0, rows) for x in pair] for pair in self.kv]
+    def fill(self, to, source, rows, live):
+        """Rows `to` take over the first `live` positions of rows `rows` of another cache, or of this one."""
+        self.kv[:, :, to, :, :live] = source.kv[:, :, rows, :, :live]
+
+    def first(self, batch):
+        """The first rows alone, as a cache that shares their memory."""
+        part = copy.copy(self)
+        part.kv = self.kv[:, :, :batch]
+        return part
+
+    def keep(self, rows, live):
+        """Only the given rows stay, in ascending order. Copied in place: nothing new is allocated."""
+        for new, old in enumerate(rows.tolist()):
+            if new != old:
+                self.kv[:, :, new, :, :live] = self.kv[:, :, old, :, :live]
+        self.kv = self.first(len(rows)).kv
 
 
 class Attention(nn.Module):
@@ -187,15 +203,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        gqa = dict(enable_gqa=True) if self.cfg.n_kv_head != self.cfg.n_head else {}
-        if step is not None:  # decode: one new token per row, each written at its row's own position
-            rows, pos, live = step
-            ck, cv = layer_cache
-            ck[rows, :, pos], cv[rows, :, pos] = k[:, :, 0], v[:, :, 0]
-            k, v = ck[:, :, :live], cv[:, :, :live]
-        elif layer_cache is not None:  # prefill: positions 0 … T-1 of every row
-            layer_cache[0][:, :, :T], layer_cache[1][:, :, :T] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **gqa)
+        if step is None:
+            gqa = dict(enable_gqa=True) if self.cfg.n_kv_head != self.cfg.n_head else {}
+            if layer_cache is not None:  # prefill: positions 0 … T-1 of every row
+                layer_cache[0, :, :, :T], layer_cache[1, :, :, :T] = k, v
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **gqa)
+        else:  # decode: one new token per row, each written at its row's own position
+            q, k, v = (x[:, :, 0] for x in (q, k, v))  # (B, H, hd)
+            y = decode_attention(q, k, v, layer_cache[0], layer_cache[1], *step)[:, :, None]
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -266,16 +281,17 @@ class GPT(nn.Module):
     def new_cache(self, batch, max_len):
         return KVCache(self.cfg, batch, max_len, self.device, self.compute_dtype or self.wte.weight.dtype)
 
-    def forward(self, tokens, cache=None, pos=None, doc=None):
+    def forward(self, tokens, cache=None, pos=None, live=None, doc=None):
         """tokens (B, T) int64 → hidden states (B, T, D), after the last norm.
 
         With a cache and no `pos`: prefill, positions 0 … T-1. With `pos` (B,) and T = 1: decode, each row's
-        token stands at its own position. With `doc` (B, T) int64, and no cache: rows hold several documents,
-        one after the other (`data.pack`); where the number changes another begins, which sees nothing to its
-        left and whose positions start at 0. Raises UserError past `max_len`: rotary positions would
-        extrapolate in silence.
+        token stands at its own position, and `live` bounds them all: pos < live. Without `live` the host
+        asks for the largest, and a GPU has to wait. With `doc` (B, T) int64, and no cache: rows hold several
+        documents, one after the other (`data.pack`); where the number changes another begins, which sees
+        nothing to its left and whose positions start at 0. Raises UserError past `max_len`: rotary positions
+        would extrapolate in silence.
         """
-        B, T = tokens.shape
+        T = tokens.shape[1]
         if T > self.cfg.max_len:
             raise UserError(f"a sequence of {T} tokens exceeds the model's context of {self.cfg.max_len}")
         where = torch.arange(T, device=tokens.device)[None] if pos is None else pos[:, None]  # (1 or B, T)
@@ -293,9 +309,7 @@ class GPT(nn.Module):
             table = rope_table(cfg.rope_dim, cfg.max_len, cfg.rope_theta, tokens.device, cfg.rope_scaling)
             rope = [f[where][:, None] for f in table]  # (1 or B, 1, T, rope_dim/2)
         if pos is not None:
-            live = int(pos.max()) + 1  # attend over the filled part of the cache only
-            mask = (torch.arange(live, device=pos.device) <= pos[:, None])[:, None, None]  # (B, 1, 1, live)
-            step = torch.arange(B, device=pos.device), pos, live
+            step = pos, live or int(pos.max()) + 1  # attend over the filled part of the cache only
         if doc is not None:  # 0 or −∞, made once: of a mask of bools attention makes this in every layer
             seen = (start[:, :, None] == start[:, None]).tril()[:, None]
             mask = x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)  # (B, 1, T, T)
@@ -309,10 +323,16 @@ class GPT(nn.Module):
                 x = self.run_block(block, x, rope, None, None, mask)
         return self.norm(x)
 
-    def head_logits(self, hidden):
-        """hidden (..., D) → fp32 logits (..., V): bf16 operands are widened, sums never rounded back."""
+    def head_logits(self, hidden, weight=None):
+        """hidden (..., D) → fp32 logits (..., V): bf16 operands are widened, sums never rounded back.
+
+        weight: the unembedding, for a caller that keeps it at hand.
+        """
+        weight = self.unembedding if weight is None else weight
+        if MM_FP32 and hidden.is_cuda and hidden.dim() == 2 and hidden.dtype.itemsize == 2:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # nothing is cast, half is read
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return F.linear(hidden.to(wide), self.unembedding.to(wide))
+        return F.linear(hidden.to(wide), weight.to(wide))
 
     def logits(self, tokens):
         """tokens (B, T) → fp32 logits (B, T, V). For evaluation and tests: training never builds them."""

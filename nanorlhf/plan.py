@@ -15,10 +15,10 @@ import torch
 
 from nanorlhf import hub, lora, tasks
 from nanorlhf.common import freeze
-from nanorlhf.generate import LEAVE
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.pairs import encode_pairs, load_examples, load_rows, require_both
 from nanorlhf.rewards import SCORE_TOKENS, load_prompts
+from nanorlhf.slots import PREFILL, SLOTS
 
 META = torch.device("meta")
 GIB = 1 << 30
@@ -154,16 +154,15 @@ def flops(model, rows, length, kept, train=False, one_pass=False):
 def decode(model, rows, prompt, new):
     """→ FLOPs, bytes moved, of `new` tokens for each of rows prompts already prefilled.
 
-    The first of them needs the head only, the last is never fed back. Every step reads all weights (and
-    casts them, when they are kept in fp32 and used in bf16) and the whole cache.
+    The first of them needs the head only, the last is never fed back. Every step reads all weights, in the
+    activations' dtype, and the live cache; rows beyond the slots come later, and read the weights again.
     """
     trunk, c = _trunk(model), width(model)
     Q, cfg = trunk.cfg.n_head * trunk.cfg.head_dim, trunk.cfg
     matrices = [p for p in trunk.blocks.parameters() if p.dim() == 2]
     live = prompt + new / 2
     work = rows * (new - 1) * (2 * sum(p.numel() for p in matrices) + 4 * Q * live * cfg.n_layer)
-    moved = sum(p.nbytes if p.dtype.itemsize == c else p.nbytes + 2 * c * p.numel() for p in matrices)
-    moved += trunk.wte.weight.numel() * (4 if c == 4 else 16)
+    moved = c * (sum(p.numel() for p in matrices) + trunk.wte.weight.numel()) * max(1, rows / SLOTS)
     return work + 2 * rows * new * trunk.wte.weight.numel(), new * (moved + kv_bytes(model, rows, live))
 
 
@@ -178,12 +177,13 @@ def _padded(cfg, rows, longest):
 
 
 def _sampling(model, rows, length):
-    """Bytes while sampling. When ended rows leave, the old cache stays until the new one is whole."""
+    """Bytes while sampling: of slots.SLOTS rows, or fewer where memory is short; of prompts that wait."""
+    rows, c = min(rows, SLOTS), width(model)
+    weights = [p for p in model.blocks.parameters() if p.dim() == 2 and p.dtype.itemsize != c]
+    cast = c * (sum(p.numel() for p in weights) + model.wte.weight.numel())  # the unembedding in any case
     kv = kv_bytes(model, rows, length)
-    logits = 4 * 4 * rows * model.n_ids  # the logits, at T, their exponentials, their sums
-    wide = model.wte.weight.numel() * (4 + width(model)) * (width(model) < 4)  # the unembedding, cast twice
-    return {"KV cache": kv, "its copy when ended rows leave": kv * (1 - LEAVE),
-            "logits and unembedding": logits + wide}  # fmt: skip
+    return {"KV cache": kv, "prompts that wait": min(kv, kv_bytes(model, 1, PREFILL)),
+            "weights cast once": cast, "logits": 4 * 4 * rows * model.n_ids}  # and copies, as in slots.py
 
 
 def _passing(model, tokens):

@@ -21,6 +21,7 @@ PPO, LEARNING = "tests/test_ppo.py::test_", "tests/test_learning_ppo.py::test_"
 DPO, REWARDS = "tests/test_dpo.py::test_", "tests/test_rewards.py::test_"
 HUB, LORA = "tests/test_hub.py::test_", "tests/test_lora.py::test_"
 TRITON = "tests/test_triton.py::test_"
+SLOTS, DECODE = "tests/test_slots.py::test_", "tests/test_decode.py::test_"
 ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
 
 # (name, file, source, replacement, killing tests); a mutant of one line has its smallest direct test first
@@ -106,7 +107,7 @@ MUTANTS = [
      "ref.logprobs(x, m, cfg.temperature)", "ref.logprobs(x, m)",
      [PPO + "first_minibatch_has_ratio_1_and_kl_0"]),
     ("temperature forgotten in the sampler's log-prob", "nanorlhf/generate.py",
-     "z = logits / temperature if temperature else logits", "z = logits",
+     "z = logits if temperature in (0, 1) else logits / temperature", "z = logits",
      [PPO + "first_minibatch_has_ratio_1_and_kl_0"]),
     ("log-probs one position late", "nanorlhf/model.py",
      "hidden = self(tokens[:, :-1], doc=doc)  #", "hidden = self(tokens, doc=doc)[:, 1:]  #",
@@ -246,6 +247,35 @@ MUTANTS = [
     ("KL of evaluate.py one token late", "evaluate.py",
      "(m(tokens[:, :-1])[keep]", "(m(tokens[:, 1:])[keep]",
      ["tests/test_evaluate.py::test_both_kl_figures_have_the_mean_that_enumeration_gives"]),
+    ("slots: the same uniform at every step", "nanorlhf/slots.py",
+     "self.u[row, t]", "self.u[row, 0 * t]", [SLOTS + "whatever_the_slots"]),
+    ("slots: an ended row writes on", "nanorlhf/slots.py",
+     "at = torch.where(alive, row, self.B)", "at = row", [SLOTS + "whatever_the_slots"]),
+    ("slots: the cache of another prompt", "nanorlhf/slots.py",
+     "[of_row[row] - ready.start for row in rows]", "[0 for row in rows]",
+     [SLOTS + "whatever_the_slots"]),
+    ("slots: a row that moves forgets how far it is", "nanorlhf/slots.py",
+     "(self.last, self.row, self.pos, self.t, self.alive)", "(self.last, self.row, self.pos, self.alive)",
+     [SLOTS + "whatever_the_slots"]),
+    ("slots: one position short", "nanorlhf/slots.py",
+     "while live < held + i:", "while live < held + i - 1:", [SLOTS + "whatever_the_slots"]),
+    ("slots: the host waits in every step", "nanorlhf/slots.py",
+     "(alive & ~logp.isfinite()).any()", "bool((alive & ~logp.isfinite()).any())",
+     [SLOTS + "a_step_is_one_fixed_sequence"]),
+    ("slots: a prompt is prefilled again for its next row", "nanorlhf/slots.py",
+     "if of_row[waiting[-1]] not in ready:",
+     "if of_row[waiting[-1]] not in ready[:0]:\n                ready = range(of_row[waiting[-1]])",
+     [SLOTS + "how_much_is_computed"]),
+    ("cache: rows that leave take a position along", "nanorlhf/model.py",
+     "self.kv[:, :, new, :, :live] = self.kv[:, :, old, :, :live]",
+     "self.kv[:, :, new, :, : live - 1] = self.kv[:, :, old, :, : live - 1]",
+     ["tests/test_model.py::test_cache_is_the_full_forward"]),
+    ("decode kernel: every split reads from the start", "nanorlhf/kernels/triton_decode.py",
+     "start = split * share", "start = 0 * share", [DECODE + "kernel_by_hand"]),
+    ("decode kernel: beyond a row's own past", "nanorlhf/kernels/triton_decode.py",
+     "z = tl.where((t < stop)[None, :], z, -float(\"inf\"))", "z = z", [DECODE + "kernel_by_hand"]),
+    ("decode kernel: splits weigh the same", "nanorlhf/kernels/triton_decode.py",
+     "factor = tl.exp(m - tl.max(m, 0))", "factor = tl.exp(m - m)", [DECODE + "kernel_by_hand"]),
     ("families: MLP behind the attention, not beside it", "nanorlhf/model.py",
      "self.norm2(x if self.parallel else attended)", "self.norm2(attended)",
      [HUB + "golden_outputs[pythia]", HUB + "golden_decoding[pythia]"]),

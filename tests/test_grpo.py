@@ -644,7 +644,7 @@ def test_off_policy_steps_sample_with_old_weights(lab, spy, k):
     try:
         rolls = spy(generate, "generate")
         cfg = config(lab, by_letters, steps=5, off_policy_steps=k, lr=1e-2, tokens_per_microbatch=0)
-        train(cfg)
+        out = train(cfg)
     finally:
         train_grpo.sample_groups = real
     model = hub.load(cfg.init)[0]
@@ -655,7 +655,8 @@ def test_off_policy_steps_sample_with_old_weights(lab, spy, k):
         assert sorted(old_logp.sum(1).tolist()) == sorted(roll.logp.sum(1).tolist())
         assert (logp - old_logp).abs().max() < 1e-5 or step > 0
     model.load_state_dict(states[4])
-    assert (roll.logp - model.logprobs(roll.tokens, roll.mask)[0]).abs().max() > 1e-3, "nothing was stale"
+    stale = (roll.logp - model.logprobs(roll.tokens, roll.mask)[0]).abs().max().item()
+    assert out["gap"] == pytest.approx(stale, abs=1e-5) and stale > 1e-3, "nothing was stale"
 
 
 def test_dead_groups_are_filtered_and_refilled(lab, spy):
@@ -792,7 +793,8 @@ def test_no_reference_no_kl(lab):
 
 
 def test_first_step_is_healthy(lab, capsys):
-    train(config(lab, by_letters))
+    out = train(config(lab, by_letters))
+    assert 0 < out["gap"] < 1e-5
     line = next(x for x in capsys.readouterr().out.split("\n") if x.startswith("health"))
     assert "KL 0.000000" in line and "mean advantage 0.000" in line
 

@@ -225,20 +225,21 @@ def test_attention_against_loops():
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (F64, 1e-12)])
 @styles
 def test_cache_is_the_full_forward(style, dtype, tol):
-    """Ragged prefill, then decoding at each row's own position; rows are repeated and leave on the way."""
+    """Ragged prefill shared out to more rows, then decoding at each row's own position; rows leave."""
     model, tokens = tiny(style, dtype=dtype), randint(V, 5, 14)
     full = model(tokens)
     start = torch.tensor([1, 6, 3, 2, 6])
     prompts = torch.where(torch.arange(6) < start[:, None], tokens[:, :6], V - 1)  # right padding
-    cache = model.new_cache(5, 14)
-    hidden = model(prompts, cache)
+    prefilled, cache = model.new_cache(5, 6), model.new_cache(7, 14)
+    hidden = model(prompts, prefilled)
     for row, n in enumerate(start.tolist()):
         assert (hidden[row, :n] - full[row, :n]).abs().max() < tol
-    rows = torch.arange(5)
+    rows = torch.tensor([4, 1, 1, 0, 3, 2, 4])
+    cache.fill(slice(None), prefilled, rows, 6)
     for t in range(8):
-        if t in (2, 5):  # a row leaves, another comes twice
-            keep = torch.tensor([4, 1, 1, 0]) if t == 2 else torch.tensor([3, 0])
-            rows, _ = rows[keep], cache.select(keep)
+        if t in (2, 5):
+            keep = torch.tensor([0, 2, 3, 5]) if t == 2 else torch.tensor([1, 2])
+            rows, _ = rows[keep], cache.keep(keep, 6 + t)
         pos = start[rows] + t
         hidden = model(tokens[rows, pos][:, None], cache, pos)
         assert hidden.shape == (len(rows), 1, 16)
@@ -252,9 +253,7 @@ def test_cache_never_reads_beyond_a_row():
     for junk in (0.0, 1e3):
         cache = model.new_cache(2, 9)
         model(tokens[:, :3], cache)
-        for pair in cache.kv:
-            for x in pair:
-                x[:, :, 3:] += junk
+        cache.kv[..., 3:, :] += junk
         results.append(model(tokens[:, 3:4], cache, torch.tensor([3, 3])))
     assert torch.equal(*results)
 

@@ -511,6 +511,7 @@ def test_first_minibatch_has_ratio_1_and_kl_0(lab, spy, temperature):
     close(logp.detach(), old_logp, atol=1e-5)
     assert abs(out["kl"]) < 1e-5
     assert out["ratio_max"] > 1 + 1e-4, "later minibatches have moved away"
+    assert out["gap"] == (logp - old_logp).abs().max().item() < 1e-5, "the first minibatch, and no later one"
 
 
 def test_old_logp_is_the_samplers(lab, spy, monkeypatch):
@@ -524,9 +525,10 @@ def test_old_logp_is_the_samplers(lab, spy, monkeypatch):
 
     monkeypatch.setattr(generate, "generate", liar)
     calls = spy(train_ppo, "policy_loss")
-    train(config(lab))
+    out = train(config(lab))
     (logp, old_logp, _, mask, *_), _ = calls[0]
     close((logp - old_logp)[mask].detach(), torch.full((int(mask.sum()),), -0.1), atol=1e-5)
+    assert out["gap"] == pytest.approx(0.1, abs=1e-5)
 
 
 def test_every_row_is_in_one_minibatch_and_its_own(lab, spy):

@@ -1,4 +1,5 @@
-"""From hidden states and the unembedding straight to per-token log-prob, entropy and exact KL.
+"""From hidden states and the unembedding straight to per-token log-prob, entropy and exact KL; attention
+of one new token per row.
 
 One function per quantity, two backends behind it: Triton on a GPU (`triton_backend.py`), tiles in plain
 torch elsewhere (`torch_backend.py`), both checked against ten-line oracles (`reference.py`). docs/kernels.md
@@ -85,3 +86,15 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
     return _backend(backend, hidden, weight, ref_hidden, ref_weight).LinearKL.apply(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, reverse
     )
+
+
+def decode_attention(q, k, v, cache_k, cache_v, pos, live, backend=None):
+    """One new token per row: writes its key and value into the cache at pos, attends to positions 0 … pos.
+
+    q (B, H, hd), k and v (B, n_kv_head, hd), caches (B, n_kv_head, max_len, hd), pos (B,) int64, all below
+    the number `live` → (B, H, hd). Nothing here is differentiable. backend: as in linear_logprob.
+    """
+    run = torch_backend.decode_attention
+    if _backend(backend, q.flatten(1)) is not torch_backend:
+        from nanorlhf.kernels.triton_decode import decode_attention as run
+    return run(q, k, v, cache_k, cache_v, pos, live)

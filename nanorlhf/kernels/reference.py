@@ -27,3 +27,16 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
     if reverse:
         logp, logq = logq, logp
     return torch.where(logp > -torch.inf, logp.exp() * (logp - logq), 0.0).sum(-1)
+
+
+def decode_attention(q, k, v, cache_k, cache_v, pos):
+    """q (B, H, hd), k, v (B, KV, hd), caches (B, KV, T, hd), pos (B,) → (B, H, hd); one head at a time."""
+    out = torch.zeros_like(q)
+    for b, n in enumerate(pos.tolist()):
+        for h in range(q.shape[1]):
+            kv = h * k.shape[1] // q.shape[1]
+            past, new = slice(0, n), slice(kv, kv + 1)
+            keys = torch.cat((cache_k[b, kv, past], k[b, new]))
+            values = torch.cat((cache_v[b, kv, past], v[b, new]))
+            out[b, h] = (keys @ q[b, h] / q.shape[2] ** 0.5).softmax(0) @ values
+    return out

@@ -20,6 +20,7 @@ The online log-sum-exp is that of Milakov and Gimelshein (arXiv 1805.02867), tak
 """
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 TILE = 1 << 21  # logits held at once: 8 MiB in fp32; larger no longer fits a core's cache and is slower
@@ -283,3 +284,12 @@ def _add(grads, dz, hidden, weight, r, c):
 def like(grads, inputs):
     """Gradients, or None, in the dtypes of the inputs they belong to."""
     return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs))
+
+
+def decode_attention(q, k, v, cache_k, cache_v, pos, live):
+    rows = torch.arange(len(pos), device=pos.device)
+    cache_k[rows, :, pos], cache_v[rows, :, pos] = k, v
+    mask = (torch.arange(live, device=pos.device) <= pos[:, None])[:, None, None]  # (B, 1, 1, live)
+    gqa = dict(enable_gqa=True) if q.shape[1] != k.shape[1] else {}
+    keys, values = cache_k[:, :, :live], cache_v[:, :, :live]
+    return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, **gqa)[:, :, 0]
