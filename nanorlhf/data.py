@@ -238,7 +238,7 @@ def microbatches(lengths, tokens_per_microbatch: int) -> list[list[int]]:
     budget = tokens_per_microbatch
     if budget < 0:
         raise UserError(f"--tokens_per_microbatch: {budget} is negative; expected tokens, or 0 for all")
-    lengths = [int(length) for length in lengths]
+    lengths = torch.as_tensor(lengths).tolist()  # from a GPU in one copy, not one a row
     groups, longest = [], 0  # longest: of the last group, its first row
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if groups and (budget == 0 or (len(groups[-1]) + 1) * longest <= budget):
@@ -257,7 +257,7 @@ def pack(tokens, mask, lengths):
     first, equal lengths by index, each goes into the first packed row that has room. No packed row is longer
     than the longest row: beyond that, attention, which grows with the square, costs more than pads do.
     """
-    lengths = [int(length) for length in lengths]
+    lengths = torch.as_tensor(lengths).tolist()  # from a GPU in one copy, not one a row
     groups, used = [], []  # rows of each packed row, its tokens
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         r = next((r for r, n in enumerate(used) if n + lengths[i] <= max(lengths)), len(groups))
