@@ -116,14 +116,15 @@ def main(argv):
     if not flags["--report"]:
         measure(parts, flags["--quick"], flags["--gpu"], int(options["--rounds"]), options["--only"], folder)
     found = tables(folder)
+    if flags["--report"] and not flags["--quick"]:
+        table.fill(PAGE, {name: table.markdown(rows, run) for name, (_, rows, run) in found.items()})
+        if rows := summary(found):
+            table.fill(README, {"summary": table.markdown(rows)})
     for name, (title, rows, run) in found.items():
         part, kind = name.split("_")
         mine = part in (parts or [part]) and (kind == "gpu") == flags["--gpu"]
         if mine or flags["--report"]:
             print("\n" + table.console(title, rows, run))
-    if flags["--report"] and not flags["--quick"]:
-        table.fill(PAGE, {name: table.markdown(rows, run) for name, (_, rows, run) in found.items()})
-        table.fill(README, {"summary": table.markdown(summary(found))})
 
 
 if __name__ == "__main__":

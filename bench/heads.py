@@ -1,4 +1,4 @@
-"""The kernels' part: bench/kernels.py measures, here its CSV becomes rows with goals.
+"""The kernels' part: bench/kernels.py measures, here its CSV becomes rows with goals: tokens × width × words.
 
 ours reads and writes a tile of logits twice (two passes: any loss), or once where the loss is a sum over
 tokens (one pass). Goals are in times of the naive log-softmax on a CPU, and of bare matmuls on a GPU.
@@ -31,7 +31,7 @@ def from_csv(folder, kind):
     for (N, D, V), found in shapes.items():
         for ours, passes in (("ours", "two passes"), ("ours, one pass", "one pass")):
             if ours in found:
-                name = f"N {N:,} D {D:,} V {V:,}, {passes}"
+                name = f"{N:,} × {D:,} × {V:,}, {passes}"
                 out += [compare(name, found[ours], found.get(peer), peer, *goals(kind, ours, peer, D, V))
                         for peer in PEERS]  # fmt: skip
                 if kind == "gpu":

@@ -163,7 +163,7 @@ def cells(r):
         "-" if r.get("ratio") is None else f"{r['ratio']:.2f}×",
         "" if goal is None else goal if isinstance(goal, str) else f"≥ {goal:.3g}×", r.get("verdict") or "",
         figure(r.get("ours_mib")), figure(r.get("theirs_mib")),
-        "-" if r.get("share") is None else f"{r['share']:.0%}",
+        "-" if r.get("share") is None else f"{r['share']:.{1 if r['share'] < 0.1 else 0}%}",
         "" if share is None else share if isinstance(share, str) else f"≤ {share:.0%}",
         r.get("share_verdict") or "",
     ]  # fmt: skip
@@ -188,11 +188,12 @@ def console(title, rows, run=None):
     """The table as text; columns as wide as they must be."""
     titles, table = _used(rows)
     widths = [max(len(line[i]) for line in [titles, *table]) for i in range(len(titles))]
+    gap = "  " if sum(widths) + 2 * len(widths) <= 110 else " "
     left = {i for i, t in enumerate(titles) if t in ("row", "peer", "unit")}
     lines = [title, *textwrap.wrap(where(run), 100)]
     for line in [titles, *table]:
         text = (f"{x:<{w}}" if i in left else f"{x:>{w}}" for i, (x, w) in enumerate(zip(line, widths)))
-        lines.append("  ".join(text).rstrip())
+        lines.append(gap.join(text).rstrip())
     return "\n".join(lines)
 
 
