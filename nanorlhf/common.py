@@ -402,9 +402,12 @@ class Log:
         path = os.path.join(self.out, "metrics.csv")
         rows = []
         if start and os.path.exists(path):
-            with open(path, newline="") as f:
-                whole = (r for r in csv.DictReader(f) if None not in (*r, *r.values()))
-                rows = [r for r in whole if int(r["step"]) < start]
+            with open(path, encoding="utf-8", errors="replace") as f:
+                names, *lines = (line.split(",") for line in f.read().splitlines() or [""])
+            for row in (dict(zip(names, cells)) for cells in lines if len(cells) == len(names)):
+                with contextlib.suppress(ValueError, KeyError):
+                    if int(row["step"]) < start and [float(cell or 0) for cell in row.values()]:
+                        rows.append(row)
         with open(path + ".tmp", "w", newline="") as f:
             writer = csv.DictWriter(f, self.columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
@@ -417,7 +420,7 @@ class Log:
         if start and os.path.exists(path):
             with open(path, encoding="utf-8", errors="replace") as f:
                 for line in f:
-                    with contextlib.suppress(ValueError):
+                    with contextlib.suppress(ValueError, KeyError, TypeError):
                         if json.loads(line)["step"] < start:
                             lines.append(line)
         with open(path + ".tmp", "w", encoding="utf-8", newline="") as f:
