@@ -166,7 +166,7 @@ def take_lock(folder):
 
 def trainer_of(cfg):
     """A Config's module, "train_ppo", also where that is the script which was started."""
-    module = type(cfg).__module__
+    module = type(cfg).__mro__[-3].__module__  # of Config(Flags), whatever a lab has made of it
     script = getattr(sys.modules["__main__"], "__file__", None)
     return os.path.splitext(os.path.basename(script))[0] if module == "__main__" and script else module
 

@@ -7,6 +7,7 @@ as they were before the update, and the batch. `trainer.gradient(*models, batch,
 Exit status 1 if it comes out not finite again, 0 if it does not, 2 for a file that cannot be read.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -29,8 +30,12 @@ def save(path, trainer, cfg, step, models, batch):
         own = dict(scalar=trunk is not model, step_ids=getattr(model, "step_ids", None), n_ids=trunk.n_ids)
         saved.append(own | dict(config=dataclasses.asdict(trunk.cfg), weights=model.state_dict()))
     content = dict(trainer=trainer, config=dataclasses.asdict(cfg), step=step, models=saved, batch=batch)
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    try:
+        torch.save(content, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # what a full disk leaves
+            os.unlink(f"{path}.tmp")
 
 
 def load(path):
