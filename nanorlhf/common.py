@@ -212,6 +212,11 @@ def parse(Config, argv, doc="", prog="train.py"):
     return Config(**values)
 
 
+def _line(error):
+    """What it says on one line, whatever a user's value that it quotes holds."""
+    return r"\n".join(str(error).splitlines())
+
+
 def _smaller(cfg):
     """Which flags to lower when the memory is full, the one that costs least first."""
     flags = "tokens_per_microbatch batch_size prompts_per_step group_size max_new_tokens".split()
@@ -235,10 +240,10 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
         cfg = parse(Config, [x for x in argv if x not in dry], module_doc, prog)
         (dry_run if dry else train)(cfg)
     except UserError as e:
-        print(f"{prog}: error: {e}", file=sys.stderr)
+        print(f"{prog}: error: {_line(e)}", file=sys.stderr)
         return 2
     except RunError as e:
-        print(f"{prog}: stopped: {e}", file=sys.stderr)
+        print(f"{prog}: stopped: {_line(e)}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
