@@ -128,9 +128,9 @@ def verify(folder):
         raise ValueError(f"{path}: no list of checksums ({type(e).__name__}: {e})") from None
     have = {name: (x["bytes"], x["sha256"]) for name, x in describe(folder)}
     for name in sorted(want):
-        found = "missing" if name not in have else f"of {have[name][0]:,} bytes"
+        found = "missing" if name not in have else f"of {have[name][0]} bytes"
         if have.get(name) != want[name]:
-            why = f"it is {found}, the manifest says {want[name][0]:,} bytes of another content"
+            why = f"it is {found}, the manifest says {want[name][0]} bytes of another content"
             raise ValueError(f"{os.path.join(folder, name)}: wrong checksum ({why})")
 
 
