@@ -443,6 +443,8 @@ def _read(folder, dtype):
         with open(where, encoding="utf-8") as f:
             raw = json.load(f)
         cfg, family = _read_config(raw)
+        for name, value in vars(cfg).items():
+            require(not isinstance(value, int) or value < 2**31, f"{name}={value} is no size")
         bias = raw.get("reward_bias", 0.0)
         scalar = "ForSequenceClassification" in str(raw.get("architectures"))
         require(isinstance(bias, (int, float)), f"reward_bias={bias!r} must be a number")

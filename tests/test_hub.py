@@ -687,6 +687,7 @@ FAULTS = [  # style, fault, file named, what the line says
     ("gpt2", fields(model_type=None), CONFIG, "model_type None"),
     ("gpt2", fields(n_layer=None), CONFIG, "field 'n_layer' is missing"),
     ("gpt2", fields(n_head=0), CONFIG, "n_head=0"),
+    ("gpt2", fields(n_embd=2**70), CONFIG, f"d_model={2**70} is no size"),
     ("gpt2", fields(n_head=3), CONFIG, "n_head=3 must divide d_model=16"),
     ("gpt2", fields(n_embd="16"), CONFIG, "d_model='16'"),
     ("gpt2", fields(layer_norm_epsilon="tiny"), CONFIG, "'tiny'"),
