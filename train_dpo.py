@@ -39,7 +39,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import generate, hub, plan, tasks
+from nanorlhf import dist, generate, hub, plan, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
@@ -219,11 +219,14 @@ def response_logps(model, rows, pad_id):
 @torch.no_grad()
 def cache_logps(model, examples, tok, cfg):
     """Log-probs of both responses of each example, (N, 2); no gradients."""
+    mine = dist.mine([len(e.prompt) + max(len(e.first), len(e.second)) for e in examples]).tolist()
+    cut = by_budget([examples[i] for i in mine], cfg.tokens_per_microbatch)
     with at_work(model):
         out = torch.zeros(len(examples), 2, device=model.device)
-        for mb in by_budget(examples, cfg.tokens_per_microbatch):
+        for mb in dist.paced(cut, model.logprobs):
+            mb = [mine[i] for i in mb]
             out[mb] = response_logps(model, [examples[i][:3] for i in mb], tok.pad_id)
-    return out
+    return dist.summed(out)
 
 
 def objective(policy, examples, ref_logp, z0, pad_id, cfg):
@@ -253,11 +256,11 @@ def step_batch(policy, examples, ref_logp, tok, cfg):
     """Examples and their reference log-probs (B, 2) or None → the batch of `gradient`: with them pad_id, z0,
     and counts, of the whole step: examples, chosen (with kto liked) and rejected responses.
     """
-    z0, counts = None, [len(examples)] * 3
+    z0, counts = None, (len(examples),) * 3
     if cfg.loss == "kto":
         z0 = (cache_logps(policy, examples, tok, cfg) - ref_logp)[:, 1].mean().clamp(min=0)
         liked = sum(e.liked for e in examples)
-        counts = [len(examples), liked, len(examples) - liked]
+        counts = len(examples), liked, len(examples) - liked
     rows = [list(e) for e in examples]
     return {"examples": rows, "ref_logp": ref_logp, "pad_id": tok.pad_id, "z0": z0, "counts": counts}
 
@@ -269,7 +272,7 @@ def gradient(policy, batch, cfg):
     """
     examples, (n, n_chosen, n_rejected) = [Example(*e) for e in batch["examples"]], batch["counts"]
     total, parts = 0.0, []
-    for mb in by_budget(examples, cfg.tokens_per_microbatch):
+    for mb in dist.paced(by_budget(examples, cfg.tokens_per_microbatch), policy.logprobs):
         ref_logp = None if batch["ref_logp"] is None else batch["ref_logp"][mb]
         rows = [examples[i] for i in mb]
         losses, seen = objective(policy, rows, ref_logp, batch["z0"], batch["pad_id"], cfg)
@@ -363,6 +366,7 @@ def train(cfg):
     def seed_for(*purpose):
         return derive_seed(cfg.seed, *purpose)
 
+    dist.spread(cfg, policy, frozen=(ref, rm, *[base] * by_round))
     opt = adamw(policy.parameters(), device, lr=cfg.lr, weight_decay=cfg.weight_decay)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
 
@@ -409,17 +413,18 @@ def train(cfg):
             batch, ref_of = [pairs[i] for i in order], None if ref_logp is None else ref_logp[order]
             opt.zero_grad()
             whole = step_batch(policy, batch, ref_of, tok, cfg)
-            loss, stats = gradient(policy, whole, cfg)
-            gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-            run.check(step, loss, gnorm.item(), f"{len(batch)} pairs", whole, [policy])
+            lengths = [len(e.first) + len(e.second) for e in batch]
+            loss, stats = dist.total(*gradient(policy, dist.share(whole, lengths), cfg))
+            gnorm = dist.clip(policy.parameters(), cfg.max_grad_norm)
+            run.check(step, loss, gnorm, f"{len(batch)} pairs", whole, [policy])
             for group in opt.param_groups:
                 group["lr"] = lr = lr_at(step, cfg.steps, cfg.lr)
             opt.step()
 
             # ---- one log line
             done = step + 1
-            metrics |= clock.columns(sum(len(e.first) + len(e.second) for e in batch))
-            metrics |= {"loss": loss, "gnorm": gnorm.item(), "lr": lr} | stats
+            metrics |= clock.columns(sum(lengths))
+            metrics |= {"loss": loss, "gnorm": gnorm, "lr": lr} | stats
             metrics |= measure(step) if done == cfg.steps else {}
             run.log.row(step, metrics)
             run.checkpoint(done, lambda: hub.save(policy, tok, f"{cfg.out}/model"))

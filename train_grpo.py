@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nanorlhf import generate, hub, lora, plan, tasks
+from nanorlhf import dist, generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
@@ -295,7 +295,7 @@ def gradient(policy, batch, cfg):
     gradient and of stats; of ratio_max and gap, the largest |logp − old_logp|, the maximum counts.
     """
     total, stats = 0.0, defaultdict(float)
-    for mb in microbatches(batch["lengths"], cfg.tokens_per_microbatch):
+    for mb in dist.paced(microbatches(batch["lengths"], cfg.tokens_per_microbatch), policy.logprobs):
         T = int(batch["lengths"][mb].max())
         x, m, old_logp, w = (batch[name][mb, :T] for name in ("tokens", "mask", "old_logp", "w"))
         ref_logp = None if batch["ref_logp"] is None else batch["ref_logp"][mb, :T]
@@ -388,6 +388,8 @@ def train(cfg):
     def seed_for(*purpose):
         return derive_seed(cfg.seed, *purpose)
 
+    sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
+    dist.spread(cfg, policy, frozen=(ref, rm))
     opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
     names = [f"reward/{name}" for name, *_ in rewards] if len(rewards) > 1 else []
     if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
@@ -396,11 +398,9 @@ def train(cfg):
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, cfg.limits[-1], seed_for("gate"))
         saved = {"policy": policy} | ({"ref": ref} if cfg.ref_every else {})
-        frozen = () if cfg.ref_every or ref is None else (ref,)
-        start, extra = run.start(saved, opt, frozen)
+        start, extra = run.start(saved, opt, () if cfg.ref_every or ref is None else (ref,))
         stage, drawn, mastered = extra.get("stage", 0), extra.get("drawn", 0), set(extra.get("mastered", []))
         past = deque(extra.get("past", []), maxlen=cfg.off_policy_steps + 1)  # the weights of the last steps
-        sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
 
         for step in range(start, cfg.steps):
             metrics, sums = {}, defaultdict(float)
@@ -457,8 +457,8 @@ def train(cfg):
                     w = token_weights(trained[rows_of], roll.group[rows_of], cfg)
                     minibatch |= {"w": w, "w_sum": w.sum().item(), "n_tokens": mask[rows_of].sum().item()}
                     opt.zero_grad()
-                    total, stats = gradient(policy, minibatch, cfg)
-                    gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm).item()
+                    total, stats = dist.total(*gradient(policy, dist.share(minibatch), cfg))
+                    gnorm = dist.clip(policy.parameters(), cfg.max_grad_norm)
                     what = f"samples {rows_of[:4].tolist()} …, prompt {batch[rows_of[0]]['prompt']!r}"
                     run.check(step, total, gnorm, what, minibatch, [policy])
                     opt.step()

@@ -27,7 +27,7 @@ from typing import ClassVar
 
 import torch
 
-from nanorlhf import generate, hub, lora, plan, tasks
+from nanorlhf import dist, generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
@@ -217,7 +217,8 @@ def gradient(policy, critic, batch, cfg):
     gap, the largest |logp − old_logp|, the maximum counts.
     """
     total, stats, denom = 0.0, defaultdict(float), batch["denom"]
-    for mb in microbatches(batch["lengths"], cfg.tokens_per_microbatch):
+    cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
+    for mb in dist.paced(cut, policy.logprobs, critic.values):
         T = int(batch["lengths"][mb].max())
         names = ("tokens", "mask", "old_logp", "adv", "old_value", "ret")
         x, m, old_logp, adv, old_value, ret = (batch[name][mb, :T] for name in names)
@@ -279,6 +280,7 @@ def train(cfg):
         hub.save(policy, tok, f"{cfg.out}/model")
         hub.save(critic, tok, f"{cfg.out}/critic")
 
+    dist.spread(cfg, policy, critic, frozen=(ref, rm))
     # detail 20: Adam's eps is 1e-5; with PyTorch's 1e-8 the first step is about a fifth longer
     peaks = ((policy, cfg.lr), (critic, cfg.critic_lr))
     groups = [{"params": model.parameters(), "peak": peak} for model, peak in peaks]
@@ -332,16 +334,16 @@ def train(cfg):
                     minibatch = {name: x[rows_of] for name, x in whole.items()}
                     minibatch["denom"] = minibatch["mask"].sum()  # of this optimizer step, however it is cut
                     opt.zero_grad()
-                    total, stats = gradient(policy, critic, minibatch, cfg)
-                    gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
-                    critic_gnorm = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.max_grad_norm)
+                    total, stats = dist.total(*gradient(policy, critic, dist.share(minibatch), cfg))
+                    gnorm = dist.clip(policy.parameters(), cfg.max_grad_norm)
+                    critic_gnorm = dist.clip(critic.parameters(), cfg.max_grad_norm)
                     what = f"samples {rows_of[:4].tolist()} …, prompt {batch[rows_of[0]]['prompt']!r}"
-                    run.check(step, total, (gnorm + critic_gnorm).item(), what, minibatch, [policy, critic])
+                    run.check(step, total, gnorm + critic_gnorm, what, minibatch, [policy, critic])
                     opt.step()
                     first_ratio = first_ratio or stats["ratio_max"]
                     metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), stats.pop("ratio_max"))
                     metrics.setdefault("gap", stats.pop("gap"))  # of the first minibatch, before any update
-                    stats |= {"gnorm": gnorm.item(), "critic_gnorm": critic_gnorm.item()}
+                    stats |= {"gnorm": gnorm, "critic_gnorm": critic_gnorm}
                     for name, value in stats.items():
                         sums[name] += value
 

@@ -31,7 +31,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import hub, lora, plan, tasks
+from nanorlhf import dist, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
@@ -132,7 +132,7 @@ def step_logits(model, rows, pad_id):
     tokens, lengths = pad([row.ids for row in rows], pad_id)
     mask = response_mask([row.prompt for row in rows], lengths, tokens.shape[1])
     tokens, mask = tokens.to(model.device), mask.to(model.device)
-    logit = model.head(model.trunk(tokens))[model.step_ends(tokens, mask)]
+    logit = model.logits(tokens)[model.step_ends(tokens, mask)]
     label = [math.nan if x is None else x for row in rows for x in row.labels]
     label = torch.tensor(label, dtype=logit.dtype, device=logit.device)
     return logit[~label.isnan()], label[~label.isnan()]
@@ -155,7 +155,7 @@ def gradient(rm, batch, cfg):
         rows = [Judged(*row) for row in rows]
     total = right = margin = 0.0
     padded = [len(x) * max(x) for x in map(row_lengths, rows)]  # a pair: two rows of its longer side
-    for mb in microbatches(padded, cfg.tokens_per_microbatch):
+    for mb in dist.paced(microbatches(padded, cfg.tokens_per_microbatch), rm.values):
         loss, margins = batch_loss(rm, [rows[i] for i in mb], batch["pad_id"], denom)
         loss.backward()
         total += loss.item()
@@ -300,6 +300,7 @@ def train(cfg):
             data, test = load_judged(cfg, tok, ends, model.cfg.max_len)
             shown = [(row.ids[: row.prompt], row.ids[row.prompt :]) for row in test[:8]]
         lora.add(model, cfg.lora_rank, cfg.dtype)  # only now: the pairs are samples of the plain model
+        dist.spread(cfg, model)
         betas, decay = (0.9, 0.99), cfg.weight_decay
         opt = adamw(model.parameters(), device, lr=cfg.lr, betas=betas, weight_decay=decay)
         start, _ = run.start({"model": model}, opt)
@@ -310,17 +311,18 @@ def train(cfg):
             denom = max(sum(map(units, rows)), 1)  # the denominator is the step's, however it is cut
             opt.zero_grad()
             batch = {"rows": [list(row) for row in rows], "denom": denom, "pad_id": tok.pad_id}
-            total, stats = gradient(model, batch, cfg)
-            gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            run.check(step, total, gnorm.item(), f"a batch of {len(rows)} rows", batch, [model])
+            lengths = [sum(row_lengths(row)) for row in rows]
+            total, stats = dist.total(*gradient(model, dist.share(batch, lengths), cfg))
+            gnorm = dist.clip(model.parameters(), cfg.max_grad_norm)
+            run.check(step, total, gnorm, f"a batch of {len(rows)} rows", batch, [model])
             lr = lr_at(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
             opt.step()
 
             done = step + 1
-            metrics = {"loss": total, "gnorm": gnorm.item(), "lr": lr} | stats
-            metrics |= clock.columns(sum(sum(row_lengths(row)) for row in rows))
+            metrics = {"loss": total, "gnorm": gnorm, "lr": lr} | stats
+            metrics |= clock.columns(sum(lengths))
             due = done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0)
             if due:
                 metrics |= evaluate(model, test, tok) | length_judge

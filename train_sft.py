@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nanorlhf import generate, hub, lora, plan, tasks
+from nanorlhf import dist, generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
 from nanorlhf.common import (
     Clock,
@@ -120,7 +120,7 @@ def gradient(model, batch, cfg):
     if cfg.pack:
         tokens, mask, lengths, doc = pack(tokens, mask, lengths)
     total = 0.0
-    for mb in microbatches(lengths, cfg.tokens_per_microbatch):
+    for mb in dist.paced(microbatches(lengths, cfg.tokens_per_microbatch), model.logprobs):
         T = int(lengths[mb].max())
         x, m, of_row = tokens[mb, :T], mask[mb, :T], doc[mb, :T] if cfg.pack else None
         loss, logp, _ = model.logprobs(x, m, loss=token_loss(m, batch["denom"]), doc=of_row)
@@ -224,6 +224,7 @@ def train(cfg):
     device = setup(cfg)
     task = tasks.get(cfg.task)
     model, tok, data, test = load(cfg, device)
+    dist.spread(cfg, model)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -240,16 +241,16 @@ def train(cfg):
             denom = mask.sum()  # of the whole step: how it is cut into micro-batches must not matter
             opt.zero_grad()
             batch = {"tokens": tokens, "mask": mask, "lengths": lengths, "denom": denom}
-            total, _ = gradient(model, batch, cfg)
-            gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            run.check(step, total, gnorm.item(), f"{len(rows)} demonstrations", batch, [model])
+            total, _ = dist.total(*gradient(model, dist.share(batch), cfg))
+            gnorm = dist.clip(model.parameters(), cfg.max_grad_norm)
+            run.check(step, total, gnorm, f"{len(rows)} demonstrations", batch, [model])
             lr = lr_at(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
             opt.step()
 
             done = step + 1
-            metrics = {"loss": total, "len": denom.item() / len(rows), "gnorm": gnorm.item(), "lr": lr}
+            metrics = {"loss": total, "len": denom.item() / len(rows), "gnorm": gnorm, "lr": lr}
             metrics |= clock.columns(denom.item())
             if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
                 metrics |= evaluate(model, tok, task, cfg, test, run.log, step, full=done == cfg.steps)

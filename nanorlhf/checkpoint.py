@@ -23,7 +23,7 @@ import threading
 import torch
 from safetensors import SafetensorError
 
-from nanorlhf import replay
+from nanorlhf import dist, replay
 from nanorlhf.common import Interrupted, Log, RunError, UserError, import_wandb, require
 
 try:
@@ -134,6 +134,18 @@ def verify(folder):
             raise ValueError(f"{os.path.join(folder, name)}: wrong checksum ({why})")
 
 
+def damage(folder):
+    """What is wrong with a checkpoint, or None."""
+    path = os.path.join(folder, "state.pt")
+    try:
+        verify(folder)
+        torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except ValueError as e:
+        return str(e)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as e:
+        return f"{path}: {str(e).splitlines()[0]}"
+
+
 def take_lock(folder):
     """→ the open file folder/lock, which holds this process's number. UserError while another has it.
 
@@ -203,7 +215,7 @@ class Run:
     def __enter__(self):
         with self._usable():
             os.makedirs(self.out, exist_ok=True)
-            self.lock = take_lock(self.out)
+            self.lock = take_lock(self.out) if dist.rank() == 0 else None
         if os.path.exists(self.config) and not (self.cfg.resume or self.cfg.overwrite):
             self._unlock()
             raise UserError(f"--out {self.out} holds a run: add --resume to go on with it, --overwrite to "
@@ -230,22 +242,26 @@ class Run:
         Until here nothing of an older run was touched: whatever was wrong with flags or data has been said.
         """
         self.models, self.optimizer = models, optimizer
-        self.frozen = [sum(p.double().sum().item() for p in model.parameters()) for model in frozen]
+        sums = [[dist.full(p.detach().double().sum()).item() for p in m.parameters()] for m in frozen]
+        self.frozen = [sum(x) for x in sums]
         config = dataclasses.asdict(self.cfg)
+        first = dist.rank() == 0  # of several processes, the one that writes
+        dist.wait()  # until all have looked whether --out holds a run
         with self._usable():
             if self.cfg.resume:
                 self._compare(config)
-            elif self.cfg.overwrite:
+            elif self.cfg.overwrite and first:
                 for name in ("model", "state"):
                     shutil.rmtree(os.path.join(self.out, name), ignore_errors=True)
             os.makedirs(self.state, exist_ok=True)
             step, extra = self._load() if self.cfg.resume else (0, {})
             self.log = Log(self.out, self.columns, self.show, self.cfg.steps, step, self.cfg.wandb, config)
-            with open(self.config + ".tmp", "w") as f:
-                json.dump(config, f, indent=2)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(self.config + ".tmp", self.config)
+            if first:
+                with open(self.config + ".tmp", "w") as f:
+                    json.dump(config, f, indent=2)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(self.config + ".tmp", self.config)
         if threading.current_thread() is threading.main_thread():  # elsewhere handlers may not be set
             self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return step, extra
@@ -286,31 +302,36 @@ class Run:
                 shutil.rmtree(path + kind, ignore_errors=True)
 
     def _load(self):
-        self._tidy()
+        if dist.rank() == 0:
+            self._tidy()
+        dist.wait()
         steps = self._checkpoints()
+        shared = f"--resume: the processes see different checkpoints in {self.state}; all hosts must share it"
+        require(all(seen == steps for seen in dist.gather(steps)), shared)
         for name in reversed(steps):
             folder = os.path.join(self.state, name)
             path = os.path.join(folder, "state.pt")
-            try:
-                verify(folder)
-                state = torch.load(path, weights_only=True, map_location="cpu")
-            except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as e:
-                said = str(e) if isinstance(e, ValueError) else f"{path}: {str(e).splitlines()[0]}"
+            if said := dist.gather(damage(folder) if dist.rank() == 0 else None)[0]:
                 if self.cfg.resume != "auto":
                     older = "--resume auto takes the newest one that is whole, --overwrite starts anew"
-                    raise UserError(f"--resume: damaged: {said}; {older}") from None
+                    raise UserError(f"--resume: damaged: {said}; {older}")
                 print(f"resume: skipped as damaged: {said}")
                 continue
+            state = torch.load(path, weights_only=True, map_location="cpu")
             made_by = state["trainer"]
             require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
+            shards = os.path.join(folder, dist.SHARDS)
+            if os.path.isdir(shards):
+                state |= dist.read(shards, self.models, self.optimizer)
             for key, model in self.models.items():
                 self._fit(model, state["models"].get(key), path, key)
             if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(state["frozen"], self.frozen)):
                 raise UserError(f"--resume: the reference is not the one that {self.out} was started with")
-            hyper = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, mine in zip(self.optimizer.param_groups, hyper):
-                group.update(mine)  # moments come from the checkpoint, --lr and --weight_decay from this run
+            params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            moments = {i: {k: dist.like(x, params[i]) for k, x in of.items()}
+                       for i, of in state["optimizer"]["state"].items()}  # fmt: skip
+            mine = self.optimizer.state_dict()["param_groups"]  # --lr and --weight_decay of this run
+            self.optimizer.load_state_dict({"state": moments, "param_groups": mine})
             print(f"resume: {self.out} from step {state['step']}")
             return state["step"], state["extra"]
         if steps:
@@ -331,22 +352,29 @@ class Run:
             shapes = f"{k} is {theirs.get(k)} there and {mine.get(k)} here ({len(wrong)} tensors differ)"
             hint = f"{self.changed or 'no flag differs'}; resume with the flags in config.json"
             raise UserError(f"--resume: {path} does not fit this {key}: {shapes}; {hint}")
-        model.load_state_dict(saved)
+        model.load_state_dict({k: dist.like(saved[k], v) for k, v in model.state_dict().items()})
 
     def save(self, step, extra=None):
-        """State after `step` steps. RunError if it cannot be written; the older checkpoints stay."""
-        state = {"step": step, "trainer": trainer_of(self.cfg), "extra": extra or {}, "frozen": self.frozen,
-                 "models": {k: m.state_dict() for k, m in self.models.items()},
-                 "optimizer": self.optimizer.state_dict()}  # fmt: skip
+        """State after `step` steps. RunError if it cannot be written; the older checkpoints stay.
 
-        def write(path):
-            with open(path, "wb") as f:
-                torch.save(state, f)
-
+        With --shard every process writes its own pieces of the tensors into the same new folder.
+        """
+        state = {"step": step, "trainer": trainer_of(self.cfg), "extra": extra or {}, "frozen": self.frozen}
+        tensors = {"models": {k: m.state_dict() for k, m in self.models.items()},
+                   "optimizer": self.optimizer.state_dict()}  # fmt: skip
+        state |= {} if self.cfg.shard else tensors
+        folder, first = os.path.join(self.state, f"step-{step:06d}"), dist.rank() == 0
+        if not (first or self.cfg.shard):
+            return
         self.log.sync()  # the rows before this step must not be lost after it is saved
-        folder = os.path.join(self.state, f"step-{step:06d}")
-        write_folder(folder, {"state.pt": write}, manifest=True, size=tensor_bytes(state))
-        for old in self._checkpoints()[: -self.cfg.keep]:
+        size = tensor_bytes(state | tensors)
+        with new_folder(folder, True, size) if first else contextlib.nullcontext(f"{folder}.tmp") as tmp:
+            if self.cfg.shard:
+                dist.write(os.path.join(tmp, dist.SHARDS), **tensors)
+            if first:
+                with open(os.path.join(tmp, "state.pt"), "wb") as f:
+                    torch.save(state, f)
+        for old in self._checkpoints()[: -self.cfg.keep] if first else ():
             shutil.rmtree(os.path.join(self.state, old), ignore_errors=True)
 
     def checkpoint(self, done, export, extra=None):
@@ -354,10 +382,12 @@ class Run:
 
         done: steps finished so far; export: writes model/.
         """
+        self.signum = dist.largest(self.signum or 0) or None  # a signal may reach one process a step later
         last = done == self.cfg.steps
         if last or self.signum is not None or (self.cfg.save_every and done % self.cfg.save_every == 0):
             for name, model in self.models.items():
-                if not all(p.isfinite().all() for p in model.parameters()):
+                dist.reshard(model)
+                if not all(dist.local(p).isfinite().all() for p in model.parameters()):
                     raise RunError(f"step {done - 1} left weights of the {name} not finite; lower --lr")
             export()  # first: were it lost after the state of the last step, no --resume would make it again
             self.save(done, extra)

@@ -14,11 +14,14 @@ import re
 import sys
 import textwrap
 import time
+import traceback
 import types
 import typing
 
 import torch
 from tqdm import tqdm
+
+from nanorlhf import dist
 
 
 class UserError(Exception):
@@ -59,6 +62,7 @@ class Flags:
     offload: bool = False  # reference and reward model stay in the CPU's memory while they are not used
     checkpoint_activations: bool = False  # keep a block's input only, and run it again in the backward pass
     compile: bool = False  # torch.compile the blocks; slow to start: for long runs of large models on a GPU
+    shard: bool = False  # under torchrun: cut weights and optimizer over the processes (FSDP2), not only rows
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
     wandb: str = ""  # project name, to log to Weights & Biases as well
@@ -239,34 +243,37 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
         dry = [x for x in argv if dry_run and x.replace("-", "_") == "__dry_run"]
         cfg = parse(Config, [x for x in argv if x not in dry], module_doc, prog)
         (dry_run if dry else train)(cfg)
+        said, status = "", 0
     except UserError as e:
-        print(f"{prog}: error: {_line(e)}", file=sys.stderr)
-        return 2
+        said, status = f"error: {_line(e)}", 2
     except RunError as e:
-        print(f"{prog}: stopped: {_line(e)}", file=sys.stderr)
-        return 1
+        said, status = f"stopped: {_line(e)}", 1
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        print(f"{prog}: stopped: the disk is full ({e})", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as e:
-        said = str(e).partition("\n")[0]
-        short = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said
-        if not short:
-            raise
-        print(f"{prog}: stopped: out of memory: {said}; {_smaller(cfg)}", file=sys.stderr)
-        return 1
-    except Interrupted as e:
-        print(f"{prog}: {e}", file=sys.stderr)
-        return e.code
+        said, status = "", 1
+    except Interrupted as e:  # on all ranks after the same step
+        dist.finish()
+        said, status = str(e), e.code
     except KeyboardInterrupt as e:
-        print(f"{prog}: interrupted at once; checkpoints saved before are kept", file=sys.stderr)
-        return e.args[0] if e.args else 130
-    return 0
+        said, status = "interrupted at once; checkpoints saved before are kept", e.args[0] if e.args else 130
+    except Exception as e:
+        what = str(e).partition("\n")[0]
+        short = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in what
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            said, status = f"stopped: the disk is full ({e})", 1
+        elif isinstance(e, (MemoryError, RuntimeError)) and short:
+            said, status = f"stopped: out of memory: {what}; {_smaller(cfg)}", 1
+        elif dist.launched():
+            said, status = traceback.format_exc(), 1
+        else:
+            raise
+    if not status:
+        dist.finish()
+        return 0
+    if dist.speaks_first() and said:
+        print(f"{prog}: {said}", file=sys.stderr)
+    dist.leave(status)
+    return status
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -282,11 +289,38 @@ def setup(cfg):
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(d for d in has if has[d]) if cfg.device == "auto" else cfg.device
     require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
+    _join(cfg, device)
     torch.manual_seed(cfg.seed)
     if getattr(cfg, "deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed one
         torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.device(device)
+
+
+def _join(cfg, device):
+    """Join the other processes of torchrun; UserError for what does not work, or not with so many of them."""
+    if not dist.launched():
+        how = "start with torchrun --standalone --nproc_per_node=8 in place of python"
+        require(not cfg.shard, f"--shard cuts the model over processes: {how}")
+        return
+    require(device != "mps", "--device mps: for one process only; use cpu or cuda with torchrun")
+    here, asked = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    require(device == "cpu" or asked <= here, f"--nproc_per_node={asked} of torchrun: here are {here} GPUs")
+    dist.start(device)
+    for flag in ("batch_size", "prompts_per_step"):
+        n = getattr(cfg, flag, None)
+        say = f"--{flag} {n}: fewer than the {dist.size()} processes; some would have nothing to do"
+        require(n is None or n >= dist.size(), say)
+        if n is not None and n % dist.size():
+            more = "some have one row more than others"
+            print(f"--{flag} {n} does not divide by {dist.size()} processes: {more}")
+    if cfg.shard:
+        for flag in ("lora_rank", "off_policy_steps", "offload", "compile"):
+            require(not getattr(cfg, flag, 0), f"--{flag} does not go together with --shard")
+        from torch.distributed.fsdp import FSDPModule  # two seconds
+
+        new = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+        require(new, f"--shard needs a newer torch than {torch.__version__}: pip install -U torch")
 
 
 THREADS = torch.get_num_threads()  # torch's own choice
@@ -307,7 +341,8 @@ def to_device(cfg, device, *models):
         run_block = compiled(lambda block, *args: block(*args), device)
     compute = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
     for model in filter(None, models):
-        model.to(device, torch.bfloat16 if rounded else None)
+        later = cfg.shard and device.type == "cuda"  # FSDP2 moves a block at a time: the whole may not fit
+        model.to("cpu" if later else device, torch.bfloat16 if rounded else None)
         trunk = getattr(model, "trunk", model)
         trunk.compute_dtype, trunk.run_block = compute, run_block or trunk.run_block
         trunk.recompute = getattr(cfg, "checkpoint_activations", False)
@@ -387,20 +422,22 @@ class Log:
     """metrics.csv (one row a step), samples.jsonl, an aligned console line within 80 columns, a bar with ETA.
 
     A full disk here must not end the run: it is said once and training goes on. `start` > 0 (resuming) drops
-    the rows of steps that will be run again.
+    the rows of steps that will be run again. Of several processes only the first writes.
     """
 
     def __init__(self, out, columns, show, steps, start=0, wandb="", config=None):
         self.columns, self.out = columns, out
         self.widths = {name: max(9, len(name) + 2) for name in ("step", *show)}
         self.every, self.printed, self.warned = max(1, steps // 20), 0, False
-        self.last = {}
+        self.last, self.writes = {}, dist.rank() == 0
         self._keep_before(start)
         self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
                         desc=os.path.basename(out), file=sys.stdout)
         self.steps = steps
         wandb, project = import_wandb(wandb), wandb
-        self.wandb = wandb and wandb.init(project=project, name=os.path.basename(out), config=config)
+        self.wandb = None
+        if wandb and self.writes:
+            self.wandb = wandb.init(project=project, name=os.path.basename(out), config=config)
 
     def _keep_before(self, start):
         """Both logs without the steps from `start` on, and without lines that a crash or a full disk tore."""
@@ -413,13 +450,15 @@ class Log:
                 with contextlib.suppress(ValueError, KeyError):
                     if int(row["step"]) < start and [float(cell or 0) for cell in row.values()]:
                         rows.append(row)
+        for row in rows:  # a run resumed at its very end still knows its figures
+            self.last.update({k: float(v) for k, v in row.items() if v and k != "step"})
+        if not self.writes:
+            return
         with open(path + ".tmp", "w", newline="") as f:
             writer = csv.DictWriter(f, self.columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         os.replace(path + ".tmp", path)
-        for row in rows:  # a run resumed at its very end still knows its figures
-            self.last.update({k: float(v) for k, v in row.items() if v and k != "step"})
         path = os.path.join(self.out, "samples.jsonl")
         lines = []
         if start and os.path.exists(path):
@@ -433,6 +472,8 @@ class Log:
         os.replace(path + ".tmp", path)
 
     def _append(self, name, text):
+        if not self.writes:
+            return
         try:
             path = os.path.join(self.out, name)
             # A lone surrogate has no UTF-8; what backslashreplace makes of it is its JSON escape.
@@ -483,7 +524,7 @@ class Log:
 
     def close(self, panels=()):
         self.bar.close()
-        if panels:
+        if panels and self.writes:
             plot_curves(self.out, panels)
         if self.wandb:
             self.wandb.finish()

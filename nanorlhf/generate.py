@@ -9,6 +9,7 @@ sample does not depend on which other rows are still in the batch.
 import torch
 from tqdm import tqdm
 
+from nanorlhf import dist
 from nanorlhf.common import RunError, UserError
 from nanorlhf.rollout import Rollout
 
@@ -66,7 +67,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return token.squeeze(1), logp
 
 
-def _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id):
+def _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id, first_row=0):
     """What both loops below share: checks, the padded prompts, the table of uniforms, the ids that end."""
     if not prompts or n < 1 or max_new_tokens < 1 or temperature < 0:
         asked = f"{len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}"
@@ -86,7 +87,8 @@ def _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id)
     tokens = torch.full((len(group), longest + max_new_tokens), pad_id)
     for row, g in enumerate(group.tolist()):
         tokens[row, : len(prompts[g])] = torch.tensor(prompts[g])  # detail 6: N+ pads on the left
-    u = torch.rand(len(group), max_new_tokens, generator=torch.Generator().manual_seed(seed % 2**63))
+    table = first_row + len(group), max_new_tokens  # row by row, so that a longer one begins with a shorter
+    u = torch.rand(table, generator=torch.Generator().manual_seed(seed % 2**63))[first_row:]
     stop = torch.tensor([] if eos_id is None else [eos_id, *model.stop_ids], dtype=torch.int64)
     return [x.to(model.device) for x in (tokens, plen, group, u, stop)]
 
@@ -107,13 +109,25 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
     one (finished=False). Log-probs are those of the distribution sampled from (temperature, top_k, top_p
     applied; temperature 0 is greedy and reports temperature 1). slots: decode at most so many rows at a time,
     the next row taking the place of one that has ended (slots.py); 0: on a GPU as many as suit it, on a CPU
-    all rows at once, and ended ones leave. Raises UserError for an empty prompt and for prompts that do not
-    fit the model's context.
+    all rows at once, and ended ones leave. Of several processes each samples its share, and all get all of
+    it. Raises UserError for an empty prompt and for prompts that do not fit the model's context.
     """
     if slots < 0:
         raise UserError(f"slots={slots} must be 0 or more")
+    how = n, max_new_tokens, temperature, eos_id, seed, top_k, top_p, pad_id, slots
+    mine, alone = dist.part(len(prompts)), dist.size() == 1 or not prompts
+    with dist.whole(model) as here:
+        roll = _generate(here, prompts[mine], *how, mine.start * n) if prompts[mine] or alone else None
+    if alone:
+        return roll
+    rolls = dist.gather(roll and roll.to("cpu"))
+    return Rollout.cat([roll for roll in rolls if roll], pad_id or 0).to(model.device)
+
+
+def _generate(model, prompts, n, max_new_tokens, temperature, eos_id, seed, top_k, top_p, pad_id, slots,
+              first_row):
     tokens, plen, group, u, stop = _start(
-        model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id
+        model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id, first_row
     )
     distinct = {tuple(p): i * n for i, p in enumerate(prompts)}  # prompt → one of its rows
     which = {p: i for i, p in enumerate(distinct)}  # prompt → its number

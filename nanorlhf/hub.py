@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 
-from nanorlhf import lora
+from nanorlhf import dist, lora
 from nanorlhf.checkpoint import tensor_bytes, write_folder
 from nanorlhf.common import UserError, blame, require, to_device
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
@@ -379,15 +379,19 @@ def save(model, tok, folder):
     source, dtype = trunk.source, trunk.wte.weight.dtype
     dtype = torch.float32 if dtype == torch.float64 else dtype
     config, family = _write_config(model, tok, source, dtype)
-    tensors = {name: _join(name, [p.detach() for p in parts], trunk.cfg).to("cpu", dtype).contiguous()
-               for name, parts in _tensors(model, family)}  # fmt: skip
+    tensors = {}
+    for name, parts in _tensors(model, family):
+        parts = [dist.full(p.detach()) for p in parts]  # of a sharded model: by all processes together
+        if dist.rank() == 0:
+            tensors[name] = _join(name, parts, trunk.cfg).to("cpu", dtype).contiguous()
     files = {"config.json": json.dumps(config, indent=2).encode(),
              "model.safetensors": lambda path: _write_weights(tensors, path)}  # fmt: skip
     if source and source.fits(tok):
         files |= source.files
     if tok is not None:
         files |= tok.files()
-    write_folder(os.path.normpath(folder), files, size=tensor_bytes(tensors))
+    if dist.rank() == 0:
+        write_folder(os.path.normpath(folder), files, size=tensor_bytes(tensors))
 
 
 def load(folder, flag="--init", hint="", kind="", dtype=torch.float32, like=None):

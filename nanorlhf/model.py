@@ -244,6 +244,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer. Right padding only: a pad can then never touch a real token."""
 
+    PASSES = ("logprobs",)  # the methods, besides forward, that other processes may have to take part in
+
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -379,6 +381,8 @@ class ScalarModel(nn.Module):
     step, is None unless the model learnt what is right (train_rm --kind process, outcome).
     """
 
+    PASSES = ("rewards", "values", "logits", "process_rewards")
+
     def __init__(self, trunk):
         super().__init__()
         self.trunk = trunk
@@ -398,6 +402,10 @@ class ScalarModel(nn.Module):
     def head(self, hidden):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         return self.score(hidden.to(wide)).squeeze(-1) + self.reward_bias
+
+    def logits(self, tokens):
+        """tokens (B, T) → (B, T): the number at every position."""
+        return self.head(self.trunk(tokens))
 
     def rewards(self, tokens, lengths):
         """tokens (B, T), lengths (B,) → (B,): read at each row's last token (detail 12 of N+)."""

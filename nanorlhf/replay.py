@@ -17,7 +17,7 @@ import sys
 
 import torch
 
-from nanorlhf import lora
+from nanorlhf import dist, lora
 from nanorlhf.common import UserError, require, setup, to_device
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 
@@ -28,14 +28,18 @@ def save(path, trainer, cfg, step, models, batch):
     for model in models:
         trunk = getattr(model, "trunk", model)
         own = dict(scalar=trunk is not model, step_ids=getattr(model, "step_ids", None), n_ids=trunk.n_ids)
-        saved.append(own | dict(config=dataclasses.asdict(trunk.cfg), weights=model.state_dict()))
+        weights = {name: dist.full(x) for name, x in model.state_dict().items()}
+        saved.append(own | dict(config=dataclasses.asdict(trunk.cfg), weights=weights))
     content = dict(trainer=trainer, config=dataclasses.asdict(cfg), step=step, models=saved, batch=batch)
     try:
-        torch.save(content, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        if dist.rank() == 0:
+            torch.save(content, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
     finally:
         with contextlib.suppress(FileNotFoundError):  # what a full disk leaves
-            os.unlink(f"{path}.tmp")
+            if dist.rank() == 0:
+                os.unlink(f"{path}.tmp")
+    dist.wait()  # before another rank says why they stop, which ends this one
 
 
 def load(path):
@@ -47,7 +51,7 @@ def load(path):
     require(isinstance(content, dict) and "trainer" in content, f"{path}: was not written by Run.check")
     require(content["trainer"].startswith("train_"), f"{path}: {content['trainer']} is no trainer")
     trainer = importlib.import_module(content["trainer"])
-    cfg = trainer.Config(**content["config"])
+    cfg = trainer.Config(**content["config"] | {"shard": False})
     if cfg.device == "cuda" and not torch.cuda.is_available():
         print("this torch sees no GPU: on the CPU, where rounding differs")
         cfg.device = "cpu"

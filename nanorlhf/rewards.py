@@ -5,7 +5,7 @@ Shared by the RL trainers: none of this may move a learning curve, or turn one a
 
 import torch
 
-from nanorlhf import generate, tasks
+from nanorlhf import dist, generate, tasks
 from nanorlhf.common import at_work, blame, derive_seed, require
 from nanorlhf.data import split_by_hash
 from nanorlhf.formats import read_rows
@@ -23,10 +23,11 @@ def score_responses(roll, texts, rows, rm, rewards, parts=None):
     dict `parts` receives each alone: {name: (B,)}.
     """
     if rm is not None:
-        size = max(1, SCORE_TOKENS // roll.tokens.shape[1])  # rows at once
-        chunks = zip(*(x.split(size) for x in (roll.tokens, roll.lengths, roll.mask)))
+        size, score = max(1, SCORE_TOKENS // roll.tokens.shape[1]), roll.logp.new_zeros(len(roll.tokens))
         with at_work(rm):
-            return torch.cat([rm.scores(*chunk) for chunk in chunks])  # detail 13: at no other position
+            for rows in dist.paced(dist.mine(roll.lengths).split(size), rm.values):
+                score[rows] = rm.scores(roll.tokens[rows], roll.lengths[rows], roll.mask[rows])
+        return dist.summed(score)  # detail 13: at no other position
     return sum_rewards(texts, rows, rewards, parts, roll.tokens.device)
 
 

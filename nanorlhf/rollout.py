@@ -1,11 +1,12 @@
 """The one object that flows through every RL trainer, with its invariants asserted in one place."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
+from nanorlhf import dist
 from nanorlhf.data import microbatches
 
 
@@ -53,10 +54,11 @@ class Rollout:
         return Rollout(*parts, group, self.prompt_len[rows])
 
     @classmethod
-    def cat(cls, rolls):
+    def cat(cls, rolls, pad_id=0):
         """Several rollouts as one, padded to the longest; their groups stay apart."""
         T = max(roll.tokens.shape[1] for roll in rolls)
-        wide = [[F.pad(x, (0, T - x.shape[1])) for x in (r.tokens, r.mask, r.logp)] for r in rolls]
+        wide = [[F.pad(x, (0, T - x.shape[1]), value=pad) for x, pad in
+                 ((r.tokens, pad_id), (r.mask, 0), (r.logp, 0))] for r in rolls]  # fmt: skip
         first = [0, *itertools.accumulate(int(r.group.max()) + 1 for r in rolls)]
         narrow = [(r.finished, r.group + start, r.prompt_len) for r, start in zip(rolls, first)]
         return cls(*(torch.cat(x) for x in zip(*wide)), *(torch.cat(x) for x in zip(*narrow)))
@@ -71,6 +73,9 @@ class Rollout:
     def per_token(self, fn, budget):
         """fn(tokens, mask) → (b, T') on every micro-batch, together (B, T), zeros beyond. No gradients."""
         out = torch.zeros_like(self.logp)
-        for mb, T in self.microbatches(torch.arange(len(self.tokens)), budget):
+        for mb, T in dist.paced(self.microbatches(dist.mine(self.lengths), budget), fn):
             out[mb, :T] = fn(self.tokens[mb, :T], self.mask[mb, :T])
-        return out
+        return dist.summed(out)
+
+    def to(self, device):
+        return Rollout(*(getattr(self, f.name).to(device) for f in fields(self)))

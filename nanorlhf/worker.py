@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanorlhf import tasks
+from nanorlhf import dist, tasks
 from nanorlhf.common import RunError, UserError, require
 
 START = 120  # seconds in which the process of the reward functions must have imported them
@@ -99,7 +99,8 @@ class Rewards(list):
 
     def share_failed(self):
         """Of the calls since this was asked last; None where there were none in the process."""
-        share = self.failures / self.calls if self.calls else None
+        calls, failures = map(sum, zip(*dist.gather((self.calls, self.failures))))
+        share = failures / calls if calls else None
         self.calls = self.failures = 0
         return share
 
@@ -175,13 +176,17 @@ def _end_with_parent():
 
 def sum_rewards(texts, rows, rewards, parts=None, device="cpu"):
     """Weighted sum of `rewards`, a list of (name, weight, function) → (B,); `parts` as in score_responses."""
-    score = torch.zeros(len(texts), device=device)
+    score, mine = torch.zeros(len(texts), device=device), dist.part(len(texts))
+    pairs = list(zip(texts, rows, strict=True))[mine]  # of several processes each calls its share
+    texts, rows = [text for text, _ in pairs], [row for _, row in pairs]
     for i, (name, weight, fn) in enumerate(rewards):
         if isinstance(rewards, Rewards):
             values = rewards.values(i, texts, rows)
         else:
-            values = [call_reward(name, fn, r["prompt"], t, r) for t, r in zip(texts, rows, strict=True)]
-        part = torch.tensor(values, device=device)
+            values = [call_reward(name, fn, r["prompt"], t, r) for t, r in pairs]
+        part = torch.zeros_like(score)
+        part[mine] = torch.tensor(values, device=device)
+        part = dist.summed(part)
         score += weight * part
         if parts is not None:
             parts[name] = part

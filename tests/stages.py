@@ -60,6 +60,13 @@ class Stages:
         for trainer, name in ((train_sft, "sft"), (train_rm, "rm")):
             trainer.train(self.config(trainer, self.folder / name))
 
+    @classmethod
+    def at(cls, folder):
+        """Those that another process has made there."""
+        found = cls.__new__(cls)
+        found.folder = Path(folder)
+        return found
+
     def flags(self, trainer, out, **more):
         """The flags of a run of 6 steps into `out`, a checkpoint every 2."""
         flags = dict(data=f"{self.folder}/{trainer.__name__}.jsonl", out=str(out), steps=6, lr=0.01,

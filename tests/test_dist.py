@@ -1,0 +1,307 @@
+"""Two processes: the same numbers as one, whoever holds what; and the end of one is the end of both."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_grpo
+from bench import scaling, table
+from nanorlhf import common, dist, generate, hub
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+NEVER = 300  # seconds; two processes that wait for each other would do so for half an hour
+
+
+def torchrun(*argv, by=TORCHRUN, **kw):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    how = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*by, *map(str, argv)], **how | kw)
+
+
+def rows(out):
+    with open(f"{out}/metrics.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def keep_first(out, step):
+    """Make a run what it was when it had saved its state after `step` steps."""
+    for folder in Path(f"{out}/state").iterdir():
+        if folder.name != f"step-{step:06d}":
+            shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def runs(stages, tmp_path_factory):
+    """The folder of all runs: by one process (name-one), by two (name-ddp, name-fsdp), resumed by others."""
+    out = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks.common, "pyplot", lambda: None)
+        with ranks.precision(torch.float64):
+            for name in ranks.ALL:
+                if name not in ranks.ROUGH:
+                    ranks.run(stages, name, f"{out}/{name}-one")
+            for name in ("sft", "ppo"):
+                shutil.copytree(f"{out}/{name}-one", f"{out}/{name}-begun")
+                keep_first(f"{out}/{name}-begun", 10)
+        for name in ("sft", "dpo"):
+            ranks.run(stages, name, f"{out}/{name}-fp32-one")
+        for name in ranks.ROUGH:
+            ranks.run(stages, name, f"{out}/{name}-one")
+        job = torchrun("tests/ranks.py", stages.folder, out, cwd=ROOT)
+        printed, errors = job.communicate(timeout=NEVER)
+        assert job.returncode == 0, errors[-3000:]
+        assert printed.count("written: ") == len(list(out.glob("*-ddp"))) + len(list(out.glob("*-fsdp"))) + 2
+        with ranks.precision(torch.float64):
+            for name in ("sft", "ppo"):  # begun by two processes with FSDP2
+                shutil.copytree(f"{out}/{name}-fsdp", f"{out}/{name}-ended")
+                keep_first(f"{out}/{name}-ended", 10)
+                ranks.run(stages, name, f"{out}/{name}-ended", resume=True)
+    return out
+
+
+def exact(out):
+    with open(f"{out}/exact.json") as f:
+        return torch.tensor(json.load(f), dtype=torch.float64)  # (optimizer steps, 2): loss, gradient norm
+
+
+def close(got, want, tol):
+    assert got.shape == want.shape and want.abs().max() > 0.01
+    assert ((got - want).abs() <= tol * want.abs().clamp(min=1e-2)).all(), (got - want).abs().max()
+
+
+EXACT = [(name, kind) for name in ranks.ALL if name not in ranks.ROUGH for kind in ("ddp", "fsdp")]
+
+
+@pytest.mark.parametrize("name, kind", [pair for pair in EXACT if pair != ("old", "fsdp")])
+def test_two_processes_take_the_steps_of_one(runs, name, kind):
+    """Loss and gradient norm of every optimizer step, in float64; and the very same samples."""
+    one, two = f"{runs}/{name}-one", f"{runs}/{name}-{kind}"
+    close(exact(two), exact(one), 1e-9)
+    assert name not in ranks.RUNS or len(exact(one)) >= ranks.STEPS
+    assert Path(f"{two}/samples.jsonl").read_text() == Path(f"{one}/samples.jsonl").read_text()
+    for mine, theirs in zip(rows(one), rows(two), strict=True):
+        for column in mine.keys() - {"tok_s", "s", "acc", "eval/acc", "eval/reward_reference"}:
+            if mine[column] or theirs[column]:  # acc counts ties, which rounding decides
+                assert float(theirs[column]) == pytest.approx(float(mine[column]), rel=2e-6, abs=1e-6), column
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_in_fp32_too(runs, name, kind):
+    close(exact(f"{runs}/{name}-fp32-{kind}"), exact(f"{runs}/{name}-fp32-one"), 1e-5)
+
+
+def test_sharded_bf16_keeps_its_master_weights(runs):
+    close(exact(f"{runs}/bf16-fsdp"), exact(f"{runs}/bf16-one"), 0.03)
+    model, _ = hub.load(f"{runs}/bf16-fsdp/model")
+    assert any((p != p.bfloat16().float()).any() for p in model.parameters())
+
+
+def test_recomputed_activations_and_a_frozen_bf16_reference(runs):
+    """--checkpoint_activations gathers a block once more; --frozen_dtype makes a model of two dtypes."""
+    close(exact(f"{runs}/lean-fsdp"), exact(f"{runs}/lean-one"), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
+def test_a_sharded_model_is_saved_whole(runs, name):
+    for kind in ("ddp", "fsdp"):
+        mine, theirs = (hub.load(f"{runs}/{name}-{x}/model")[0].state_dict() for x in ("one", kind))
+        assert mine.keys() == theirs.keys()
+        for key, x in mine.items():
+            torch.testing.assert_close(theirs[key], x, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+@pytest.mark.parametrize("way", ["begun", "ended"])
+def test_resumed_by_another_number_of_processes(runs, name, way):
+    """One process, then two with FSDP2, and the other way round."""
+    want = exact(f"{runs}/{name}-one")
+    got = exact(f"{runs}/{name}-{way}")
+    assert len(got) == len(want) // 2
+    close(got, want[len(got) :], 1e-9)
+    assert len(rows(f"{runs}/{name}-{way}")) == ranks.STEPS
+    files = {path.name for path in Path(f"{runs}/{name}-fsdp/state").rglob("*") if path.is_file()}
+    assert files == {"manifest.json", "state.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"}
+
+
+def test_ragged_responses_of_a_sharded_model(runs, stages):
+    """One rank stops long before the other; the samples are those of one process."""
+    tokens, mask, logp, loss = torch.load(f"{runs}/roll.pt")
+    model, _ = hub.load(f"{stages.folder}/sft/model")
+    want = ranks.sample(model)
+    assert torch.equal(tokens, want.tokens) and torch.equal(mask, want.mask)
+    torch.testing.assert_close(logp, want.logp, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, model.logprobs(tokens, mask)[0].sum(), rtol=1e-4, atol=1e-4)
+    first, second = want.response_len[:6].max(), want.response_len[6:].max()
+    assert first != second
+
+
+def test_no_two_rows_share_their_draws(stages):
+    """A rank's uniforms are its rows of the whole step's table."""
+    model, _ = hub.load(f"{stages.folder}/sft/model")
+    start = [model, ranks.PROMPTS, 4, 6, 1.0, 9, 7, 0]
+    whole = generate._start(*start)[3]
+    assert len({tuple(row) for row in whole.tolist()}) == len(whole) == 4 * len(ranks.PROMPTS)
+    start[1] = ranks.PROMPTS[2:]
+    assert torch.equal(generate._start(*start, first_row=8)[3], whole[8:])
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 5))
+def test_every_row_is_somebodys(lengths, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "size", lambda: size)
+        dealt, cut, shared = [], [], []
+        for rank in range(size):
+            patch.setattr(dist, "rank", lambda rank=rank: rank)
+            dealt.append(dist.mine(lengths).tolist())
+            cut += list(range(len(lengths)))[dist.part(len(lengths))]
+            batch = dict(x=torch.tensor(lengths), y=lengths, denom=torch.tensor(3.0), n=(4,) * len(lengths))
+            part = dist.share(batch, lengths)
+            assert part["x"].tolist() == part["y"] and part["n"] == batch["n"] and part["denom"] == 3
+            shared += part["y"]
+    assert cut == list(range(len(lengths))) == sorted(sum(dealt, []))
+    assert sorted(shared) == sorted(lengths)
+    work = [sum(lengths[i] for i in rows) for rows in dealt]
+    assert max(work) - min(work) <= max(lengths)  # nobody has more to do than one row
+
+
+@pytest.fixture
+def hosts():
+    """Two "hosts", each a network namespace with an address of its own → how commands begin there."""
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], stderr=subprocess.DEVNULL).returncode == 0
+
+    names = [f"nanorlhf-{os.getpid()}-{i}" for i in (1, 2)]
+    try:
+        if not shutil.which("ip") or not all(ip("netns", "add", name) for name in names):
+            pytest.skip("network namespaces need root, on Linux")
+        ends = "left", "netns", names[0], "type", "veth", "peer", "right", "netns", names[1]
+        assert ip("link", "add", *ends)
+        for name, device, address in zip(names, ("left", "right"), ("10.77.0.1", "10.77.0.2")):
+            assert ip("-n", name, "address", "add", f"{address}/24", "dev", device)
+            assert ip("-n", name, "link", "set", device, "up") and ip("-n", name, "link", "set", "lo", "up")
+        yield [["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={device}"]
+               for name, device in zip(names, ("left", "right"))]  # fmt: skip
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+@pytest.mark.slow
+def test_two_hosts(hosts, stages, tmp_path):
+    """One process on each, FSDP2 over the wire between them: the losses of one process alone."""
+    config = stages.flags(ranks.train_sft, "")
+    jobs = []
+    for i, host in enumerate(hosts):
+        flags = [f"--{k}={v}" for k, v in (config | dict(out=tmp_path / "two", shard=True)).items()]
+        meet = ["--nnodes=2", f"--node_rank={i}", "--master_addr=10.77.0.1", "--master_port=29511"]
+        start = [*host, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", *meet]
+        jobs.append(torchrun(ROOT / "train_sft.py", *flags, by=start))
+    errors = [job.communicate(timeout=NEVER)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], errors
+    ranks.train_sft.train(stages.config(ranks.train_sft, tmp_path / "one"))
+    for mine, theirs in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert float(theirs["loss"]) == pytest.approx(float(mine["loss"]), rel=1e-5)
+
+
+REWARD = """
+import os
+calls = 0
+def score(prompt, text):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls > 20:
+        raise ValueError("no score from rank 1")
+    return float(len(text))
+"""
+
+
+def test_an_error_of_one_process_ends_both(stages, tmp_path):
+    """Said once, by the process that met it; what the other met in consequence is not shown."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    flags = stages.flags(train_grpo, tmp_path / "run", steps=1000, reward=f"{tmp_path}/reward.py:score")
+    flags |= dict(reward_timeout=0, rm="")
+    job = torchrun(ROOT / "train_grpo.py", *(f"--{k}={v}" for k, v in flags.items() if v != ""))
+    _, errors = job.communicate(timeout=NEVER)
+    assert job.returncode == 1 and errors.count("train_grpo.py: ") == 1, errors
+    assert "stopped: reward score raised ValueError: no score from rank 1" in errors
+
+
+@pytest.mark.slow
+def test_a_signal_ends_both_after_the_same_step(stages, tmp_path):
+    """torchrun hands the signal on; the state is saved, and can be resumed."""
+    out = tmp_path / "run"
+    flags = stages.flags(train_grpo, out, steps=10_000, save_every=0, off_policy_steps=0, shard=True)
+    job = torchrun(ROOT / "train_grpo.py", *(f"--{k}={v}" for k, v in flags.items()))
+    while job.poll() is None and not ((out / "metrics.csv").exists() and len(rows(out)) > 2):
+        time.sleep(0.2)
+    job.send_signal(signal.SIGTERM)
+    _, errors = job.communicate(timeout=NEVER)
+    assert errors.count("train_grpo.py: interrupted; the checkpoint is saved") == 1, errors
+    (saved,) = (out / "state").iterdir()
+    assert saved.name == f"step-{len(rows(out)):06d}" and (out / "model/config.json").exists()
+
+
+def test_a_mistake_is_named_once():
+    """Every process ends with status 2 then; torchrun itself ends with 1."""
+    job = torchrun(ROOT / "train_grpo.py", "--nope=1")
+    _, errors = job.communicate(timeout=NEVER)
+    assert errors.count("train_grpo.py: error: unknown flag --nope") == 1 and job.returncode == 1, errors
+    assert "exitcode  : 2" in errors
+
+
+def test_what_cannot_be_cut_is_refused(monkeypatch, capsys):
+    def said(*flags):
+        with pytest.raises(common.UserError) as error:
+            common.setup(train_grpo.Config(**dict(flags)))
+        return str(error.value)
+
+    assert said(("shard", True)).startswith("--shard cuts the model over processes: start with torchrun")
+    monkeypatch.setattr(dist, "launched", lambda: True)
+    monkeypatch.setattr(dist, "start", lambda device: None)
+    monkeypatch.setattr(dist, "size", lambda: 3)
+    few = "--prompts_per_step 2: fewer than the 3 processes; some would have nothing to do"
+    assert said(("prompts_per_step", 2)) == few
+    for flag in ("lora_rank", "off_policy_steps"):
+        assert said(("shard", True), (flag, 4)) == f"--{flag} does not go together with --shard"
+    capsys.readouterr()
+    common.setup(train_grpo.Config(prompts_per_step=4))
+    what = "--prompts_per_step 4 does not divide by 3 processes: some have one row more than others\n"
+    assert capsys.readouterr().out == what
+
+
+def test_a_checkpoint_holds_no_other_pickle(tmp_path):
+    """.metadata of torch.distributed.checkpoint is a pickle; only its own classes are made from it."""
+    owned = str(tmp_path / "owned").encode()
+    (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + owned + b"'\ntR.")
+    with pytest.raises(Exception, match="no place in a checkpoint"):
+        dist.read(str(tmp_path), {}, torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_scaling_page_holds_what_the_script_computes(tmp_path, monkeypatch):
+    """And memory adds up: sharded over one GPU's worth of pieces, what always lies there is DDP's."""
+    page = tmp_path / "scaling.md"
+    page.write_text(Path(scaling.PAGE).read_text(encoding="utf-8"), encoding="utf-8")
+    table.fill(page, scaling.tables())
+    stale = "run python -m bench.scaling"
+    assert page.read_text(encoding="utf-8") == Path(scaling.PAGE).read_text(encoding="utf-8"), stale
+    model = scaling.build("0.5B")
+    assert scaling.count(model) == 494_032_768  # as Qwen2.5-0.5B
+    alone, shared = (sum(scaling.memory(model, n, True)[0].values()) for n in (1, 8))
+    assert alone == 8 * shared == 20 * scaling.count(model)
