@@ -299,9 +299,10 @@ def setup(cfg):
 
 def _join(cfg, device):
     """Join the other processes of torchrun; UserError for what does not work, or not with so many of them."""
+    shard = getattr(cfg, "shard", False)  # evaluate.py and sample.py have no such flag
     if not dist.launched():
         how = "start with torchrun --standalone --nproc_per_node=8 in place of python"
-        require(not cfg.shard, f"--shard cuts the model over processes: {how}")
+        require(not shard, f"--shard cuts the model over processes: {how}")
         return
     require(device != "mps", "--device mps: for one process only; use cpu or cuda with torchrun")
     here, asked = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -314,7 +315,7 @@ def _join(cfg, device):
         if n is not None and n % dist.size():
             more = "some have one row more than others"
             print(f"--{flag} {n} does not divide by {dist.size()} processes: {more}")
-    if cfg.shard:
+    if shard:
         for flag in ("lora_rank", "off_policy_steps", "offload", "compile"):
             require(not getattr(cfg, flag, 0), f"--{flag} does not go together with --shard")
         from torch.distributed.fsdp import FSDPModule  # two seconds
@@ -341,7 +342,7 @@ def to_device(cfg, device, *models):
         run_block = compiled(lambda block, *args: block(*args), device)
     compute = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
     for model in filter(None, models):
-        later = cfg.shard and device.type == "cuda"  # FSDP2 moves a block at a time: the whole may not fit
+        later = getattr(cfg, "shard", False) and device.type == "cuda"  # FSDP2 moves a block at a time: the whole may not fit
         model.to("cpu" if later else device, torch.bfloat16 if rounded else None)
         trunk = getattr(model, "trunk", model)
         trunk.compute_dtype, trunk.run_block = compute, run_block or trunk.run_block
