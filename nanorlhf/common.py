@@ -342,7 +342,8 @@ def to_device(cfg, device, *models):
         run_block = compiled(lambda block, *args: block(*args), device)
     compute = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
     for model in filter(None, models):
-        later = getattr(cfg, "shard", False) and device.type == "cuda"  # FSDP2 moves a block at a time: the whole may not fit
+        # FSDP2 moves a block at a time: the whole may not fit
+        later = getattr(cfg, "shard", False) and device.type == "cuda"
         model.to("cpu" if later else device, torch.bfloat16 if rounded else None)
         trunk = getattr(model, "trunk", model)
         trunk.compute_dtype, trunk.run_block = compute, run_block or trunk.run_block
