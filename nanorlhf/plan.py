@@ -18,12 +18,13 @@ from nanorlhf.common import freeze
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.pairs import encode_pairs, load_examples, load_rows, require_both
 from nanorlhf.rewards import SCORE_TOKENS, load_prompts
-from nanorlhf.slots import PREFILL, SLOTS
+from nanorlhf.slots import PREFILL, SLOTS, that_fit
 
 META = torch.device("meta")
 GIB = 1 << 30
 TILES = 96 << 20  # bytes of logits that the Triton backend holds at once; the torch backend less
 STORED = GIB  # the same for losses in one pass (kernels/triton_backend.py: STORED_BYTES), at most
+SIZES = 8, 12, 16, 24, 40, 48, 80, 139  # GiB of GPUs
 CONTEXT = GIB // 2  # what CUDA itself and its libraries take, about
 PEAK, SHARE, BANDWIDTH = 312e12, 0.4, 2.0e12  # A100 80 GB: bf16 FLOP/s, of which we expect 40%; bytes/s
 
@@ -151,7 +152,7 @@ def flops(model, rows, length, kept, train=False, one_pass=False):
     return out
 
 
-def decode(model, rows, prompt, new):
+def decode(model, rows, prompt, new, slots=SLOTS):
     """→ FLOPs, bytes moved, of `new` tokens for each of rows prompts already prefilled.
 
     The first of them needs the head only, the last is never fed back. Every step reads all weights, in the
@@ -162,7 +163,7 @@ def decode(model, rows, prompt, new):
     matrices = [p for p in trunk.blocks.parameters() if p.dim() == 2]
     live = prompt + new / 2
     work = rows * (new - 1) * (2 * sum(p.numel() for p in matrices) + 4 * Q * live * cfg.n_layer)
-    moved = c * (sum(p.numel() for p in matrices) + trunk.wte.weight.numel()) * max(1, rows / SLOTS)
+    moved = c * (sum(p.numel() for p in matrices) + trunk.wte.weight.numel()) * max(1, rows / slots)
     return work + 2 * rows * new * trunk.wte.weight.numel(), new * (moved + kv_bytes(model, rows, live))
 
 
@@ -176,14 +177,14 @@ def _padded(cfg, rows, longest):
     return max(longest, min(cfg.tokens_per_microbatch or total, total))
 
 
-def _sampling(model, rows, length):
-    """Bytes while sampling: of slots.SLOTS rows, or fewer where memory is short; of prompts that wait."""
-    rows, c = min(rows, SLOTS), width(model)
+def _sampling(model, slots, length, prompt):
+    """Bytes while `slots` rows are sampled at once, of `length` tokens with a prompt of at most `prompt`."""
+    c, waiting = width(model), max(prompt, min(PREFILL, slots * prompt))
     weights = [p for p in model.blocks.parameters() if p.dim() == 2 and p.dtype.itemsize != c]
     cast = c * (sum(p.numel() for p in weights) + model.wte.weight.numel())  # the unembedding in any case
-    kv = kv_bytes(model, rows, length)
-    return {"KV cache": kv, "prompts that wait": min(kv, kv_bytes(model, 1, PREFILL)),
-            "weights cast once": cast, "logits": 4 * 4 * rows * model.n_ids}  # and copies, as in slots.py
+    return {"KV cache": kv_bytes(model, slots, length), "prompts that wait": kv_bytes(model, 1, waiting),
+            "a layer at work on prompts": passing_bytes(model, waiting), "weights cast once": cast,
+            "logits": 4 * 4 * slots * model.n_ids}  # fmt: skip  # and copies, as in slots.py
 
 
 def _passing(model, tokens):
@@ -206,12 +207,11 @@ def _sft_or_rm(cfg, model, lengths, what, sampled):
     longest, mean = max(lengths), _mean(lengths)
     phases = {"update": _update(_padded(cfg, rows, longest), model),
               "evaluation": _passing(model, 64 * longest)}  # fmt: skip
-    if sampled:
-        phases["sampling"] = _sampling(model, 8, longest)
+    sampling = (model, 8, longest, longest) if sampled else None
     kept = rows if isinstance(model, ScalarModel) else rows * mean
     work = {"update": flops(model, rows, mean, kept, train=True, one_pass=True)}
     about = f"{len(lengths):,} {what}, {mean:.0f} tokens on average, {longest:,} at most"
-    report(cfg, about, {"model": model}, ("model",), phases, work)
+    report(cfg, about, {"model": model}, ("model",), phases, work, sampling)
 
 
 def sft(cfg, load):
@@ -260,11 +260,11 @@ def dpo(cfg, load_models):
     rows = 2 * pairs / cfg.steps
     passes = {"reference (once a pair, spread over the steps)": flops(ref, rows, mean, rows * mean)}
     at_once = max(cfg.eval_prompts, 512 * bool(cfg.online))
-    phases = {"sampling": _sampling(policy, at_once, min(policy.cfg.max_len, longest + cfg.max_new_tokens)),
-              "scoring": _passing(policy, max(batch, 8192, SCORE_TOKENS * bool(rm))),
+    sampling = policy, at_once, min(policy.cfg.max_len, longest + cfg.max_new_tokens), longest
+    phases = {"scoring": _passing(policy, max(batch, 8192, SCORE_TOKENS * bool(rm))),
               "update": _update(batch, policy, one_pass=False)}  # fmt: skip
     about = f"{len(lengths):,} pairs, {mean:.0f} tokens a side on average, {longest:,} at most"
-    report(cfg, about, models, ("policy",), phases, work | passes, 0, copies)
+    report(cfg, about, models, ("policy",), phases, work | passes, sampling, copies=copies)
 
 
 def rl(cfg, load_models):
@@ -285,11 +285,10 @@ def rl(cfg, load_models):
     copies = n_bytes(policy) * (older and older + 2)  # the sampler, and the weights of the steps since
     trained, by_token = [policy, *critic], getattr(cfg, "ratio", "token") == "token"
     at_once = max(rows, min(512, len(test)))  # of a step, or of the evaluation
-    phases = {"sampling": _sampling(policy, at_once, longest),
-              "scoring": _passing(policy, max(batch, SCORE_TOKENS * bool(rm))),
+    phases = {"scoring": _passing(policy, max(batch, SCORE_TOKENS * bool(rm))),
               "update": _update(batch, *trained, one_pass=by_token)}  # fmt: skip
 
-    work, moved = decode(policy, rows, mean, new)
+    work = decode(policy, rows, mean, new)[0]
     work += flops(policy, cfg.prompts_per_step, mean, 0)
     scoring = flops(rm, rows, length, rows) if rm else 0
     scoring += flops(ref, rows, length, responses) if ref else 0
@@ -298,15 +297,21 @@ def rl(cfg, load_models):
     about = f"{len(data):,} prompts, {mean:.0f} tokens on average, {longest - new:,} at most; "
     about += f"responses of at most {new:,}"
     work = {"sampling": work, "scoring": scoring, "update": update}
-    report(cfg, about, models, ["policy", "critic"][: len(trained)], phases, work, moved, copies)
+    sampling, decoding = (policy, at_once, longest, longest - new), (policy, rows, mean, new)
+    report(cfg, about, models, ["policy", "critic"][: len(trained)], phases, work, sampling, decoding, copies)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # the report
 
 
-def report(cfg, about, models, trained, phases, work, moved=0, copies=0):
-    """Print it all, at most 80 columns wide. The peak is what always lies there and the largest phase."""
+def report(cfg, about, models, trained, phases, work, sampling=None, decoding=None, copies=0):
+    """Print it all, at most 80 columns wide. The peak is what always lies there and the largest phase.
+
+    sampling: model, rows, tokens of a row, tokens of a prompt. On a GPU with little memory fewer rows are
+    sampled at once; the figures are those of the smallest GPU where memory sets no limit to them, or else of
+    the largest. decoding: the arguments of `decode`, where it counts in the hours.
+    """
 
     def row(name, size, note=""):
         print(f"  {name:<44}{size / GIB:>10.2f}  {note}".rstrip())
@@ -331,22 +336,37 @@ def report(cfg, about, models, trained, phases, work, moved=0, copies=0):
     phases = phases | {"optimizer step": {"AdamW's temporaries": moves}}
     if cfg.lora_rank:
         phases["saving"] = {"merged weights": max(_merged_bytes(models[name]) for name in trained)}
+    held, fits, slots, wanted = sum(resident.values()), [], 1, 1
+    if sampling:
+        model, rows, length, prompt = sampling
+        wanted = min(rows, SLOTS)
+    for gpu in SIZES:
+        if sampling:
+            slots = that_fit(model, rows, length, gpu * GIB - held)
+            phases["sampling"] = _sampling(model, slots, length, prompt)
+        biggest = max(phases, key=lambda phase: sum(phases[phase].values()))
+        peak = held + sum(phases[biggest].values())
+        if peak <= gpu * GIB:
+            fits.append((gpu, slots))
+            if slots == wanted:
+                break
     print("\nmemory of the GPU, GiB")
     for name, size in resident.items():
         row(name, size)
     for phase, parts in phases.items():
         for name, size in parts.items():
             row(f"{phase}: {name}", size)
-    biggest = max(phases, key=lambda phase: sum(phases[phase].values()))
-    peak = sum(resident.values()) + sum(phases[biggest].values())
     row("at most", peak, f"({biggest})")
-    fits = [size for size in (8, 12, 16, 24, 40, 48, 80, 139) if size * GIB >= peak]
-    print(f"  fits a GPU of {fits[0]} GiB" if fits else "  fits no single GPU")
+    for gpu, n in fits[-1:] + fits[:-1][:1]:
+        print(f"  fits a GPU of {gpu} GiB" + f", sampling {n} of {wanted} rows at once" * (n < wanted))
+    if not fits:
+        print("  fits no single GPU")
 
     total = sum(work.values())
     print("\nFLOPs of a step (one of --steps), responses as long as they may be")
     for name, n in work.items():
         print(f"  {name:<44}{n:>10.2e}")
+    moved = decode(*decoding, slots)[1] if decoding else 0
     seconds = total / (PEAK * SHARE) + moved / BANDWIDTH
     print(f"  {'all':<44}{total:>10.2e}")
     if moved:

@@ -22,16 +22,22 @@ from nanorlhf.model import KVCache, Linear
 CHECK = 8  # steps between two looks at the stop flags: a slot idles CHECK/2 steps between two rows
 SLOTS = 256  # at most, where the caller does not say
 SHARE = 0.5  # of the memory that is free, for the slots: the prompts' cache and the logits' copies need some
-PREFILL = 1 << 16  # padded tokens of prompts that are prefilled at once, at most
+PREFILL = 1 << 14  # padded tokens of prompts prefilled at once, at most; of a 6.9B's cache 8 GiB
 SHORTEST = 256  # first rung of the ladder of lengths; each is twice the one before
 FEWER = 4  # rungs of the ladder of batches: `size` slots, a quarter of them, a quarter of those
 
 
 def how_many(model, rows, length):
     """Slots for so many rows of so many tokens on this GPU: all of them, or SLOTS, or what memory allows."""
-    device, dtype = model.device, model.compute_dtype or model.wte.weight.dtype
+    device = model.device
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return that_fit(model, rows, length, free)
+
+
+def that_fit(model, rows, length, free):
+    """`how_many` where `free` bytes are free."""
+    dtype = model.compute_dtype or model.wte.weight.dtype
     each = KVCache(model.cfg, 1, length, "meta", dtype).kv.nbytes + 16 * model.n_ids  # logits and copies
     return max(1, min(rows, SLOTS, int(SHARE * free / each)))
 
@@ -141,9 +147,10 @@ def decode(model, size, tokens, plen, u, stop, how, prompts, of_row):
                 ready = range(ready.stop, min(ready.stop + together, len(prompts)))
                 batch = torch.tensor(prompts[ready.start : ready.stop], device=tokens.device)
                 longest = max(lengths[row] for row in batch.tolist())
+                cache = None  # the last batch's goes before this one's comes
                 cache = model.new_cache(len(batch), longest)
-                hidden = slots.forward(tokens[batch, :longest], cache)
-                last = hidden[torch.arange(len(batch), device=tokens.device), plen[batch] - 1]
+                ends = torch.arange(len(batch), device=tokens.device), plen[batch] - 1
+                last = slots.forward(tokens[batch, :longest], cache)[ends]
             rows = []
             while waiting and len(rows) < len(free) and of_row[waiting[-1]] in ready:
                 rows.append(waiting.pop())

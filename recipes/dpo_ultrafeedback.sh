@@ -7,8 +7,8 @@
 #          rejected messages; of the binarized set its train_prefs).
 #
 # Computed by --dry_run for sides of 700 tokens on average (2,048 at most), not measured; one A100 of 80 GB:
-#   SFT          40 GiB, 4.3 h  (conversations of 1,050 tokens on average)
-#   DPO          46 GiB, 5.0 h
+#   SFT          41 GiB, 4.1 h  (conversations of 1,050 tokens on average)
+#   DPO          43 GiB, 5.4 h
 #
 # Published  SFT: learning rate 2e-5, batch 512, one epoch of 208,000 conversations; DPO: β 0.1, learning rate
 #            5e-7, batch 32, three epochs of 61,000 pairs.
@@ -24,4 +24,4 @@ python train_sft.py --data data/ultrachat.jsonl --init "$MODEL" --out runs/ultra
 python train_dpo.py --data data/ultrafeedback.jsonl --init runs/ultrachat-sft/model --skip_bad_rows \
     --out runs/ultrafeedback-dpo --loss dpo --beta 0.1 --lr 5e-7 --batch_size 32 --steps 4870 \
     --max_new_tokens 512 --eval_prompts 64 --eval_every 500 --save_every 500 \
-    --tokens_per_microbatch 4096 --dtype bfloat16 "$@"
+    --tokens_per_microbatch 4096 --dtype bfloat16 --frozen_dtype bfloat16 "$@"

@@ -8,14 +8,15 @@
 # Reports  reward model's accuracy .628 / .669 / .689; PPO preferred to the reference about 80% of the time
 #          at 6.9B; at 1B it over-optimises.
 #
-# Computed by --dry_run for prompts of 370 tokens on average (512 at most), not measured; hours as
-# on an A100 at 40% of its peak, memory as on one GPU: for PPO that is an H200, the cache of a whole step's
-# responses being its largest part. PROMPTS=64 makes it smaller, and another batch than the published 512,
-# as 256 and 128 are for the two larger sizes; the episodes stay 1,000,000.
+# Computed by --dry_run for prompts of 370 tokens on average (512 at most) and summaries of 40, in PPO of all
+# 53, not measured; hours as on an A100 at 40% of its peak, memory of PPO as on one H200:
 #                 SFT              RM               PPO
-#   1b         23 GiB, 0.5 h    22 GiB, 0.7 h    103 GiB,  44 h    all weights
-#   2.8b       21 GiB, 1.0 h    20 GiB, 1.6 h    107 GiB, 103 h    adapters of rank 64
-#   6.9b       40 GiB, 2.5 h    40 GiB, 4.0 h    123 GiB, 254 h    adapters of rank 64
+#   1b         24 GiB, 0.5 h    22 GiB, 0.7 h     55 GiB,  45 h    all weights
+#   2.8b       21 GiB, 1.1 h    20 GiB, 1.6 h     70 GiB, 105 h    adapters of rank 64
+#   6.9b       40 GiB, 2.6 h    40 GiB, 4.0 h    102 GiB, 259 h    adapters of rank 64
+#
+# PPO samples the published 512 responses of a step 256 at a time, or as many as half of the free memory
+# holds: on an H200 172 at 6.9b; on an A100 of 80 GB, which does too, 175 at 2.8b and 65 at 6.9b.
 #
 # Differs  15% of the prompts are held out, so an epoch has 15% fewer steps; AdamW's ε is 1e-8 in SFT and RM;
 #          their learning rate falls linearly to a tenth, not as a cosine; sampling stops at EOS. Prompts
@@ -25,12 +26,9 @@ set -e
 SIZE=${SIZE:-1b}
 MODEL=${MODEL:-models/pythia-$SIZE-deduped}
 RUN=runs/tldr-$SIZE
+PROMPTS=${PROMPTS:-512}
 LORA="--lora_rank 64" LR=3e-5
-case $SIZE in
-    1b) LORA="--lora_rank 0" LR=3e-6 PROMPTS=${PROMPTS:-512} ;;
-    2.8b) PROMPTS=${PROMPTS:-256} ;;
-    *) PROMPTS=${PROMPTS:-128} ;;
-esac
+if [ "$SIZE" = 1b ]; then LORA="--lora_rank 0" LR=3e-6; fi
 
 python train_sft.py --data data/tldr_sft.jsonl --init "$MODEL" --out "$RUN-sft" --loss_on_prompt \
     --steps 775 --batch_size 128 --lr $LR --weight_decay 0.01 --max_grad_norm 1e6 $LORA \
@@ -45,4 +43,4 @@ python train_ppo.py --data data/tldr_sft.jsonl --init "$RUN-sft/model" --rm "$RU
     --temperature 0.7 --epochs 4 --minibatches 1 --lr $LR --critic_lr $LR --max_grad_norm 1e6 \
     --beta 0.05 --gamma 1 --lam 0.95 --clip 0.2 --value_clip 0.2 --eval_prompts 128 \
     --vf_coef 0.1 --no_eos_score -1 $LORA \
-    --tokens_per_microbatch 2048 --dtype bfloat16 "$@"
+    --tokens_per_microbatch 2048 --dtype bfloat16 --frozen_dtype bfloat16 "$@"

@@ -7,8 +7,8 @@
 #          rejected messages), both translated: there by ALMA-13B. Any other language goes the same way.
 #
 # Computed by --dry_run for sides of 900 tokens on average (2,048 at most), not measured; one A100 of 80 GB:
-#   SFT          40 GiB, 5.6 h  (conversations of 1,350 tokens on average)
-#   DPO          46 GiB, 2.1 h
+#   SFT          41 GiB, 5.4 h  (conversations of 1,350 tokens on average)
+#   DPO          43 GiB, 2.8 h
 #
 # The reference of DPO is the SFT model in the new language, not the model that it came from. Translation
 # errs, and so the labels do: --loss cdpo --label_smoothing 0.1 expects it. The old language can suffer;
@@ -26,4 +26,4 @@ python train_sft.py --data data/ultrachat_de.jsonl --init "$MODEL" --out runs/ph
 python train_dpo.py --data data/ultrafeedback_de.jsonl --init runs/phoenix-sft/model --skip_bad_rows \
     --out runs/phoenix-dpo --loss dpo --beta 0.1 --lr 5e-7 --batch_size 32 --steps 1620 \
     --max_new_tokens 512 --eval_prompts 64 --eval_every 500 --save_every 500 \
-    --tokens_per_microbatch 4096 --dtype bfloat16 "$@"
+    --tokens_per_microbatch 4096 --dtype bfloat16 --frozen_dtype bfloat16 "$@"

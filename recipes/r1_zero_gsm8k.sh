@@ -5,9 +5,10 @@
 #
 # Needs    models/Qwen2.5-$SIZE and data/gsm8k_train.jsonl (question, answer).
 #
-# Computed by --dry_run with 512 new tokens in every response, not measured; one A100 of 80 GB:
-#   0.5B         23 GiB, 0.9 h
-#   1.5B         58 GiB, 2.9 h
+# Computed by --dry_run for prompts of 110 tokens on average (300 at most) with 512 new tokens in every
+# response, not measured; one A100 of 80 GB:
+#   0.5B         23 GiB, 0.7 h
+#   1.5B         56 GiB, 2.3 h
 #
 # Rewards  the right number 1, the form <think>…</think> <answer>…</answer> 0.2: a base model finds the form
 #          only because the prompt names it.
@@ -35,4 +36,5 @@ PY
 python train_grpo.py --recipe r1_zero --data "$PROMPTS" --init "$MODEL" --out "runs/r1-zero-gsm8k-$SIZE" \
     --reward nanorlhf/tasks.py:numeric_answer --reward "nanorlhf/tasks.py:think_format*0.2" \
     --prompts_per_step 32 --group_size 16 --max_new_tokens 512 --minibatches 1 --steps 198 --lr 1e-6 \
-    --temperature 1 --eval_prompts 256 --tokens_per_microbatch 8192 --dtype bfloat16 "$@"
+    --temperature 1 --eval_prompts 256 --tokens_per_microbatch 8192 \
+    --dtype bfloat16 --frozen_dtype bfloat16 "$@"

@@ -17,7 +17,7 @@ from helpers import STYLES, V, randint, tiny
 from stages import TRAINERS
 from torch.utils import flop_counter
 
-from nanorlhf import generate, hub, lora, plan, tasks
+from nanorlhf import generate, hub, lora, plan, slots, tasks
 from nanorlhf.common import parse
 from nanorlhf.model import ScalarModel
 from nanorlhf.tokenizer import Tokenizer
@@ -224,11 +224,16 @@ def qwen(folder, head):
     return str(folder)
 
 
-def test_ppo_with_adapters_on_a_model_of_1_5_billion_fits_24_gib(tmp_path, monkeypatch, capsys):
-    """Policy, critic and a reward model of that size; without adapters it does not."""
-    data = tmp_path / "prompts.jsonl"
+def prompts(folder):
+    data = folder / "prompts.jsonl"
     rows = [{"prompt": f"{i:0400}"} for i in range(300)]  # 400 tokens each: the tokenizer here is bytes
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return data
+
+
+def test_ppo_with_adapters_on_a_model_of_1_5_billion_fits_24_gib(tmp_path, monkeypatch, capsys):
+    """Policy, critic and a reward model of that size; without adapters it does not."""
+    data = prompts(tmp_path)
     models = qwen(tmp_path / "lm", "CausalLM"), qwen(tmp_path / "rm", "SequenceClassification")
     flags = f"--init {models[0]} --rm {models[1]} --data {data} --dtype bfloat16 --prompts_per_step 64"
     flags = [*flags.split(), "--max_new_tokens", "256", "--eval_prompts", "64"]
@@ -238,6 +243,34 @@ def test_ppo_with_adapters_on_a_model_of_1_5_billion_fits_24_gib(tmp_path, monke
         size[rank] = float(re.search(r"^  at most +([\d.]+)", out, re.M)[1])
         assert status == 0 and "1,543,714,304 parameters" in out  # as Qwen states it: 1.54 billion
     assert size[16] < 24 < 48 < size[0]
+
+
+def test_the_plan_samples_as_many_rows_at_once_as_the_sampler_does(tmp_path, monkeypatch, capsys):
+    """512 answers: of 2,048 tokens 256 fit a large GPU at once, of 16,384 fewer fit any; so says how_many."""
+    folder = qwen(tmp_path / "lm", "CausalLM")
+    flags = f"--init {folder} --data {prompts(tmp_path)} --dtype bfloat16 --kl none --ref none"
+    flags += f" --reward {ROOT}/nanorlhf/tasks.py:exact_answer --prompts_per_step 32 --group_size 16"
+    with plan.without_weights():
+        model = hub.load(folder)[0]
+    model.compute_dtype = BF16
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    for new, most in ((2048, 256), (16384, 128)):
+        more = f"{flags} --checkpoint_activations --max_new_tokens {new}".split()
+        status, out, err = dry_run(monkeypatch, capsys, "train_grpo", *more)
+        figures = {name: float(x) for name, x in re.findall(r"^  (\S.*?) {2,}([\d.]+)(?:  |$)", out, re.M)}
+        held = "weights", "gradients", "optimizer (AdamW's two moments)", "CUDA's own, about"
+        taken = sum(figures[name] for name in held)
+        fits = re.findall(r"fits a GPU of (\d+) GiB(?:, sampling (\d+) of 256 rows at once)?", out)
+        assert (status, err) == (0, "") and len(fits) == 2 and figures["at most"] <= float(fits[0][0])
+        for gpu, rows in fits:
+            free = int((float(gpu) - taken) * plan.GIB)
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 0))
+            assert abs(int(rows or 256) - slots.how_many(model, 512, 400 + new)) <= 1  # figures are rounded
+        rows = int(fits[0][1] or 256)
+        assert (rows == 256) == (most == 256) and rows <= most
+        cache = model.new_cache(rows, 400 + new).kv.nbytes / plan.GIB  # of the meta device
+        assert abs(figures["sampling: KV cache"] - cache) < 0.01
 
 
 
