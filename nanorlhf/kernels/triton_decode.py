@@ -13,7 +13,8 @@ import triton.language as tl
 
 from nanorlhf.kernels.triton_backend import UPCAST
 
-BLOCK_T = 64  # positions of a tile
+BLOCK_T = 64  # positions of a tile, at most
+TILE_BYTES = 1 << 14  # of keys in a tile: three stages of keys and values fit a GPU with 99 KiB for a program
 PROGRAMS = 4  # per processor: with fewer, too few bytes are on their way at a time
 MAX_SPLITS = 32
 
@@ -99,6 +100,11 @@ def _splits(programs, live, device):
     return splits
 
 
+def _tile(block_d, itemsize):
+    """Positions of a tile: wide heads and fp32 take fewer (tl.dot: 16 at least)."""
+    return max(16, min(BLOCK_T, TILE_BYTES // (block_d * itemsize)))
+
+
 def decode_attention(q, k, v, cache_k, cache_v, pos, live):
     (B, H, hd), kv = q.shape, k.shape[1]
     q, k, v = (x.contiguous() for x in (q, k, v))
@@ -112,7 +118,8 @@ def decode_attention(q, k, v, cache_k, cache_v, pos, live):
     with torch.cuda.device_of(out):
         decode[B * kv, splits](
             q, k, v, cache_k, cache_v, pos, out, sums, stats, hd**-0.5, cache_k.stride(0), cache_k.stride(1),
-            HD=hd, BLOCK_D=block_d, BLOCK_T=BLOCK_T, SPLITS=splits, num_warps=4, num_stages=3, **group,
+            HD=hd, BLOCK_D=block_d, BLOCK_T=_tile(block_d, q.element_size()), SPLITS=splits, num_warps=4,
+            num_stages=3, **group,
         )  # fmt: skip
         if splits > 1:
             decode_merge[(B * H,)](sums, stats, out, HD=hd, BLOCK_D=block_d, SPLITS=splits, num_warps=1)
