@@ -2,7 +2,8 @@
 
     python -m bench                    all parts on the CPU, 20 minutes of a quiet machine
     python -m bench steps import       these parts: kernels, training, generation, steps, import, install
-    python -m bench steps --only GRPO  the rows whose name has GRPO in it; the others stay as they were
+    python -m bench steps --only GRPO  the rows whose name has GRPO in it; the others stay as they were.
+                                       Not for kernels: there `python bench/kernels.py --only WIDTH`
     python -m bench --quick            the smallest sizes and one round: to see that it runs, no more
     python -m bench --gpu              what only a GPU can say (bf16), into tables of their own
     python -m bench --report           no measuring: print all tables, write them into docs/performance.md
@@ -15,30 +16,18 @@ that ran one variant alone. A part that is done is kept in bench/results/PART_cp
 commit stand in about.json.
 """
 
-import importlib
-import importlib.util
 import os
 import sys
 
 import torch
 
-from bench import gpu, heads, install, steps, table, training
+from bench import generation, gpu, heads, install, steps, table, training
 from nanorlhf.common import UserError, require
-
-GENERATION = "Generation, 64 rows, useful tokens a second"
-
-
-def generation_rows(quick=False, gpu=False, rounds=0, only=""):
-    """bench/generation.py, where it is there."""
-    if importlib.util.find_spec("bench.generation") is None:
-        return []
-    return importlib.import_module("bench.generation").rows(quick, gpu, rounds, only)
-
 
 PARTS = {
     "kernels": ("Log-probs from hidden states, forward and backward", heads.rows),
     "training": ("Training step of the bare model, 16 × 128 tokens", training.rows),
-    "generation": (GENERATION, generation_rows),
+    "generation": ("Generation, 64 rows, useful tokens a second", generation.rows),
     "steps": ("A whole step of a trainer", steps.rows),
     "import": ("Import of a trainer, from the start of Python", install.import_rows),
     "install": ("What an install brings beyond torch", install.install_rows),
@@ -48,7 +37,7 @@ GPU_PARTS = {
     "roofline": ("What this GPU does at most", gpu.roofline_rows),
     "kernels": ("Log-probs from hidden states, forward and backward, bf16", heads.rows),
     "training": ("Training step, sequence 2,048, bf16", gpu.training_rows),
-    "generation": ("Generation, bf16", generation_rows),
+    "generation": ("Generation, bf16", generation.rows),
     "steps": ("A GRPO step, bf16", gpu.step_rows),
 }
 PAGE, README = (os.path.join(table.ROOT, *x) for x in (("docs", "performance.md"), ("README.md",)))
@@ -62,6 +51,7 @@ def measure(parts, quick, on_gpu, rounds, only, folder):
         print(f"\n{title} ...", flush=True)
         more = {"folder": folder} if part == "kernels" else {}
         found = rows(quick=quick, gpu=on_gpu, rounds=rounds, only=only, **more)
+        found = [r for r in found if only in r["row"]]
         if part != "kernels":  # that one has a CSV of its own
             new = {(r["row"], r["peer"]) for r in found}
             old = table.load(part, kind, folder) if only else []
@@ -99,6 +89,7 @@ def summary(found):
 def main(argv):
     options, parts = {"--rounds": "0", "--only": ""}, []
     flags = {"--quick": False, "--gpu": False, "--report": False}
+    known = GPU_PARTS if "--gpu" in argv else PARTS
     args = iter(argv)
     for x in args:
         if x in flags:
@@ -107,9 +98,10 @@ def main(argv):
             options[x] = next(args, "")
             require(options[x], f"{x} needs a value")
         else:
-            known = GPU_PARTS if "--gpu" in argv else PARTS
             require(x in known, f"{x}: no such part or flag; parts: {', '.join(known)}, flags: see --help")
             parts.append(x)
+    whole = "kernels" in (parts or known) and options["--only"]
+    require(not whole, "--only: not for kernels; name other parts, or python bench/kernels.py --only WIDTH")
     require(options["--rounds"].isdigit(), f"--rounds {options['--rounds']}: must be an integer")
     require(torch.cuda.is_available() or not flags["--gpu"], "--gpu: this torch sees no GPU")
     folder = table.QUICK if flags["--quick"] else table.RESULTS

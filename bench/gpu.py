@@ -86,9 +86,7 @@ def _later(name, peer, goal, unit="s"):
 
 
 NOT_MEASURED = {
-    "training": [
-        _later(SHARE, training.HF, "≥ 50%", "share")
-    ],
+    "training": [_later(SHARE, training.HF, "≥ 50%", "share")],
     "steps": [_later(f"GRPO, {size}", steps.TUNED, 4.0) for size in ("124M", "0.5B")],
     "kernels": [
         _later("one pass, forward and backward, D ≤ 1,024", "3 matmuls", 1 / 1.5, "ms"),
@@ -96,6 +94,8 @@ NOT_MEASURED = {
         _later("one pass, forward and backward", "TRL", 1 / 0.75, "ms"),
     ],
     "generation": [
+        _later("sampled and recomputed log-probs apart, float32", "", "≤ 1e-4", "nats"),
+        _later("sampled and recomputed log-probs apart, bfloat16", "", "≤ 2e-2", "nats"),
         _later("decode, 124M, 256 rows, context 1,024", "bandwidth floor", "≥ 60%", "share"),
         _later("decode, 1.5B, 64 and 256 rows", "bandwidth floor", "≥ 60%", "share"),
         _later("decode, 124M, 64 rows, context 256", "bandwidth floor", "≥ 30%", "share"),

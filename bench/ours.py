@@ -75,8 +75,10 @@ def bare(spec, turn):
     mask[:, 0] = False
     cfg = train_sft.Config(tokens_per_microbatch=0)
     batch = dict(tokens=tokens, mask=mask, lengths=mask.sum(1).cpu() + 1, denom=mask.sum())
+    first = None
     while True:
         opt.zero_grad()
         loss, _ = train_sft.gradient(model, batch, cfg)
         opt.step()
-        turn.done(tokens=tokens.numel(), loss=loss)
+        first = loss if first is None else first
+        turn.done(tokens=tokens.numel(), first_loss=first)

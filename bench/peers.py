@@ -37,6 +37,7 @@ def bare(spec, turn):
     opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
     tokens = torch.tensor(spec["tokens"], device=device)
     bf16 = torch.autocast(device, torch.bfloat16, enabled=spec["dtype"] == "bfloat16")
+    first = None
     while True:
         opt.zero_grad()
         with bf16:
@@ -46,7 +47,8 @@ def bare(spec, turn):
                 loss = model(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         opt.step()
-        turn.done(tokens=tokens.numel(), loss=loss.item())
+        first = loss.item() if first is None else first
+        turn.done(tokens=tokens.numel(), first_loss=first)
 
 
 def nanogpt(spec):

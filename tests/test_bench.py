@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import __main__ as bench
-from bench import heads, install, table, training
+from bench import generation, heads, install, table, training
 from bench.steps import ragged
 from nanorlhf.common import UserError
 
@@ -93,8 +94,17 @@ def test_planned_lengths():
     assert min(skewed) == 1 and max(skewed) <= 64 and 11 < sum(skewed) / 64 < 13
 
 
+def test_the_gap_between_sampled_and_recomputed_log_probs():
+    shape = dict(generation.CPU, vocab_size=64, n_layer=2, n_head=2, d_model=32, max_len=32)
+    model = generation.build(shape)
+    for dtype, goal, verdict in (("float32", "≤ 1e-4", "PASS"), ("bfloat16", "≤ 1e-4", "MISS")):
+        r = generation.gap_row(model.to(getattr(torch, dtype)), [[1, 2, 3, 4]] * 4, 16, goal)
+        assert r["row"].endswith(dtype) and r["verdict"] == verdict, r
+
+
 def test_mistakes_are_named():
-    for argv, said in ((["stepz"], "stepz"), (["--rounds"], "--rounds"), (["--rounds", "x"], "--rounds x")):
+    for argv, said in ((["stepz"], "stepz"), (["--rounds"], "--rounds"), (["--rounds", "x"], "--rounds x"),
+                       (["--only", "GRPO"], "--only: not for kernels")):  # fmt: skip
         with pytest.raises(UserError, match=said):
             bench.main(argv)
     done = subprocess.run([sys.executable, "-m", "bench", "nope"], cwd=ROOT, capture_output=True, text=True)
