@@ -1,8 +1,7 @@
 """Sampling beside transformers' generate, same weights, prompts, lengths and dtype, in turn.
 
-    python -m bench.generation            CPU, one thread, 8 minutes; bench/results/generation_cpu.csv
-    python -m bench.generation --gpu      one GPU, bf16; generation_gpu.csv. Not measured yet
-    python -m bench.generation --quick    the smallest sizes, one round: to see that it runs, no more
+    python -m bench generation            CPU, one thread, 8 minutes; bench/results/generation_cpu.csv
+    python -m bench generation --gpu      one GPU, bf16; generation_gpu.csv. Not measured yet
 
 Random weights at published shapes: how fast a token comes does not depend on which one it is. How long the
 responses are must be equal, so lengths are planned and no sampled stop is trusted. Ours: EOS is the last id
@@ -267,11 +266,3 @@ def ragged_gpu_rows(shape, quick, rounds):
 
 def rows(quick=False, gpu=False, rounds=0, only=""):
     return (gpu_rows if gpu else cpu_rows)(quick, rounds or (1 if quick else 5))
-
-
-if __name__ == "__main__":
-    quick, on_gpu = "--quick" in sys.argv, "--gpu" in sys.argv
-    found, kind = rows(quick, on_gpu), "gpu" if on_gpu else "cpu"
-    print(table.console("Generation", found))
-    table.save("generation", kind, found, table.QUICK if quick else table.RESULTS)
-    table.save_about("generation", kind, table.QUICK if quick else table.RESULTS)
