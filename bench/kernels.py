@@ -49,11 +49,15 @@ RESULTS = os.path.join(ROOT, "bench", "results")
 # the variants: (x, w, targets) → logp, or logp and entropy
 
 
-def ours(x, w, targets, design=None):
-    """Our function; `design` stays set, since the backward pass asks for it too."""
+def use(design=None):
+    """Triton's design from now on, since the backward pass asks for it too; None: that of the rule."""
     triton_backend = sys.modules.get("nanorlhf.kernels.triton_backend")
     if triton_backend:
         triton_backend.DESIGN = design
+
+
+def ours(x, w, targets, design=None):
+    use(design)
     return kernels.linear_logprob(x, w, targets)
 
 
@@ -220,6 +224,7 @@ def high_water():
 
 def kl_rows(shape, device, dtype, rounds, base):
     """linear_kl and its naive form, forward and backward, in turn; beside ours for log-probs (`base`)."""
+    use()
     x, w, _, g = operands(*shape, device, dtype)
     rx, rw = (t.detach().roll(1, 0) for t in (x, w))
 
