@@ -64,6 +64,12 @@ def test_kernel_by_hand(splits):
         check(operands(3, 6, 2, 16, 40), 40, "triton", 2e-5)
 
 
+def test_wide_heads_take_shorter_tiles():
+    sizes = ((64, 2), (128, 2), (128, 4), (256, 4))
+    assert [triton_decode._tile(*size) for size in sizes] == [64, 64, 32, 16]
+    check(operands(2, 2, 1, 256, 70), 70, "triton", 1e-5)
+
+
 @pytest.mark.parametrize("backend, dtype, tol", [
     ("torch", torch.float64, 1e-12), ("torch", torch.float32, 1e-5), ("triton", torch.float32, 1e-5),
     ("triton", torch.bfloat16, 2e-2),
