@@ -341,7 +341,7 @@ def test_learns_which_step_is_wrong(sign, low, high, tmp_path, monkeypatch):
         (dict(task="chain", data=""), "has a reward function, no preferences"),
         (dict(data=[dict(prompt="a=", chosen="b")]), 'jsonl:1: missing key "rejected"'),
         (dict(data=[dict(prompt="a=", chosen="b", rejected="!")]), "jsonl:1: .*character '!'"),
-        (dict(data=[dict(prompt="a=", chosen="b", rejected="b")]), "1 of 1 training pairs have equal responses"),
+        (dict(data=[dict(prompt="a=", chosen="b", rejected="b")]), "1 of 1 training pairs have equal"),
         (dict(data=[dict(prompt="bed=", chosen="b", rejected="a")]), "0 training and 1 held-out pairs"),
         (dict(references=[dict(prompt="a=", response="b" * 20)]), "every row exceeds the context of 16"),
         (dict(references=[dict(prompt="a=")]), '--references: .*jsonl:1: missing key "response"'),
