@@ -54,10 +54,10 @@ from nanorlhf.common import (
     run_cli,
     setup,
 )
-from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask, write_jsonl
+from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask
 from nanorlhf.hub import load_models
 from nanorlhf.metrics import mean_se
-from nanorlhf.pairs import KEYS, Example, by_budget, load_examples, to_examples
+from nanorlhf.pairs import KEYS, Example, by_budget, load_examples, to_examples, write_first
 from nanorlhf.rewards import fresh_samples, load_prompts, score_responses
 
 # ------------------------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def train(cfg):
                         before = f"{cfg.out}/pairs-round-{number - 1}.jsonl"  # used again if all is solved
                         tie = "all samples of every prompt scored the same: no pair to learn from"
                         require(found or number > int(labelled), f"--online: {tie}")
-                        write_jsonl(path, found or read_jsonl(before, KEYS))
+                        write_first(path, found or read_jsonl(before, KEYS))
                     ids = [r["ids"] for r in read_jsonl(path, KEYS)]
                     pairs = to_examples(ids, cfg.loss == "kto", policy.cfg.max_len)
                 ref_logp = None if cfg.loss in NO_REFERENCE else cache_logps(base, pairs, tok, cfg)  # (N, 2)

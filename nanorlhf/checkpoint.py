@@ -382,17 +382,19 @@ class Run:
 
         done: steps finished so far; export: writes model/.
         """
-        self.signum = dist.largest(self.signum or 0) or None  # a signal may reach one process a step later
+        # A signal may reach one process a step later. What another has got is not noted in self.signum: when
+        # this one's own comes, that is no second Ctrl-C.
+        signum = dist.largest(self.signum or 0)
         last = done == self.cfg.steps
-        if last or self.signum is not None or (self.cfg.save_every and done % self.cfg.save_every == 0):
+        if last or signum or (self.cfg.save_every and done % self.cfg.save_every == 0):
             for name, model in self.models.items():
                 dist.reshard(model)
                 if not all(dist.local(p).isfinite().all() for p in model.parameters()):
                     raise RunError(f"step {done - 1} left weights of the {name} not finite; lower --lr")
             export()  # first: were it lost after the state of the last step, no --resume would make it again
             self.save(done, extra)
-        if self.signum is not None:
-            raise Interrupted(self.signum)
+        if signum:
+            raise Interrupted(signum)
 
     def __exit__(self, kind, error, trace):
         for s, handler in self.handlers.items():

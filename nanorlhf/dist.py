@@ -109,7 +109,8 @@ def _end_with_the_first():
             if not torch_dist.is_initialized():
                 return
     time.sleep(2)  # this process may be on its way out by itself
-    os._exit(1)
+    if torch_dist.is_initialized():  # else all is done, and it was only the store that ended with rank 0
+        os._exit(1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -385,7 +386,8 @@ class _Metadata(pickle.Unpickler):
         _MEM_FORMAT_ENCODING _StorageInfo PosixPath Size _get_layout""".split()
 
     def find_class(self, module, name):
-        if name in self.NAMES or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+        known = name in self.NAMES and module.partition(".")[0] in ("torch", "pathlib")
+        if known or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 

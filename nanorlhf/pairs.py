@@ -7,7 +7,7 @@ import os
 import random
 from typing import NamedTuple
 
-from nanorlhf import generate, tasks
+from nanorlhf import dist, generate, tasks
 from nanorlhf.common import derive_seed, require
 from nanorlhf.data import encode_pair, microbatches, read_jsonl, split_by_hash, write_jsonl
 from nanorlhf.formats import read_rows
@@ -32,8 +32,15 @@ def make_pairs(cfg, task, model, tok):
         for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
             if a != b and (tau > 0 or tasks.gold(prompt, a) != tasks.gold(prompt, b)):
                 rows.append(dict(zip(KEYS, (prompt, *tasks.prefer(prompt, a, b, rng, tau)))))
-        write_jsonl(path, rows)
+        write_first(path, rows)
     return paths
+
+
+def write_first(path, rows):
+    """write_jsonl, of several processes by the first; the others wait until it is there."""
+    if dist.rank() == 0:
+        write_jsonl(path, rows)
+    dist.wait()
 
 
 def load_rows(cfg, task, policy, tok, unpaired=False):

@@ -28,7 +28,11 @@ def save(path, trainer, cfg, step, models, batch):
     for model in models:
         trunk = getattr(model, "trunk", model)
         own = dict(scalar=trunk is not model, step_ids=getattr(model, "step_ids", None), n_ids=trunk.n_ids)
-        weights = {name: dist.full(x) for name, x in model.state_dict().items()}
+        weights = {}
+        for name, x in model.state_dict().items():  # one after the other: the whole model may not fit
+            x = dist.full(x)
+            if dist.rank() == 0:
+                weights[name] = x.cpu()
         saved.append(own | dict(config=dataclasses.asdict(trunk.cfg), weights=weights))
     content = dict(trainer=trainer, config=dataclasses.asdict(cfg), step=step, models=saved, batch=batch)
     try:

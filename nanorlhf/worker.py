@@ -202,6 +202,7 @@ path, memory, size, seconds = sys.argv[1], *map(int, sys.argv[2:])
 for what, limit in (("AS", memory), ("FSIZE", size), ("CPU", seconds), ("CORE", 0)):
     resource.setrlimit(getattr(resource, "RLIMIT_" + what), (limit, limit))
 here = os.path.realpath(os.curdir) + os.sep
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_CREAT
 starts = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.kill",
           "os.killpg", "socket.connect", "socket.bind", "socket.sendto"}
 paths = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink",
@@ -211,7 +212,7 @@ def hook(event, args):
     if event in starts:
         raise PermissionError(event + " is not for a program under test")
     if event == "open":
-        writes = any(c in args[1] for c in "wax+") if isinstance(args[1], str) else args[2] & 3
+        writes = any(c in args[1] for c in "wax+") if isinstance(args[1], str) else args[2] & WRITES
         names = args[:1] if writes else ()
     else:
         names = args[:2] if event in paths else ()

@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_grpo
+import train_sft
 from bench import scaling, table
 from nanorlhf import common, dist, generate, hub
+from nanorlhf.rewards import score_responses
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -179,6 +181,19 @@ def test_every_row_is_somebodys(lengths, size):
     assert max(work) - min(work) <= max(lengths)  # nobody has more to do than one row
 
 
+def test_a_process_without_rows_scores_none(stages, monkeypatch):
+    """The last batch of an evaluation may have fewer rows than there are processes."""
+    rm, _ = hub.load(f"{stages.folder}/rm/model")
+    roll = generate.generate(rm.trunk, [[1, 2]], 1, 4, seed=0)
+    want = rm.scores(roll.tokens, roll.lengths, roll.mask)
+    for name, value in dict(size=2, largest=1).items():
+        monkeypatch.setattr(dist, name, lambda *args, value=value: value)
+    monkeypatch.setattr(dist, "summed", lambda x: x)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        assert torch.equal(score_responses(roll, None, None, rm, None), want * (1 - rank))
+
+
 @pytest.fixture
 def hosts():
     """Two "hosts", each a network namespace with an address of its own → how commands begin there."""
@@ -219,27 +234,17 @@ def test_two_hosts(hosts, stages, tmp_path):
         assert float(theirs["loss"]) == pytest.approx(float(mine["loss"]), rel=1e-5)
 
 
-REWARD = """
-import os
-calls = 0
-def score(prompt, text):
-    global calls
-    calls += 1
-    if os.environ["RANK"] == "1" and calls > 20:
-        raise ValueError("no score from rank 1")
-    return float(len(text))
-"""
+def test_ones_own_signal_after_anothers_is_no_second_one(stages, tmp_path, monkeypatch):
+    """All stop once one was told to. What torchrun sends the others a moment later ends no save."""
+    save = hub.save
+    monkeypatch.setattr(dist, "largest", lambda number: signal.SIGTERM)
+    monkeypatch.setattr(hub, "save", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), save(*args)))
+    with pytest.raises(common.Interrupted):
+        train_sft.train(stages.config(train_sft, tmp_path / "run"))
+    assert (tmp_path / "run/state/step-000001/manifest.json").exists()
 
 
-def test_an_error_of_one_process_ends_both(stages, tmp_path):
-    """Said once, by the process that met it; what the other met in consequence is not shown."""
-    (tmp_path / "reward.py").write_text(REWARD)
-    flags = stages.flags(train_grpo, tmp_path / "run", steps=1000, reward=f"{tmp_path}/reward.py:score")
-    flags |= dict(reward_timeout=0, rm="")
-    job = torchrun(ROOT / "train_grpo.py", *(f"--{k}={v}" for k, v in flags.items() if v != ""))
-    _, errors = job.communicate(timeout=NEVER)
-    assert job.returncode == 1 and errors.count("train_grpo.py: ") == 1, errors
-    assert "stopped: reward score raised ValueError: no score from rank 1" in errors
+# that the error of one process ends both is row 42 of tests/faults
 
 
 @pytest.mark.slow
@@ -292,6 +297,10 @@ def test_a_checkpoint_holds_no_other_pickle(tmp_path):
     with pytest.raises(Exception, match="no place in a checkpoint"):
         dist.read(str(tmp_path), {}, torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
     assert not (tmp_path / "owned").exists()
+    (tmp_path / ".metadata").write_bytes(b"cxmlrpc.server\nMetadata\n.")  # a name that it has, elsewhere
+    with pytest.raises(Exception, match="no place in a checkpoint"):
+        dist.read(str(tmp_path), {}, torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
+    assert "xmlrpc.server" not in sys.modules
 
 
 def test_scaling_page_holds_what_the_script_computes(tmp_path, monkeypatch):

@@ -163,6 +163,7 @@ def test_row_31_programs_that_a_model_wrote(tmp_path, monkeypatch):
     path = repr(str(canary))
     for act in (f"open({path}, 'w')", f"os.remove({path})", f"os.truncate({path}, 0)",
                 f"os.rename({path}, 'x')", f"os.open({path}, os.O_WRONLY | os.O_TRUNC)",
+                f"os.open({path}, os.O_RDONLY | os.O_TRUNC)",
                 f"os.system('echo > ' + {path})",
                 f"subprocess.run(['rm', {path}])", f"shutil.rmtree({str(tmp_path)!r})", "os.fork()",
                 f"os.kill({os.getpid()}, 15)", "socket.create_connection(('127.0.0.1', 1))"):  # fmt: skip
