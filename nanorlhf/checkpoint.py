@@ -262,6 +262,7 @@ class Run:
                     f.flush()
                     os.fsync(f.fileno())
                 os.replace(self.config + ".tmp", self.config)
+                _sync_folder(self.out)  # state/ and the logs, too, are only now sure to be found again
         if threading.current_thread() is threading.main_thread():  # elsewhere handlers may not be set
             self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return step, extra

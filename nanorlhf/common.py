@@ -243,6 +243,7 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
         dry = [x for x in argv if dry_run and x.replace("-", "_") == "__dry_run"]
         cfg = parse(Config, [x for x in argv if x not in dry], module_doc, prog)
         (dry_run if dry else train)(cfg)
+        dist.finish()  # here: if another rank fails now, it is that one which speaks
         said, status = "", 0
     except UserError as e:
         said, status = f"error: {_line(e)}", 2
@@ -268,7 +269,6 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
         else:
             raise
     if not status:
-        dist.finish()
         return 0
     if dist.speaks_first() and said:
         print(f"{prog}: {said}", file=sys.stderr)

@@ -172,7 +172,7 @@ def mine(lengths):
     """lengths (B,) → this rank's indices. Rows are dealt out, longest first: all have as much to do."""
     order = range(len(lengths))
     if size() > 1:
-        lengths = [int(x) for x in lengths]
+        lengths = torch.as_tensor(lengths).tolist()  # from a GPU in one copy, not one a row
         order = sorted(order, key=lambda i: (-lengths[i], i))[rank() :: size()]
     return torch.tensor(order, dtype=torch.int64)
 

@@ -52,8 +52,9 @@ class Rewards(list):
 
     Used in `with`. Those of --reward run in one process of their own: what hangs, exits or crashes there ends
     there. A call that raises, takes more than --reward_timeout seconds or ends the process scores 0 and is
-    counted; if more than half of a function's calls on one batch do, or one returns no finite number, that is
-    a RunError. This holds accidents, not malice. With --reward_timeout 0 all are called in this process.
+    counted; if more than half of a function's calls on one batch (of several processes: on one's share of it)
+    do, or one returns no finite number, that is a RunError. This holds accidents, not malice. With
+    --reward_timeout 0 all are called in this process.
     """
 
     def __init__(self, cfg, task):

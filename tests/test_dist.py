@@ -181,6 +181,15 @@ def test_every_row_is_somebodys(lengths, size):
     assert max(work) - min(work) <= max(lengths)  # nobody has more to do than one row
 
 
+def test_figures_are_added_up_but_for_the_largest(monkeypatch):
+    """A rank without rows has no figures, and acc is None where none of its rows has one."""
+    parts = [(1.0, dict(ratio_max=1.5, gap=0.1, clip=0.25, acc=None)), (0.0, {}),
+             (2.0, dict(ratio_max=1.2, gap=0.3, clip=0.5, acc=None))]  # fmt: skip
+    monkeypatch.setattr(dist, "size", lambda: 3)
+    monkeypatch.setattr(dist, "gather", lambda x: parts)
+    assert dist.total(*parts[0]) == (3.0, dict(ratio_max=1.5, gap=0.3, clip=0.75, acc=None))
+
+
 def test_a_process_without_rows_scores_none(stages, monkeypatch):
     """The last batch of an evaluation may have fewer rows than there are processes."""
     rm, _ = hub.load(f"{stages.folder}/rm/model")
