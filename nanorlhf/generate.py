@@ -209,7 +209,8 @@ def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0
     strings without EOS. With a `desc` a progress bar shows it on a terminal.
     """
     rolls, texts, per = [], [], max(1, batch // n)
-    for i in tqdm(range(0, len(prompts), per), desc, leave=False, disable=None if desc else True):
+    quiet = None if desc and dist.rank() == 0 else True  # None: unless this is a terminal
+    for i in tqdm(range(0, len(prompts), per), desc, leave=False, disable=quiet):
         ids = [tok.encode_prompt(p) for p in prompts[i : i + per]]
         how = dict(top_k=top_k, top_p=top_p, pad_id=tok.pad_id)
         roll = generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, **how)

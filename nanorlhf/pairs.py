@@ -22,7 +22,7 @@ def make_pairs(cfg, task, model, tok):
     Of one seed, fewer pairs are the first of many: all stages see the same labels.
     """
     paths = f"{cfg.out}/pairs.jsonl", f"{cfg.out}/pairs_heldout.jsonl"
-    if cfg.resume and all(map(os.path.exists, paths)):
+    if cfg.resume and dist.gather(all(map(os.path.exists, paths)))[0]:  # as the first process sees it
         return paths
     for path, split, n, tau in ((paths[0], "train", cfg.pairs, cfg.tau), (paths[1], "test", 512, 0.0)):
         prompts = [r["prompt"] for r in task.prompts(split, n, cfg.seed)]

@@ -93,7 +93,8 @@ class Rewards(list):
             if failures > len(pairs) / 2:
                 raise RunError(f"more than half of {len(pairs)} calls failed; the first: {first}")
             if not self.warned:
-                tqdm.write(f"warning: {said}: scored 0; column reward_failed counts such calls")
+                said = f"warning: {said}: scored 0; column reward_failed counts such calls"
+                tqdm.write(said, file=sys.stderr if dist.rank() else None)  # the others' stdout is not shown
             self.warned = True
         self.calls, self.failures = self.calls + len(pairs), self.failures + failures
         return values
