@@ -394,6 +394,7 @@ class Run:
                     raise RunError(f"step {done - 1} left weights of the {name} not finite; lower --lr")
             export()  # first: were it lost after the state of the last step, no --resume would make it again
             self.save(done, extra)
+            signum = dist.largest(self.signum or signum)  # one may have come meanwhile
         if signum:
             raise Interrupted(signum)
 

@@ -243,7 +243,7 @@ def test_two_hosts(hosts, stages, tmp_path):
         assert float(theirs["loss"]) == pytest.approx(float(mine["loss"]), rel=1e-5)
 
 
-def test_ones_own_signal_after_anothers_is_no_second_one(stages, tmp_path, monkeypatch):
+def test_ones_own_signal_after_anothers_is_no_second_one(stages, tmp_path, monkeypatch, no_curves):
     """All stop once one was told to. What torchrun sends the others a moment later ends no save."""
     save = hub.save
     monkeypatch.setattr(dist, "largest", lambda number: signal.SIGTERM)

@@ -340,6 +340,17 @@ def test_ctrl_c_in_the_last_step_is_not_forgotten(stages, tmp_path, at_step):
     assert states(tmp_path / "run")[-1] == f"step-{cfg.steps:06d}" and hub.load(tmp_path / "run/model")
 
 
+def test_ctrl_c_in_the_last_save_is_not_forgotten(stages, tmp_path, monkeypatch):
+    def save(model, tok, folder):
+        signal.raise_signal(signal.SIGINT)
+
+    cfg = stages.config(train_sft, tmp_path / "run", save_every=0)
+    monkeypatch.setattr(hub, "save", save)
+    with pytest.raises(Interrupted):
+        train_sft.train(cfg)
+    assert states(tmp_path / "run") == [f"step-{cfg.steps:06d}"]
+
+
 def test_checkpoints_are_ordered_by_number(stages, tmp_path):
     """As text, step-1000000 stands before step-999999."""
     train_sft.train(stages.config(train_sft, tmp_path / "run", steps=2))
