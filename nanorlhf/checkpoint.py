@@ -72,13 +72,13 @@ def new_folder(folder, manifest=False, size=0):
         raise RunError(f"cannot save {folder} ({size:,} bytes): {why}; {kept}") from e
 
 
-def write_folder(folder, files, manifest=False, size=0):
+def write_folder(folder, files, size=0):
     """Write {name: bytes, or a function that writes to a path} as one folder, as `new_folder` does.
 
     size: bytes that the functions will write.
     """
     size += sum(len(data) for data in files.values() if not callable(data))
-    with new_folder(folder, manifest, size) as tmp:
+    with new_folder(folder, size=size) as tmp:
         for name, data in files.items():
             path = os.path.join(tmp, name)
             if callable(data):

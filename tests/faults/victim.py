@@ -38,7 +38,8 @@ def train(name, argv, phase_file):
     generate.generate = during("rollout", generate.generate)
     trainer.gradient = during("update", trainer.gradient)
     torch.optim.AdamW.step = during("update", torch.optim.AdamW.step)
-    checkpoint.write_folder = hub.write_folder = during("save", checkpoint.write_folder)
+    hub.write_folder = during("save", hub.write_folder)  # model/
+    checkpoint.Run.save = during("save", checkpoint.Run.save)  # state/
     torch.set_num_threads(1)
     os.fsync = lambda fd: None
     sys.stdout = sys.stderr = open(f"{phase_file}.txt", "a", buffering=1)
