@@ -262,7 +262,7 @@ def _replicate(model):
     unused = getattr(getattr(model, "trunk", None), "lm_head", None)
     if unused is not None:  # DDP would wait for its gradient
         unused.requires_grad_(False)
-    ddp = nn.parallel.DistributedDataParallel(_Replica(model))
+    ddp = nn.parallel.DistributedDataParallel(_Replica(model), gradient_as_bucket_view=True)  # no second copy
     ddp.register_comm_hook(None, _sum)
     for name in model.PASSES:
         setattr(model, name, _through(ddp, model, getattr(type(model), name)))
