@@ -216,6 +216,7 @@ def test_row_08_newest_checkpoint_incomplete(run, tmp_path):
 @pytest.mark.parametrize("flags, says", [
     (dict(d_model=64), "blocks.0.attn.k.bias is (32,) there and (64,) here"),
     (dict(n_layer=2), "blocks.1.attn.k.bias is None there and (32,) here (16 tensors differ)"),
+    (dict(tokenizer="bytes"), "wte.weight is (9, 32) there and (258, 32) here (1 tensors differ)"),
 ])  # fmt: skip
 def test_row_09_resume_with_another_model(flags, says, run, tmp_path):
     """R | --resume with another shape, vocabulary or algorithm | the flags and tensors that differ are
