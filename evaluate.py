@@ -29,8 +29,9 @@ from typing import Literal
 import torch
 
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import UserError, check_ranges, derive_seed, require, run_cli, setup, to_device
+from nanorlhf.common import UserError, check_ranges, derive_seed, require, run_cli
 from nanorlhf.data import microbatches, pad, response_mask
+from nanorlhf.device import setup, to_device
 from nanorlhf.formats import read_rows
 from nanorlhf.kernels import linear_kl
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k

@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 
 from nanorlhf import generate, hub
-from nanorlhf.common import UserError, check_ranges, derive_seed, require, run_cli, setup, to_device
+from nanorlhf.common import UserError, check_ranges, derive_seed, require, run_cli
+from nanorlhf.device import setup, to_device
 from nanorlhf.tokenizer import Chat
 
 

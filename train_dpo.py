@@ -41,20 +41,9 @@ import torch.nn.functional as F
 
 from nanorlhf import dist, generate, hub, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import (
-    Clock,
-    Flags,
-    adamw,
-    at_work,
-    check_ranges,
-    derive_seed,
-    freeze,
-    lr_at,
-    require,
-    run_cli,
-    setup,
-)
+from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli
 from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask
+from nanorlhf.device import adamw, at_work, freeze, setup
 from nanorlhf.hub import load_models
 from nanorlhf.metrics import mean_se
 from nanorlhf.pairs import KEYS, Example, by_budget, load_examples, to_examples, write_first

@@ -30,19 +30,9 @@ import torch
 
 from nanorlhf import dist, generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import (
-    Clock,
-    Flags,
-    adamw,
-    at_work,
-    check_ranges,
-    derive_seed,
-    freeze,
-    require,
-    run_cli,
-    setup,
-)
+from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, require, run_cli
 from nanorlhf.data import epoch_batches, microbatches
+from nanorlhf.device import adamw, at_work, freeze, setup
 from nanorlhf.hub import load_models
 from nanorlhf.metrics import sample_figures
 from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses

@@ -33,19 +33,9 @@ import torch.nn.functional as F
 
 from nanorlhf import dist, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import (
-    Clock,
-    Flags,
-    adamw,
-    check_ranges,
-    derive_seed,
-    lr_at,
-    require,
-    run_cli,
-    setup,
-    to_device,
-)
+from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli
 from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl, response_mask
+from nanorlhf.device import adamw, setup, to_device
 from nanorlhf.formats import read_rows
 from nanorlhf.model import ScalarModel
 from nanorlhf.pairs import encode_pairs, load_rows, require_both

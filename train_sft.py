@@ -21,19 +21,9 @@ import torch
 
 from nanorlhf import dist, generate, hub, lora, plan, tasks
 from nanorlhf.checkpoint import Run
-from nanorlhf.common import (
-    Clock,
-    Flags,
-    adamw,
-    check_ranges,
-    derive_seed,
-    lr_at,
-    require,
-    run_cli,
-    setup,
-    to_device,
-)
+from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli
 from nanorlhf.data import encode_demonstration, epoch_batches, microbatches, pack, pad, split_by_hash
+from nanorlhf.device import adamw, setup, to_device
 from nanorlhf.formats import read_rows
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import Tokenizer

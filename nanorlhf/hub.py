@@ -24,7 +24,8 @@ from safetensors import torch as safetensors
 
 from nanorlhf import dist, lora
 from nanorlhf.checkpoint import tensor_bytes, write_folder
-from nanorlhf.common import UserError, blame, require, to_device
+from nanorlhf.common import UserError, blame, require
+from nanorlhf.device import to_device
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.tokenizer import FILE, Tokenizer, beside, stop_ids
 

@@ -14,7 +14,7 @@ import sys
 import torch
 
 from nanorlhf import hub, lora, tasks
-from nanorlhf.common import freeze
+from nanorlhf.device import freeze
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.pairs import encode_pairs, load_examples, load_rows, require_both
 from nanorlhf.rewards import SCORE_TOKENS, load_prompts

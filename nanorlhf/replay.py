@@ -18,7 +18,8 @@ import sys
 import torch
 
 from nanorlhf import dist, lora
-from nanorlhf.common import UserError, require, setup, to_device
+from nanorlhf.common import UserError, require
+from nanorlhf.device import setup, to_device
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 
 

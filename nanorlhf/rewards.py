@@ -6,8 +6,9 @@ Shared by the RL trainers: none of this may move a learning curve, or turn one a
 import torch
 
 from nanorlhf import dist, generate, tasks
-from nanorlhf.common import at_work, blame, derive_seed, require
+from nanorlhf.common import blame, derive_seed, require
 from nanorlhf.data import split_by_hash
+from nanorlhf.device import at_work
 from nanorlhf.formats import read_rows
 from nanorlhf.worker import sum_rewards
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import train_grpo
 import train_sft
 from bench import scaling, table
-from nanorlhf import common, dist, generate, hub
+from nanorlhf import common, device, dist, generate, hub
 from nanorlhf.rewards import score_responses
 
 ROOT = Path(__file__).parent.parent
@@ -282,7 +282,7 @@ def test_a_mistake_is_named_once():
 def test_what_cannot_be_cut_is_refused(monkeypatch, capsys):
     def said(*flags):
         with pytest.raises(common.UserError) as error:
-            common.setup(train_grpo.Config(**dict(flags)))
+            device.setup(train_grpo.Config(**dict(flags)))
         return str(error.value)
 
     assert said(("shard", True)).startswith("--shard cuts the model over processes: start with torchrun")
@@ -294,7 +294,7 @@ def test_what_cannot_be_cut_is_refused(monkeypatch, capsys):
     for flag in ("lora_rank", "off_policy_steps"):
         assert said(("shard", True), (flag, 4)) == f"--{flag} does not go together with --shard"
     capsys.readouterr()
-    common.setup(train_grpo.Config(prompts_per_step=4))
+    device.setup(train_grpo.Config(prompts_per_step=4))
     what = "--prompts_per_step 4 does not divide by 3 processes: some have one row more than others\n"
     assert capsys.readouterr().out == what
 

@@ -14,7 +14,7 @@ import train_grpo
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import common, hub, lora
+from nanorlhf import common, device, hub, lora
 from nanorlhf.model import ScalarModel
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def gradients_of(model):
 def test_checkpointing_keeps_less_and_changes_no_bit(style):
     model = tiny(style, n_layer=4)
     want, all_kept = gradients_of(model)
-    common.to_device(flags(checkpoint_activations=True), CPU, model)
+    device.to_device(flags(checkpoint_activations=True), CPU, model)
     got, kept = gradients_of(model)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert kept < 0.5 * all_kept
@@ -66,7 +66,7 @@ def test_frozen_dtype_is_that_of_frozen_matrices_alone():
     """Not of the policy, of norms and biases, of a reward model's head, nor of what LoRA shares."""
     policy, ref, rm = tiny(), tiny(seed=1), ScalarModel(tiny(seed=2))
     before = copy.deepcopy(ref)
-    common.freeze(flags(frozen_dtype="bfloat16"), ref, rm, None, trained=(policy,))
+    device.freeze(flags(frozen_dtype="bfloat16"), ref, rm, None, trained=(policy,))
     assert {p.dtype for p in policy.parameters()} == {rm.score.weight.dtype} == {torch.float32}
     for model in (ref, rm.trunk):
         for p in model.parameters():
@@ -75,16 +75,16 @@ def test_frozen_dtype_is_that_of_frozen_matrices_alone():
     assert 1e-4 < off < 0.1, "rounded weights, and no more"
     adapted = tiny()
     shared = lora.add(adapted, 2)
-    common.freeze(flags(frozen_dtype="bfloat16", offload=True), shared, trained=(adapted,))
+    device.freeze(flags(frozen_dtype="bfloat16", offload=True), shared, trained=(adapted,))
     assert all(p.dtype == torch.float32 for p in shared.parameters()) and not hasattr(shared, "home")
 
 
 def test_with_bf16_activations_frozen_bf16_weights_change_nothing():
     """A weight is cast to the activations' dtype at its use anyhow. (Learned positions are added before.)"""
     ref = tiny("llama-gqa-untied")
-    common.to_device(flags(dtype="bfloat16"), CPU, ref)
+    device.to_device(flags(dtype="bfloat16"), CPU, ref)
     want = ref.logprobs(X, MASK)
-    common.freeze(flags(frozen_dtype="bfloat16"), ref, trained=())
+    device.freeze(flags(frozen_dtype="bfloat16"), ref, trained=())
     assert all(torch.equal(a, b) for a, b in zip(ref.logprobs(X, MASK), want))
 
 
@@ -101,7 +101,7 @@ def test_frozen_dtype_reaches_the_trainers(trainer, stages, tmp_path, no_curves)
 @pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo])
 def test_offloaded_models_are_at_work_when_they_are_used(trainer, stages, tmp_path, no_curves, monkeypatch):
     """A device that is none: each frozen model must be there in every forward pass, and away at the end."""
-    seen, freeze = [], common.freeze
+    seen, freeze = [], device.freeze
 
     def pretend(cfg, *models, trained):
         for model in filter(None, models):
@@ -116,13 +116,13 @@ def test_offloaded_models_are_at_work_when_they_are_used(trainer, stages, tmp_pa
     trainer.train(stages.config(trainer, tmp_path / "run", steps=2, **online, **kl))
     assert len({model for model, _ in seen}) == 2, "the reference and the reward model"
     assert {where for _, where in seen} == {"device"} and {model.where for model, _ in seen} == {"cpu"}
-    assert common.freeze is freeze
+    assert device.freeze is freeze
 
 
 def test_offload_says_that_it_does_nothing_on_the_cpu(capsys):
     ref = tiny()
-    common.freeze(flags(offload=True), ref, trained=())
-    with common.at_work(ref), common.at_work(None):
+    device.freeze(flags(offload=True), ref, trained=())
+    with device.at_work(ref), device.at_work(None):
         assert ref.device == CPU and not hasattr(ref, "home")
     assert "--offload: does nothing on the CPU" in capsys.readouterr().out
 
@@ -132,7 +132,7 @@ def test_compiled_blocks(monkeypatch):
     real, model = torch.compile, tiny("llama-gqa-untied")
     want, names = gradients_of(model)[0], list(model.state_dict())
     monkeypatch.setattr(torch, "compile", lambda fn, **how: real(fn, backend="eager", **how))
-    common.to_device(flags(compile=True), CPU, model)
+    device.to_device(flags(compile=True), CPU, model)
     with ExitStack() as stack:
         block = stack.enter_context(mock.patch.object(model, "run_block", wraps=model.run_block))
         got, _ = gradients_of(model)
@@ -147,4 +147,4 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", fail)
     with pytest.raises(common.UserError, match="--compile: .*No working C.. compiler found.; leave"):
-        common.to_device(flags(compile=True), CPU, tiny())
+        device.to_device(flags(compile=True), CPU, tiny())

@@ -1,0 +1,133 @@
+"""Where a run computes and in which precision: none of it moves a learning curve, but for rounding."""
+
+import contextlib
+import os
+
+import torch
+
+from nanorlhf import dist
+from nanorlhf.common import UserError, require
+
+
+def setup(cfg):
+    """Seeds torch; cfg.device → torch.device. `auto` takes CUDA, then Apple's mps, then the CPU.
+
+    With cfg.deterministic torch takes algorithms that repeat bit by bit, and warns where it has none. On the
+    CPU all of ours do so anyway.
+    """
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(d for d in has if has[d]) if cfg.device == "auto" else cfg.device
+    require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
+    _join(cfg, device)
+    torch.manual_seed(cfg.seed)
+    if getattr(cfg, "deterministic", False):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed one
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device(device)
+
+
+def _join(cfg, device):
+    """Join the other processes of torchrun; UserError for what does not work, or not with so many of them."""
+    shard = getattr(cfg, "shard", False)  # evaluate.py and sample.py have no such flag
+    if not dist.launched():
+        how = "start with torchrun --standalone --nproc_per_node=8 in place of python"
+        require(not shard, f"--shard cuts the model over processes: {how}")
+        return
+    require(device != "mps", "--device mps: for one process only; use cpu or cuda with torchrun")
+    here, asked = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    require(device == "cpu" or asked <= here, f"--nproc_per_node={asked} of torchrun: here are {here} GPUs")
+    dist.start(device)
+    for flag in ("batch_size", "prompts_per_step"):
+        n = getattr(cfg, flag, None)
+        say = f"--{flag} {n}: fewer than the {dist.size()} processes; some would have nothing to do"
+        require(n is None or n >= dist.size(), say)
+        if n is not None and n % dist.size():
+            more = "some have one row more than others"
+            print(f"--{flag} {n} does not divide by {dist.size()} processes: {more}")
+    if shard:
+        for flag in ("lora_rank", "off_policy_steps", "offload", "compile"):
+            require(not getattr(cfg, flag, 0), f"--{flag} does not go together with --shard")
+        from torch.distributed.fsdp import FSDPModule  # two seconds
+
+        new = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+        require(new, f"--shard needs a newer torch than {torch.__version__}: pip install -U torch")
+
+
+THREADS = torch.get_num_threads()  # torch's own choice
+
+
+def to_device(cfg, device, *models):
+    """Move models (or None), set their dtypes and the number of threads → models.
+
+    bf16_weights: weights in bfloat16 and Adam's moments with them, so that a step smaller than half their
+    spacing is lost; activations in fp32. Otherwise weights are fp32, and logits always.
+
+    Below a million parameters one thread is faster than two, and on a busy machine a hundred times faster:
+    the threads wait for each other at every small operation. The largest model decides.
+    """
+    size, rounded = 0, cfg.dtype == "bf16_weights"
+    run_block = None
+    if getattr(cfg, "compile", False) and device.type != "meta":  # --dry_run
+        run_block = compiled(lambda block, *args: block(*args), device)
+    compute = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
+    for model in filter(None, models):
+        # FSDP2 moves a block at a time: the whole may not fit
+        later = getattr(cfg, "shard", False) and device.type == "cuda"
+        model.to("cpu" if later else device, torch.bfloat16 if rounded else None)
+        trunk = getattr(model, "trunk", model)
+        trunk.compute_dtype, trunk.run_block = compute, run_block or trunk.run_block
+        trunk.recompute = getattr(cfg, "checkpoint_activations", False)
+        size = max(size, sum(p.numel() for p in model.parameters()))
+    torch.set_num_threads(cfg.threads or (1 if size < 1_000_000 else THREADS))
+    return models
+
+
+def freeze(cfg, *models, trained):
+    """--frozen_dtype and --offload, for models (or None) that are only read.
+
+    bfloat16 is for their matrices, a reward model's head aside. Where activations have it too (--dtype
+    bfloat16) this halves their memory and changes next to nothing, as a weight is cast to the activations'
+    dtype at its use. A reference that shares the tensors of a `trained` model (LoRA) is left as it is.
+    """
+    taken = {id(p) for model in trained for p in model.parameters()}
+    for model in filter(None, models):
+        trunk = getattr(model, "trunk", model)
+        if any(id(p) in taken for p in trunk.parameters()):
+            continue
+        for p in trunk.parameters():
+            if p.dim() > 1 and cfg.frozen_dtype != "float32":
+                p.data = p.data.to(getattr(torch, cfg.frozen_dtype))
+        if cfg.offload and model.device.type == "cpu":
+            print("--offload: does nothing on the CPU, where all models are at home")
+        elif cfg.offload:
+            model.home = model.device
+            if model.device.type != "meta":  # --dry_run
+                model.to("cpu")
+
+
+@contextlib.contextmanager
+def at_work(model):
+    """Within, a model that `freeze` has offloaded is on its device; afterwards on the CPU again."""
+    home = getattr(model, "home", None)
+    if home is not None:
+        model.to(home)
+    try:
+        yield
+    finally:
+        if home is not None:
+            model.to("cpu")
+
+
+def adamw(groups, device, **how):
+    """torch.optim.AdamW; on CUDA its fused form, one kernel for all weights."""
+    return torch.optim.AdamW(groups, fused=True if device.type == "cuda" else None, **how)
+
+
+def compiled(fn, device):
+    """fn under torch.compile, for any length; UserError where that does not work (no C++ compiler)."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(4, device=device))
+    except Exception as e:
+        why = str(e).strip().split("\n")[0][:100]
+        raise UserError(f"--compile: torch.compile does not work here ({why}); leave the flag out") from None
+    return torch.compile(fn, dynamic=True)
