@@ -115,6 +115,21 @@ def test_row_13_unsupported_model(change, word, refuse, model):
     refuse(train_dpo, dict(init=model), "--init", str(model), word)
 
 
+def test_row_13_unsupported_rope(refuse, tmp_path, stages):
+    """R | rotary positions of a type we have not (yarn, dynamic, linear), in either dialect | refused, the
+    type named"""
+    tok = hub.load(stages.folder / "sft/model")[1]
+    hub.save(tiny("llama", vocab_size=tok.vocab_size), tok, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    config = json.loads(path.read_text())
+    for place, key, kind in (("rope_scaling", "type", "yarn"), ("rope_scaling", "rope_type", "dynamic"),
+                             ("rope_parameters", "rope_type", "linear")):  # fmt: skip
+        other = dict(rope_scaling=None, rope_parameters=None)
+        path.write_text(json.dumps(config | other | {place: {key: kind, "factor": 2.0}}))
+        words = f"rotary positions of type '{kind}' are not supported"
+        refuse(train_dpo, dict(init=tmp_path / "model"), "--init", str(path), words)
+
+
 def test_row_14_vocabulary(refuse, model, tmp_path):
     """R | the tokenizer has more ids than the model; fewer | refused; an id that is none is never sampled"""
     tok = hub.load(model)[1]
@@ -226,12 +241,16 @@ def test_row_21_prompts_without_room(run, refuse, tmp_path):
         refuse(trainer, dict(data=data(tmp_path, long)), "longer than", "tokens")
 
 
-def test_row_22_replies_that_would_be_masked_away(run, refuse, tmp_path):
-    """S | a reply that, cut at the context, would leave no label | its row is dropped and counted, never cut;
-    the loss is never NaN"""
-    rows = [row | {"prompt": row["prompt"] if i % 2 else "a" * 15 + "="} for i, row in enumerate(words(64))]
-    done = run(train_sft, data=data(tmp_path, rows), eval_every=1)
-    assert done.status == 0 and "dropped" in done.out and "longer than the context of 16 tokens" in done.out
+@pytest.mark.parametrize("trainer", [train_sft, train_rm, train_dpo], ids=lambda t: t.__name__)
+def test_row_22_replies_that_would_be_masked_away(trainer, run, tmp_path):
+    """S | a reply (of a pair: either one) that, cut at the context, would leave no label | its row is dropped
+    and counted, never cut; the loss is never NaN"""
+    rows = [row | {"prompt": row["prompt"] if i % 2 else "a" * 15 + "="} for i, row in
+            enumerate(rows_of(trainer))]  # fmt: skip
+    done = run(trainer, data=data(tmp_path, rows), eval_every=1)
+    assert done.status == 0 and "longer than the context of 16 tokens" in done.out
+    dropped = re.findall(r"dropped (\d+) of .*demonstrations|(\d+) longer than", done.out)
+    assert sum(int(n) for found in dropped for n in found if n) == 32, done.out
     for row in metrics(tmp_path / "run"):
         assert all(value == value and "nan" not in value for value in row.values())
 
@@ -303,3 +322,14 @@ def test_row_36_no_gpu(trainer, run, refuse, tmp_path, monkeypatch):
     refuse(trainer, dict(device="cuda"), "--device cuda: this torch sees no such GPU; use cpu")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert run(trainer, dtype="bfloat16", steps=2).status == 0
+
+
+@EACH
+def test_row_36_no_compiler(trainer, refuse, monkeypatch):
+    """R | --compile where torch.compile does not work (no C++ compiler) | refused in one line"""
+
+    def fail(x):
+        raise RuntimeError("No working C++ compiler found\nand more lines")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kw: fail)
+    refuse(trainer, dict(compile="true"), "--compile: torch.compile does not work here (No working C++")

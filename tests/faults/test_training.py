@@ -15,6 +15,7 @@ import torch
 from runs import metrics, same_run
 from stages import TRAINERS
 
+import train_dpo
 import train_grpo
 import train_ppo
 import train_rm
@@ -127,20 +128,38 @@ def test_row_29_reward_that_is_no_number(trainer, body, own, run, tmp_path):
     assert done.stopped("reward f returned", "prompt '", "response '", "it must be a finite number")
 
 
+def alive(pid):
+    """Does this process still run, a moment after it was killed? A zombie that nobody waits for does not."""
+    for _ in range(50):
+        stat = Path(f"/proc/{pid}/stat")
+        try:
+            os.kill(int(pid), 0)
+            if stat.exists() and stat.read_text().rpartition(") ")[2][0] == "Z":
+                return False
+        except (ProcessLookupError, FileNotFoundError):
+            return False
+        time.sleep(0.1)
+    return True
+
+
 @posix
 @pytest.mark.slow
 def test_row_30_reward_that_misbehaves(run, tmp_path):
-    """S | a reward function raises, hangs, prints, exits, forks | it is ended at its timeout, scores 0, is
-    counted; above half of a batch the run stops"""
+    """S | a reward function raises, hangs, prints, exits, forks, starts what sleeps on | it is ended at its
+    timeout with all that it started, scores 0, is counted; above half of a batch the run stops"""
     does = {2: "raise KeyError(1)", 4: "os._exit(3)", 6: "sys.exit(3)", 8: "time.sleep(600)", 10: "os.fork()"}
-    log = str(tmp_path / "log")
+    log, pids = str(tmp_path / "log"), str(tmp_path / "pids")
+    child = f"open({pids!r}, 'a').write(f\"{{__import__('subprocess').Popen(['sleep', '600']).pid}} \")"
     body = [f"open({log!r}, 'a').write('x')", f"n = len(open({log!r}).read())", "print('noise')",
+            f"if n in (3, 8, 12): {child}",  # before it exits, before it hangs, and one that it returns after
             *(f"if n == {n}: {what}" for n, what in does.items()), "return 1.0"]  # fmt: skip
     done = run(train_grpo, steps=2, **rewards(tmp_path, "\n    ".join(body), reward_timeout=5.0))
     assert done.status == 0 and "reward f raised KeyError" in done.out and "noise" not in done.out
     shares = [float(row["reward_failed"]) for row in metrics(tmp_path / "run")]
     assert 0 < shares[0] < 0.5 and shares[1] == 0
     assert multiprocessing.active_children() == []
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 3 and not any(map(alive, pids))
     done = run(train_grpo, overwrite="true", **rewards(tmp_path, "os._exit(3)", reward_timeout=3.0))
     assert done.stopped("more than half of", "ended its process (status 3)")
     assert multiprocessing.active_children() == []
@@ -187,7 +206,7 @@ def test_row_33_exploding_ratio(stages):
 
 
 def test_row_40_no_network(tmp_path, monkeypatch):
-    """S | no network: every socket raises | SFT, reward model and PPO run; no call is tried"""
+    """S | no network: every socket raises | every trainer runs; no call is tried"""
 
     def refuse(*args, **kw):
         raise AssertionError("a connection was tried")
@@ -199,6 +218,9 @@ def test_row_40_no_network(tmp_path, monkeypatch):
         (train_sft, dict(out="sft", batch_size=4, eval_every=0, **size)),
         (train_rm, dict(out="rm", init="sft/model", pairs=16, batch_size=4)),
         (train_ppo, dict(out="ppo", init="sft/model", rm="rm/model", prompts_per_step=4, eval_prompts=4)),
+        (train_grpo, dict(task="reviews", out="grpo", init="sft/model", rm="rm/model", prompts_per_step=2,
+                          group_size=2, minibatches=1, eval_prompts=4)),
+        (train_dpo, dict(out="dpo", init="sft/model", pairs=16, batch_size=4, eval_prompts=4)),
     ):
         monkeypatch.chdir(tmp_path)
         trainer.train(trainer.Config(steps=1, **flags))
@@ -220,20 +242,24 @@ def test_row_41_surroundings(run, stages, tmp_path):
     same_run(tmp_path / "here", out / "run")
 
 
-@RL
+@pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo], ids=lambda t: t.__name__)
 def test_row_43_reference(trainer, run, stages, tmp_path, monkeypatch):
     """S | the reference drifts with the policy | its weights are bit-equal after training; at step 0 the
-    ratio is 1 and the KL 0"""
+    ratio is 1, DPO's margin 0, and the KL 0"""
     seen, real = [], trainer.load_models
     monkeypatch.setattr(trainer, "load_models", lambda *args: seen.append(real(*args)) or seen[-1])
-    more = {} if trainer is train_ppo else dict(kl="k3", off_policy_steps=0)
-    assert run(trainer, minibatches=1, beta=0.1, **more).status == 0
+    more = {train_ppo: dict(minibatches=1), train_grpo: dict(minibatches=1, kl="k3", off_policy_steps=0)}
+    assert run(trainer, beta=0.1, **more.get(trainer, {})).status == 0
     policy, ref = seen[0][:2]
     before = hub.load(stages.folder / "sft/model")[0].state_dict()
     assert all(torch.equal(ref.state_dict()[key], before[key]) for key in before)
     assert not all(torch.equal(policy.state_dict()[key], before[key]) for key in before)
     first = metrics(tmp_path / "run")[0]
-    assert float(first["ratio_max"]) == pytest.approx(1, abs=1e-5) and abs(float(first["kl"])) < 1e-5
+    assert abs(float(first["kl"])) < 1e-5
+    if trainer is train_dpo:
+        assert abs(float(first["margin"])) < 1e-5
+    else:
+        assert float(first["ratio_max"]) == pytest.approx(1, abs=1e-5)
 
 
 def resident():
@@ -245,7 +271,7 @@ def resident():
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", TRAINERS if FULL else TRAINERS[:1], ids=lambda t: t.__name__)
 def test_row_44_many_steps(trainer, run, tmp_path, monkeypatch):
-    """S | 10,000 steps of a tiny run | memory, open files and time of a step stay flat"""
+    """S | 10,000 steps of a tiny run | memory and open files stay flat; the time of a step is printed"""
     from nanorlhf.common import Log
 
     steps, marks, row = 10_000 if FULL else 600, [], Log.row
