@@ -1,6 +1,7 @@
 """Faults of saving and resuming. Docstrings are rows of docs/reliability.md."""
 
 import json
+import math
 import os
 import random
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import EACH, crash, equal, metrics, same_run, snapshot, state, states
+from runs import EACH, crash, equal, metrics, same_run, snapshot, state, states, to_argv
 from stages import LOSS
 
 import train_grpo
@@ -64,7 +65,7 @@ sys.exit(train_sft.main())
 
 @posix
 @pytest.mark.slow
-@pytest.mark.parametrize("first, more", [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+@pytest.mark.parametrize("first, more", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGINT, 1)])
 def test_row_03_signals(first, more, stages, tmp_path):
     """S | Ctrl-C or SIGTERM | the step is finished and saved, status 130 or 143; a second one ends it at
     once"""
@@ -230,12 +231,19 @@ def test_row_09_resume_with_another_model(flags, says, run, tmp_path):
 
 
 @EACH
-def test_row_10_resume_with_another_learning_rate(trainer, run, tmp_path):
-    """S | --resume with another learning rate, weight decay, beta, number of steps | printed, and used"""
+def test_row_10_resume_with_another_learning_rate(trainer, run, tmp_path, spy):
+    """S | --resume with another learning rate, batch size, weight decay, beta, number of steps | printed, and
+    used"""
     more = {train_ppo: dict(beta=0.7, critic_lr=1e-9), train_grpo: {}}.get(trainer, dict(weight_decay=0.5))
+    batch, was = {train_ppo: ("prompts_per_step", 8), train_grpo: ("prompts_per_step", 4)}.get(
+        trainer, ("batch_size", 8))  # fmt: skip
+    more[batch] = was + 2
+    drawn = spy(trainer, "epoch_batches")
     run(trainer, steps=2)
     done = run(trainer, steps=4, lr=1e-9, resume="true", **more)
     assert "--lr was 0.01, is now 1e-09" in done.out and "--steps was 2, is now 4" in done.out
+    assert f"--{batch} was {was}, is now {was + 2}" in done.out
+    assert [len(rows) for _, rows in (drawn[0], drawn[-1])] == [was, was + 2]
     last = metrics(tmp_path / "run")[-1]
     assert float(last["lr"]) <= 1e-9 and float(last.get("beta", 0.7)) == 0.7
     groups = state(tmp_path / "run", "step-000004")["optimizer"]["param_groups"]
@@ -247,25 +255,39 @@ def test_row_10_resume_with_another_learning_rate(trainer, run, tmp_path):
 
 @EACH
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_row_32_loss_that_is_not_finite(trainer, value, run, tmp_path, monkeypatch, capsys):
-    """X | NaN or infinity in loss or gradient | before the update, weights as saved before; the batch goes to
-    bad-step-N.pt, which nanorlhf.replay reproduces"""
-    loss, models, start = getattr(trainer, LOSS[trainer]), {}, Run.start
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_row_32_loss_that_is_not_finite(trainer, where, value, run, tmp_path, monkeypatch, capsys):
+    """X | NaN or infinity in the loss, or in the gradient alone | before the update, weights and Adam's
+    moments as saved before; the batch goes to bad-step-N.pt, which nanorlhf.replay reproduces"""
+    loss, models, optimizers, start = getattr(trainer, LOSS[trainer]), {}, [], Run.start
 
     def spoilt(*args):
         out = loss(*args)
         if not (tmp_path / "run/state/step-000002").exists():  # not yet step 2
             return out
-        return (out[0] * value, *out[1:]) if isinstance(out, tuple) else out * value
+        if where == "loss":
+            return (out[0] * value, *out[1:]) if isinstance(out, tuple) else out * value
+        x = out[0] if isinstance(out, tuple) else out
+        if x.requires_grad:
+            x.register_hook(lambda grad: grad * value)
+        return out
 
     monkeypatch.setattr(trainer, LOSS[trainer], spoilt)
-    spy = lambda run, m, *args, **kw: models.update(m) or start(run, m, *args, **kw)  # noqa: E731
+    def spy(run, m, optimizer, *args, **kw):
+        models.update(m)
+        optimizers.append(optimizer)
+        return start(run, m, optimizer, *args, **kw)
+
     monkeypatch.setattr(Run, "start", spy)
     done = run(trainer, save_every=1)
     assert done.stopped("this update was not made", "metrics.csv", "--lr", "nanorlhf.replay")
-    assert f"stopped: step 2: loss {value:g}" in done.err[0].replace("-inf", "inf")
-    saved = state(tmp_path / "run", "step-000002")["models"]
-    assert all(equal(dict(models[name].state_dict()), saved[name]) for name in saved)
+    found = re.search(r"stopped: step 2: loss (\S+), gradient norm (\S+) ", done.err[0])
+    assert math.isfinite(float(found[1])) if where == "gradient" else found[1].lstrip("-") == f"{value:g}"
+    assert not math.isfinite(float(found[2]))
+    saved = state(tmp_path / "run", "step-000002")
+    assert all(equal(dict(models[name].state_dict()), saved["models"][name]) for name in models)
+    moments = optimizers[0].state_dict()["state"]
+    assert moments and equal(moments, saved["optimizer"]["state"])
     assert len(metrics(tmp_path / "run")) == 2 and hub.load(tmp_path / "run/model")
     file = f"{tmp_path}/run/bad-step-2.pt"
     assert replay.main([file]) == 1 and "not finite again" in capsys.readouterr().out
@@ -275,17 +297,21 @@ def test_row_32_loss_that_is_not_finite(trainer, value, run, tmp_path, monkeypat
     assert "finite here: not reproduced" in out and "not finite: none" in out
 
 
-def test_row_37_out_of_memory(run, tmp_path, at_step):
+@pytest.mark.parametrize("trainer, then", [
+    (train_grpo, "--prompts_per_step (now 4)"), (train_sft, "--batch_size (now 8)")],
+    ids=["train_grpo", "train_sft"])  # fmt: skip
+def test_row_37_out_of_memory(trainer, then, run, tmp_path, at_step):
     """X | out of memory in a step | sizes, and the flags to lower; the checkpoint is kept"""
+    budget = trainer.Config.tokens_per_microbatch
     allocate = lambda: torch.empty(1 << 60)  # noqa: E731
     for error, words in ((allocate, ["4611686018427387904 bytes"]), (None, ["3 MiB"])):
         undo = at_step(3, error or (lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("3 MiB\nmore"))))
-        done = run(train_grpo, overwrite="true")
+        done = run(trainer, overwrite="true")
         undo()
-        lower = "lower --tokens_per_microbatch (now 4096), then --prompts_per_step (now 4)"
+        lower = f"lower --tokens_per_microbatch (now {budget}), then {then}"
         assert done.stopped("out of memory", lower, *words)
         assert states(tmp_path / "run") == ["step-000002"]
-    assert run(train_grpo, resume="true").status == 0
+    assert run(trainer, resume="true").status == 0
 
 
 @EACH
@@ -305,21 +331,26 @@ def test_row_38_same_seed_same_run(trainer, run, tmp_path):
 
 
 @posix
-def test_row_39_two_processes_on_one_folder(run, tmp_path, at_step):
-    """R | a second process on the same --out | refused with the first one's pid; a dead one's lock is taken
-    over"""
+def test_row_39_two_processes_on_one_folder(run, stages, tmp_path, at_step):
+    """R | a second trainer on the same --out, even with --overwrite | refused with the first one's pid, which
+    goes on untouched; a dead one's lock is taken over"""
+    run(train_sft, "alone")
+    flags = stages.flags(train_sft, tmp_path / "run", overwrite="true")
+
+    def second():
+        before = snapshot(tmp_path / "run")
+        argv = [sys.executable, str(ROOT / "train_sft.py"), *to_argv(flags)]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        assert snapshot(tmp_path / "run") == before
+        seen.append((done.returncode, done.stderr.splitlines()))
+
     seen = []
-    run(train_sft, "other")
-    at_step(3, lambda: seen.append(second(tmp_path / "run")))
+    at_step(3, second)
     assert run(train_sft).status == 0
-    assert f"in use by another process (pid {os.getpid()})" in seen[0], seen
+    (status, lines), = seen
+    assert status == 2 and len(lines) == 1, seen
+    assert f"in use by another process (pid {os.getpid()})" in lines[0]
+    same_run(tmp_path / "alone", tmp_path / "run")
     assert not (tmp_path / "run/lock").exists()
     (tmp_path / "run/lock").write_text("1")  # of a process that was killed
     assert run(train_sft, resume="true", steps=8).status == 0
-
-
-def second(folder):
-    """What take_lock says in another process."""
-    code = f"from nanorlhf.checkpoint import take_lock\ntry: take_lock({str(folder)!r})\n" \
-        "except Exception as e: print(type(e).__name__, e)"  # fmt: skip
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
