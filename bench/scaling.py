@@ -13,6 +13,7 @@ import torch
 from bench import table
 from nanorlhf import plan
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.slots import SLOTS
 
 PAGE = os.path.join(table.ROOT, "docs", "scaling.md")
 GPU, GIB = 80, 1 << 30  # GiB of the GPU that the tables are about
@@ -58,7 +59,8 @@ def memory(model, gpus, shard):
     resident = {"weights": 4 * P / cut, "gradients": 4 * P / cut, "AdamW": 8 * P / cut,
                 "reference": 4 * P / cut}  # fmt: skip
     update = sum(plan._update(MICROBATCH, model).values())
-    sampling = plan._sampling(model, PROMPTS * GROUP // gpus, PROMPT + NEW)
+    slots = min(SLOTS, PROMPTS * GROUP // gpus)
+    sampling = plan._sampling(model, slots, PROMPT + NEW, PROMPT)
     if shard:  # what is gathered is in bf16 already; two blocks, as the second is on its way
         update -= plan.layer_bytes(model)[1] + c * model.wte.weight.numel()
         update += 2 * c * block + (c + 4) * block + (2 * c + 4) * outside  # and gradients, of one block
