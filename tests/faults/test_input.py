@@ -104,8 +104,8 @@ def test_row_12_weights_missing(refuse, model):
     (None, "is unknown to this model"),
 ])  # fmt: skip
 def test_row_13_unsupported_model(change, word, refuse, model):
-    """R | unsupported model_type or activation; missing, extra, mis-shaped tensor | refused, file and field
-    named"""
+    """R | unsupported model_type, activation or rotary type; missing, extra, mis-shaped tensor | refused,
+    file and field named"""
     if change:
         config = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps(config | change))
@@ -115,9 +115,8 @@ def test_row_13_unsupported_model(change, word, refuse, model):
     refuse(train_dpo, dict(init=model), "--init", str(model), word)
 
 
-def test_row_13_unsupported_rope(refuse, tmp_path, stages):
-    """R | rotary positions of a type we have not (yarn, dynamic, linear), in either dialect | refused, the
-    type named"""
+def test_unsupported_rope(refuse, tmp_path, stages):
+    """Row 13: rotary positions of a type we have not, in the words of transformers 4 and 5."""
     tok = hub.load(stages.folder / "sft/model")[1]
     hub.save(tiny("llama", vocab_size=tok.vocab_size), tok, tmp_path / "model")
     path = tmp_path / "model/config.json"
@@ -318,15 +317,16 @@ def test_row_35_flags(trainer, argv, says, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @EACH
 def test_row_36_no_gpu(trainer, run, refuse, tmp_path, monkeypatch):
-    """R | --device cuda without a GPU; no Triton, bfloat16 on a CPU | refused; torch's kernels are used"""
+    """R | --device cuda without a GPU, --compile without a compiler; no Triton, bfloat16 on a CPU | refused;
+    torch's kernels are used"""
     refuse(trainer, dict(device="cuda"), "--device cuda: this torch sees no such GPU; use cpu")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert run(trainer, dtype="bfloat16", steps=2).status == 0
 
 
 @EACH
-def test_row_36_no_compiler(trainer, refuse, monkeypatch):
-    """R | --compile where torch.compile does not work (no C++ compiler) | refused in one line"""
+def test_no_compiler(trainer, refuse, monkeypatch):
+    """Row 36: --compile where torch.compile does not work."""
 
     def fail(x):
         raise RuntimeError("No working C++ compiler found\nand more lines")

@@ -97,9 +97,8 @@ def test_row_03_signals(first, more, stages, tmp_path):
 @posix
 @EACH
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_row_03_one_signal(trainer, signum, run, tmp_path, at_step):
-    """S | one Ctrl-C or SIGTERM in the middle of a step, to each trainer | status 130 or 143; resumed it ends
-    bit-equal to the uninterrupted run"""
+def test_one_signal_to_each_trainer(trainer, signum, run, tmp_path, at_step):
+    """Row 3, in this process: resumed it ends bit-equal to the uninterrupted run."""
     run(trainer, "whole")
     at_step(2, lambda: os.kill(os.getpid(), signum))
     done = run(trainer)
