@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 TILE = 1 << 21  # logits held at once: 8 MiB in fp32; larger no longer fits a core's cache and is slower
-STORED = 1 << 25  # logits that LinearLoss keeps at once: 128 MiB in fp32
+STORED = 22 << 20  # logits that LinearLoss keeps at once: 88 MiB in fp32
 COLS = 4096  # columns of a tile: with fewer rows than 512 the matmuls have too little to do
 
 
@@ -38,6 +38,18 @@ def _tiles(n, vocab, stored=None):
     cols = min(vocab, COLS, TILE)
     rows = TILE // cols if stored is None else max(1, min(TILE // cols, stored // vocab))
     return spans(n, rows), spans(vocab, cols)
+
+
+def _room(like, n, rows, cols):
+    """n buffers, each for any tile of `rows` by `cols`: asking for one a tile costs page faults."""
+    size = max((r.stop - r.start for r in rows), default=0) * max((c.stop - c.start for c in cols), default=0)
+    return [like.new_empty(size, dtype=torch.promote_types(like.dtype, torch.float32)) for _ in range(n)]
+
+
+def _in(buffer, r, c):
+    """The part of a buffer that is a tile of the rows r and the columns c."""
+    shape = r.stop - r.start, c.stop - c.start
+    return buffer[: shape[0] * shape[1]].view(shape)
 
 
 def _wide(x):
@@ -69,18 +81,17 @@ def _place(target, z):
     return target.clamp(0, z.shape[1] - 1)[:, None], here[:, None]
 
 
-def _fold(z, target, masked, keep=False):
+def _fold(z, target, masked, shifted, e):
     """A tile → (4, rows): maximum m, s = Σ exp(z−m), Σ exp(z−m)·(z−m), and z at the target if it is here.
 
     Without the shift by m, Σ p z would cancel against lse: at logits of 300, errors of 3e-3 in fp32.
-    Overwrites z, unless it is to `keep`.
+    shifted (which may be z) and e: tiles to be overwritten.
     """
     at, here = _place(target, z)
     y = torch.where(here, z.gather(1, at), 0.0).squeeze(1)
     top = _top(z)
-    z = z - top[:, None] if keep else z.sub_(top[:, None])
-    e = z.exp()
-    total = e.sum(-1)
+    z = torch.sub(z, top[:, None], out=shifted)
+    total = torch.exp(z, out=e).sum(-1)
     return torch.stack((top, total, e.mul_(_finite(z, e) if masked else z).sum(-1), y))
 
 
@@ -96,17 +107,18 @@ def merge(stats):
     return y.sum(0) - top - log_total, entropy, top + log_total
 
 
-def _dlogits(z, target, lse, entropy, g, h):
+def _dlogits(z, target, lse, entropy, g, h, masked, spare):
     """A tile of logits → ∂loss/∂(x·wᵀ). All else (rows,); g, h: upstream, over the temperature; h None: 0.
 
-    Overwrites z.
+    Overwrites z, or z and `spare`, a tile.
     """
     logp = z.sub_(lse[:, None])
     if h is None:
         dz = logp.exp_().mul_(-g[:, None])
     else:
-        p = logp.exp()
-        dz = p * (-g[:, None] - h[:, None] * (_finite(logp, p) + entropy[:, None]))
+        dz = torch.exp(logp, out=spare)
+        logp = _finite(logp, dz) if masked else logp
+        dz *= logp.add_(entropy[:, None]).mul_(-h[:, None]).sub_(g[:, None])
     at, here = _place(target, z)
     return dz.scatter_add_(1, at, torch.where(here, g[:, None], 0.0))
 
@@ -139,11 +151,13 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature):
         out = _wide(hidden).new_empty(3, len(hidden))
         rows, cols = _tiles(len(hidden), len(weight))
+        room = _room(hidden, 2, rows, cols)
         for r in rows:
             stats = []
             for c in cols:
-                z = _logits(hidden, weight, bias, r, c, temperature)
-                stats.append(_fold(z, targets[r] - c.start, masked=bias is not None))
+                z, e = (_in(x, r, c) for x in room)
+                _logits(hidden, weight, bias, r, c, temperature, out=z)
+                stats.append(_fold(z, targets[r] - c.start, bias is not None, z, e))
             out[:, r] = torch.stack(merge(torch.stack(stats)))
         logp, entropy, lse = out
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
@@ -157,9 +171,9 @@ class LinearLogprob(torch.autograd.Function):
         use_entropy = bool((h != 0).any())
         g, h = g / ctx.temperature, h / ctx.temperature
 
-        def dlogits(r, c, z):
+        def dlogits(r, c, z, spare):
             h_r = h[r] if use_entropy else None
-            return _dlogits(z, targets[r] - c.start, lse[r], entropy[r], g[r], h_r)
+            return _dlogits(z, targets[r] - c.start, lse[r], entropy[r], g[r], h_r, bias is not None, spare)
 
         return *_backward(ctx, hidden, weight, bias, dlogits), None, None
 
@@ -186,19 +200,22 @@ class LinearLoss(torch.autograd.Function):
         logp, entropy = _wide(hidden).new_empty(2, len(hidden))
         total, grads = logp.new_zeros(()), _zeros(ctx, hidden, weight, bias)
         rows, cols = _tiles(len(hidden), len(weight), STORED)
-        buffer = logp.new_empty(max((r.stop - r.start for r in rows), default=0) * len(weight))
+        kept = logp.new_empty(max((r.stop - r.start for r in rows), default=0) * len(weight))
+        room, masked = _room(hidden, 2, rows, cols), bias is not None
         for r in rows:
             n, stats = r.stop - r.start, []
-            tiles = [buffer[n * c.start : n * c.stop].view(n, -1) for c in cols]
+            tiles = [kept[n * c.start : n * c.stop].view(n, -1) for c in cols]
             for c, z in zip(cols, tiles):
+                shifted, e = (_in(x, r, c) for x in room)
                 _logits(hidden, weight, bias, r, c, temperature, out=z)
-                stats.append(_fold(z, targets[r] - c.start, masked=bias is not None, keep=True))
+                stats.append(_fold(z, targets[r] - c.start, masked, shifted, e))
             logp[r], entropy[r], lse = merge(torch.stack(stats))
             part, g, h = differentiate(loss, logp[r], entropy[r], r)
             total += part
             g, h = g / temperature, h / temperature if (h != 0).any() else None
             for c, z in zip(cols, tiles):
-                dz = _dlogits(z, targets[r] - c.start, lse, entropy[r], g, h)
+                spare = _in(room[0], r, c)
+                dz = _dlogits(z, targets[r] - c.start, lse, entropy[r], g, h, masked, spare)
                 _add(grads, dz, hidden, weight, r, c)
         return hand_over(ctx, grads, (hidden, weight, bias), total, logp, entropy)
 
@@ -243,8 +260,8 @@ class LinearKL(torch.autograd.Function):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, lse, lse_ref = ctx.saved_tensors
         g = g / ctx.temperature
 
-        def dlogits(r, c, z):
-            q = _logits(ref_hidden, ref_weight, ref_bias, r, c, ctx.temperature)
+        def dlogits(r, c, z, spare):
+            q = _logits(ref_hidden, ref_weight, ref_bias, r, c, ctx.temperature, out=spare)
             logp, logq = z.sub_(lse[r, None]), q.sub_(lse_ref[r, None])
             p = logp.exp()
             dz = p - logq.exp() if ctx.reverse else p * (_finite(logp - logq, p) - kl[r, None])
@@ -254,13 +271,16 @@ class LinearKL(torch.autograd.Function):
 
 
 def _backward(ctx, hidden, weight, bias, dlogits):
-    """Gradients of hidden, weight and bias, or None; `dlogits(rows, columns, z)`: ∂loss/∂(x·wᵀ) of a tile."""
+    """Gradients of hidden, weight and bias, or None; dlogits(rows, columns, z, a tile to be overwritten):
+    ∂loss/∂(x·wᵀ) of a tile."""
     grads = _zeros(ctx, hidden, weight, bias)
     rows, cols = _tiles(len(hidden), len(weight))
+    room = _room(hidden, 2, rows, cols)
     for r in rows:
         for c in cols:
-            z = _logits(hidden, weight, bias, r, c, ctx.temperature)
-            _add(grads, dlogits(r, c, z), hidden, weight, r, c)
+            z, spare = (_in(x, r, c) for x in room)
+            _logits(hidden, weight, bias, r, c, ctx.temperature, out=z)
+            _add(grads, dlogits(r, c, z, spare), hidden, weight, r, c)
     return like(grads, (hidden, weight, bias))
 
 
