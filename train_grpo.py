@@ -168,7 +168,7 @@ COLUMNS = (
     "step reward reward_se reward_failed kl entropy len len_wrong stop dead clip ratio_max gap gnorm "
     "rounds sampled limit lr tok_s s eval/reward eval/greedy"
 ).split()
-SHOW = ["reward", "kl", "entropy", "len", "stop", "dead", "gnorm"]
+SHOW = ["reward", "kl", "entropy", "len", "stop", "dead", "gnorm", "gap"]
 PANELS = ["reward", "kl", "entropy", ("len", "len_wrong"), "dead", "clip"]
 
 # ------------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ COLUMNS = (
     "step reward reward_se reward_failed kl entropy len stop dead clip ratio_max gap gnorm value_loss "
     "explained_var critic_gnorm beta lr tok_s s eval/reward eval/greedy"
 ).split()
-SHOW = ["reward", "kl", "entropy", "len", "stop", "clip", "gnorm"]
+SHOW = ["reward", "kl", "entropy", "len", "stop", "clip", "gnorm", "gap"]
 PANELS = ["reward", "kl", "entropy", "len", "clip", "explained_var"]
 
 # ------------------------------------------------------------------------------------------------------------

@@ -305,7 +305,7 @@ class Log:
 
     def __init__(self, out, columns, show, steps, start=0, wandb="", config=None):
         self.columns, self.out = columns, out
-        self.widths = {name: max(9, len(name) + 2) for name in ("step", *show)}
+        self.widths = {"step": 8} | {name: max(9, len(name) + 2) for name in show}
         self.every, self.printed, self.warned = max(1, steps // 20), 0, False
         self.last, self.writes = {}, dist.rank() == 0
         self._keep_before(start)
@@ -411,7 +411,7 @@ class Log:
 def _cell(value):
     if value is None or isinstance(value, int):
         return "" if value is None else str(value)
-    if 1e-5 < abs(value) < 1e-3:
+    if 1e-7 < abs(value) < 1e-3:
         return f"{value:.0e}"
     value = round(value, 3) + 0.0  # no −0.000
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
