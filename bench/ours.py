@@ -73,7 +73,7 @@ def bare(spec, turn):
     tokens = torch.tensor(spec["tokens"], device=spec["device"])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
-    cfg = train_sft.Config(tokens_per_microbatch=0)
+    cfg = train_sft.Config()  # and so micro-batches of 1,024 tokens
     batch = dict(tokens=tokens, mask=mask, lengths=mask.sum(1).cpu() + 1, denom=mask.sum())
     first = None
     while True:

@@ -119,7 +119,8 @@ class Slots:
             return self.step(b, live)
         if self.graphs[b, live] is None:
             self.graphs[b, live] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[b, live], pool=self.pool):
+            how = dict(pool=self.pool, capture_error_mode="thread_local")  # NCCL has a thread
+            with torch.cuda.graph(self.graphs[b, live], **how):
                 self.step(b, live)  # recorded, not run
         self.graphs[b, live].replay()
 
