@@ -240,11 +240,12 @@ def adapt_beta(beta, kl, cfg, samples):
 def load_models(cfg, device):
     """→ policy, reference, critic, reward model (or None), tokenizer. All must share one vocabulary."""
     sft, pairs = f"python train_sft.py --task {cfg.task}", f"python train_rm.py --task {cfg.task}"
-    policy, tok = hub.load(cfg.init, "--init", sft, "language model")
-    ref, _ = hub.load(cfg.ref, "--ref", sft, "language model", like=tok)
-    rm = hub.load(cfg.rm, "--rm", pairs, "reward model", like=tok)[0] if cfg.rm else None
+    policy, tok = hub.load(cfg.init, "--init", sft, "language model", shard=cfg.shard)
+    how = dict(like=tok, shard=cfg.shard)
+    ref, _ = hub.load(cfg.ref, "--ref", sft, "language model", **how)
+    rm = hub.load(cfg.rm, "--rm", pairs, "reward model", **how)[0] if cfg.rm else None
     # detail 22: the critic starts as the reward model
-    critic, _ = hub.load(cfg.critic_init, "--critic_init", pairs, like=tok)
+    critic, _ = hub.load(cfg.critic_init, "--critic_init", pairs, **how)
     if isinstance(critic, GPT):
         critic = ScalarModel(critic)
         torch.nn.init.zeros_(critic.score.weight)  # with no reward model behind it the best first guess is 0

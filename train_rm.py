@@ -269,7 +269,8 @@ def log_samples(log, step, model, answers, tok):
 
 def load_model(cfg, device):
     """→ reward model on the trunk of the SFT model, tokenizer."""
-    policy, tok = hub.load(cfg.init, hint=f"python train_sft.py --task {cfg.task}", kind="language model")
+    how = dict(kind="language model", shard=cfg.shard)
+    policy, tok = hub.load(cfg.init, hint=f"python train_sft.py --task {cfg.task}", **how)
     return *to_device(cfg, device, ScalarModel(policy)), tok
 
 
@@ -278,6 +279,8 @@ def train(cfg):
     device = setup(cfg)
     task = tasks.get(cfg.task)
     model, tok = load_model(cfg, device)
+    lora.add(model, cfg.lora_rank, cfg.dtype)  # as they begin, adapters change nothing of what is sampled
+    dist.spread(cfg, model)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
         if cfg.kind == "preference":
             data, triples, references = load_pairs(cfg, task, model.trunk, tok)
@@ -289,8 +292,6 @@ def train(cfg):
             model.step_ids, length_judge = ends, {}
             data, test = load_judged(cfg, tok, ends, model.cfg.max_len)
             shown = [(row.ids[: row.prompt], row.ids[row.prompt :]) for row in test[:8]]
-        lora.add(model, cfg.lora_rank, cfg.dtype)  # only now: the pairs are samples of the plain model
-        dist.spread(cfg, model)
         betas, decay = (0.9, 0.99), cfg.weight_decay
         opt = adamw(model.parameters(), device, lr=cfg.lr, betas=betas, weight_decay=decay)
         start, _ = run.start({"model": model}, opt)

@@ -200,7 +200,7 @@ def load(cfg, device):
     task = tasks.get(cfg.task)
     train_rows, test_rows = demonstrations(cfg, task)
     if cfg.init:
-        model, tok = hub.load(cfg.init, kind="language model")
+        model, tok = hub.load(cfg.init, kind="language model", shard=cfg.shard)
     else:
         tok = new_tokenizer(cfg, task, train_rows, test_rows)
         model = new_model(cfg, tok)

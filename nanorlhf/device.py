@@ -20,6 +20,8 @@ def setup(cfg):
     require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
     _join(cfg, device)
     torch.manual_seed(cfg.seed)
+    if device == "cpu" and getattr(cfg, "offload", False):
+        print("--offload: does nothing on the CPU, where all models are at home")
     if getattr(cfg, "deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed one
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -45,7 +47,7 @@ def _join(cfg, device):
             more = "some have one row more than others"
             print(f"--{flag} {n} does not divide by {dist.size()} processes: {more}")
     if shard:
-        for flag in ("lora_rank", "off_policy_steps", "offload", "compile"):
+        for flag in ("lora_rank", "off_policy_steps", "compile"):
             require(not getattr(cfg, flag, 0), f"--{flag} does not go together with --shard")
         from torch.distributed.fsdp import FSDPModule  # two seconds
 
@@ -72,8 +74,8 @@ def to_device(cfg, device, *models):
     compute = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
     for model in filter(None, models):
         # FSDP2 moves a block at a time: the whole may not fit
-        later = getattr(cfg, "shard", False) and device.type == "cuda"
-        model.to("cpu" if later else device, torch.bfloat16 if rounded else None)
+        later = getattr(cfg, "shard", False)
+        model.to(None if later else device, torch.bfloat16 if rounded else None)
         trunk = getattr(model, "trunk", model)
         trunk.compute_dtype, trunk.run_block = compute, run_block or trunk.run_block
         trunk.recompute = getattr(cfg, "checkpoint_activations", False)
@@ -87,7 +89,8 @@ def freeze(cfg, *models, trained):
 
     bfloat16 is for their matrices, a reward model's head aside. Where activations have it too (--dtype
     bfloat16) this halves their memory and changes next to nothing, as a weight is cast to the activations'
-    dtype at its use. A reference that shares the tensors of a `trained` model (LoRA) is left as it is.
+    dtype at its use. A reference that shares the tensors of a `trained` model (LoRA) is left as it is. What
+    --shard cuts is offloaded by FSDP2 itself (dist.spread).
     """
     taken = {id(p) for model in trained for p in model.parameters()}
     for model in filter(None, models):
@@ -97,9 +100,7 @@ def freeze(cfg, *models, trained):
         for p in trunk.parameters():
             if p.dim() > 1 and cfg.frozen_dtype != "float32":
                 p.data = p.data.to(getattr(torch, cfg.frozen_dtype))
-        if cfg.offload and model.device.type == "cpu":
-            print("--offload: does nothing on the CPU, where all models are at home")
-        elif cfg.offload:
+        if cfg.offload and model.device.type != "cpu" and not getattr(cfg, "shard", False):
             model.home = model.device
             if model.device.type != "meta":  # --dry_run
                 model.to("cpu")

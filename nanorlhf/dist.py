@@ -235,13 +235,16 @@ def spread(cfg, *models, frozen=()):
     """Make the models (or None) those of all ranks: DDP for those that are trained; --shard: FSDP2 for all.
 
     To be called after the last copy.deepcopy of them and before the optimizer is built: one built before
-    would go on moving the whole weights, which nobody uses any more.
+    would go on moving the whole weights, which nobody uses any more. With --shard and --offload the pieces of
+    frozen models lie in the host's memory, and go to the GPU block by block. What `hub.load` has left unread
+    is read now, so that UserError may come of it.
     """
     if cfg.shard:
+        for model in filter(None, models):
+            _shard(model, cfg)
         for model in filter(None, frozen):
             model.requires_grad_(False)  # of what is trained, FSDP2 wants one dtype; --frozen_dtype makes two
-        for model in filter(None, (*models, *frozen)):
-            _shard(model, cfg)
+            _shard(model, cfg, offload=cfg.offload and _device.type != "cpu")
     elif size() > 1:
         for model in models:
             _replicate(model)
@@ -283,24 +286,35 @@ def _sum(_, bucket):
     return torch_dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
 
 
-def _shard(model, cfg):
+def _shard(model, cfg, offload=False):
     """FSDP2: each block is gathered when it is used; what lies around them stays until the backward ends.
 
-    bfloat16: weights are kept, and gradients summed, in fp32, and gathered in bf16.
+    bfloat16: weights are kept, and gradients summed, in fp32, and gathered in bf16. Of weights on the meta
+    device pieces are made, which `model.fill`, left there by hub.load, then reads.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed import fsdp
 
-    how = {"mesh": torch_dist.init_device_mesh(_device.type, (size(),))}
+    how, home = {"mesh": torch_dist.init_device_mesh(_device.type, (size(),))}, _device
+    if offload:
+        how["offload_policy"], home = fsdp.CPUOffloadPolicy(), torch.device("cpu")
     if cfg.dtype == "bfloat16":  # inputs stay as they are: rotary tables are fp32
-        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in getattr(model, "trunk", model).blocks:
-        fully_shard(block, **how)
-    fully_shard(model, reshard_after_forward=False, **how)  # the unembedding is used after model.forward
+        policy = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        how["mp_policy"] = policy
+    trunk = getattr(model, "trunk", model)
+    for block in trunk.blocks:
+        fsdp.fully_shard(block, **how)
+    fsdp.fully_shard(trunk, reshard_after_forward=False, **how)  # the unembedding is used after its forward
+    if model is not trunk:  # the scalar head
+        fsdp.fully_shard(model, reshard_after_forward=False, **how)
+    model._apply(lambda x: torch.empty_like(x, device=home) if x.is_meta else x)
+    for module in (trunk, model):
+        if fill := vars(module).pop("fill", None):
+            fill(module)
     for module in _sharded(model):
         module.set_gradient_divide_factor(1.0)  # a sum, as in _sum
         module.set_force_sum_reduction_for_comms(True)
     for name in model.PASSES:
-        register_fsdp_forward_method(model, name)
+        fsdp.register_fsdp_forward_method(model, name)
 
 
 def _sharded(model):
@@ -342,6 +356,12 @@ def full(x):
 def local(x):
     """A tensor that is cut over the ranks → this rank's piece; any other tensor as it is."""
     return x.to_local() if hasattr(x, "to_local") else x
+
+
+def piece(whole, x):
+    """A whole tensor → the rows of it that this rank holds in x; all, if x is not cut."""
+    rows = -(-len(whole) // size())  # as torch.chunk, by which FSDP2 cuts
+    return whole[rank() * rows : (rank() + 1) * rows] if hasattr(x, "to_local") else whole
 
 
 def clip(parameters, max_norm):

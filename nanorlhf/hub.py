@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanorlhf import dist, lora
 from nanorlhf.checkpoint import tensor_bytes, write_folder
@@ -302,12 +303,13 @@ def _fill(model, family, folder):
                 have, shape = tuple(tensor.shape), _shape(name, want[name])
                 require(have == shape, f"tensor {key} has shape {have}, config.json says {shape}")
                 for part, view in zip(want[name], _views(tensor, name, want[name], trunk.cfg)):
-                    part.view(view.shape).copy_(view)
+                    dist.local(part).copy_(dist.piece(view.reshape(part.shape), part))
                 seen.add(name)
             require(said in (None, digest.hexdigest()), "wrong checksum: damaged after it was saved")
     for name in sorted(want.keys() - seen):
         raise UserError(f"{file}: tensor {name} is missing")
-    if head is not None and not torch.equal(head.to(trunk.wte.weight.dtype), trunk.wte.weight):
+    ours = trunk.wte.weight
+    if head is not None and not torch.equal(dist.piece(head, ours).to(ours), dist.local(ours)):
         raise UserError(f"{file}: the unembedding is not the embedding, although config.json says that it is")
 
 
@@ -395,11 +397,13 @@ def save(model, tok, folder):
         write_folder(os.path.normpath(folder), files, size=tensor_bytes(tensors))
 
 
-def load(folder, flag="--init", hint="", kind="", dtype=torch.float32, like=None):
+def load(folder, flag="--init", hint="", kind="", dtype=torch.float32, like=None, shard=False):
     """Read a folder → (model, tokenizer). model is a ScalarModel for *ForSequenceClassification, else a GPT;
     the tokenizer is None where the folder has none. dtype is that of the weights; tensors are read one at a
     time, so that no second copy of the model is ever in memory. like: the tokenizer that the folder must
-    have. Raises UserError, naming `flag` and the file, for anything missing or unfitting.
+    have. shard: leave the weights on the meta device until dist.spread has cut the model; each process then
+    keeps its pieces of the tensors it reads. Raises UserError, naming `flag` and the file, for anything
+    missing or unfitting.
     """
     folder = os.path.normpath(folder)  # "model/" and a Path too
     if not os.path.isdir(folder) and os.path.isdir(f"{folder}.old"):
@@ -411,10 +415,17 @@ def load(folder, flag="--init", hint="", kind="", dtype=torch.float32, like=None
         run, name = os.path.split(folder)
         out = f" --out {run}" if run and name == "model" else ""
         raise UserError(f"{flag} {folder} {what}" + (f"; make it with: {hint}{out}" if hint else ""))
-    try:
-        model, tok = _read(folder, dtype)
-    except UserError as e:
-        raise UserError(f"{flag} {e}") from None
+
+    def fill(model):
+        with _named(flag):
+            _fill(model, family, folder)
+
+    with _named(flag):
+        model, tok, family = _read(folder, dtype, shard)
+    if shard:
+        model.fill = fill
+    else:
+        fill(model)
     is_a = "reward model" if isinstance(model, ScalarModel) else "language model"
     if kind and kind != is_a:
         raise UserError(f"{flag} {folder}: is a {is_a}, must be a {kind}")
@@ -425,6 +436,24 @@ def load(folder, flag="--init", hint="", kind="", dtype=torch.float32, like=None
     return model, tok
 
 
+@contextlib.contextmanager
+def _named(flag):
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{flag} {e}") from None
+
+
+class _Drawing(TorchDispatchMode):
+    """Inside, on the meta device, random numbers are drawn and dropped, one tensor at a time: those that are
+    drawn next, for a new head, are then what they are where whole models are made."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            func(torch.empty_like(args[0], device="cpu"), *args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 def load_models(cfg, device):
     """→ policy, reference, reward model (None without --rm, --ref none), tokenizer, the models on the device.
 
@@ -432,17 +461,18 @@ def load_models(cfg, device):
     unless that is another folder or is to follow the policy (cfg.ref_every).
     """
     sft, pairs = f"python train_sft.py --task {cfg.task}", f"python train_rm.py --task {cfg.task}"
-    policy, tok = load(cfg.init, "--init", sft, "language model")
-    ref = load(cfg.ref, "--ref", sft, "language model", like=tok)[0] if cfg.ref != "none" else None
-    rm = load(cfg.rm, "--rm", pairs, "reward model", like=tok)[0] if cfg.rm else None
+    policy, tok = load(cfg.init, "--init", sft, "language model", shard=cfg.shard)
+    how = dict(like=tok, shard=cfg.shard)
+    ref = load(cfg.ref, "--ref", sft, "language model", **how)[0] if cfg.ref != "none" else None
+    rm = load(cfg.rm, "--rm", pairs, "reward model", **how)[0] if cfg.rm else None
     frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
     if frozen and cfg.ref == cfg.init and not getattr(cfg, "ref_every", 0):
         ref = frozen
     return *to_device(cfg, device, policy, ref, rm), tok
 
 
-def _read(folder, dtype):
-    """A folder → (model, tokenizer or None), or a UserError that begins with the file at fault."""
+def _read(folder, dtype, shard):
+    """A folder → (model, tokenizer or None, family), or a UserError that begins with the file at fault."""
     where = os.path.join(folder, "config.json")
     with blame(where, *DAMAGE):
         with open(where, encoding="utf-8") as f:
@@ -462,11 +492,13 @@ def _read(folder, dtype):
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        trunk = GPT(cfg)
+        with contextlib.ExitStack() as stack:
+            for mode in (torch.device("meta"), _Drawing()) if shard else ():
+                stack.enter_context(mode)
+            trunk = GPT(cfg)
         model = ScalarModel(trunk) if scalar else trunk
     finally:
         torch.set_default_dtype(default)
-    _fill(model, family, folder)
     if scalar:
         model.reward_bias.fill_(bias)
         model.step_ids = raw.get("step_ids")
@@ -474,4 +506,4 @@ def _read(folder, dtype):
     with blame(folder, OSError):
         trunk.stop_ids = tuple(stop_ids(folder))
         trunk.source = Source(raw, beside(folder), tok)
-    return model, tok
+    return model, tok, family

@@ -280,7 +280,8 @@ class GPT(nn.Module):
 
     @property
     def device(self):
-        return self.wte.weight.device
+        mesh = getattr(self.wte.weight, "device_mesh", None)  # with --offload pieces lie elsewhere
+        return torch.device(mesh.device_type) if mesh else self.wte.weight.device
 
     def new_cache(self, batch, max_len):
         return KVCache(self.cfg, batch, max_len, self.device, self.compute_dtype or self.wte.weight.dtype)

@@ -291,7 +291,7 @@ def test_what_cannot_be_cut_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(dist, "size", lambda: 3)
     few = "--prompts_per_step 2: fewer than the 3 processes; some would have nothing to do"
     assert said(("prompts_per_step", 2)) == few
-    for flag in ("lora_rank", "off_policy_steps"):
+    for flag in ("lora_rank", "off_policy_steps", "compile"):
         assert said(("shard", True), (flag, 4)) == f"--{flag} does not go together with --shard"
     capsys.readouterr()
     device.setup(train_grpo.Config(prompts_per_step=4))

@@ -120,6 +120,7 @@ def test_offloaded_models_are_at_work_when_they_are_used(trainer, stages, tmp_pa
 
 
 def test_offload_says_that_it_does_nothing_on_the_cpu(capsys):
+    device.setup(train_grpo.Config(offload=True, device="cpu"))
     ref = tiny()
     device.freeze(flags(offload=True), ref, trained=())
     with device.at_work(ref), device.at_work(None):
