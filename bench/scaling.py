@@ -125,11 +125,9 @@ def tables():
         resident, work = memory(built["7B"], *way)
         parts.append([title, *(f"{x / GIB:.1f}" for x in (*resident.values(), *work.values()))])
     model = ["model", "parameters, 10⁹", *NAMES]
-    host = [[name, f"{8 * 2 * 4 * count(m) / 1e9:,.0f}"] for name, m in built.items()]
     kinds = [*memory(built["7B"], 1, False)[0], "update", "sampling"]
     return {
         "scaling_parts": lines(["7B", *kinds], parts),
-        "scaling_host": lines(["model", "8 processes, policy and reference, GB"], host),
         "scaling_update": lines(model, sizes["update"]),
         "scaling_sampling": lines(model, sizes["sampling"]),
         "scaling_wire": lines(["model", *NAMES[1:]], wires),

@@ -241,10 +241,10 @@ def spread(cfg, *models, frozen=()):
     """
     if cfg.shard:
         for model in filter(None, models):
-            _shard(model, cfg)
+            _shard(model, cfg, offload=False)
         for model in filter(None, frozen):
             model.requires_grad_(False)  # of what is trained, FSDP2 wants one dtype; --frozen_dtype makes two
-            _shard(model, cfg, offload=cfg.offload and _device.type != "cpu")
+            _shard(model, cfg, offload=cfg.offload and _device.type == "cuda")
     elif size() > 1:
         for model in models:
             _replicate(model)
@@ -286,7 +286,7 @@ def _sum(_, bucket):
     return torch_dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
 
 
-def _shard(model, cfg, offload=False):
+def _shard(model, cfg, offload):
     """FSDP2: each block is gathered when it is used; what lies around them stays until the backward ends.
 
     bfloat16: weights are kept, and gradients summed, in fp32, and gathered in bf16. Of weights on the meta

@@ -7,10 +7,13 @@ STAGES: a folder that stages.Stages has filled. The runs of one process are made
 
 import contextlib
 import json
+import os
 import sys
 
 import torch
+from helpers import STYLES
 from stages import Stages
+from torch.distributed import fsdp
 
 import train_dpo
 import train_grpo
@@ -18,6 +21,7 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import checkpoint, common, dist, generate, hub
+from nanorlhf.model import ScalarModel
 
 STEPS = 20
 RUNS = {  # name → trainer, flags; several micro-batches each, and not the same number on both ranks
@@ -30,7 +34,7 @@ RUNS = {  # name → trainer, flags; several micro-batches each, and not the sam
 SHORT = {  # of which a few steps are enough
     "kto": (train_dpo, dict(loss="kto", tokens_per_microbatch=60, steps=4)),
     "dapo": (train_grpo, dict(recipe="dapo", off_policy_steps=0, steps=4)),
-    "online": (train_dpo, dict(online=2, pairs=16, judge="self", steps=4)),
+    "online": (train_dpo, dict(online=2, online_ref="round", pairs=16, judge="self", steps=4)),
     "lean": (train_ppo, dict(checkpoint_activations=True, frozen_dtype="bfloat16", steps=4)),
     "old": (train_grpo, dict(off_policy_steps=1, steps=4)),  # not sharded
     "bf16": (train_sft, dict(dtype="bfloat16", steps=4)),
@@ -76,6 +80,32 @@ def sample(model):
     return generate.generate(model, PROMPTS, 3, 12, eos_id=9, seed=5, pad_id=0)
 
 
+@contextlib.contextmanager
+def offloading():
+    """Inside, FSDP2 takes its way of offloading frozen models, although they are at home on the CPU."""
+    shard, policy = dist._shard, fsdp.CPUOffloadPolicy
+    dist._shard = lambda model, cfg, offload: shard(model, cfg, not next(model.parameters()).requires_grad)
+    fsdp.CPUOffloadPolicy = lambda: policy(pin_memory=False)
+    yield
+    dist._shard, fsdp.CPUOffloadPolicy = shard, policy
+
+
+def memory_of_load(cfg, folder):
+    """Bytes by which this process has grown at most, looked at for every tensor of a model that is read."""
+
+    def size():  # without the pages of the file itself, which are the operating system's to drop
+        return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024
+
+    if not os.path.exists("/proc/self/status"):
+        return None
+    piece, before, seen = dist.piece, size(), []
+    dist.piece = lambda *args: (seen.append(size()), piece(*args))[1]
+    model, _ = hub.load(folder, shard=True)
+    dist.spread(cfg, model)
+    dist.piece = piece
+    return max(*seen, size()) - before
+
+
 def main(stages, out):
     common.pyplot = lambda: None
     stages = Stages.at(stages)
@@ -89,17 +119,31 @@ def main(stages, out):
     for shard in (False, True):
         for name in ("sft", "dpo"):
             run(stages, name, f"{out}/{name}-fp32-{'fsdp' if shard else 'ddp'}", shard=shard)
-    for name in ROUGH:
-        run(stages, name, f"{out}/{name}-fsdp", shard=True)
+    run(stages, "bf16", f"{out}/bf16-fsdp", shard=True)
+    with offloading():
+        run(stages, "lean", f"{out}/lean-fsdp", shard=True)
 
-    model, _ = hub.load(f"{stages.folder}/sft/model")
     cfg = stages.config(train_sft, f"{out}/none", shard=True)
+    for style in STYLES:
+        whole = hub.load(f"{out}/{style}")[0]
+        model = hub.load(f"{out}/{style}", shard=True)[0]
+        dist.spread(cfg, model)
+        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(dist.full(p), q) and len(dist.local(p)) < max(2, len(q)), style
+    grown = dist.gather(memory_of_load(cfg, f"{out}/large"))
+
+    model, _ = hub.load(f"{stages.folder}/sft/model", shard=True)
     dist.spread(cfg, model)
     roll = sample(model)
+    rm = ScalarModel(hub.load(f"{stages.folder}/sft/model", shard=True)[0])
+    dist.spread(cfg, rm)  # train_rm samples its pairs from the trunk
+    assert torch.equal(sample(rm.trunk).tokens, roll.tokens)
     loss = model.logprobs(roll.tokens, roll.mask)[0].sum()  # and the sharded model still trains
     loss.backward()
     if dist.rank() == 0:
         torch.save([roll.tokens, roll.mask, roll.logp, loss.detach()], f"{out}/roll.pt")
+        with open(f"{out}/grown.json", "w") as f:
+            json.dump(grown, f)
     dist.finish()
 
 

@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from helpers import STYLES, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import fsdp
 
 import train_grpo
 import train_sft
 from bench import scaling, table
 from nanorlhf import common, device, dist, generate, hub
+from nanorlhf.model import ScalarModel
 from nanorlhf.rewards import score_responses
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +66,9 @@ def runs(stages, tmp_path_factory):
             ranks.run(stages, name, f"{out}/{name}-fp32-one")
         for name in ranks.ROUGH:
             ranks.run(stages, name, f"{out}/{name}-one")
+        for style in STYLES:
+            hub.save(tiny(style), None, out / style)
+        hub.save(tiny("llama", vocab_size=1000, d_model=512, d_ff=1024, n_layer=8), None, out / "large")
         job = torchrun("tests/ranks.py", stages.folder, out, cwd=ROOT)
         printed, errors = job.communicate(timeout=NEVER)
         assert job.returncode == 0, errors[-3000:]
@@ -113,7 +119,7 @@ def test_sharded_bf16_keeps_its_master_weights(runs):
     assert any((p != p.bfloat16().float()).any() for p in model.parameters())
 
 
-def test_recomputed_activations_and_a_frozen_bf16_reference(runs):
+def test_recomputed_activations_and_offloaded_frozen_bf16_models(runs):
     """--checkpoint_activations gathers a block once more; --frozen_dtype makes a model of two dtypes."""
     close(exact(f"{runs}/lean-fsdp"), exact(f"{runs}/lean-one"), 1e-4)
 
@@ -150,6 +156,35 @@ def test_ragged_responses_of_a_sharded_model(runs, stages):
     torch.testing.assert_close(loss, model.logprobs(tokens, mask)[0].sum(), rtol=1e-4, atol=1e-4)
     first, second = want.response_len[:6].max(), want.response_len[6:].max()
     assert first != second
+
+
+def test_no_process_ever_holds_a_sharded_model_whole(runs):
+    """One of two has half of it, and a few tensors on the way. That it is the file's model, ranks.py sees."""
+    whole = os.path.getsize(f"{runs}/large/model.safetensors")
+    grown = json.loads(Path(f"{runs}/grown.json").read_text())
+    if None in grown:
+        pytest.skip("what a process has in memory is told by Linux")
+    assert all(0.3 * whole < x < 0.85 * whole for x in grown), (grown, whole)
+
+
+def test_pieces_of_frozen_models_are_offloaded(monkeypatch):
+    """On a GPU, by FSDP2 itself; what is trained stays there."""
+    how = {}
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **kw: how.update({module: kw}))
+    monkeypatch.setattr(torch.distributed, "init_device_mesh", lambda *args: None)
+    monkeypatch.setattr(dist, "_device", torch.device("cuda"))
+    cfg = train_grpo.Config(shard=True, offload=True)
+    policy, rm = tiny(), ScalarModel(tiny())
+    with torch.device("meta"):  # as hub.load leaves it
+        ref = tiny()
+    device.freeze(cfg, ref, rm, trained=(policy,))
+    assert not hasattr(ref, "home") and not hasattr(rm, "home")
+    dist.spread(cfg, policy, frozen=(ref, rm, None))
+    away = {module for module, kw in how.items() if "offload_policy" in kw}
+    assert away == {ref, *ref.blocks, rm, rm.trunk, *rm.trunk.blocks}
+    assert set(how) - away == {policy, *policy.blocks}
+    assert all(isinstance(how[module]["offload_policy"], fsdp.CPUOffloadPolicy) for module in away)
+    assert {p.device.type for p in ref.parameters()} == {"cpu"}, "before it is read"
 
 
 def test_no_two_rows_share_their_draws(stages):
