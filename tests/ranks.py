@@ -120,6 +120,8 @@ def main(stages, out):
         for name in ("sft", "dpo"):
             run(stages, name, f"{out}/{name}-fp32-{'fsdp' if shard else 'ddp'}", shard=shard)
     run(stages, "bf16", f"{out}/bf16-fsdp", shard=True)
+    with contextlib.suppress(common.RunError):
+        run(stages, "sft", f"{out}/spoilt", shard=True, lr=1e30)
     with offloading():
         run(stages, "lean", f"{out}/lean-fsdp", shard=True)
 

@@ -21,7 +21,7 @@ from torch.distributed import fsdp
 import train_grpo
 import train_sft
 from bench import scaling, table
-from nanorlhf import common, device, dist, generate, hub
+from nanorlhf import common, device, dist, generate, hub, replay
 from nanorlhf.model import ScalarModel
 from nanorlhf.rewards import score_responses
 
@@ -144,6 +144,31 @@ def test_resumed_by_another_number_of_processes(runs, name, way):
     assert len(rows(f"{runs}/{name}-{way}")) == ranks.STEPS
     files = {path.name for path in Path(f"{runs}/{name}-fsdp/state").rglob("*") if path.is_file()}
     assert files == {"manifest.json", "state.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"}
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "__1_0.distcp"])
+def test_damaged_checkpoint_of_a_sharded_run(runs, file, stages, tmp_path, no_curves):
+    """Row 7 of tests/faults: refused by name, --resume auto takes the older one."""
+    shutil.copytree(f"{runs}/sft-fsdp", tmp_path / "run")
+    path = tmp_path / "run/state/step-000020/shards" / file
+    good = path.read_bytes()
+    with ranks.precision(torch.float64):
+        for bad in (b"", good[: len(good) // 2], bytes([*good[:-99], good[-99] ^ 1, *good[-98:]])):
+            path.write_bytes(bad)
+            with pytest.raises(common.UserError, match=f"--resume: damaged: .*shards/{file}: wrong checksum"):
+                ranks.run(stages, "sft", tmp_path / "run", resume=True)
+        ranks.run(stages, "sft", tmp_path / "run", resume="auto")
+    close(exact(tmp_path / "run"), exact(f"{runs}/sft-one")[10:], 1e-9)
+
+
+def test_a_sharded_step_that_is_not_finite_can_be_replayed(runs, capsys):
+    """Row 32 of tests/faults: its file holds whole models and the whole batch, for one process to look at."""
+    (file,) = Path(f"{runs}/spoilt").glob("bad-step-*.pt")
+    assert replay.main([str(file)]) == 1 and "not finite again" in capsys.readouterr().out
+    content = torch.load(file, weights_only=True)
+    shapes = {name: x.shape for name, x in content["models"][0]["weights"].items()}
+    assert shapes == {name: x.shape for name, x in hub.load(f"{runs}/sft-one/model")[0].state_dict().items()}
+    assert len(content["batch"]["lengths"]) == content["config"]["batch_size"] == 8
 
 
 def test_ragged_responses_of_a_sharded_model(runs, stages):

@@ -154,12 +154,18 @@ def test_row_05_disk_full_on_the_log(run, tmp_path, monkeypatch):
 
 @EACH
 def test_row_06_out_that_cannot_be_used(trainer, run, tmp_path):
-    """R | --out is a file, cannot be made, or holds a run | named, nothing is touched; --resume or
-    --overwrite"""
+    """R | --out is a file, lies in a read-only folder, cannot be made, or holds a run | named, nothing is
+    touched; --resume or --overwrite"""
     (tmp_path / "file").write_text("mine")
     assert run(trainer, "file").refused("--out", "file", "cannot be used as a run folder")
     assert run(trainer, "file/below").refused("--out", "cannot be used as a run folder")
     assert (tmp_path / "file").read_text() == "mine"
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    if os.access(locked, os.W_OK) and sys.platform == "linux":
+        locked = Path("/sys")  # read-only for root, too
+    for out in (locked, locked / "run"):
+        assert run(trainer, out).refused("--out", out, "cannot be used as a run folder")
     run(trainer)
     before = snapshot(tmp_path / "run")
     assert run(trainer, seed=1).refused("holds a run: add --resume to go on with it, --overwrite to")
