@@ -1,6 +1,7 @@
 """What tests/test_dist.py starts with torchrun: every trainer at its smallest, by two processes.
 
     torchrun --standalone --nproc_per_node=2 tests/ranks.py STAGES OUT
+    torchrun --standalone --nproc_per_node=2 tests/ranks.py STAGES OUT ddp|fsdp       kill -9 in mid-run
 
 STAGES: a folder that stages.Stages has filled. The runs of one process are made by the same functions.
 """
@@ -8,6 +9,7 @@ STAGES: a folder that stages.Stages has filled. The runs of one process are made
 import contextlib
 import json
 import os
+import signal
 import sys
 
 import torch
@@ -106,9 +108,26 @@ def memory_of_load(cfg, folder):
     return max(*seen, size()) - before
 
 
-def main(stages, out):
+def killed(stages, out, kind):
+    """A run that kill -9 ends, in the gradient of step 12 or in the write of the second checkpoint."""
+    module, name, last = (dist, "write", 1) if kind == "fsdp" else (train_dpo, "gradient", 12)
+    real, calls = getattr(module, name), []
+
+    def deadly(*args, **kw):
+        if len(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(name)
+        return real(*args, **kw)
+
+    setattr(module, name, deadly)
+    run(stages, "dpo", f"{out}/dpo-killed-{kind}", shard=kind == "fsdp")
+
+
+def main(stages, out, kill=""):
     common.pyplot = lambda: None
     stages = Stages.at(stages)
+    if kill:
+        killed(stages, out, kill)
     with precision(torch.float64):
         for shard in (False, True):
             kind = "fsdp" if shard else "ddp"
@@ -119,6 +138,7 @@ def main(stages, out):
     for shard in (False, True):
         for name in ("sft", "dpo"):
             run(stages, name, f"{out}/{name}-fp32-{'fsdp' if shard else 'ddp'}", shard=shard)
+        run(stages, "dpo", f"{out}/dpo-killed-{'fsdp' if shard else 'ddp'}", shard=shard, resume="auto")
     run(stages, "bf16", f"{out}/bf16-fsdp", shard=True)
     with contextlib.suppress(common.RunError):
         run(stages, "sft", f"{out}/spoilt", shard=True, lr=1e30)

@@ -16,7 +16,9 @@ import torch
 from helpers import STYLES, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import equal, same_run
 from torch.distributed import fsdp
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import train_grpo
 import train_sft
@@ -69,6 +71,9 @@ def runs(stages, tmp_path_factory):
         for style in STYLES:
             hub.save(tiny(style), None, out / style)
         hub.save(tiny("llama", vocab_size=1000, d_model=512, d_ff=1024, n_layer=8), None, out / "large")
+        for kind in ("ddp", "fsdp"):
+            job = torchrun("tests/ranks.py", stages.folder, out, kind, cwd=ROOT)
+            assert "SIGKILL" in job.communicate(timeout=NEVER)[1]
         job = torchrun("tests/ranks.py", stages.folder, out, cwd=ROOT)
         printed, errors = job.communicate(timeout=NEVER)
         assert job.returncode == 0, errors[-3000:]
@@ -144,6 +149,19 @@ def test_resumed_by_another_number_of_processes(runs, name, way):
     assert len(rows(f"{runs}/{name}-{way}")) == ranks.STEPS
     files = {path.name for path in Path(f"{runs}/{name}-fsdp/state").rglob("*") if path.is_file()}
     assert files == {"manifest.json", "state.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_killed_in_mid_run_and_resumed(runs, kind, tmp_path):
+    """Row 1 of tests/faults: bit-equal to the uninterrupted run of two processes, Adam's moments too."""
+    whole, killed = (f"{runs}/dpo-{x}-{kind}" for x in ("fp32", "killed"))
+    assert len(exact(killed)) == 10 and torch.equal(exact(killed), exact(whole)[-10:])
+    same_run(whole, killed)
+    if kind == "fsdp":
+        for out in (whole, killed):
+            dcp_to_torch_save(f"{out}/state/step-000020/shards", f"{tmp_path}/{Path(out).name}")
+        ends = [torch.load(path, weights_only=True) for path in tmp_path.iterdir()]
+        assert len(ends) == 2 and equal(*ends)
 
 
 @pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "__1_0.distcp"])
