@@ -1,6 +1,6 @@
 """Mutation test: plants one bug at a time, and checks that the tests named beside it fail.
 
-    python tests/mutants.py            all of them (5 CPU-minutes, two at a time)
+    python tests/mutants.py            all of them (11 CPU-minutes, two at a time)
     python tests/mutants.py kl temp    those with one of these words in their name
 
 Each mutant is one string of one source file, replaced in a copy of the repository: the working tree is never
@@ -21,6 +21,7 @@ PPO, LEARNING = "tests/test_ppo.py::test_", "tests/test_learning_ppo.py::test_"
 DPO, REWARDS = "tests/test_dpo.py::test_", "tests/test_rewards.py::test_"
 HUB, LORA = "tests/test_hub.py::test_", "tests/test_lora.py::test_"
 TRITON = "tests/test_triton.py::test_"
+DIST = "tests/test_dist.py::test_"  # two processes: a minute each
 SLOTS, DECODE = "tests/test_slots.py::test_", "tests/test_decode.py::test_"
 ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
 
@@ -306,6 +307,24 @@ MUTANTS = [
     ("LoRA: saved without its scale", "nanorlhf/lora.py",
      "self.weight + self.scale * self.B @ self.A", "self.weight + self.B @ self.A",
      [LORA + "starts_as_the_base_and_merges_into_one[pythia]"]),
+    ("processes: DDP averages gradients", "nanorlhf/dist.py",
+     "lambda f: f.value()[0]", "lambda f: f.value()[0] / size()",
+     [DIST + "in_fp32_too[sft-ddp]"]),
+    ("processes: FSDP2 averages gradients", "nanorlhf/dist.py",
+     "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(float(size()))",
+     [DIST + "in_fp32_too[sft-fsdp]"]),
+    ("processes: each has a denominator of its own", "train_sft.py",
+     'loss=token_loss(m, batch["denom"])', 'loss=token_loss(m, batch["mask"].sum())',
+     [DIST + "in_fp32_too[sft-ddp]"]),
+    ("processes: all sample with the draws of the first", "nanorlhf/generate.py",
+     "2**63))[first_row:]", "2**63))[: len(group)]",
+     [DIST + "no_two_rows_share_their_draws"]),
+    ("processes: sharded moments are not resumed", "nanorlhf/dist.py",
+     'out["optimizer"]["state"].setdefault(int(i), {})[which] = x', "pass",
+     [DIST + "killed_in_mid_run_and_resumed[fsdp]"]),
+    ("processes: a sharded model's new head is another one", "nanorlhf/hub.py",
+     '(torch.device("meta"), _Drawing())', '(torch.device("meta"),)',
+     [DIST + "two_processes_take_the_steps_of_one[rm-fsdp]"]),
 ]  # fmt: skip
 
 
@@ -318,7 +337,7 @@ def pytest(root, tests):
 
 def copy(root):
     """Sources and tests, and nothing else."""
-    for name in ("nanorlhf", "tests"):
+    for name in ("nanorlhf", "tests", "bench"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(path, root / path.name)
