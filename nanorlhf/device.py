@@ -47,8 +47,10 @@ def _join(cfg, device):
             more = "some have one row more than others"
             print(f"--{flag} {n} does not divide by {dist.size()} processes: {more}")
     if shard:
-        for flag in ("lora_rank", "off_policy_steps", "compile"):
+        for flag in ("off_policy_steps", "compile"):
             require(not getattr(cfg, flag, 0), f"--{flag} does not go together with --shard")
+        both = cfg.lora_rank and getattr(cfg, "ref_every", 0)
+        require(not both, "--ref_every does not go together with --lora_rank and --shard")
         from torch.distributed.fsdp import FSDPModule  # two seconds
 
         new = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")

@@ -332,8 +332,12 @@ def whole(model):
     for module in parts:
         module.unshard()
     try:
+        from nanorlhf import lora  # which imports this module
+
+        ranks = [len(p) for name, p in model.named_parameters() if name.endswith(".A")]
         with torch.device("meta"):
             plain = type(model)(model.cfg)
+            lora.add(plain, ranks[0] if ranks else 0)
         plain.load_state_dict(dict(model.named_parameters()), assign=True)
         for name in ("compute_dtype", "n_ids", "stop_ids"):
             setattr(plain, name, getattr(model, name))

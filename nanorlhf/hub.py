@@ -377,14 +377,15 @@ def save(model, tok, folder):
 
     Weights keep their precision (float64 becomes float32); adapters are merged into them.
     """
-    model = lora.merged(model)
+    adapted = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, lora.Adapted)}
     trunk = getattr(model, "trunk", model)
     source, dtype = trunk.source, trunk.wte.weight.dtype
     dtype = torch.float32 if dtype == torch.float64 else dtype
     config, family = _write_config(model, tok, source, dtype)
     tensors = {}
     for name, parts in _tensors(model, family):
-        parts = [dist.full(p.detach()) for p in parts]  # of a sharded model: by all processes together
+        # of a sharded model: by all processes together
+        parts = [adapted[id(p)].merged_weight() if id(p) in adapted else dist.full(p.detach()) for p in parts]
         if dist.rank() == 0:
             tensors[name] = _join(name, parts, trunk.cfg).to("cpu", dtype).contiguous()
     files = {"config.json": json.dumps(config, indent=2).encode(),

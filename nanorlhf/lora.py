@@ -11,6 +11,7 @@ import copy
 import torch
 import torch.nn as nn
 
+from nanorlhf import dist
 from nanorlhf.common import require
 from nanorlhf.model import Linear
 
@@ -25,6 +26,8 @@ class Adapted(Linear):
         self.weight, self.bias, self.scale = base.weight, base.bias, ALPHA / rank
         n_out, n_in = base.weight.shape
         how = dict(dtype=torch.promote_types(base.weight.dtype, torch.float32), device=base.weight.device)
+        if base.weight.is_meta:  # --shard: only the file's tensors wait there
+            how["device"] = None
         self.A = nn.Parameter(torch.randn(rank, n_in, **how) * n_in**-0.5)
         self.B = nn.Parameter(torch.zeros(n_out, rank, **how))
 
@@ -32,11 +35,16 @@ class Adapted(Linear):
         return super().forward(x) + self.scale * (x @ self.A.T.to(x.dtype)) @ self.B.T.to(x.dtype)
 
     @torch.no_grad()
+    def merged_weight(self):
+        """→ W + α/r · B A in the precision of A and B, whole: all processes of a sharded model take part."""
+        weight, A, B = map(dist.full, (self.weight, self.A, self.B))
+        return weight + self.scale * B @ A
+
     def merged(self):
-        """→ one plain layer that computes the same, in the precision of A and B."""
+        """→ one plain layer that computes the same."""
         out = nn.Module.__new__(Linear)
         nn.Module.__init__(out)
-        out.weight, out.bias = nn.Parameter(self.weight + self.scale * self.B @ self.A), self.bias
+        out.weight, out.bias = nn.Parameter(self.merged_weight()), self.bias
         return out
 
 

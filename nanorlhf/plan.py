@@ -334,8 +334,6 @@ def report(cfg, about, models, trained, phases, work, sampling=None, decoding=No
     resident = {"weights": n_bytes(*stay) + copies, "gradients": moves,
                 "optimizer (AdamW's two moments)": 2 * moves, "CUDA's own, about": CONTEXT}  # fmt: skip
     phases = phases | {"optimizer step": {"AdamW's temporaries": moves}}
-    if cfg.lora_rank:
-        phases["saving"] = {"merged weights": max(_merged_bytes(models[name]) for name in trained)}
     held, fits, slots, wanted = sum(resident.values()), [], 1, 1
     if sampling:
         model, rows, length, prompt = sampling
@@ -373,8 +371,3 @@ def report(cfg, about, models, trained, phases, work, sampling=None, decoding=No
         print(f"  {'bytes that decoding moves':<44}{moved:>10.2e}")
     print(f"computed, not measured: {seconds:,.1f} s a step, {seconds * cfg.steps / 3600:,.1f} h in all,\n"
           "on an A100 at 40% of 312 TFLOP/s and, where it decodes, all of 2 TB/s")  # fmt: skip
-
-
-def _merged_bytes(model):
-    layers = [m.weight for m in model.modules() if isinstance(m, lora.Adapted)]
-    return 4 * sum(weight.numel() for weight in layers)

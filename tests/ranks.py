@@ -38,6 +38,8 @@ SHORT = {  # of which a few steps are enough
     "dapo": (train_grpo, dict(recipe="dapo", off_policy_steps=0, steps=4)),
     "online": (train_dpo, dict(online=2, online_ref="round", pairs=16, judge="self", steps=4)),
     "lean": (train_ppo, dict(checkpoint_activations=True, frozen_dtype="bfloat16", steps=4)),
+    "lora": (train_ppo, dict(lora_rank=2, tokens_per_microbatch=60, steps=4)),
+    "lora-rm": (train_rm, dict(lora_rank=3, tokens_per_microbatch=60, steps=4)),
     "old": (train_grpo, dict(off_policy_steps=1, steps=4)),  # not sharded
     "bf16": (train_sft, dict(dtype="bfloat16", steps=4)),
 }
@@ -131,7 +133,7 @@ def main(stages, out, kill=""):
     with precision(torch.float64):
         for shard in (False, True):
             kind = "fsdp" if shard else "ddp"
-            for name in (*RUNS, "kto", "dapo", "online", *["old"] * (not shard)):
+            for name in (*RUNS, "kto", "dapo", "online", "lora", "lora-rm", *["old"] * (not shard)):
                 run(stages, name, f"{out}/{name}-{kind}", shard=shard)
         for name in ("sft", "ppo"):  # begun by one process
             run(stages, name, f"{out}/{name}-begun", shard=True, resume=True)

@@ -129,7 +129,7 @@ def test_recomputed_activations_and_offloaded_frozen_bf16_models(runs):
     close(exact(f"{runs}/lean-fsdp"), exact(f"{runs}/lean-one"), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo", "lora", "lora-rm"])
 def test_a_sharded_model_is_saved_whole(runs, name):
     for kind in ("ddp", "fsdp"):
         mine, theirs = (hub.load(f"{runs}/{name}-{x}/model")[0].state_dict() for x in ("one", kind))
@@ -369,8 +369,10 @@ def test_what_cannot_be_cut_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(dist, "size", lambda: 3)
     few = "--prompts_per_step 2: fewer than the 3 processes; some would have nothing to do"
     assert said(("prompts_per_step", 2)) == few
-    for flag in ("lora_rank", "off_policy_steps", "compile"):
+    for flag in ("off_policy_steps", "compile"):
         assert said(("shard", True), (flag, 4)) == f"--{flag} does not go together with --shard"
+    both = ("shard", True), ("lora_rank", 4), ("ref_every", 4), ("off_policy_steps", 0)
+    assert said(*both) == "--ref_every does not go together with --lora_rank and --shard"
     capsys.readouterr()
     device.setup(train_grpo.Config(prompts_per_step=4))
     what = "--prompts_per_step 4 does not divide by 3 processes: some have one row more than others\n"
