@@ -102,7 +102,8 @@ def freeze(cfg, *models, trained):
         for p in trunk.parameters():
             if p.dim() > 1 and cfg.frozen_dtype != "float32":
                 p.data = p.data.to(getattr(torch, cfg.frozen_dtype))
-        if cfg.offload and model.device.type != "cpu" and not getattr(cfg, "shard", False):
+        sharded = dist.launched() and cfg.shard
+        if cfg.offload and model.device.type != "cpu" and not sharded:
             model.home = model.device
             if model.device.type != "meta":  # --dry_run
                 model.to("cpu")

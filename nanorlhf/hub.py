@@ -308,8 +308,8 @@ def _fill(model, family, folder):
             require(said in (None, digest.hexdigest()), "wrong checksum: damaged after it was saved")
     for name in sorted(want.keys() - seen):
         raise UserError(f"{file}: tensor {name} is missing")
-    ours = trunk.wte.weight
-    if head is not None and not torch.equal(dist.piece(head, ours).to(ours), dist.local(ours)):
+    ours = dist.local(trunk.wte.weight)
+    if head is not None and not torch.equal(dist.piece(head, trunk.wte.weight).to(ours), ours):
         raise UserError(f"{file}: the unembedding is not the embedding, although config.json says that it is")
 
 

@@ -32,12 +32,13 @@ PEAK, SHARE, BANDWIDTH = 312e12, 0.4, 2.0e12  # A100 80 GB: bf16 FLOP/s, of whic
 @contextlib.contextmanager
 def without_weights():
     """Inside, hub.load builds its models on the meta device, and reads no weights."""
-    fill, hub._fill = hub._fill, lambda model, family, folder: None
+    fill, drawing = hub._fill, hub._Drawing
+    hub._fill, hub._Drawing = lambda model, family, folder: None, contextlib.nullcontext
     try:
         with META:
             yield
     finally:
-        hub._fill = fill
+        hub._fill, hub._Drawing = fill, drawing
 
 
 # ------------------------------------------------------------------------------------------------------------

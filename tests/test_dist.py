@@ -213,6 +213,7 @@ def test_no_process_ever_holds_a_sharded_model_whole(runs):
 def test_pieces_of_frozen_models_are_offloaded(monkeypatch):
     """On a GPU, by FSDP2 itself; what is trained stays there."""
     how = {}
+    monkeypatch.setattr(dist, "launched", lambda: True)
     monkeypatch.setattr(fsdp, "fully_shard", lambda module, **kw: how.update({module: kw}))
     monkeypatch.setattr(torch.distributed, "init_device_mesh", lambda *args: None)
     monkeypatch.setattr(dist, "_device", torch.device("cuda"))
