@@ -59,7 +59,11 @@ def start(device):
     if device == "cuda":
         _device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(_device)
-    torch_dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    how = {}
+    if _agent_store():
+        how = dict(rank=rank(), world_size=int(os.environ["WORLD_SIZE"]), store=_store())
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    torch_dist.init_process_group(backend, timeout=TIMEOUT, **how)
     if rank():
         sys.stdout = open(os.devnull, "w")
     threading.Thread(target=_end_with_the_first, daemon=True).start()
@@ -83,10 +87,17 @@ def finish():
         torch_dist.destroy_process_group()
 
 
+def _agent_store():
+    """Whether torchrun has a key-value store of its own; else rank 0 has one."""
+    return os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+
+
 def _store():
-    """torchrun's own key-value store: it outlives the ranks."""
+    """That store, as this attempt (torchrun --max-restarts) sees it. It outlives the ranks: to the addresses
+    of those before, which it still holds, torch 2.13 would try to connect."""
     at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch_dist.TCPStore(*at, is_master=False), "failed/" + os.environ["TORCHELASTIC_RESTART_COUNT"]
+    attempt = "attempt-" + os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return torch_dist.PrefixStore(attempt, torch_dist.TCPStore(*at, is_master=False))
 
 
 def speaks_first():
@@ -94,17 +105,16 @@ def speaks_first():
     closed", only follow from its end; a mistake in the flags is met by all of them."""
     if not launched():
         return True
-    if not torch_dist.is_initialized() and os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True":
-        return rank() == 0  # the store will be rank 0's own
-    store, key = _store()
-    return store.add(key, 1) == 1
+    if not torch_dist.is_initialized() and not _agent_store():
+        return rank() == 0  # whose store is not there yet
+    return _store().add("failed", 1) == 1
 
 
 def _end_with_the_first():
     """End this process when another one failed: in NCCL it would wait for it until TIMEOUT."""
     with contextlib.suppress(RuntimeError):  # torchrun itself is gone
-        store, key = _store()
-        while not store.check([key]):
+        store = _store()
+        while not store.check(["failed"]):
             time.sleep(0.5)
             if not torch_dist.is_initialized():
                 return

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from helpers import STYLES, tiny
+from helpers import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import equal, same_run
@@ -68,13 +68,10 @@ def runs(stages, tmp_path_factory):
             ranks.run(stages, name, f"{out}/{name}-fp32-one")
         for name in ranks.ROUGH:
             ranks.run(stages, name, f"{out}/{name}-one")
-        for style in STYLES:
+        for style in ranks.FILES:
             hub.save(tiny(style), None, out / style)
         hub.save(tiny("llama", vocab_size=1000, d_model=512, d_ff=1024, n_layer=8), None, out / "large")
-        for kind in ("ddp", "fsdp"):
-            job = torchrun("tests/ranks.py", stages.folder, out, kind, cwd=ROOT)
-            assert "SIGKILL" in job.communicate(timeout=NEVER)[1]
-        job = torchrun("tests/ranks.py", stages.folder, out, cwd=ROOT)
+        job = torchrun("--max_restarts=2", "tests/ranks.py", stages.folder, out, cwd=ROOT)
         printed, errors = job.communicate(timeout=NEVER)
         assert job.returncode == 0, errors[-3000:]
         assert printed.count("written: ") == len(list(out.glob("*-ddp"))) + len(list(out.glob("*-fsdp"))) + 2
@@ -129,7 +126,7 @@ def test_recomputed_activations_and_offloaded_frozen_bf16_models(runs):
     close(exact(f"{runs}/lean-fsdp"), exact(f"{runs}/lean-one"), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["sft", "rm", "ppo", "lora", "lora-rm"])
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo", "lora"])
 def test_a_sharded_model_is_saved_whole(runs, name):
     for kind in ("ddp", "fsdp"):
         mine, theirs = (hub.load(f"{runs}/{name}-{x}/model")[0].state_dict() for x in ("one", kind))
@@ -153,7 +150,7 @@ def test_resumed_by_another_number_of_processes(runs, name, way):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_killed_in_mid_run_and_resumed(runs, kind, tmp_path):
-    """Row 1 of tests/faults: bit-equal to the uninterrupted run of two processes, Adam's moments too."""
+    """Row 1 of tests/faults: torchrun starts both anew, and the end is bit-equal to that of the whole run."""
     whole, killed = (f"{runs}/dpo-{x}-{kind}" for x in ("fp32", "killed"))
     assert len(exact(killed)) == 10 and torch.equal(exact(killed), exact(whole)[-10:])
     same_run(whole, killed)
