@@ -318,6 +318,7 @@ class Run:
                     raise UserError(f"--resume: damaged: {said}; {older}")
                 print(f"resume: skipped as damaged: {said}")
                 continue
+            # one of a run without --shard holds all tensors, of which a process then keeps its pieces
             state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
             made_by = state["trainer"]
             require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")

@@ -335,6 +335,8 @@ def _sharded(model):
 def whole(model):
     """Inside, a sharded GPT's weights are gathered → a plain GPT of them, to be used as often as one likes:
     responses end at different steps on different ranks. Any other model → itself."""
+    from nanorlhf import lora  # which imports this module
+
     parts = _sharded(model)
     if not parts:
         yield model
@@ -342,8 +344,6 @@ def whole(model):
     for module in parts:
         module.unshard()
     try:
-        from nanorlhf import lora  # which imports this module
-
         ranks = [len(p) for name, p in model.named_parameters() if name.endswith(".A")]
         with torch.device("meta"):
             plain = type(model)(model.cfg)

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node=2 --max_restarts=2 tests/ranks.py STAGES OUT
 
-STAGES: a folder that stages.Stages has filled. The runs of one process are made by the same functions. Two
-times the processes are killed in mid-run; what they have begun is resumed in the third.
+STAGES: a folder that stages.Stages has filled. The runs of one process are made by the same functions.
+Twice the processes are killed in mid-run; what they have begun is resumed the third time.
 """
 
 import contextlib
