@@ -49,7 +49,7 @@ def read_objects(path, flag: str, required: tuple[str, ...]) -> list[tuple[str, 
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise UserError(f"{where}: damaged gzip file ({e}); fetch or compress it again") from None
     except OSError as e:
-        raise UserError(f"{where}: {e.strerror}; expected a .jsonl, .json or .jsonl.gz file") from None
+        raise UserError(f"{where}: {e.strerror}; expected a .jsonl, .json, .gz or .parquet file") from None
     size, data = len(data), data.removeprefix(b"\xef\xbb\xbf")
     if data[:4] == b"PAR1":
         rows = _read_parquet(data, where)

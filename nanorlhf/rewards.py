@@ -60,10 +60,11 @@ def evaluate(policy, tok, cfg, rows, rm, rewards, say=print, limit=None):
 
 
 def health(log_ratio, kl, adv, dead, stop, tokens, ref_is_init=True):
-    """The first step's vital signs, for the reader; a figure that is not as it must be is explained below."""
-    reference = "no reference" if kl is None else f"KL {abs(kl):.6f}"
-    line = f"health: ratio 1 ± {log_ratio:.0e} · {reference} · mean advantage {abs(adv):.3f} · "
-    line += f"dead {dead:.0%} · stop {stop:.0%} · {tokens} tokens"
+    """The first step's vital signs, in 80 columns (`dead` and `stop` stand in its row as well). A figure that
+    is not as it must be is explained below.
+    """
+    kl_is = "no reference" if kl is None else f"KL {abs(kl):.6f}"
+    line = f"health: ratio 1 ± {log_ratio:.0e} · {kl_is} · mean advantage {abs(adv):.3f} · {tokens} tokens"
     for bad, word in (
         (log_ratio > 1e-4, "ratio is not 1: sampling and scoring disagree"),
         (ref_is_init and kl is not None and abs(kl) > 1e-3, "KL is not 0: the reference is not the policy"),
