@@ -101,7 +101,7 @@ class Config(Flags):
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
 
-    norm: Literal["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"] | None = None  # below
+    norm: Literal["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"] | None = None  # for Â_i
     std_eps: float = 1e-6  # added to the standard deviation
     ratio: Literal["token", "sequence"] | None = None  # importance ratio; sequence: GSPO
     loss: Literal["clip", "cispo", "reinforce"] | None = None  # surrogate
@@ -293,7 +293,7 @@ def gradient(policy, batch, cfg):
         if cfg.ratio == "token":
             loss, logp, entropy = policy.logprobs(x, m, cfg.temperature, token_loss(*given))
             loss.backward()
-            loss, seen = policy_loss(logp, *given)  # for the log
+            loss, seen = policy_loss(logp, *given)  # the same number; its stats are for the log
         else:  # no sum over tokens: the ratio is one of whole rows
             logp, entropy = policy.logprobs(x, m, cfg.temperature)
             loss, seen = policy_loss(logp, *given)
@@ -328,11 +328,11 @@ def sample_groups(sampler, tok, cfg, rows, limit, seed_for, drawn, mastered, rm,
     rolls, batch, texts, scores, dead, seen, rounds = [], [], [], [], [], [], 0
     full = cfg.prompts_per_step * cfg.group_size
     while rounds < cfg.max_rounds and len(batch) < full:
-        over = f"all {len(rows)} prompts reached it; give more prompts"
         left = any(row["prompt"] not in mastered for row in rows)
-        require(left, f"--no_positive_resampling {cfg.no_positive_resampling}: {over}")
+        require(left, f"--no_positive_resampling: all {len(rows)} prompts reached it; give more prompts")
         picked = epoch_batches(len(rows), cfg.prompts_per_step, seed_for("data"), drawn)
-        picked, drawn = [i for i in picked if rows[i]["prompt"] not in mastered], drawn + 1
+        picked = [i for i in picked if rows[i]["prompt"] not in mastered]
+        drawn += 1
         if not picked:
             continue
         rounds += 1
@@ -348,8 +348,8 @@ def sample_groups(sampler, tok, cfg, rows, limit, seed_for, drawn, mastered, rm,
         dead.append(is_dead)
         seen.append(torch.stack([score, roll.response_len, roll.finished]))
         if cfg.no_positive_resampling:
-            over = (groups.mean(1) >= cfg.no_positive_resampling).tolist()
-            mastered.update(rows[i]["prompt"] for i, out in zip(picked, over) if out)
+            solved = (groups.mean(1) >= cfg.no_positive_resampling).tolist()
+            mastered.update(rows[i]["prompt"] for i, reached in zip(picked, solved) if reached)
         drop = is_dead & cfg.filter_dead_groups
         if drop.all() and (rolls or rounds < cfg.max_rounds):
             continue
@@ -389,14 +389,15 @@ def train(cfg):
             pass_gate(policy, tok, task, cfg.limits[-1], seed_for("gate"))
         saved = {"policy": policy} | ({"ref": ref} if cfg.ref_every else {})
         start, extra = run.start(saved, opt, () if cfg.ref_every or ref is None else (ref,))
-        stage, drawn, mastered = extra.get("stage", 0), extra.get("drawn", 0), set(extra.get("mastered", []))
+        drawn, mastered = extra.get("drawn", 0), set(extra.get("mastered", []))
+        stage = min(extra.get("stage", 0), len(cfg.limits) - 1)  # a resumed run may have fewer limits
         past = deque(extra.get("past", []), maxlen=cfg.off_policy_steps + 1)  # the weights of the last steps
 
         for step in range(start, cfg.steps):
             metrics, sums = {}, defaultdict(float)
             if isinstance(cfg.switches, list):
                 stage = sum(step >= at for at in cfg.switches)
-            limit = cfg.limits[stage := min(stage, len(cfg.limits) - 1)]  # a resumed run may have fewer
+            limit = cfg.limits[stage]
             if test_rows and (step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
                 metrics |= evaluate(policy, tok, cfg, test_rows, rm, rewards, run.log.say, limit)
             if cfg.ref_every and step and step % cfg.ref_every == 0:

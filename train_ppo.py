@@ -217,7 +217,7 @@ def gradient(policy, critic, batch, cfg):
         vf, _ = value_loss(value, old_value, ret, m, cfg.value_clip, denom)
         loss = pg + cfg.vf_coef * vf
         loss.backward()
-        pg, seen = policy_loss(logp, old_logp, adv, m, cfg.clip, denom)  # for the log
+        pg, seen = policy_loss(logp, old_logp, adv, m, cfg.clip, denom)  # the same; its stats are for the log
         total += (pg + cfg.vf_coef * vf).item()
         stats["ratio_max"] = max(stats["ratio_max"], seen["ratio_max"].item())
         stats["gap"] = max(stats["gap"], (logp.detach() - old_logp).abs().max().item())
