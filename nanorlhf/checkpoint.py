@@ -68,7 +68,7 @@ def new_folder(folder, manifest=False, size=0):
         restore(folder)
         cause = e if isinstance(e, OSError) else e.__context__
         why = getattr(cause, "strerror", None) or str(e).splitlines()[0]
-        kept = "the last complete checkpoint is kept"
+        kept = "complete checkpoints are kept"
         raise RunError(f"cannot save {folder} ({size:,} bytes): {why}; {kept}") from e
 
 
@@ -376,7 +376,9 @@ class Run:
             if first:
                 with open(os.path.join(tmp, "state.pt"), "wb") as f:
                     torch.save(state, f)
-        for old in self._checkpoints()[: -self.cfg.keep] if first else ():
+        # Newer ones are damaged, or --resume auto would not be here: they must not push out those that count.
+        so_far = [name for name in self._checkpoints() if int(name[5:]) <= step]
+        for old in so_far[: -self.cfg.keep] if first else ():
             shutil.rmtree(os.path.join(self.state, old), ignore_errors=True)
 
     def checkpoint(self, done, export, extra=None):

@@ -20,7 +20,7 @@ import train_grpo
 import train_ppo
 import train_sft
 from nanorlhf import checkpoint, common, hub
-from nanorlhf.checkpoint import Run, restore, write_folder
+from nanorlhf.checkpoint import Run, damage, restore, write_folder
 from nanorlhf.common import Interrupted, Log, RunError, UserError
 from nanorlhf.data import write_jsonl
 
@@ -275,6 +275,16 @@ def full_for(monkeypatch, mode):
     """The log finds no space when it opens a file in this mode."""
     opened = {mode: disk_full}
     monkeypatch.setattr(common, "open", lambda p, m="r", **kw: opened.get(m, open)(p, m, **kw), raising=False)
+
+
+def test_damaged_newer_checkpoints_do_not_push_out_the_one_that_auto_takes(stages, tmp_path):
+    """--resume auto goes on from step 1, past damage: what it saves at 2 can be resumed in its turn."""
+    run = tmp_path / "run"
+    train_sft.train(stages.config(train_sft, run, steps=4, save_every=1, keep=4))
+    for name in states(run)[1:]:
+        flip(run / "state" / name / "state.pt")
+    train_sft.train(stages.config(train_sft, run, steps=2, keep=1, resume="auto"))
+    assert damage(run / "state/step-000002") is None
 
 
 def test_disk_full_when_resuming_keeps_the_logs(stages, tmp_path, monkeypatch):
