@@ -237,6 +237,8 @@ def draw():
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(__doc__)
     torch.set_num_threads(1)
     if sys.argv[1:] != ["--draw"]:
         seeds = sys.argv[2] if sys.argv[1:2] == ["--seeds"] else "0,1,2,3,4"

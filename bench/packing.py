@@ -65,4 +65,6 @@ def main(path=FILE):
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(__doc__)
     main(*sys.argv[1:])
