@@ -315,7 +315,7 @@ def report(cfg, about, models, trained, phases, work, sampling=None, decoding=No
     """
 
     def row(name, size, note=""):
-        print(f"  {name:<44}{size / GIB:>10.2f}  {note}".rstrip())
+        print(f"  {name:<46}{size / GIB:>10.2f}  {note}".rstrip())
 
     print(f"dry run of {os.path.basename(sys.argv[0])}: nothing is trained or written\n{about}\n")
     models = {name: model for name, model in models.items() if model is not None}
@@ -364,11 +364,11 @@ def report(cfg, about, models, trained, phases, work, sampling=None, decoding=No
     total = sum(work.values())
     print("\nFLOPs of a step (one of --steps), responses as long as they may be")
     for name, n in work.items():
-        print(f"  {name:<44}{n:>10.2e}")
+        print(f"  {name:<46}{n:>10.2e}")
     moved = decode(*decoding, slots)[1] if decoding else 0
     seconds = total / (PEAK * SHARE) + moved / BANDWIDTH
-    print(f"  {'all':<44}{total:>10.2e}")
+    print(f"  {'all':<46}{total:>10.2e}")
     if moved:
-        print(f"  {'bytes that decoding moves':<44}{moved:>10.2e}")
+        print(f"  {'bytes that decoding moves':<46}{moved:>10.2e}")
     print(f"computed, not measured: {seconds:,.1f} s a step, {seconds * cfg.steps / 3600:,.1f} h in all,\n"
           "on an A100 at 40% of 312 TFLOP/s and, where it decodes, all of 2 TB/s")  # fmt: skip
