@@ -412,7 +412,8 @@ def load(folder, flag="--init", hint="", kind="", dtype=torch.float32, like=None
     if os.path.isfile(os.path.join(folder, "model", "config.json")):
         raise UserError(f"{flag} {folder} is a run folder; give {os.path.join(folder, 'model')}")
     if not os.path.isfile(os.path.join(folder, "config.json")):
-        what = "has no config.json" if os.path.isdir(folder) else "does not exist"
+        what = "is a file, must be a folder" if os.path.isfile(folder) else "does not exist"
+        what = "has no config.json" if os.path.isdir(folder) else what
         run, name = os.path.split(folder)
         out = f" --out {run}" if run and name == "model" else ""
         raise UserError(f"{flag} {folder} {what}" + (f"; make it with: {hint}{out}" if hint else ""))

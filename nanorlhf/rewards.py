@@ -27,8 +27,8 @@ def score_responses(roll, texts, rows, rm, rewards, parts=None):
         size, score = max(1, SCORE_TOKENS // roll.tokens.shape[1]), roll.logp.new_zeros(len(roll.tokens))
         with at_work(rm):
             mine = dist.mine(roll.lengths)
-            for rows in dist.paced(mine.split(size) if len(mine) else (), rm.values):
-                score[rows] = rm.scores(roll.tokens[rows], roll.lengths[rows], roll.mask[rows])
+            for mb in dist.paced(mine.split(size) if len(mine) else (), rm.values):
+                score[mb] = rm.scores(roll.tokens[mb], roll.lengths[mb], roll.mask[mb])
         return dist.summed(score)  # detail 13: at no other position
     return sum_rewards(texts, rows, rewards, parts, roll.tokens.device)
 

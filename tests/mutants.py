@@ -128,7 +128,7 @@ MUTANTS = [
      "lengths - 1])", "lengths - 2])",
      [ORACLE]),
     ("reward model read at the padded end", "nanorlhf/rewards.py",
-     "roll.lengths[rows], roll.mask", "roll.lengths[rows] * 0 + roll.tokens.shape[1], roll.mask",
+     "roll.lengths[mb], roll.mask", "roll.lengths[mb] * 0 + roll.tokens.shape[1], roll.mask",
      [ORACLE]),
     ("weights of rewards forgotten", "nanorlhf/worker.py",
      "score += weight * part", "score += part",
