@@ -279,7 +279,7 @@ def test_kl_of_equal_models_is_zero():
 def test_logits_are_never_stored_whole(fn):
     """No operation, forward or backward, returns more than a chunk; what is saved is inputs and (N,) rows.
 
-    In one pass a chunk is one of whole rows, and nothing is saved.
+    In one pass nothing is saved.
     """
     N, V, D, chunk = 64, 256, 4, 2048
     hidden, weight, targets, bias = operands(N, V, D=D)
@@ -301,7 +301,7 @@ def test_logits_are_never_stored_whole(fn):
     with limits, Watch() as watch:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
             run(torch_backend_with_defaults)
-    assert watch.largest == chunk
+    assert watch.largest == (V * D if fn == "one pass" else chunk)  # in one pass dW: rows are kept tile by tile
     assert fn == "one pass" or N * D + V * D < sum(saved) <= 2 * (N * D + V * D + V) + 3 * N < N * V
     with Watch() as watch:  # the oracle does store them: the watch can see
         run(reference)

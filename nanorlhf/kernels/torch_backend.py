@@ -198,13 +198,12 @@ class LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, loss):
         logp, entropy = _wide(hidden).new_empty(2, len(hidden))
-        total, grads = logp.new_zeros(()), _zeros(ctx, hidden, weight, bias)
+        total, grads = logp.new_zeros(()), _sums(ctx, hidden, weight, bias)
         rows, cols = _tiles(len(hidden), len(weight), STORED)
-        kept = logp.new_empty(max((r.stop - r.start for r in rows), default=0) * len(weight))
-        room, masked = _room(hidden, 2, rows, cols), bias is not None
+        kept, room = _room(hidden, len(cols), rows, cols), _room(hidden, 2, rows, cols)
+        masked = bias is not None
         for r in rows:
-            n, stats = r.stop - r.start, []
-            tiles = [kept[n * c.start : n * c.stop].view(n, -1) for c in cols]
+            tiles, stats = [_in(x, r, c) for x, c in zip(kept, cols)], []
             for c, z in zip(cols, tiles):
                 shifted, e = (_in(x, r, c) for x in room)
                 _logits(hidden, weight, bias, r, c, temperature, out=z)
@@ -273,7 +272,7 @@ class LinearKL(torch.autograd.Function):
 def _backward(ctx, hidden, weight, bias, dlogits):
     """Gradients of hidden, weight and bias, or None; dlogits(rows, columns, z, a tile to be overwritten):
     ∂loss/∂(x·wᵀ) of a tile."""
-    grads = _zeros(ctx, hidden, weight, bias)
+    grads = _sums(ctx, hidden, weight, bias)
     rows, cols = _tiles(len(hidden), len(weight))
     room = _room(hidden, 2, rows, cols)
     for r in rows:
@@ -284,21 +283,22 @@ def _backward(ctx, hidden, weight, bias, dlogits):
     return like(grads, (hidden, weight, bias))
 
 
-def _zeros(ctx, *inputs):
-    """What the gradients of hidden, weight and bias are summed in; None where none is asked for."""
+def _sums(ctx, *inputs):
+    """What the gradients of hidden, weight and bias are summed in, by _add; None where none is asked for."""
+    make = torch.empty_like if len(inputs[0]) else torch.zeros_like  # with no rows, nothing is added
     needs = ctx.needs_input_grad
-    return [torch.zeros_like(x, dtype=_wide(x).dtype) if need else None for x, need in zip(inputs, needs)]
+    return [make(x, dtype=_wide(x).dtype) if need else None for x, need in zip(inputs, needs)]
 
 
 def _add(grads, dz, hidden, weight, r, c):
-    """A tile's ∂loss/∂(x·wᵀ), added to the gradients."""
+    """A tile's ∂loss/∂(x·wᵀ), added to the gradients; what the first tile meets there is overwritten."""
     dx, dw, db = grads
     if dx is not None:
-        dx[r].addmm_(dz, _wide(weight[c]))
+        dx[r].addmm_(dz, _wide(weight[c]), beta=c.start > 0)
     if dw is not None:  # a frozen unembedding (LoRA) saves this matmul
-        dw[c].addmm_(dz.T, _wide(hidden[r]))
+        dw[c].addmm_(dz.T, _wide(hidden[r]), beta=r.start > 0)
     if db is not None:
-        db[c] += dz.sum(0)
+        db[c] = dz.sum(0) + (db[c] if r.start else 0)
 
 
 def like(grads, inputs):
