@@ -301,7 +301,7 @@ def test_logits_are_never_stored_whole(fn):
     with limits, Watch() as watch:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
             run(torch_backend_with_defaults)
-    assert watch.largest == (V * D if fn == "one pass" else chunk)  # in one pass dW: rows are kept tile by tile
+    assert watch.largest == (V * D if fn == "one pass" else chunk)  # dW: rows are kept in tiles
     assert fn == "one pass" or N * D + V * D < sum(saved) <= 2 * (N * D + V * D + V) + 3 * N < N * V
     with Watch() as watch:  # the oracle does store them: the watch can see
         run(reference)
