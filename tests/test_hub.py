@@ -806,7 +806,7 @@ def test_disk_full_keeps_the_old_folder(owner, name, call, tmp_path, monkeypatch
     hub.save(tiny(seed=1), TOK, folder)
     with monkeypatch.context() as patch:
         fail(patch, owner, name, call, FULL)
-        with pytest.raises(RunError, match="cannot save .*model .*No space left on device.* is kept"):
+        with pytest.raises(RunError, match="cannot save .*model .*No space left on device.* are kept"):
             hub.save(tiny(seed=2), TOK, folder)
     assert os.listdir(tmp_path) == ["model"]
     assert torch.equal(hub.load(folder)[0].wte.weight, tiny(seed=1).wte.weight)
