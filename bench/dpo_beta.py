@@ -108,5 +108,5 @@ def main():
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
-        sys.exit(__doc__)
+        sys.exit(print(__doc__))
     main()

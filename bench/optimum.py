@@ -238,7 +238,7 @@ def draw():
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
-        sys.exit(__doc__)
+        sys.exit(print(__doc__))
     torch.set_num_threads(1)
     if sys.argv[1:] != ["--draw"]:
         seeds = sys.argv[2] if sys.argv[1:2] == ["--seeds"] else "0,1,2,3,4"

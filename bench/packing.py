@@ -66,5 +66,5 @@ def main(path=FILE):
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
-        sys.exit(__doc__)
+        sys.exit(print(__doc__))
     main(*sys.argv[1:])
