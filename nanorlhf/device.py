@@ -74,10 +74,9 @@ def to_device(cfg, device, *models):
     if getattr(cfg, "compile", False) and device.type != "meta":  # --dry_run
         run_block = compiled(lambda block, *args: block(*args), device)
     compute = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
+    home = None if getattr(cfg, "shard", False) else device  # FSDP2 moves a block at a time: all may not fit
     for model in filter(None, models):
-        # FSDP2 moves a block at a time: the whole may not fit
-        later = getattr(cfg, "shard", False)
-        model.to(None if later else device, torch.bfloat16 if rounded else None)
+        model.to(home, torch.bfloat16 if rounded else None)
         trunk = getattr(model, "trunk", model)
         trunk.compute_dtype, trunk.run_block = compute, run_block or trunk.run_block
         trunk.recompute = getattr(cfg, "checkpoint_activations", False)
