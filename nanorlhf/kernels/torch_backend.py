@@ -43,7 +43,7 @@ def _tiles(n, vocab, stored=None):
 def _room(like, n, rows, cols):
     """n buffers, each for any tile of `rows` by `cols`: asking for one a tile costs page faults."""
     size = max((r.stop - r.start for r in rows), default=0) * max((c.stop - c.start for c in cols), default=0)
-    return [like.new_empty(size, dtype=torch.promote_types(like.dtype, torch.float32)) for _ in range(n)]
+    return [like.new_empty(size, dtype=_width(like)) for _ in range(n)]
 
 
 def _in(buffer, r, c):
@@ -52,8 +52,13 @@ def _in(buffer, r, c):
     return buffer[: shape[0] * shape[1]].view(shape)
 
 
+def _width(x):
+    """The dtype of x's logits and gradients: fp32, or float64 where x is."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _wide(x):
-    return x if x is None or x.dtype == torch.float64 else x.float()
+    return x.to(_width(x))
 
 
 def _logits(hidden, weight, bias, r, c, temperature, out=None):
@@ -149,7 +154,7 @@ def merge_kl(stats):
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
-        out = _wide(hidden).new_empty(3, len(hidden))
+        out = hidden.new_empty(3, len(hidden), dtype=_width(hidden))
         rows, cols = _tiles(len(hidden), len(weight))
         room = _room(hidden, 2, rows, cols)
         for r in rows:
@@ -197,7 +202,7 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, loss):
-        logp, entropy = _wide(hidden).new_empty(2, len(hidden))
+        logp, entropy = hidden.new_empty(2, len(hidden), dtype=_width(hidden))
         total, grads = logp.new_zeros(()), _sums(ctx, hidden, weight, bias)
         rows, cols = _tiles(len(hidden), len(weight), STORED)
         kept, room = _room(hidden, len(cols), rows, cols), _room(hidden, 2, rows, cols)
@@ -239,7 +244,7 @@ def hand_over(ctx, grads, inputs, *out):
 class LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, reverse):
-        out = _wide(hidden).new_empty(3, len(hidden))
+        out = hidden.new_empty(3, len(hidden), dtype=_width(hidden))
         rows, cols = _tiles(len(hidden), len(weight))
         for r in rows:
             stats = []
@@ -287,7 +292,7 @@ def _sums(ctx, *inputs):
     """What the gradients of hidden, weight and bias are summed in, by _add; None where none is asked for."""
     make = torch.empty_like if len(inputs[0]) else torch.zeros_like  # with no rows, nothing is added
     needs = ctx.needs_input_grad
-    return [make(x, dtype=_wide(x).dtype) if need else None for x, need in zip(inputs, needs)]
+    return [make(x, dtype=_width(x)) if need else None for x, need in zip(inputs, needs)]
 
 
 def _add(grads, dz, hidden, weight, r, c):
