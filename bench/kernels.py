@@ -310,6 +310,7 @@ def plot(rows, path):
         ax.set_title(f"{title}: N {size['N']:,}, D {size['D']:,}, V {size['V']:,}", fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0.15)
+        ax.locator_params(axis="x", nbins=4)
     axes[0].invert_yaxis()
     fig.tight_layout()
     fig.savefig(path, dpi=100)
