@@ -28,9 +28,11 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import Interrupted, derive_seed, pyplot, require, run_cli, save_figure
 from nanorlhf.data import write_jsonl
+from nanorlhf.errors import Interrupted, derive_seed, require
+from nanorlhf.look.plots import pyplot, save_figure
 from nanorlhf.metrics import mean_se
+from nanorlhf.run.cli import run_cli
 
 STAGES = ("sft", "rm", "ppo", "ppo_nokl")  # the run folders within --out
 

@@ -29,14 +29,16 @@ from typing import Literal
 import torch
 
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import UserError, check_ranges, derive_seed, require, run_cli
 from nanorlhf.data import microbatches, pad, response_mask
-from nanorlhf.device import setup, to_device
-from nanorlhf.formats import read_rows
+from nanorlhf.errors import UserError, derive_seed, require
+from nanorlhf.hub.formats import read_rows
 from nanorlhf.kernels import linear_kl
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
 from nanorlhf.pairs import encode_pairs
 from nanorlhf.rewards import score_responses
+from nanorlhf.run import worker
+from nanorlhf.run.cli import check_ranges, run_cli
+from nanorlhf.run.device import setup, to_device
 
 ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, however it was found
 
@@ -46,7 +48,7 @@ class Config:
     model: str = "runs/reviews-sft/model"  # model folder
     against: str = ""  # a second model folder: win rate and KL
     task: str = "reviews"  # built-in task: reviews, chain or countdown; held-out prompts and the reward
-    data: str = ""  # file of prompts (formats: nanorlhf/formats.py); the held-out ones, where there are any
+    data: str = ""  # file of prompts (formats: nanorlhf/hub/formats.py); held-out ones, if any
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     rm: str = ""  # reward model folder, in place of a reward function
     pairs: str = ""  # JSONL of preference pairs, for the accuracy of --rm and of the model's own reward
@@ -125,7 +127,7 @@ def main(cfg):
     other = hub.load(cfg.against, "--against", "", "language model", like=tok)[0] if cfg.against else None
     rm = hub.load(cfg.rm, "--rm", "", "reward model", like=tok)[0] if cfg.rm else None
     model, other, rm = to_device(cfg, device, model, other, rm)
-    rewards = [tasks.load_reward(spec) for spec in cfg.reward]
+    rewards = [worker.load_reward(spec) for spec in cfg.reward]
     rewards = rewards or ([(cfg.task, 1.0, task.reward)] if task.reward else [])
     scorer = bool(rm or rewards)
     require(scorer or other, "nothing to measure by: give --rm, --reward or --against")

@@ -17,8 +17,9 @@ from typing import Literal
 import torch
 
 from nanorlhf import generate, hub
-from nanorlhf.common import UserError, check_ranges, derive_seed, require, run_cli
-from nanorlhf.device import setup, to_device
+from nanorlhf.errors import UserError, derive_seed, require
+from nanorlhf.run.cli import check_ranges, run_cli
+from nanorlhf.run.device import setup, to_device
 from nanorlhf.tokenizer import Chat
 
 

@@ -39,15 +39,18 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import dist, generate, hub, plan, tasks
-from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli
+from nanorlhf import generate, hub, tasks
 from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask
-from nanorlhf.device import adamw, at_work, freeze, setup
+from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub import load_models
 from nanorlhf.metrics import mean_se
 from nanorlhf.pairs import KEYS, Example, by_budget, load_examples, to_examples, write_first
 from nanorlhf.rewards import fresh_samples, load_prompts, score_responses
+from nanorlhf.run import dist, plan, worker
+from nanorlhf.run.checkpoint import Run
+from nanorlhf.run.cli import Flags, check_ranges, run_cli
+from nanorlhf.run.device import adamw, at_work, freeze, lr_at, setup
+from nanorlhf.run.log import Clock
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -56,7 +59,7 @@ from nanorlhf.rewards import fresh_samples, load_prompts, score_responses
 @dataclass
 class Config(Flags):
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data or --online)
-    data: str = ""  # file of preferences (formats: nanorlhf/formats.py); with kto also of labelled ones
+    data: str = ""  # file of preferences (formats: nanorlhf/hub/formats.py); with kto also of labelled ones
     reward: list[str] = field(default_factory=list)  # online: path/to/file.py:name, or :name*0.2; repeatable
     rm: str = ""  # online: reward model folder; without any judge: runs/TASK-rm/model, or the task's function
     judge: Literal["", "self"] = ""  # online: self ranks by the policy's own β log π/π_ref
@@ -338,7 +341,7 @@ def train(cfg):
     task = tasks.get(cfg.task)
     policy, ref, rm, tok = load_models(cfg, device)
     freeze(cfg, ref, rm, trained=(policy,))
-    rewards = [tasks.load_reward(spec) for spec in cfg.reward] or [(cfg.task, 1.0, task.reward)]
+    rewards = [worker.load_reward(spec) for spec in cfg.reward] or [(cfg.task, 1.0, task.reward)]
     rounds, labelled = max(1, cfg.online), not cfg.online or cfg.judge == "self"
     by_round = bool(cfg.online) and cfg.online_ref == "round"
     base = copy.deepcopy(policy) if by_round else ref  # of the loss; `ref` itself stays, for the judge and kl

@@ -28,16 +28,19 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nanorlhf import dist, generate, hub, lora, plan, tasks
-from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, require, run_cli
+from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.data import epoch_batches, microbatches
-from nanorlhf.device import adamw, at_work, freeze, setup
+from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub import load_models
 from nanorlhf.metrics import sample_figures
 from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses
 from nanorlhf.rollout import Rollout
-from nanorlhf.worker import Rewards
+from nanorlhf.run import dist, plan
+from nanorlhf.run.checkpoint import Run
+from nanorlhf.run.cli import Flags, check_ranges, run_cli
+from nanorlhf.run.device import adamw, at_work, freeze, setup
+from nanorlhf.run.log import Clock
+from nanorlhf.run.worker import Rewards
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -79,7 +82,7 @@ RECIPES = {  # a published recipe sets these flags; those that it does not name 
 class Config(Flags):
     task: str = "chain"  # built-in task: chain, countdown or reviews; sets the defaults that differ by task
     recipe: Literal[tuple(RECIPES)] = ""  # flags of a published recipe; flags given explicitly win
-    data: str = ""  # file of prompts (formats: nanorlhf/formats.py), in place of the task's own
+    data: str = ""  # file of prompts (formats: nanorlhf/hub/formats.py), in place of the task's own
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder, where the task has no reward function; empty: runs/TASK-rm/model

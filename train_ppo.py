@@ -27,14 +27,17 @@ from typing import ClassVar
 
 import torch
 
-from nanorlhf import dist, generate, hub, lora, plan, tasks
-from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, require, run_cli
+from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.data import epoch_batches, microbatches
-from nanorlhf.device import adamw, at_work, freeze, setup, to_device
+from nanorlhf.errors import derive_seed, require
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses
-from nanorlhf.worker import Rewards
+from nanorlhf.run import dist, plan
+from nanorlhf.run.checkpoint import Run
+from nanorlhf.run.cli import Flags, check_ranges, run_cli
+from nanorlhf.run.device import adamw, at_work, freeze, setup, to_device
+from nanorlhf.run.log import Clock
+from nanorlhf.run.worker import Rewards
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -43,7 +46,7 @@ from nanorlhf.worker import Rewards
 @dataclass
 class Config(Flags):
     task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
-    data: str = ""  # file of prompts (formats: nanorlhf/formats.py); --task still sets the defaults
+    data: str = ""  # file of prompts (formats: nanorlhf/hub/formats.py); --task still sets the defaults
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder; empty: runs/TASK-rm/model, unless there is a reward function

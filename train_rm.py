@@ -31,14 +31,17 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import dist, hub, lora, plan, tasks
-from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli
+from nanorlhf import hub, lora, tasks
 from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl, response_mask
-from nanorlhf.device import adamw, setup, to_device
-from nanorlhf.formats import read_rows
+from nanorlhf.errors import derive_seed, require
+from nanorlhf.hub.formats import read_rows
 from nanorlhf.model import ScalarModel
 from nanorlhf.pairs import encode_pairs, load_rows, require_both
+from nanorlhf.run import dist, plan
+from nanorlhf.run.checkpoint import Run
+from nanorlhf.run.cli import Flags, check_ranges, run_cli
+from nanorlhf.run.device import adamw, lr_at, setup, to_device
+from nanorlhf.run.log import Clock
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -49,7 +52,7 @@ class Config(Flags):
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data)
     kind: Literal["preference", "process", "outcome"] = "preference"  # what it learns from
     # JSONL of {"prompt", "response", "labels": [1, 0, null]} for these two: a label a step, null for none
-    data: str = ""  # file of preferences (formats: nanorlhf/formats.py), in place of the task's own pairs
+    data: str = ""  # file of preferences (formats: nanorlhf/hub/formats.py), in place of the task's own pairs
     step_end: str = ""  # process: the characters that end a step; the end of the response always does
     references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
     pairs: int = 4000  # pairs to make for the built-in task

@@ -19,13 +19,16 @@ from typing import ClassVar, Literal
 
 import torch
 
-from nanorlhf import dist, generate, hub, lora, plan, tasks
-from nanorlhf.checkpoint import Run
-from nanorlhf.common import Clock, Flags, check_ranges, derive_seed, lr_at, require, run_cli
+from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.data import encode_demonstration, epoch_batches, microbatches, pack, pad, split_by_hash
-from nanorlhf.device import adamw, setup, to_device
-from nanorlhf.formats import read_rows
+from nanorlhf.errors import derive_seed, require
+from nanorlhf.hub.formats import read_rows
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.run import dist, plan
+from nanorlhf.run.checkpoint import Run
+from nanorlhf.run.cli import Flags, check_ranges, run_cli
+from nanorlhf.run.device import adamw, lr_at, setup, to_device
+from nanorlhf.run.log import Clock
 from nanorlhf.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -35,7 +38,7 @@ from nanorlhf.tokenizer import Tokenizer
 @dataclass
 class Config(Flags):
     task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
-    data: str = ""  # file of demonstrations (formats: nanorlhf/formats.py), in place of the task's own
+    data: str = ""  # file of demonstrations (formats: nanorlhf/hub/formats.py), in place of the task's own
     demos: int | None = None  # demonstrations to write for a built-in task
     init: str = ""  # model folder to start from; empty: a new model of the size below
     out: str = ""  # run folder; empty: runs/TASK-sft

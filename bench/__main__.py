@@ -22,7 +22,7 @@ import sys
 import torch
 
 from bench import generation, gpu, heads, install, steps, table, training
-from nanorlhf.common import UserError, require
+from nanorlhf.errors import UserError, require
 
 PARTS = {
     "kernels": ("Log-probs from hidden states, forward and backward", heads.rows),

@@ -149,7 +149,7 @@ def draw(plt, wide=3):
 
 
 def main(words):
-    from nanorlhf.common import pyplot, save_figure
+    from nanorlhf.look.plots import pyplot, save_figure
 
     every = {f.name: f for f in (*RIGHT, *FAULTS)}
     if words != ["--draw"] and not set(words) <= set(every):

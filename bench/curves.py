@@ -229,7 +229,7 @@ def draw_reading(plt):
 
 
 def main():
-    from nanorlhf.common import pyplot, save_figure
+    from nanorlhf.look.plots import pyplot, save_figure
 
     if sys.argv[1:] not in ([], ["--run"]):
         sys.exit(__doc__)

@@ -20,7 +20,7 @@ from main_job import ROOT, run, show, write
 sys.path.insert(0, ROOT)
 from demo import mean_se  # noqa: E402
 from nanorlhf import generate, hub, tasks  # noqa: E402
-from nanorlhf.common import derive_seed  # noqa: E402
+from nanorlhf.errors import derive_seed  # noqa: E402
 
 BETAS = (0.3, 0.1, 0.03)
 LOSSES = ("dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "dpo_nll")

@@ -27,8 +27,9 @@ from unittest import mock
 import torch
 
 from bench import table
-from nanorlhf import generate, hub, plan
+from nanorlhf import generate, hub
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.run import plan
 from nanorlhf.tokenizer import Tokenizer
 
 HF = "transformers generate"

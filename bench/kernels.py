@@ -34,8 +34,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 from nanorlhf import kernels  # noqa: E402
-from nanorlhf.common import pyplot  # noqa: E402
 from nanorlhf.kernels import reference  # noqa: E402
+from nanorlhf.look.plots import pyplot  # noqa: E402
 
 CPU_SHAPES = [(4096, 384, 50257), (2048, 96, 512)]
 QUICK_SHAPES = [(128, 32, 512)]  # to see that it runs

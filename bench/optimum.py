@@ -203,7 +203,7 @@ def run_all(seeds):
 
 def draw():
     """Left: how far each algorithm ends from π* and from its own fixed point. Right: reward against KL."""
-    from nanorlhf.common import pyplot, save_figure
+    from nanorlhf.look.plots import pyplot, save_figure
 
     plt = pyplot()
     if plt is None:

@@ -17,7 +17,7 @@ from kv_cache import ROOT, clock
 
 import train_sft
 from nanorlhf.data import microbatches, pack
-from nanorlhf.formats import read_rows
+from nanorlhf.hub.formats import read_rows
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import Tokenizer
 

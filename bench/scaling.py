@@ -2,7 +2,7 @@
 
     python -m bench.scaling            print the tables, and write them into docs/scaling.md
 
-Memory and FLOPs come from nanorlhf/plan.py, which counts them from the model's own modules (on the meta
+Memory and FLOPs come from nanorlhf/run/plan.py, which counts them from the model's own modules (on the meta
 device); what is cut over the GPUs, and what is exchanged, from the formulas in docs/scaling.md.
 """
 
@@ -11,9 +11,9 @@ import os
 import torch
 
 from bench import table
-from nanorlhf import plan
+from nanorlhf.kernels.slots import SLOTS
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.slots import SLOTS
+from nanorlhf.run import plan
 
 PAGE = os.path.join(table.ROOT, "docs", "scaling.md")
 GPU, GIB = 80, 1 << 30  # GiB of the GPU that the tables are about

@@ -12,9 +12,9 @@ from unittest import mock
 
 import torch
 
-import nanorlhf.common as plumbing
 from nanorlhf import hub, tasks
-from nanorlhf.common import derive_seed, pyplot, save_figure
+from nanorlhf.errors import derive_seed
+from nanorlhf.look.plots import pyplot, save_figure
 from nanorlhf.rewards import fresh_samples, score_responses
 
 try:
@@ -64,7 +64,7 @@ def trained(trainer, **config):
 def _train(trainer, config, folder):
     tmp, start = f"{folder}.{os.getpid()}", cpu_seconds()
     os.makedirs(tmp, exist_ok=True)
-    quiet = mock.patch.object(plumbing, "plot_curves", lambda *args: None)  # a curve costs more than a step
+    quiet = mock.patch("nanorlhf.run.log.plot_curves", lambda *args: None)  # a curve costs more than a step
     with open(f"{tmp}/log.txt", "w", encoding="utf-8") as log, quiet:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             metrics = trainer.train(trainer.Config(out=tmp, overwrite=True, **config))

@@ -9,7 +9,7 @@ import train_grpo
 import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed
+from nanorlhf.errors import derive_seed
 
 PAPER = "Luo et al., 2025, DeepScaleR: surpassing o1-preview with a 1.5B model by scaling RL (no arXiv paper)"
 QUESTION = "Is it cheaper to begin RL with a short context, and when should it be lengthened?"

@@ -25,8 +25,8 @@ import train_sft
 from evaluate import kl_per_token
 from labs import common
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed
 from nanorlhf.data import encode_demonstration
+from nanorlhf.errors import derive_seed
 
 PAPER = (
     "Rigter, Jiang, Posner 2024, Reward-free curricula for training robust world models, WAKER "

@@ -14,7 +14,7 @@ import train_dpo
 import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed
+from nanorlhf.errors import derive_seed
 
 PAPER = "Uhlig, Schacht, Barkur 2024, PHOENIX: open-source language adaption for DPO (2401.10580)"
 QUESTION = "Do translated demonstrations and preferences suffice to align a model in a second language?"

@@ -19,7 +19,7 @@ import train_rm
 import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed
+from nanorlhf.errors import derive_seed
 from nanorlhf.rewards import score_responses
 
 PAPER = "Gao, Schulman, Hilton 2022, Scaling laws for reward model overoptimization (arXiv 2210.10760)"

@@ -7,7 +7,7 @@ import train_grpo
 import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed
+from nanorlhf.errors import derive_seed
 from nanorlhf.metrics import pass_at_k
 
 PAPER = (

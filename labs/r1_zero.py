@@ -8,7 +8,7 @@ import train_sft
 from labs import common
 from labs.spurious_rewards import base, measure
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed
+from nanorlhf.errors import derive_seed
 
 PAPER = "DeepSeek-AI, 2025, DeepSeek-R1: incentivizing reasoning capability in LLMs via RL (2501.12948)"
 QUESTION = (

@@ -15,8 +15,8 @@ import train_rm
 import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed
 from nanorlhf.data import pad
+from nanorlhf.errors import derive_seed
 from nanorlhf.rewards import score_responses
 
 PAPER = "Gulcehre, Le Paine, Srinivasan and others 2023, Reinforced self-training (ReST) (2308.08998)"

@@ -17,7 +17,7 @@ import train_rm
 import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed
+from nanorlhf.errors import derive_seed
 
 PAPER = "Hou et al. 2024, Does RLHF scale? Exploring impacts from data, model, and method (arXiv 2412.06000)"
 QUESTION = "What does more of everything buy in RLHF: responses, reward model, policy, prompts?"

@@ -40,9 +40,11 @@ from dataclasses import dataclass
 
 import torch
 
-import nanorlhf.common as plumbing
 from labs import common
-from nanorlhf.common import Interrupted, check_ranges, pyplot, require, run_cli
+from nanorlhf.errors import Interrupted, require
+from nanorlhf.look.plots import pyplot
+from nanorlhf.run import device
+from nanorlhf.run.cli import check_ranges, run_cli
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FREE = "PAPER QUESTION PREDICTION STATISTIC DIFFERS CHANGES SEEDS verdict figure".split()
@@ -90,7 +92,7 @@ def job(name, point, seed, smoke, root, path):
     common.used.clear()
     common.made.clear()
     torch.set_num_threads(1)
-    plumbing.THREADS = 1  # above a million parameters too: the other cores are for the other jobs
+    device.THREADS = 1  # above a million parameters too: the other cores are for the other jobs
     start = common.cpu_seconds()
     try:
         rows = load(name).run(point, seed, smoke)

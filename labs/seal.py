@@ -20,9 +20,10 @@ import train_rm
 import train_sft
 from labs import common
 from nanorlhf import hub, pairs, tasks
-from nanorlhf.common import derive_seed, run_cli
 from nanorlhf.data import encode_pair, pad
+from nanorlhf.errors import derive_seed
 from nanorlhf.model import ScalarModel
+from nanorlhf.run.cli import run_cli
 
 PAPER = "Revel, Cargnelutti, Eloundou, Leppert 2024, SEAL: systematic error analysis (2408.10270)"
 QUESTION = "What does a reward model learn from preferences besides what they are about?"

@@ -14,8 +14,8 @@ import train_dpo
 import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed
 from nanorlhf.data import pad
+from nanorlhf.errors import derive_seed
 
 PAPER = "Yuan, Pang, Cho, Li, Sukhbaatar, Xu, Weston 2024, Self-rewarding language models (2401.10020)"
 QUESTION = "Does a model that is its own judge go on improving, as a writer and as a judge?"

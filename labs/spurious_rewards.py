@@ -8,7 +8,7 @@ import train_grpo
 import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import derive_seed
+from nanorlhf.errors import derive_seed
 
 PAPER = "Shao et al., 2025, Spurious rewards: rethinking training signals in RLVR (2506.10947)"
 QUESTION = "Can a reward that is independent of the answer raise accuracy, and through what?"

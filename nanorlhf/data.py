@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanorlhf.common import UserError, blame
+from nanorlhf.errors import UserError, blame
 
 
 def read_jsonl(

@@ -11,8 +11,7 @@ import copy
 import torch
 import torch.nn as nn
 
-from nanorlhf import dist
-from nanorlhf.common import require
+from nanorlhf.errors import require
 from nanorlhf.model import Linear
 
 ALPHA = 32.0  # with a fixed α the best learning rate hardly depends on r; it is about ten times that of W
@@ -36,9 +35,8 @@ class Adapted(Linear):
 
     @torch.no_grad()
     def merged_weight(self):
-        """→ W + α/r · B A in the precision of A and B, whole: all processes of a sharded model take part."""
-        weight, A, B = map(dist.full, (self.weight, self.A, self.B))
-        return weight + self.scale * B @ A
+        """→ W + α/r · B A in the precision of A and B."""
+        return merge(self.weight, self.A, self.B, self.scale)
 
     def merged(self):
         """→ one plain layer that computes the same."""
@@ -46,6 +44,11 @@ class Adapted(Linear):
         nn.Module.__init__(out)
         out.weight, out.bias = nn.Parameter(self.merged_weight()), self.bias
         return out
+
+
+def merge(weight, A, B, scale):
+    """→ W + scale · B A, for tensors that are whole on this process."""
+    return weight + scale * B @ A
 
 
 def _twin(model):

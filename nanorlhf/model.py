@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanorlhf.common import UserError
+from nanorlhf.errors import UserError
 from nanorlhf.kernels import decode_attention, linear_logprob
 from nanorlhf.kernels.torch_backend import spans
 

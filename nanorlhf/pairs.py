@@ -7,10 +7,11 @@ import os
 import random
 from typing import NamedTuple
 
-from nanorlhf import dist, generate, tasks
-from nanorlhf.common import derive_seed, require
+from nanorlhf import generate, tasks
 from nanorlhf.data import encode_pair, microbatches, read_jsonl, split_by_hash, write_jsonl
-from nanorlhf.formats import read_rows
+from nanorlhf.errors import derive_seed, require
+from nanorlhf.hub.formats import read_rows
+from nanorlhf.run import dist
 
 KEYS = ("prompt", "chosen", "rejected")
 

@@ -5,12 +5,13 @@ Shared by the RL trainers: none of this may move a learning curve, or turn one a
 
 import torch
 
-from nanorlhf import dist, generate, tasks
-from nanorlhf.common import blame, derive_seed, require
+from nanorlhf import generate, tasks
 from nanorlhf.data import split_by_hash
-from nanorlhf.device import at_work
-from nanorlhf.formats import read_rows
-from nanorlhf.worker import sum_rewards
+from nanorlhf.errors import blame, derive_seed, require
+from nanorlhf.hub.formats import read_rows
+from nanorlhf.run import dist
+from nanorlhf.run.device import at_work
+from nanorlhf.run.worker import sum_rewards
 
 SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to bound memory
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import dist
 from nanorlhf.data import microbatches
+from nanorlhf.run import dist
 
 
 @dataclass

@@ -22,7 +22,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from nanorlhf.common import UserError, blame, require
+from nanorlhf.errors import UserError, blame, require
 
 LONG = 10_000  # characters of a word, from which on it is left out when ranks are learnt
 FILE = "nanorlhf_tokenizer.json"  # of kind "chars"; the others are saved as tokenizer.json

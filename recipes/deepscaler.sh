@@ -24,7 +24,7 @@ MODEL=${MODEL:-models/DeepSeek-R1-Distill-Qwen-1.5B}
 PROMPTS=${PROMPTS:-128}
 FLAGS="--recipe deepscaler --temperature 0.6 --lr 1e-6 --epochs 1 --minibatches 2"
 FLAGS="$FLAGS --dtype bfloat16 --frozen_dtype bfloat16"
-FLAGS="$FLAGS --data data/deepscaler.jsonl --reward nanorlhf/tasks.py:exact_answer --eval_prompts 16"
+FLAGS="$FLAGS --data data/deepscaler.jsonl --reward nanorlhf/answers.py:exact_answer --eval_prompts 16"
 
 python train_grpo.py --init "$MODEL" --out runs/deepscaler-8k $FLAGS \
     --prompts_per_step $PROMPTS --group_size 8 --max_new_tokens 8192 --steps 1040 "$@"

@@ -12,7 +12,7 @@
 #
 # Published  SFT: learning rate 2e-5, batch 512, one epoch of 208,000 conversations; DPO: β 0.1, learning rate
 #            5e-7, batch 32, three epochs of 61,000 pairs.
-# Differs    Zephyr starts from Mistral-7B, a family that nanorlhf/hub.py does not read. Conversations are
+# Differs    Zephyr starts from Mistral-7B, a family that nanorlhf/hub/folder.py does not read. Conversations are
 #            not packed; 15% of the prompts are held out, so an epoch has fewer steps. Warm-up is 5%.
 set -e
 MODEL=${MODEL:-models/Qwen2.5-1.5B}

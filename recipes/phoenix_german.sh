@@ -14,7 +14,7 @@
 # errs, and so the labels do: --loss cdpo --label_smoothing 0.1 expects it. The old language can suffer;
 # measure it too (evaluate.py).
 #
-# Differs  PHOENIX starts from LeoLM's Mistral-7B, a family that nanorlhf/hub.py does not read; its learning
+# Differs  PHOENIX starts from LeoLM's Mistral-7B, a family that nanorlhf/hub/folder.py does not read; its learning
 #          rate and β are those of the alignment handbook, from memory. One epoch. 15% of the prompts are held out.
 set -e
 MODEL=${MODEL:-models/Qwen2.5-1.5B}

@@ -4,7 +4,7 @@ import hypothesis
 import pytest
 import torch
 
-from nanorlhf import common
+from nanorlhf.look import plots
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the very kernels that run on a GPU, in Python; read when imported
@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 @pytest.fixture
 def no_curves(monkeypatch):
     """curves.png is not drawn: it takes longer than a tiny run."""
-    monkeypatch.setattr(common, "pyplot", lambda: None)
+    monkeypatch.setattr(plots, "pyplot", lambda: None)
 
 
 @pytest.fixture(scope="session")
@@ -25,14 +25,16 @@ def stages(tmp_path_factory):
     from stages import Stages
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(common, "pyplot", lambda: None)
+        monkeypatch.setattr(plots, "pyplot", lambda: None)
         return Stages(tmp_path_factory.mktemp("stages"))
 
 
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(k, action): call action once in step k, between gradients and update; returns an undo."""
-    from nanorlhf.checkpoint import Run  # only now: the environment above is read when kernels are imported
+    from nanorlhf.run.checkpoint import (
+        Run,  # only now: the environment above is read when kernels are imported
+    )
 
     def install(k, action):
         check, todo = Run.check, [action]

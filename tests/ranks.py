@@ -21,8 +21,10 @@ import train_grpo
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, common, dist, generate, hub
+from nanorlhf import errors, generate, hub
+from nanorlhf.look import plots
 from nanorlhf.model import ScalarModel
+from nanorlhf.run import checkpoint, dist
 
 STEPS = 20
 RUNS = {  # name → trainer, flags; several micro-batches each, and not the same number on both ranks
@@ -125,7 +127,7 @@ def killed(stages, out, kind):
 
 
 def main(stages, out):
-    common.pyplot = lambda: None
+    plots.pyplot = lambda: None
     stages = Stages.at(stages)
     times = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if times < 2:
@@ -142,7 +144,7 @@ def main(stages, out):
             run(stages, name, f"{out}/{name}-fp32-{'fsdp' if shard else 'ddp'}", shard=shard)
         run(stages, "dpo", f"{out}/dpo-killed-{'fsdp' if shard else 'ddp'}", shard=shard, resume="auto")
     run(stages, "bf16", f"{out}/bf16-fsdp", shard=True)
-    with contextlib.suppress(common.RunError):
+    with contextlib.suppress(errors.RunError):
         run(stages, "sft", f"{out}/spoilt", shard=True, lr=1e30)
     with offloading():
         run(stages, "lean", f"{out}/lean-fsdp", shard=True)

@@ -10,7 +10,7 @@ import torch
 from bench import __main__ as bench
 from bench import generation, heads, install, table, training
 from bench.steps import ragged
-from nanorlhf.common import UserError
+from nanorlhf.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,8 @@ import train_grpo
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf.common import RunError, UserError, parse, run_cli
+from nanorlhf.errors import RunError, UserError
+from nanorlhf.run.cli import parse, run_cli
 
 ROOT = Path(__file__).parents[1]
 TRAINERS = [train_sft, train_rm, train_ppo, train_grpo, train_dpo]

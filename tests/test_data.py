@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorlhf.common import UserError
 from nanorlhf.data import (
     encode_demonstration,
     encode_pair,
@@ -22,6 +21,7 @@ from nanorlhf.data import (
     split_by_hash,
     write_jsonl,
 )
+from nanorlhf.errors import UserError
 from nanorlhf.tokenizer import Tokenizer
 
 KEYS = ("prompt", "chosen")

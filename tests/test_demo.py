@@ -13,7 +13,7 @@ import torch
 import demo
 import train_ppo
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import UserError, derive_seed
+from nanorlhf.errors import UserError, derive_seed
 
 POLICIES = {"sft": "SFT", "ppo": "PPO", "ppo_nokl": "PPO, β = 0"}
 

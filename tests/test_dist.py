@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import train_grpo
 import train_sft
 from bench import scaling, table
-from nanorlhf import common, device, dist, generate, hub, replay
+from nanorlhf import errors, generate, hub
 from nanorlhf.model import ScalarModel
 from nanorlhf.rewards import score_responses
+from nanorlhf.run import device, dist, replay
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -56,7 +57,7 @@ def runs(stages, tmp_path_factory):
     """The folder of all runs: by one process (name-one), by two (name-ddp, name-fsdp), resumed by others."""
     out = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks.common, "pyplot", lambda: None)
+        patch.setattr(ranks.plots, "pyplot", lambda: None)
         with ranks.precision(torch.float64):
             for name in ranks.ALL:
                 if name not in ranks.ROUGH:
@@ -72,8 +73,8 @@ def runs(stages, tmp_path_factory):
             hub.save(tiny(style), None, out / style)
         hub.save(tiny("llama", vocab_size=1000, d_model=512, d_ff=1024, n_layer=8), None, out / "large")
         job = torchrun("--max_restarts=2", "tests/ranks.py", stages.folder, out, cwd=ROOT)
-        printed, errors = job.communicate(timeout=NEVER)
-        assert job.returncode == 0, errors[-3000:]
+        printed, said = job.communicate(timeout=NEVER)
+        assert job.returncode == 0, said[-3000:]
         assert printed.count("written: ") == len(list(out.glob("*-ddp"))) + len(list(out.glob("*-fsdp"))) + 2
         with ranks.precision(torch.float64):
             for name in ("sft", "ppo"):  # begun by two processes with FSDP2
@@ -170,7 +171,7 @@ def test_damaged_checkpoint_of_a_sharded_run(runs, file, stages, tmp_path, no_cu
     with ranks.precision(torch.float64):
         for bad in (b"", good[: len(good) // 2], bytes([*good[:-99], good[-99] ^ 1, *good[-98:]])):
             path.write_bytes(bad)
-            with pytest.raises(common.UserError, match=f"--resume: damaged: .*shards/{file}: wrong checksum"):
+            with pytest.raises(errors.UserError, match=f"--resume: damaged: .*shards/{file}: wrong checksum"):
                 ranks.run(stages, "sft", tmp_path / "run", resume=True)
         ranks.run(stages, "sft", tmp_path / "run", resume="auto")
     close(exact(tmp_path / "run"), exact(f"{runs}/sft-one")[10:], 1e-9)
@@ -312,8 +313,8 @@ def test_two_hosts(hosts, stages, tmp_path):
         meet = ["--nnodes=2", f"--node_rank={i}", "--master_addr=10.77.0.1", "--master_port=29511"]
         start = [*host, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", *meet]
         jobs.append(torchrun(ROOT / "train_sft.py", *flags, by=start))
-    errors = [job.communicate(timeout=NEVER)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], errors
+    said = [job.communicate(timeout=NEVER)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
     ranks.train_sft.train(stages.config(ranks.train_sft, tmp_path / "one"))
     for mine, theirs in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert float(theirs["loss"]) == pytest.approx(float(mine["loss"]), rel=1e-5)
@@ -324,7 +325,7 @@ def test_ones_own_signal_after_anothers_is_no_second_one(stages, tmp_path, monke
     save = hub.save
     monkeypatch.setattr(dist, "largest", lambda number: signal.SIGTERM)
     monkeypatch.setattr(hub, "save", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), save(*args)))
-    with pytest.raises(common.Interrupted):
+    with pytest.raises(errors.Interrupted):
         train_sft.train(stages.config(train_sft, tmp_path / "run"))
     assert (tmp_path / "run/state/step-000001/manifest.json").exists()
 
@@ -341,8 +342,8 @@ def test_a_signal_ends_both_after_the_same_step(stages, tmp_path):
     while job.poll() is None and not ((out / "metrics.csv").exists() and len(rows(out)) > 2):
         time.sleep(0.2)
     job.send_signal(signal.SIGTERM)
-    _, errors = job.communicate(timeout=NEVER)
-    assert errors.count("train_grpo.py: interrupted; the checkpoint is saved") == 1, errors
+    _, said = job.communicate(timeout=NEVER)
+    assert said.count("train_grpo.py: interrupted; the checkpoint is saved") == 1, said
     (saved,) = (out / "state").iterdir()
     assert saved.name == f"step-{len(rows(out)):06d}" and (out / "model/config.json").exists()
 
@@ -350,14 +351,14 @@ def test_a_signal_ends_both_after_the_same_step(stages, tmp_path):
 def test_a_mistake_is_named_once():
     """Every process ends with status 2 then; torchrun itself ends with 1."""
     job = torchrun(ROOT / "train_grpo.py", "--nope=1")
-    _, errors = job.communicate(timeout=NEVER)
-    assert errors.count("train_grpo.py: error: unknown flag --nope") == 1 and job.returncode == 1, errors
-    assert "exitcode  : 2" in errors
+    _, said = job.communicate(timeout=NEVER)
+    assert said.count("train_grpo.py: error: unknown flag --nope") == 1 and job.returncode == 1, said
+    assert "exitcode  : 2" in said
 
 
 def test_what_cannot_be_cut_is_refused(monkeypatch, capsys):
     def said(*flags):
-        with pytest.raises(common.UserError) as error:
+        with pytest.raises(errors.UserError) as error:
             device.setup(train_grpo.Config(**dict(flags)))
         return str(error.value)
 

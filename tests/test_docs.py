@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # --update runs this file as a script
 
-from nanorlhf.common import parse  # noqa: E402
+from nanorlhf.run.cli import parse  # noqa: E402
 
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
 TRAINERS = sorted(p.stem for p in ROOT.glob("train_*.py"))

@@ -13,10 +13,10 @@ from test_runs import same_run, state
 
 import train_dpo
 from nanorlhf import data, hub, pairs, tasks
-from nanorlhf.checkpoint import Run
-from nanorlhf.common import UserError
-from nanorlhf.formats import TURN, read_rows
+from nanorlhf.errors import UserError
+from nanorlhf.hub.formats import TURN, read_rows
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.run.checkpoint import Run
 from nanorlhf.tokenizer import Tokenizer
 from train_dpo import kto_loss, preference_loss
 

@@ -15,7 +15,7 @@ from stages import jsonl
 import evaluate
 import sample
 from nanorlhf import generate, hub
-from nanorlhf.common import UserError
+from nanorlhf.errors import UserError
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
 from nanorlhf.tokenizer import Tokenizer
 

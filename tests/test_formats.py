@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nanorlhf import tasks
-from nanorlhf.common import UserError
-from nanorlhf.formats import read_rows
+from nanorlhf import answers
+from nanorlhf.errors import UserError
+from nanorlhf.hub.formats import read_rows
 from nanorlhf.tokenizer import Chat
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
@@ -174,14 +174,14 @@ def test_real_files(capsys):
     gsm8k = read_rows(DATA / "gsm8k_train.jsonl", "prompts")
     assert len(gsm8k) == 7473 and "7473 rows of question\n" in capsys.readouterr().out
     for row in gsm8k:  # every answer parses, to a whole number, and is right about itself
-        number = tasks.parse_number(tasks.final_answer(row["answer"]))
+        number = answers.parse_number(answers.final_answer(row["answer"]))
         assert number is not None and number.denominator == 1
-        assert tasks.numeric_answer(row["prompt"], row["answer"], row) == 1
-        assert tasks.numeric_answer(row["prompt"], str(number + 1), row) == 0
+        assert answers.numeric_answer(row["prompt"], row["answer"], row) == 1
+        assert answers.numeric_answer(row["prompt"], str(number + 1), row) == 0
     demos = read_rows(DATA / "gsm8k_train.jsonl", "demos")
     assert "7473 rows of question + answer (GSM8K)\n" in capsys.readouterr().out
     assert not any("<<" in row["response"] for row in demos)
-    assert all(tasks.numeric_answer(row["prompt"], row["response"], row) for row in demos)
+    assert all(answers.numeric_answer(row["prompt"], row["response"], row) for row in demos)
     hh = read_rows(DATA / "hh_harmless_test.jsonl.gz", "pairs")
     assert len(hh) == 2307 and sum(len(r["prompt"].messages) > 1 for r in hh) > 1600
     for row in hh:

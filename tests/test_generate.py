@@ -11,8 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nanorlhf import generate as module
-from nanorlhf.common import UserError
-from nanorlhf.generate import filter_logits, generate, reference, respond, sample
+from nanorlhf.errors import UserError
+from nanorlhf.generate import generate, reference, respond
+from nanorlhf.sampling import filter_logits, sample
 from nanorlhf.tokenizer import Tokenizer
 
 F64, INF = torch.float64, float("inf")

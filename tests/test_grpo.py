@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 import train_grpo
 from nanorlhf import generate, hub
-from nanorlhf.common import UserError, parse
+from nanorlhf.errors import UserError
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.rewards import length_schedule
+from nanorlhf.run.cli import parse
 from nanorlhf.tokenizer import Tokenizer
 from train_grpo import (
     RECIPES,

@@ -24,9 +24,11 @@ import train_grpo
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, generate, hub
-from nanorlhf.common import RunError, UserError
+from nanorlhf import generate, hub
+from nanorlhf.errors import RunError, UserError
+from nanorlhf.hub import folder as hub_folder
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
+from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import FILE, Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -226,7 +228,7 @@ def test_shards(name, tmp_path):
 def test_one_tensor_at_a_time(tmp_path, monkeypatch):
     """Loading never holds more than the model and a tensor: each is let go before the next is read."""
     hub.save(tiny("qwen3", d_model=64, d_ff=256), None, tmp_path / "m")
-    alive, largest, real = [], 0, hub.safe_open
+    alive, largest, real = [], 0, hub_folder.safe_open
 
     class Spy:
         def __init__(self, *args):
@@ -251,7 +253,7 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch):
             largest = max(largest, sum(ref() is not None for ref in alive))
             return tensor
 
-    monkeypatch.setattr(hub, "safe_open", Spy)
+    monkeypatch.setattr(hub_folder, "safe_open", Spy)
     hub.load(tmp_path / "m")
     assert len(alive) > 20 and largest <= 2  # the one that is read, and the last one's name for it
 
@@ -384,10 +386,10 @@ PUBLISHED = {  # number of parameters, and what config.json says of the shape
 def test_published_shapes(name):
     """Read, they have the published number of parameters; written, they are as they were."""
     count, raw = PUBLISHED[name]
-    cfg, _ = hub._read_config({"model_type": "llama"} | raw)
+    cfg, _ = hub_folder._read_config({"model_type": "llama"} | raw)
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(cfg).parameters()) == count
-    settings, _ = hub._fit(cfg)
+    settings, _ = hub_folder._fit(cfg)
     assert settings["model_type"] == raw.get("model_type", "llama")
     assert all(settings[key] == raw[key] for key in settings.keys() & raw.keys() - {"num_key_value_heads"})
 

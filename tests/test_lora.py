@@ -10,7 +10,7 @@ from stages import TRAINERS
 
 import train_grpo
 from nanorlhf import hub, lora
-from nanorlhf.common import UserError
+from nanorlhf.errors import UserError
 from nanorlhf.model import ScalarModel
 
 F64 = torch.float64

@@ -14,8 +14,9 @@ import train_grpo
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import common, device, hub, lora
+from nanorlhf import errors, hub, lora
 from nanorlhf.model import ScalarModel
+from nanorlhf.run import device
 
 CPU = torch.device("cpu")
 X, MASK = randint(V, 3, 9), torch.arange(9).expand(3, 9) > 2
@@ -147,5 +148,5 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nat length")
 
     monkeypatch.setattr(torch, "compile", fail)
-    with pytest.raises(common.UserError, match="--compile: .*No working C.. compiler found.; leave"):
+    with pytest.raises(errors.UserError, match="--compile: .*No working C.. compiler found.; leave"):
         device.to_device(flags(compile=True), CPU, tiny())

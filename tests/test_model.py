@@ -11,8 +11,8 @@ from torch import nn
 
 from nanorlhf import lora
 from nanorlhf import model as model_module
-from nanorlhf.common import UserError
 from nanorlhf.data import pack, pad
+from nanorlhf.errors import UserError
 from nanorlhf.kernels import torch_backend
 from nanorlhf.model import GPT, GPTConfig, Norm, ScalarModel, rope_table, rotate
 

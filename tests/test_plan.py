@@ -17,9 +17,11 @@ from helpers import STYLES, V, randint, tiny
 from stages import TRAINERS
 from torch.utils import flop_counter
 
-from nanorlhf import generate, hub, lora, plan, slots, tasks
-from nanorlhf.common import parse
+from nanorlhf import generate, hub, lora
+from nanorlhf.kernels import slots
 from nanorlhf.model import ScalarModel
+from nanorlhf.run import plan, worker
+from nanorlhf.run.cli import parse
 from nanorlhf.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -249,7 +251,7 @@ def test_the_plan_samples_as_many_rows_at_once_as_the_sampler_does(tmp_path, mon
     """512 answers: of 2,048 tokens 256 fit a large GPU at once, of 16,384 fewer fit any; so says how_many."""
     folder = qwen(tmp_path / "lm", "CausalLM")
     flags = f"--init {folder} --data {prompts(tmp_path)} --dtype bfloat16 --kl none --ref none"
-    flags += f" --reward {ROOT}/nanorlhf/tasks.py:exact_answer --prompts_per_step 32 --group_size 16"
+    flags += f" --reward {ROOT}/nanorlhf/answers.py:exact_answer --prompts_per_step 32 --group_size 16"
     with plan.without_weights():
         model = hub.load(folder)[0]
     model.compute_dtype = BF16
@@ -306,7 +308,7 @@ def test_every_command_of_a_recipe_parses_and_goes_on_from_the_one_before(recipe
         for folder in filter(None, (cfg.init, getattr(cfg, "rm", ""))):
             assert folder in made or folder.startswith("models/")
         for spec in getattr(cfg, "reward", []):
-            assert (ROOT / spec.partition(":")[0]).exists() and tasks.load_reward(str(ROOT / spec))
+            assert (ROOT / spec.partition(":")[0]).exists() and worker.load_reward(str(ROOT / spec))
         made.add(f"{cfg.out}/model")
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import train_ppo
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import RunError, UserError
+from nanorlhf.errors import RunError, UserError
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.rewards import score_responses
 from nanorlhf.tokenizer import Tokenizer

@@ -17,11 +17,11 @@ from stages import words
 import train_grpo
 import train_ppo
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import RunError, UserError
 from nanorlhf.data import write_jsonl
+from nanorlhf.errors import RunError, UserError
 from nanorlhf.rewards import evaluate, load_prompts, score_responses
+from nanorlhf.run.worker import Rewards, call_reward
 from nanorlhf.tokenizer import Tokenizer
-from nanorlhf.worker import Rewards, call_reward
 
 TOK = Tokenizer.from_chars("abcdef=")
 

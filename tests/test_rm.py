@@ -11,8 +11,8 @@ from stages import jsonl, tastes
 import train_rm
 import train_sft
 from nanorlhf import hub, pairs, tasks
-from nanorlhf.common import UserError
 from nanorlhf.data import pad, read_jsonl, response_mask
+from nanorlhf.errors import UserError
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.rewards import score_responses
 from nanorlhf.rollout import Rollout
@@ -180,7 +180,7 @@ def made(tmp_path_factory):
         return paths
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("nanorlhf.common.pyplot", lambda: None)
+        monkeypatch.setattr("nanorlhf.look.plots.pyplot", lambda: None)
         monkeypatch.setattr(pairs, "make_pairs", make_then_forbid)
         size = dict(n_layer=1, d_model=32, demos=400, max_len=96, steps=60, batch_size=16, lr=0.02)
         train_sft.train(train_sft.Config(out=f"{folder}/sft", eval_every=0, **size))

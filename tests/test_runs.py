@@ -19,10 +19,14 @@ from stages import TRAINERS
 import train_grpo
 import train_ppo
 import train_sft
-from nanorlhf import checkpoint, common, hub
-from nanorlhf.checkpoint import Run, damage, restore, write_folder
-from nanorlhf.common import Interrupted, Log, RunError, UserError
+from nanorlhf import hub
 from nanorlhf.data import write_jsonl
+from nanorlhf.errors import Interrupted, RunError, UserError
+from nanorlhf.look import plots
+from nanorlhf.run import folders, log
+from nanorlhf.run.checkpoint import Run, damage
+from nanorlhf.run.folders import restore, write_folder
+from nanorlhf.run.log import Log
 
 
 @pytest.fixture(autouse=True)
@@ -237,7 +241,7 @@ def test_write_folder_is_all_or_nothing(power, tmp_path, monkeypatch):
             left = k
             for name in ("rename", "makedirs", "fsync"):
                 patch.setattr(os, name, breaking(getattr(os, name)))
-            patch.setattr(checkpoint, "open", breaking(open), raising=False)
+            patch.setattr(folders, "open", breaking(open), raising=False)
             if power:
                 patch.setattr(shutil, "rmtree", breaking(shutil.rmtree))
             with contextlib.suppress(Crash, RunError):
@@ -274,7 +278,7 @@ def test_crash_between_the_renames_of_model(stages, tmp_path, monkeypatch):
 def full_for(monkeypatch, mode):
     """The log finds no space when it opens a file in this mode."""
     opened = {mode: disk_full}
-    monkeypatch.setattr(common, "open", lambda p, m="r", **kw: opened.get(m, open)(p, m, **kw), raising=False)
+    monkeypatch.setattr(log, "open", lambda p, m="r", **kw: opened.get(m, open)(p, m, **kw), raising=False)
 
 
 def test_damaged_newer_checkpoints_do_not_push_out_the_one_that_auto_takes(stages, tmp_path):
@@ -405,7 +409,7 @@ def test_train_in_a_thread_sets_no_handlers(stages, tmp_path, at_step):
 def test_without_matplotlib_it_says_so_once(stages, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delattr(common.pyplot, "said", raising=False)
+    monkeypatch.delattr(plots.pyplot, "said", raising=False)
     for name in "ab":
         train_sft.train(stages.config(train_sft, tmp_path / name))
         assert len(metrics(tmp_path / name)) == 6 and not (tmp_path / name / "curves.png").exists()

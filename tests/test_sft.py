@@ -11,9 +11,10 @@ from test_tokenizer import CHATML, TALK, folder_of
 
 import train_sft
 from nanorlhf import generate, hub, tasks
-from nanorlhf.common import UserError, lr_at
 from nanorlhf.data import write_jsonl
+from nanorlhf.errors import UserError
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.run.device import lr_at
 from nanorlhf.tokenizer import Chat, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_curves")

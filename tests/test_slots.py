@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanorlhf import lora, slots
-from nanorlhf.common import RunError, UserError
+from nanorlhf import lora
+from nanorlhf.errors import RunError, UserError
 from nanorlhf.generate import generate
+from nanorlhf.kernels import slots
 
 F64, BF16 = torch.float64, torch.bfloat16
 EOS = 3

@@ -6,8 +6,9 @@ from fractions import Fraction
 
 import pytest
 
-from nanorlhf import tasks
-from nanorlhf.common import UserError
+from nanorlhf import answers, tasks
+from nanorlhf.errors import UserError
+from nanorlhf.run import worker
 
 REVIEWS, CHAIN, COUNTDOWN = (tasks.get(name) for name in ("reviews", "chain", "countdown"))
 ALL = pytest.mark.parametrize("task", [REVIEWS, CHAIN, COUNTDOWN], ids=lambda task: task.name)
@@ -362,7 +363,7 @@ def test_countdown_counts_each_number_as_often_as_it_is_given():
 )  # fmt: skip
 def test_final_answer(text, answer):
     """One answer, or None: writing several must never be right with one of them."""
-    assert tasks.final_answer(text) == answer
+    assert answers.final_answer(text) == answer
 
 
 NO_NUMBER = (
@@ -379,10 +380,11 @@ NO_NUMBER = (
 @pytest.mark.parametrize("text", NO_NUMBER, ids=lambda x: ascii(x)[:24])
 def test_what_is_no_number(text):
     """Nor is anything of it a right answer, to itself least of all."""
-    assert tasks.parse_number(text) is None
-    assert tasks.numeric_answer("", text, {"answer": 5}) == tasks.numeric_answer("", text, {"answer": 0}) == 0
+    assert answers.parse_number(text) is None
+    assert answers.numeric_answer("", text, {"answer": 5}) == 0
+    assert answers.numeric_answer("", text, {"answer": 0}) == 0
     with pytest.raises(UserError, match='"answer" is .*, expected a number'):
-        tasks.numeric_answer("", text, {"answer": text})
+        answers.numeric_answer("", text, {"answer": text})
 
 
 @pytest.mark.parametrize(
@@ -398,7 +400,7 @@ def test_what_is_no_number(text):
     ids=lambda x: ascii(x)[:24],
 )  # fmt: skip
 def test_numbers_are_exact(text, value):
-    assert tasks.parse_number(text) == Fraction(*value)
+    assert answers.parse_number(text) == Fraction(*value)
 
 
 @pytest.mark.parametrize(
@@ -416,14 +418,14 @@ def test_numbers_are_exact(text, value):
 def test_answers_are_compared_as_text_or_as_numbers(response, answer, exact, numeric):
     """The row's answer may be a JSON number, or a whole solution; no rounding anywhere."""
     row = {"answer": answer}
-    assert tasks.exact_answer("", response, row) == exact
-    assert tasks.numeric_answer("", response, row) == numeric
+    assert answers.exact_answer("", response, row) == exact
+    assert answers.numeric_answer("", response, row) == numeric
 
 
 @pytest.mark.parametrize("answer", ["", " ", "####", r"\boxed{}", "#### 1\n#### 2", None, True, [5], {}])
 def test_a_row_that_nobody_could_answer_is_named(answer):
     """An empty answer would pay for silence, two answers for nothing."""
-    for reward, what in ((tasks.exact_answer, "one answer"), (tasks.numeric_answer, "a number")):
+    for reward, what in ((answers.exact_answer, "one answer"), (answers.numeric_answer, "a number")):
         with pytest.raises(UserError, match=f'"answer" is .*, expected {what}'):
             reward("", str(answer), {"answer": answer})
 
@@ -440,13 +442,13 @@ CHOICES = {
 @pytest.mark.parametrize("response, reward", CHOICES.items(), ids=lambda x: ascii(x)[:24])
 def test_choice(response, reward):
     for answer in ("B", "b", "B)", "(B) 21"):
-        assert tasks.choice_answer("", response, {"answer": answer}) == reward
+        assert answers.choice_answer("", response, {"answer": answer}) == reward
 
 
 def test_choice_without_a_letter_is_named():
     for answer in ("21", "", "K", None, 1):
         with pytest.raises(UserError, match='"answer" is .*, expected a letter from A to J'):
-            tasks.choice_answer("", "A", {"answer": answer})
+            answers.choice_answer("", "A", {"answer": answer})
 
 
 @pytest.mark.parametrize(
@@ -465,8 +467,8 @@ def test_choice_without_a_letter_is_named():
     ids=lambda x: ascii(x)[:24],
 )  # fmt: skip
 def test_formats(response, think, answer):
-    assert tasks.think_format("", response) == tasks.think_format("", response, {}) == think
-    assert tasks.answer_format("", response, {}) == answer
+    assert answers.think_format("", response) == answers.think_format("", response, {}) == think
+    assert answers.answer_format("", response, {}) == answer
 
 
 # rewards of the user's own
@@ -494,10 +496,10 @@ def reward_file(tmp_path):
 
 
 def test_load_reward(reward_file):
-    name, weight, reward = tasks.load_reward(f"{reward_file}:three")
+    name, weight, reward = worker.load_reward(f"{reward_file}:three")
     assert (name, weight, reward("p", "abc", {"bonus": 2})) == ("three", 1.0, 5)
     for text, value in {"0.2": 0.2, "-1": -1.0, "1e-2": 0.01, "0": 0.0}.items():
-        name, weight, reward = tasks.load_reward(f"{reward_file}:two*{text}")
+        name, weight, reward = worker.load_reward(f"{reward_file}:two*{text}")
         assert (name, weight, reward("p", "abc", {"bonus": 2})) == ("two", value, 3.0)
 
 
@@ -506,7 +508,7 @@ def test_two_files_of_one_name_stay_apart(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "r.py").write_text(f"X = {folder!r}\ndef f(prompt, response, row): return X\n")
-        loaded.append(tasks.load_reward(f"{tmp_path / folder / 'r.py'}:f")[2])
+        loaded.append(worker.load_reward(f"{tmp_path / folder / 'r.py'}:f")[2])
     assert [f("", "", {}) for f in loaded] == ["a", "b"]
 
 
@@ -521,18 +523,18 @@ def test_two_files_of_one_name_stay_apart(tmp_path):
 )  # fmt: skip
 def test_load_reward_names_the_mistake(reward_file, rest, says):
     with pytest.raises(UserError, match=says) as error:
-        tasks.load_reward(reward_file + rest)
+        worker.load_reward(reward_file + rest)
     assert str(error.value).startswith(f"--reward {reward_file}{rest}: ") and "\n" not in str(error.value)
 
 
 def test_load_reward_names_the_file(tmp_path):
     with pytest.raises(UserError, match="--reward .*there is no file .*none.py"):
-        tasks.load_reward(f"{tmp_path}/none.py:f")
+        worker.load_reward(f"{tmp_path}/none.py:f")
     with pytest.raises(UserError, match="there is no file"):
-        tasks.load_reward(f"{tmp_path}:f")
+        worker.load_reward(f"{tmp_path}:f")
     (tmp_path / "f.txt").write_text(FILE)
     with pytest.raises(UserError, match="f.txt is not a .py file"):
-        tasks.load_reward(f"{tmp_path}/f.txt:two")
+        worker.load_reward(f"{tmp_path}/f.txt:two")
     breaks = {
         "1 / 0": "ZeroDivisionError",
         "def f(:": "SyntaxError.*line 1",
@@ -542,5 +544,5 @@ def test_load_reward_names_the_file(tmp_path):
     for text, says in breaks.items():
         (tmp_path / "broken.py").write_text(text)
         with pytest.raises(UserError, match=f"importing .*broken.py fails: .*{says}") as error:
-            tasks.load_reward(f"{tmp_path}/broken.py:f")
+            worker.load_reward(f"{tmp_path}/broken.py:f")
         assert "\n" not in str(error.value)

@@ -15,7 +15,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorlhf.common import UserError
+from nanorlhf.errors import UserError
 from nanorlhf.tokenizer import CHARS, FILE, GPT2, RANKS, WORDS, Chat, Tokenizer, merge
 
 DATA = Path(__file__).parents[2] / "shared/data"

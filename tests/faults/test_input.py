@@ -20,9 +20,10 @@ import train_grpo
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import generate, hub, replay
-from nanorlhf.checkpoint import describe
-from nanorlhf.common import parse, run_cli
+from nanorlhf import generate, hub
+from nanorlhf.run import replay
+from nanorlhf.run.cli import parse, run_cli
+from nanorlhf.run.folders import describe
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def flags_of(trainer, stages, out):
 def start(trainer, flags, phases):
     """→ the running process; forked by a server that has torch imported, so that it begins at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "nanorlhf.hub", "nanorlhf.checkpoint", trainer.__name__])
+    context.set_forkserver_preload(["torch", "nanorlhf.hub", "nanorlhf.run.checkpoint", trainer.__name__])
     phases.write_bytes(b".")  # starting
     process = context.Process(target=train, args=(trainer.__name__, to_argv(flags), str(phases)))
     process.start()

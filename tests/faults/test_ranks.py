@@ -9,7 +9,7 @@ from runs import metrics, states
 from test_dist import NEVER, ROOT, torchrun
 
 import train_grpo
-from nanorlhf.checkpoint import damage
+from nanorlhf.run.checkpoint import damage
 
 REWARD = """
 import os

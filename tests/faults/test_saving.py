@@ -21,9 +21,10 @@ from stages import LOSS
 import train_grpo
 import train_ppo
 import train_sft
-from nanorlhf import hub, replay
-from nanorlhf.checkpoint import Run
-from nanorlhf.common import UserError
+from nanorlhf import hub
+from nanorlhf.errors import UserError
+from nanorlhf.run import replay
+from nanorlhf.run.checkpoint import Run
 
 ROOT = Path(__file__).parents[2]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor limits")
@@ -136,7 +137,7 @@ def test_row_04_disk_full_while_saving(trainer, share, run, tmp_path, at_step):
 
 def test_row_05_disk_full_on_the_log(run, tmp_path, monkeypatch):
     """S | disk full on metrics.csv | said once, training goes on"""
-    from nanorlhf import common
+    from nanorlhf.run import log
 
     run(train_ppo, "whole")
 
@@ -145,7 +146,7 @@ def test_row_05_disk_full_on_the_log(run, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return open(path, mode, **kw)
 
-    monkeypatch.setattr(common, "open", no_room, raising=False)
+    monkeypatch.setattr(log, "open", no_room, raising=False)
     done = run(train_ppo)
     assert done.status == 0 and done.out.count("warning: cannot write") == 1
     assert metrics(tmp_path / "run") == []
@@ -278,7 +279,7 @@ def test_row_10_resume_with_another_learning_rate(trainer, run, tmp_path, spy):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_row_32_loss_that_is_not_finite(trainer, where, value, run, tmp_path, monkeypatch, capsys):
     """X | NaN or infinity in the loss, or in the gradient alone | before the update, weights and Adam's
-    moments as saved before; the batch goes to bad-step-N.pt, which nanorlhf.replay reproduces"""
+    moments as saved before; the batch goes to bad-step-N.pt, which nanorlhf.run.replay reproduces"""
     loss, models, optimizers, start = getattr(trainer, LOSS[trainer]), {}, [], Run.start
 
     def spoilt(*args):
@@ -300,7 +301,7 @@ def test_row_32_loss_that_is_not_finite(trainer, where, value, run, tmp_path, mo
 
     monkeypatch.setattr(Run, "start", spy)
     done = run(trainer, save_every=1)
-    assert done.stopped("this update was not made", "metrics.csv", "--lr", "nanorlhf.replay")
+    assert done.stopped("this update was not made", "metrics.csv", "--lr", "nanorlhf.run.replay")
     found = re.search(r"stopped: step 2: loss (\S+), gradient norm (\S+) ", done.err[0])
     assert math.isfinite(float(found[1])) if where == "gradient" else found[1].lstrip("-") == f"{value:g}"
     assert not math.isfinite(float(found[2]))

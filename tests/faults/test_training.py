@@ -21,7 +21,7 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import hub
-from nanorlhf.worker import run_program
+from nanorlhf.run.worker import run_program
 
 ROOT = Path(__file__).parents[2]
 FULL = bool(os.environ.get("FAULTS_FULL"))
@@ -272,7 +272,7 @@ def resident():
 @pytest.mark.parametrize("trainer", TRAINERS if FULL else TRAINERS[:1], ids=lambda t: t.__name__)
 def test_row_44_many_steps(trainer, run, tmp_path, monkeypatch):
     """S | 10,000 steps of a tiny run | memory and open files stay flat; the time of a step is printed"""
-    from nanorlhf.common import Log
+    from nanorlhf.run.log import Log
 
     steps, marks, row = 10_000 if FULL else 600, [], Log.row
 

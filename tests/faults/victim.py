@@ -15,7 +15,10 @@ def train(name, argv, phase_file):
 
     import torch
 
-    from nanorlhf import checkpoint, common, generate, hub
+    from nanorlhf import generate
+    from nanorlhf.hub import folder
+    from nanorlhf.look import plots
+    from nanorlhf.run import checkpoint
 
     said = os.open(phase_file, os.O_RDWR | os.O_CREAT)
 
@@ -34,11 +37,11 @@ def train(name, argv, phase_file):
 
     tell("-")
     trainer = importlib.import_module(name)
-    common.pyplot = lambda: None  # curves take longer than the run
+    plots.pyplot = lambda: None  # curves take longer than the run
     generate.generate = during("rollout", generate.generate)
     trainer.gradient = during("update", trainer.gradient)
     torch.optim.AdamW.step = during("update", torch.optim.AdamW.step)
-    hub.write_folder = during("save", hub.write_folder)  # model/
+    folder.write_folder = during("save", folder.write_folder)  # model/
     checkpoint.Run.save = during("save", checkpoint.Run.save)  # state/
     torch.set_num_threads(1)
     os.fsync = lambda fd: None

@@ -14,11 +14,12 @@ import sys
 import torch
 
 from nanorlhf import hub, lora, tasks
-from nanorlhf.device import freeze
+from nanorlhf.kernels.slots import PREFILL, SLOTS, that_fit
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.pairs import encode_pairs, load_examples, load_rows, require_both
 from nanorlhf.rewards import SCORE_TOKENS, load_prompts
-from nanorlhf.slots import PREFILL, SLOTS, that_fit
+from nanorlhf.run import worker
+from nanorlhf.run.device import freeze
 
 META = torch.device("meta")
 GIB = 1 << 30
@@ -250,7 +251,7 @@ def dpo(cfg, load_models):
         policy, ref, rm, tok = load_models(cfg, META)
         freeze(cfg, ref, rm, trained=(policy,))
     for spec in cfg.reward:
-        tasks.load_reward(spec)
+        worker.load_reward(spec)
     lengths = _pair_lengths(cfg, policy, tok, cfg.loss == "kto")
     longest, mean, rows = max(map(max, lengths)), _mean([_mean(pair) for pair in lengths]), cfg.batch_size
     batch = _padded(cfg, 2 * cfg.batch_size, longest)
@@ -274,7 +275,7 @@ def rl(cfg, load_models):
         policy, ref, *critic, rm, tok = load_models(cfg, META)
         freeze(cfg, ref, rm, trained=(policy, *critic))
     for spec in cfg.reward:
-        tasks.load_reward(spec)
+        worker.load_reward(spec)
     new = cfg.limits[-1] if hasattr(cfg, "limits") else cfg.max_new_tokens
     data, test = load_prompts(cfg, tasks.get(cfg.task), tok, policy.cfg.max_len, new)
     prompts = [len(tok.encode_prompt(r["prompt"])) for r in data]

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from nanorlhf.common import RunError
-from nanorlhf.generate import NOT_FINITE, draw
+from nanorlhf.errors import RunError
 from nanorlhf.model import KVCache, Linear
+from nanorlhf.sampling import NOT_FINITE, draw
 
 CHECK = 8  # steps between two looks at the stop flags: a slot idles CHECK/2 steps between two rows
 SLOTS = 256  # at most, where the caller does not say

@@ -5,8 +5,8 @@ import os
 
 import torch
 
-from nanorlhf import dist
-from nanorlhf.common import UserError, require
+from nanorlhf.errors import UserError, require
+from nanorlhf.run import dist
 
 
 def setup(cfg):
@@ -134,3 +134,9 @@ def compiled(fn, device):
         why = str(e).strip().split("\n")[0][:100]
         raise UserError(f"--compile: torch.compile does not work here ({why}); leave the flag out") from None
     return torch.compile(fn, dynamic=True)
+
+
+def lr_at(step, steps, peak):
+    """Learning rate: linear warm-up over the first 5% of the steps, then linear down to peak/10."""
+    warmup = max(1, round(0.05 * steps))
+    return peak * min((step + 1) / warmup, 1 - 0.9 * step / steps)

@@ -1,6 +1,9 @@
 """Reward functions: called one by one, those of the user's own in a process of their own."""
 
 import contextlib
+import hashlib
+import importlib.util
+import inspect
 import math
 import multiprocessing
 import os
@@ -14,8 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanorlhf import dist, tasks
-from nanorlhf.common import RunError, UserError, require
+from nanorlhf.errors import RunError, UserError, require
+from nanorlhf.run import dist
 
 START = 120  # seconds in which the process of the reward functions must have imported them
 
@@ -58,7 +61,7 @@ class Rewards(list):
     """
 
     def __init__(self, cfg, task):
-        loaded = [tasks.load_reward(spec) for spec in cfg.reward]  # here too, to say what is wrong with them
+        loaded = [load_reward(spec) for spec in cfg.reward]  # here too, to say what is wrong with them
         super().__init__(loaded or [(task.name, 1.0, task.reward)])
         names = [name for name, *_ in self]
         for name in names:
@@ -152,7 +155,7 @@ def _serve(pipe, specs):
         os.setsid()  # what the functions start can then be ended together with them
     os.dup2(2, 1)  # what they print does not get between the lines of the log
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    functions, me = [tasks.load_reward(spec)[2] for spec in specs], os.getpid()
+    functions, me = [load_reward(spec)[2] for spec in specs], os.getpid()
     pipe.send("ready")
     while True:
         try:
@@ -260,3 +263,65 @@ def run_program(code, stdin="", timeout=5.0, memory_mb=512, output_bytes=1 << 16
                 process.wait()
         with open(where / "stdout", "rb") as f:
             return status, f.read(output_bytes).decode("utf-8", "replace")
+
+
+def load_reward(spec: str):
+    """`path/to/file.py:name` or `path/to/file.py:name*0.2` → (name, weight, reward(prompt, response, row)).
+
+    The file is run. A function that cannot take three arguments is called with (prompt, response).
+    """
+
+    def wrong(what):
+        return UserError(f"--reward {spec}: {what}")
+
+    path, colon, rest = spec.rpartition(":")  # the last colon: C:\rewards.py:name has two
+    name, star, weight = rest.partition("*")
+    if not colon or not path or not name:
+        raise wrong("expected path/to/file.py:name or path/to/file.py:name*0.2")
+    try:
+        weight = float(weight) if star else 1.0
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise wrong("what stands after * is not a finite number")
+    if not os.path.isfile(path):
+        raise wrong(f"there is no file {path}")
+    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]  # two files may have one stem
+    module_spec = importlib.util.spec_from_file_location(f"reward_{digest}", path)
+    if module_spec is None:
+        raise wrong(f"{path} is not a .py file")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up there
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file does at import
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise wrong(f"importing {path} fails: {reason}") from error
+    function = getattr(module, name, None)
+    if function is None:
+        raise wrong(f"{path} defines no {name}")
+    if not callable(function):
+        raise wrong(f"{name} in {path} is not a function")
+    if _wants_row(function):
+        return name, weight, function
+    if _takes(function, 2):
+        return name, weight, lambda prompt, response, row: function(prompt, response)
+    raise wrong(f"{name} takes neither (prompt, response, row) nor (prompt, response)")
+
+
+def _wants_row(function) -> bool:
+    """Whether a third argument is the row: not where it is an option of the function's own, `scale=1.0`."""
+    if _takes(function, 3) and _takes(function, 2):
+        names = list(inspect.signature(function).parameters) if callable(function) else []
+        return len(names) > 2 and names[2] == "row"
+    return _takes(function, 3)
+
+
+def _takes(function, count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # some builtins have no signature: let the call itself tell
+        return True
+    return True

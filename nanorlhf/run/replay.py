@@ -1,6 +1,6 @@
 """The optimizer step that stopped a run, once more: where does the first number that is not finite come from?
 
-    python -m nanorlhf.replay runs/chain-grpo/bad-step-12.pt
+    python -m nanorlhf.run.replay runs/chain-grpo/bad-step-12.pt
 
 `Run.check` writes such a file when loss or gradient is not finite: the trainer's name, its flags, the models
 as they were before the update, and the batch. `trainer.gradient(*models, batch, cfg)` is called on them.
@@ -17,10 +17,11 @@ import sys
 
 import torch
 
-from nanorlhf import dist, lora
-from nanorlhf.common import UserError, require
-from nanorlhf.device import setup, to_device
+from nanorlhf import lora
+from nanorlhf.errors import UserError, require
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
+from nanorlhf.run import dist
+from nanorlhf.run.device import setup, to_device
 
 
 def save(path, trainer, cfg, step, models, batch):

@@ -23,11 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanorlhf import dist, lora
-from nanorlhf.checkpoint import tensor_bytes, write_folder
-from nanorlhf.common import UserError, blame, require
-from nanorlhf.device import to_device
+from nanorlhf import lora
+from nanorlhf.errors import UserError, blame, require
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
+from nanorlhf.run import dist
+from nanorlhf.run.device import to_device
+from nanorlhf.run.folders import tensor_bytes, write_folder
 from nanorlhf.tokenizer import FILE, Tokenizer, beside, stop_ids
 
 DAMAGE = ValueError, OSError, SafetensorError  # what reading a damaged file raises
@@ -383,9 +384,12 @@ def save(model, tok, folder):
     dtype = torch.float32 if dtype == torch.float64 else dtype
     config, family = _write_config(model, tok, source, dtype)
     tensors = {}
+    def merged(layer):
+        return lora.merge(dist.full(layer.weight), dist.full(layer.A), dist.full(layer.B), layer.scale)
+
     for name, parts in _tensors(model, family):
         # of a sharded model: by all processes together
-        parts = [adapted[id(p)].merged_weight() if id(p) in adapted else dist.full(p.detach()) for p in parts]
+        parts = [merged(adapted[id(p)]) if id(p) in adapted else dist.full(p.detach()) for p in parts]
         if dist.rank() == 0:
             tensors[name] = _join(name, parts, trunk.cfg).to("cpu", dtype).contiguous()
     files = {"config.json": json.dumps(config, indent=2).encode(),

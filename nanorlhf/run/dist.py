@@ -27,6 +27,8 @@ import torch
 import torch.distributed as torch_dist
 import torch.nn as nn
 
+from nanorlhf import lora
+
 SHARDS = "shards"  # subfolder of a checkpoint: the tensors of a sharded run
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange: longer than the slowest rank's rewards may take
 _device = torch.device("cpu")  # of this process, once it has joined the others
@@ -335,8 +337,6 @@ def _sharded(model):
 def whole(model):
     """Inside, a sharded GPT's weights are gathered → a plain GPT of them, to be used as often as one likes:
     responses end at different steps on different ranks. Any other model → itself."""
-    from nanorlhf import lora  # which imports this module
-
     parts = _sharded(model)
     if not parts:
         yield model

@@ -12,8 +12,8 @@ template renders; a "prompt" that is a string is taken as it stands.
 
 import re
 
-from nanorlhf.common import UserError, require
 from nanorlhf.data import check_text, json_type, parse, read_objects
+from nanorlhf.errors import UserError, require
 from nanorlhf.tokenizer import Chat
 
 TURN = "\n\nAssistant:"  # of HH-RLHF; the last one starts the response

@@ -1,0 +1,9 @@
+"""Other people's files: model folders of Hugging Face, tokenizer files, chat templates, formats of data.
+
+Leave it closed to understand an algorithm: the built-in tasks and tokenizers need none of it.
+Open it when a folder or a data file of yours is refused, or to add a family of models.
+"""
+
+from nanorlhf.hub.folder import load, load_models, save
+
+__all__ = ["load", "load_models", "save"]

@@ -1,0 +1,5 @@
+"""What a run looks like: the plots of its curves.
+
+Leave it closed to understand an algorithm: it reads what a run has written, and writes pictures.
+Open it to change a figure.
+"""
