@@ -58,3 +58,33 @@ def sample_figures(score, length, finished, n):
         "reward": reward, "reward_se": None if math.isnan(se) else se, "len": length.mean().item(),
         "len_wrong": wrong.mean().item() if len(wrong) else None, "stop": finished.mean().item(),
     }
+
+
+class Figures(dict):
+    """Figures of a step, put together from pieces: chunks of tokens, micro-batches, processes, updates.
+
+    kinds: for each name "sum", "max" or "first", which says how two values become one. A name that is not
+    declared is a KeyError. None means that a piece had nothing to measure.
+
+    >>> figures = Figures(clip="sum", ratio_max="max", gap="first")
+    >>> figures.add({"clip": 0.25, "ratio_max": 1.5, "gap": 0.0})
+    >>> figures.add({"clip": 0.25, "ratio_max": 1.25, "gap": 0.5})
+    >>> dict(figures)
+    {'clip': 0.5, 'ratio_max': 1.5, 'gap': 0.0}
+    """
+
+    def __init__(self, **kinds):
+        super().__init__()
+        self.kinds = kinds
+
+    def add(self, values):
+        for name, value in values.items():
+            kind = self.kinds[name]
+            if self.get(name) is None:
+                self[name] = value
+            elif value is None or kind == "first":
+                continue
+            elif kind == "sum":
+                self[name] += value
+            else:
+                self[name] = max(self[name], value)

@@ -305,7 +305,7 @@ MUTANTS = [
      "{id(p): p for p in model.parameters()}", "{}",
      [LORA + "the_reference_costs_nothing_and_never_moves"]),
     ("LoRA: saved without its scale", "nanorlhf/lora.py",
-     "weight + self.scale * B @ A", "weight + B @ A",
+     "weight + scale * B @ A", "weight + B @ A",
      [LORA + "starts_as_the_base_and_merges_into_one[pythia]"]),
     ("processes: DDP averages gradients", "nanorlhf/run/dist.py",
      "lambda f: f.value()[0]", "lambda f: f.value()[0] / size()",

@@ -126,6 +126,12 @@ def adamw(groups, device, **how):
     return torch.optim.AdamW(groups, fused=True if device.type == "cuda" else None, **how)
 
 
+def clip_gradient(model, max_norm):
+    """Scale the model's gradient down to the norm max_norm, if it exceeds it → its norm before, a float."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return dist.full(norm).item()
+
+
 def compiled(fn, device):
     """fn under torch.compile, for any length; UserError where that does not work (no C++ compiler)."""
     try:

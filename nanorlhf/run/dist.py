@@ -28,6 +28,7 @@ import torch.distributed as torch_dist
 import torch.nn as nn
 
 from nanorlhf import lora
+from nanorlhf.metrics import Figures
 
 SHARDS = "shards"  # subfolder of a checkpoint: the tensors of a sharded run
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange: longer than the slowest rank's rewards may take
@@ -169,6 +170,20 @@ def total(loss, stats):
         values = [part[name] for part in parts if part.get(name) is not None]
         whole[name] = (max(values) if name in ("ratio_max", "gap") else sum(values)) if values else None
     return sum(losses), whole
+
+
+def whole_step(figures, *models):
+    """Figures and gradients of this process's rows → those of the whole optimizer step, on every process.
+
+    figures: metrics.Figures, put together by their declared kinds. models: those whose gradients were formed.
+    On one process both are returned as they are.
+    """
+    if size() == 1:
+        return figures
+    whole = Figures(**figures.kinds)
+    for part in gather(figures):
+        whole.add(part)
+    return whole
 
 
 # ------------------------------------------------------------------------------------------------------------
