@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nanorlhf.errors import UserError, blame
+from nanorlhf.run import dist
 
 
 def read_jsonl(
@@ -275,3 +276,11 @@ def pack(tokens, mask, lengths):
             packed[r, start:end], counted[r, start:end] = tokens[i, : lengths[i]], mask[i, : lengths[i]]
             doc[r, start:end] = i
     return packed, counted, torch.tensor(used, dtype=torch.int64), doc
+
+
+def fill_rows(out, lengths, cut, compute, *passes):
+    my_rows = dist.mine(lengths)
+    for part in dist.paced(cut(lengths[my_rows]), *passes):
+        rows = my_rows[part]
+        out[rows] = compute(rows)
+    return dist.summed(out)

@@ -1,169 +1,236 @@
-"""Batched sampling with a KV cache → Rollout.
+"""Batched sampling with a KV cache → Rollout: prefill, then one loop of sample → append → drop finished rows.
 
-Each distinct prompt is prefilled once and its cache shared out to its n samples. Prompts are ragged and
-padded on the right; while decoding, every row writes the cache at its own position. Rows that have ended
-leave the batch. The uniform random numbers are one table (row × position) drawn from the seed, so that a
-sample does not depend on which other rows are still in the batch.
+Prompts are ragged and padded on the right. While decoding, every row writes the cache at its own position, so
+that a row's samples do not depend on how long the other prompts are. The uniform random numbers are one table
+(row × position) drawn from the seed, so that a sample does not depend on which other rows are still in the
+batch, nor on how many processes share the rows.
 """
+
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, require
 from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist
-from nanorlhf.sampling import sample
+from nanorlhf.sampling import Sampling, sample
 
-LEAVE = 1 / 8  # share of ended rows at which the batch is compacted: at every one, copying costs more
+# Drop finished rows once 1/8 of the batch is finished: copying the cache after every EOS costs more than it
+# saves.
+DROP_SHARE = 1 / 8
 
 
-def _start(model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id, first_row=0):
-    """What both loops below share: checks, the padded prompts, the table of uniforms, the ids that end."""
+@torch.no_grad()
+def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0):
+    """The oracle of `generate`: the same samples with no cache, no shared prefill and no row ever dropped."""
+    batch = prepare(model, prompts, n, max_new_tokens, temperature, eos_id, seed)
+    sampling = Sampling(temperature, top_k, top_p)
+    out = Decoded.empty(batch)
+    rows = torch.arange(len(batch.group), device=batch.tokens.device)
+    for t in range(max_new_tokens):
+        hidden = model(out.tokens[:, : batch.longest + t])  # (B, T', D); padding cannot touch a row's last token
+        last = hidden[rows, batch.prompt_len + t - 1]  # (B, D)
+        token, logp = sample(model.head_logits(last), batch.uniforms[:, t], sampling)
+        live = rows[~out.finished]
+        out.append(batch, live, t, token[live], logp[live])
+        if out.finished.all():
+            break
+    return out.rollout(batch)
+
+
+@dataclass
+class Batch:
+    """Prompts as one padded batch, n rows for each: what every decode loop starts from."""
+
+    tokens: torch.Tensor  # (B, T) int64: each prompt, and room for max_new_tokens behind the longest
+    prompt_len: torch.Tensor  # (B,) int64
+    group: torch.Tensor  # (B,) int64: index of the row's prompt
+    uniforms: torch.Tensor  # (B, max_new_tokens) random numbers in [0, 1)
+    stop_ids: torch.Tensor  # (k,) int64: any of these ends a response
+    longest: int  # tokens of the longest prompt
+    first_rows: list  # for each distinct prompt, one row that has it: it is prefilled once
+    distinct: list  # (B,) number of each row's distinct prompt
+
+
+def prepare(model, prompts, n, max_new_tokens, temperature, eos_id, seed, first_row=0):
+    """Check the request and pad the prompts → Batch.
+
+    The table of uniforms is filled row by row, so that a larger table begins with a smaller one. first_row is
+    the place of the first row in the table: a process that samples rows 8 to 15 of 16 starts at 8.
+    """
     if not prompts or n < 1 or max_new_tokens < 1 or temperature < 0:
         asked = f"{len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}"
         raise UserError(f"nothing to generate: {asked}")
-    longest = max(map(len, prompts))
-    if min(map(len, prompts)) == 0:
-        raise UserError(f"prompt {[len(p) for p in prompts].index(0)} is empty: it needs at least one token")
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    if 0 in lengths:
+        raise UserError(f"prompt {lengths.index(0)} is empty: it needs at least one token")
     if longest + max_new_tokens > model.cfg.max_len:
         raise UserError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones (--max_new_tokens) exceed the "
             f"model's context of {model.cfg.max_len}"
         )
-    if pad_id is None:  # any id that is not EOS: pads are recognised by lengths, never by id
-        pad_id = model.cfg.vocab_size - 1 - (eos_id == model.cfg.vocab_size - 1)
+    device = model.device
     group = torch.arange(len(prompts)).repeat_interleave(n)  # (B,)
-    plen = torch.tensor([len(p) for p in prompts])[group]  # (B,)
-    tokens = torch.full((len(group), longest + max_new_tokens), pad_id)
+    pad_id = model.cfg.vocab_size - 1  # any id but EOS would do: padding is known by lengths, never by its id
+    if pad_id == eos_id:
+        pad_id -= 1
+    tokens = torch.full((len(group), longest + max_new_tokens), pad_id)  # (B, T)
     for row, g in enumerate(group.tolist()):
-        tokens[row, : len(prompts[g])] = torch.tensor(prompts[g])  # detail 6: N+ pads on the left
-    table = first_row + len(group), max_new_tokens  # row by row, so that a longer one begins with a shorter
-    u = torch.rand(table, generator=torch.Generator().manual_seed(seed % 2**63))[first_row:]
-    stop = torch.tensor([] if eos_id is None else [eos_id, *model.stop_ids], dtype=torch.int64)
-    return [x.to(model.device) for x in (tokens, plen, group, u, stop)]
+        tokens[row, : lengths[g]] = torch.tensor(prompts[g])  # detail 6: N+ pads on the left
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    uniforms = torch.rand((first_row + len(group), max_new_tokens), generator=generator)
+    stop_ids = [] if eos_id is None else [eos_id, *model.stop_ids]
+
+    row_of_prompt = {tuple(prompt): i * n for i, prompt in enumerate(prompts)}
+    number_of_prompt = {prompt: number for number, prompt in enumerate(row_of_prompt)}
+    return Batch(
+        tokens=tokens.to(device),
+        prompt_len=torch.tensor(lengths)[group].to(device),
+        group=group.to(device),
+        uniforms=uniforms[first_row:].to(device),
+        stop_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
+        longest=longest,
+        first_rows=list(row_of_prompt.values()),
+        distinct=[number_of_prompt[tuple(prompt)] for prompt in prompts for _ in range(n)],
+    )
 
 
-def _finish(tokens, logp, new, finished, plen, group):
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    mask = (place >= plen[:, None]) & (place < (plen + new)[:, None])
-    T = int((plen + new).max())
-    return Rollout(tokens[:, :T], mask[:, :T], logp[:, :T], finished, group, plen)
+@dataclass
+class Decoded:
+    """What a decode loop fills: the sampled tokens behind the prompts, and their log-probs."""
+
+    tokens: torch.Tensor  # (B, T) int64
+    logp: torch.Tensor  # (B, T) fp32
+    sampled: torch.Tensor  # (B,) int64: tokens sampled so far, EOS included
+    finished: torch.Tensor  # (B,) bool: the response ended by itself
+
+    @classmethod
+    def empty(cls, batch):
+        sampled = torch.zeros_like(batch.prompt_len)
+        logp = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+        return cls(batch.tokens, logp, sampled, torch.zeros_like(sampled, dtype=torch.bool))
+
+    def append(self, batch, rows, t, token, logp):
+        """Write response token number t of the given rows; token and logp are (len(rows),)."""
+        column = batch.prompt_len[rows] + t
+        self.tokens[rows, column] = token
+        self.logp[rows, column] = logp.to(self.logp.dtype)
+        self.sampled[rows] += 1
+        self.finished[rows] = torch.isin(token, batch.stop_ids)  # detail 23.2: nothing is kept behind EOS
+
+    def rollout(self, batch):
+        """→ Rollout, as wide as its longest row. The mask comes from lengths, never from token ids."""
+        lengths = batch.prompt_len + self.sampled
+        T = int(lengths.max())
+        position = torch.arange(T, device=lengths.device)
+        mask = (position >= batch.prompt_len[:, None]) & (position < lengths[:, None])  # (B, T)
+        tokens = self.tokens[:, :T]
+        logp = self.logp[:, :T]
+        return Rollout(tokens, mask, logp, self.finished, batch.group, batch.prompt_len)
 
 
 @torch.no_grad()
-def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0,
-             pad_id=None, slots=0):
+def generate(
+    model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0, slots=0
+):
     """n responses to each prompt (a list of token ids) → Rollout of len(prompts)·n rows, grouped by prompt.
 
     A response ends with EOS (or one of model.stop_ids), which belongs to it, or after max_new_tokens without
     one (finished=False). Log-probs are those of the distribution sampled from (temperature, top_k, top_p
-    applied; temperature 0 is greedy and reports temperature 1). slots: decode at most so many rows at a time,
-    the next row taking the place of one that has ended (slots.py); 0: on a GPU as many as suit it, on a CPU
-    all rows at once, and ended ones leave. Of several processes each samples its share, and all get all of
-    it. Raises UserError for an empty prompt and for prompts that do not fit the model's context.
+    applied; temperature 0 is greedy and reports temperature 1). slots: rows decoded at a time, where the next
+    row takes the place of a finished one (kernels/slots.py). With slots=0 a GPU takes as many as suit it, and
+    a CPU decodes all rows at once. Several processes each sample a share of the rows, and all get all rows.
+    Raises UserError for an empty prompt and for prompts that do not fit the model's context.
     """
-    if slots < 0:
-        raise UserError(f"slots={slots} must be 0 or more")
-    how = n, max_new_tokens, temperature, eos_id, seed, top_k, top_p, pad_id, slots
-    mine, alone = dist.part(len(prompts)), dist.size() == 1 or not prompts
-    with dist.whole(model) as here:
-        roll = _generate(here, prompts[mine], *how, mine.start * n) if prompts[mine] or alone else None
-    if alone:
-        return roll
-    rolls = dist.gather(roll and roll.to("cpu"))
-    return Rollout.cat([roll for roll in rolls if roll], pad_id or 0).to(model.device)
-
-
-def _generate(model, prompts, n, max_new_tokens, temperature, eos_id, seed, top_k, top_p, pad_id, slots,
-              first_row):
-    tokens, plen, group, u, stop = _start(
-        model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id, first_row
+    require(slots >= 0, f"slots={slots} must be 0 or more")
+    settings = dict(
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p),
+        eos_id=eos_id,
+        seed=seed,
+        slots=slots,
     )
-    distinct = {tuple(p): i * n for i, p in enumerate(prompts)}  # prompt → one of its rows
-    which = {p: i for i, p in enumerate(distinct)}  # prompt → its number
-    first, of_row = list(distinct.values()), [which[tuple(p)] for p in prompts for _ in range(n)]
-    if slots or tokens.is_cuda:
-        from nanorlhf.kernels import slots as engine  # which needs `draw`
+    if dist.size() > 1 and prompts:
+        return dist.generate_by_share(decode, model, prompts, n, **settings)
+    return decode(model, prompts, n, **settings)
 
-        size = slots or engine.how_many(model, len(group), tokens.shape[1])
-        how = temperature, top_k, top_p
-        parts = engine.decode(model, min(size, len(group)), tokens, plen, u, stop, how, first, of_row)
-        return _finish(*parts, plen, group)
 
-    first, of_row = (torch.tensor(x, device=tokens.device) for x in (first, of_row))
-    logp = torch.zeros(tokens.shape, device=tokens.device)
-    new = torch.zeros_like(plen)
-    finished = torch.zeros_like(plen, dtype=torch.bool)
-    start = plen[first]
-    longest = int(start.max())
-    shared = len(first) < len(group)
-    cache = prefilled = model.new_cache(len(first), longest if shared else tokens.shape[1])
-    hidden = model(tokens[first, :longest], prefilled)
-    last = hidden[torch.arange(len(first), device=tokens.device), start - 1][of_row]  # (B, D)
-    if shared:
-        cache = model.new_cache(len(group), tokens.shape[1])
-        cache.fill(slice(None), prefilled, of_row, longest)
-
-    rows = torch.arange(len(group), device=tokens.device)  # those still in the batch
-    alive = torch.ones_like(finished)
+def decode(model, prompts, n, max_new_tokens, sampling, eos_id, seed, slots, first_row=0):
+    """`generate` on this process. Reads as: prefill, then one loop of sample → append → drop finished rows."""
+    batch = prepare(model, prompts, n, max_new_tokens, sampling.temperature, eos_id, seed, first_row)
+    if slots or batch.tokens.is_cuda:
+        return decode_in_slots(model, batch, sampling, slots)
+    out = Decoded.empty(batch)
+    cache, last = prefill(model, batch)  # last: hidden states (B, D) that predict the next token
+    rows = torch.arange(len(batch.group), device=batch.tokens.device)  # those in the cache
+    alive = torch.ones_like(out.finished)  # of those, the unfinished ones
     for t in range(max_new_tokens):
-        token, lp = sample(model.head_logits(last), u[rows, t], temperature, top_k, top_p)
-        write = rows[alive]
-        tokens[write, plen[write] + t] = token[alive]
-        logp[write, plen[write] + t] = lp[alive].to(logp.dtype)
-        new[write] += 1
-        if eos_id is not None:
-            ended = torch.isin(token, stop)
-            finished[write] = ended[alive]  # detail 23.2: nothing is kept behind EOS
-            alive = alive & ~ended  # detail 23.1: N+ samples on to a fixed length
-            left = int(alive.sum())
-            if left == 0:
-                break
-            if left <= len(rows) * (1 - LEAVE):
-                keep = alive.nonzero().squeeze(1)
-                rows, token, alive = rows[keep], token[keep], alive[keep]
-                cache.keep(keep, longest + t)
-        if t + 1 < max_new_tokens:
-            last = model(token[:, None], cache, plen[rows] + t)[:, 0]
-    return _finish(tokens, logp, new, finished, plen, group)
-
-
-@torch.no_grad()
-def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0,
-              top_p=1.0, pad_id=None):
-    """The oracle of `generate`: the same samples with no cache, no shared prefill and no row ever leaving."""
-    tokens, plen, group, u, stop = _start(
-        model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id
-    )
-    logp = torch.zeros(tokens.shape, device=tokens.device)
-    rows = torch.arange(len(group), device=tokens.device)
-    new, finished = torch.zeros_like(plen), torch.zeros_like(plen, dtype=torch.bool)
-    for t in range(max_new_tokens):
-        hidden = model(tokens[:, : int(plen.max()) + t])  # what stands right of a row's end cannot touch it
-        token, lp = sample(model.head_logits(hidden[rows, plen + t - 1]), u[:, t], temperature, top_k, top_p)
-        live = rows[~finished]
-        tokens[live, plen[live] + t] = token[live]
-        logp[live, plen[live] + t] = lp[live].to(logp.dtype)
-        new[live] += 1
-        finished[live] = torch.isin(token[live], stop)
-        if finished.all():
+        token, logp = sample(model.head_logits(last), batch.uniforms[rows, t], sampling)
+        out.append(batch, rows[alive], t, token[alive], logp[alive])
+        alive = ~out.finished[rows]  # detail 23.1: N+ samples on to a fixed length
+        left = int(alive.sum())
+        if left == 0 or t + 1 == max_new_tokens:
             break
-    return _finish(tokens, logp, new, finished, plen, group)
+        if left <= len(rows) * (1 - DROP_SHARE):
+            keep = alive.nonzero().squeeze(1)
+            cache.keep(keep, batch.longest + t)
+            rows = rows[keep]
+            token = token[keep]
+            alive = alive[keep]
+        last = model(token[:, None], cache, batch.prompt_len[rows] + t)[:, 0]
+    return out.rollout(batch)
 
 
-def respond(model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512, desc="",
-            top_k=0, top_p=1.0):
+def prefill(model, batch):
+    """Run each distinct prompt through the model once → cache of all rows, hidden states (B, D) of their ends."""
+    first = torch.tensor(batch.first_rows, device=batch.tokens.device)  # (distinct prompts,)
+    B, T = batch.tokens.shape
+    if len(first) == B:
+        cache = model.new_cache(B, T)
+    else:
+        cache = model.new_cache(len(first), batch.longest)
+    hidden = model(batch.tokens[first, : batch.longest], cache)
+    index = torch.arange(len(first), device=first.device)
+    last = hidden[index, batch.prompt_len[first] - 1]
+    if len(first) == B:
+        return cache, last
+    shared = model.new_cache(B, T)  # a prompt's n rows start with copies of its keys and values
+    distinct = torch.tensor(batch.distinct, device=first.device)
+    shared.fill(slice(None), cache, distinct, batch.longest)
+    return shared, last[distinct]
+
+
+def decode_in_slots(model, batch, sampling, slots):
+    """The same samples on a GPU, where no step waits for the host (docs/generation.md)."""
+    from nanorlhf.kernels import slots as engine  # here: only a GPU needs it
+
+    rows, T = batch.tokens.shape
+    size = slots or engine.how_many(model, rows, T)
+    tokens, logp, sampled, finished = engine.decode(model, batch, sampling, min(size, rows))
+    return Decoded(tokens, logp, sampled, finished).rollout(batch)
+
+
+def respond(
+    model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512, desc="", top_k=0, top_p=1.0
+):
     """Text in, text out: n responses to each prompt → (rollouts, responses), a prompt's n together.
 
-    rollouts is a list of Rollout, of at most about `batch` rows each; responses a list of len(prompts)·n
-    strings without EOS. With a `desc` a progress bar shows it on a terminal.
+    rollouts is a list of Rollout with texts, of at most about `batch` rows each; responses a list of
+    len(prompts)·n strings without EOS. With a `desc` a progress bar shows it on a terminal.
     """
-    rolls, texts, per = [], [], max(1, batch // n)
-    quiet = None if desc and dist.rank() == 0 else True  # None: unless this is a terminal
-    for i in tqdm(range(0, len(prompts), per), desc, leave=False, disable=quiet):
-        ids = [tok.encode_prompt(p) for p in prompts[i : i + per]]
-        how = dict(top_k=top_k, top_p=top_p, pad_id=tok.pad_id)
-        roll = generate(model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, **how)
+    rolls = []
+    prompts_at_once = max(1, batch // n)
+    no_bar = True
+    if desc and dist.rank() == 0:
+        no_bar = None  # tqdm: a bar on a terminal only
+    for i in tqdm(range(0, len(prompts), prompts_at_once), desc, leave=False, disable=no_bar):
+        ids = [tok.encode_prompt(prompt) for prompt in prompts[i : i + prompts_at_once]]
+        roll = generate(
+            model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, top_k=top_k, top_p=top_p
+        )
+        roll.texts = [tok.decode(response) for response in roll.responses()]
         rolls.append(roll)
-        texts += [tok.decode(ids) for ids in roll.responses()]
+    texts = [text for roll in rolls for text in roll.texts]
     return rolls, texts

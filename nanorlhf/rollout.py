@@ -1,13 +1,11 @@
 """The one object that flows through every RL trainer, with its invariants asserted in one place."""
 
-import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import microbatches
-from nanorlhf.run import dist
+from nanorlhf.data import fill_rows, microbatches
 
 
 @dataclass
@@ -15,7 +13,23 @@ class Rollout:
     """B sampled sequences, prompt and response together, padded on the right to T tokens.
 
     Every per-token tensor is indexed by the token it describes, and is 0 outside the mask. EOS is inside the
-    mask exactly when it was sampled; a row cut at max_new_tokens has finished=False and no EOS.
+    mask exactly when it was sampled; a row cut at max_new_tokens has finished=False and no EOS. Two answers
+    to one prompt of two tokens, where 9 is EOS and 0 pads:
+
+    >>> roll = Rollout(
+    ...     tokens=torch.tensor([[5, 6, 7, 9, 0], [5, 6, 7, 8, 8]]),
+    ...     mask=torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]).bool(),
+    ...     logp=torch.tensor([[0, 0, -0.5, -0.25, 0], [0, 0, -0.5, -1.5, -2.0]]),
+    ...     finished=torch.tensor([True, False]),
+    ...     group=torch.tensor([0, 0]),
+    ...     prompt_len=torch.tensor([2, 2]),
+    ... )
+    >>> roll.responses()
+    [[7], [7, 8, 8]]
+    >>> roll.response_len
+    tensor([2, 3])
+    >>> roll.select(torch.tensor([1])).tokens
+    tensor([[5, 6, 7, 8, 8]])
     """
 
     tokens: torch.Tensor  # (B, T) int64
@@ -25,14 +39,22 @@ class Rollout:
     group: torch.Tensor  # (B,) int64: index of the row's prompt; its n samples are neighbours
     prompt_len: torch.Tensor  # (B,) int64
 
+    rows: list = field(default_factory=list)  # (B,) the prompt's own row {"prompt", ...} of each sample
+    texts: list = field(default_factory=list)  # (B,) the responses as text
+    reward: torch.Tensor | None = None  # (B,) score of the whole response
+    reward_parts: dict = field(default_factory=dict)  # {name: (B,)}, what each reward function gave
+
     def __post_init__(self):
         B, T = self.tokens.shape
         assert self.mask.shape == self.logp.shape == (B, T) and self.mask.dtype == torch.bool
         assert self.finished.shape == self.group.shape == self.prompt_len.shape == (B,)
-        place = torch.arange(T, device=self.mask.device)
-        inside = (place >= self.prompt_len[:, None]) & (place < self.lengths[:, None])
+        position = torch.arange(T, device=self.mask.device)
+        inside = (position >= self.prompt_len[:, None]) & (position < self.lengths[:, None])
         assert torch.equal(self.mask, inside), "the mask must be one block of ones right after the prompt"
         assert not self.logp[~self.mask].any(), "log-probs must be 0 outside the mask"
+
+    def __len__(self):
+        return len(self.tokens)
 
     @property
     def response_len(self):
@@ -44,38 +66,74 @@ class Rollout:
 
     def responses(self, with_eos=False):
         """Token lists of the responses, without the EOS (whichever it was) that ended them, or with it."""
-        ends = (self.lengths - (0 if with_eos else self.finished.long())).tolist()
-        return [row[p:e] for row, p, e in zip(self.tokens.tolist(), self.prompt_len.tolist(), ends)]
+        ends = self.lengths
+        if not with_eos:
+            ends = ends - self.finished.long()
+        spans = zip(self.tokens.tolist(), self.prompt_len.tolist(), ends.tolist())
+        return [row[start:end] for row, start, end in spans]
 
-    def select(self, rows):
-        """The given rows (a tensor of indices), with groups numbered anew from 0."""
-        group = self.group[rows].unique(return_inverse=True)[1]
-        parts = (x[rows] for x in (self.tokens, self.mask, self.logp, self.finished))
-        return Rollout(*parts, group, self.prompt_len[rows])
+    def select(self, index):
+        """The rows of `index` (a tensor of row indices), with groups numbered anew from 0."""
+        some = index.tolist()
+        return Rollout(
+            tokens=self.tokens[index],
+            mask=self.mask[index],
+            logp=self.logp[index],
+            finished=self.finished[index],
+            group=self.group[index].unique(return_inverse=True)[1],
+            prompt_len=self.prompt_len[index],
+            rows=[self.rows[i] for i in some] if self.rows else [],
+            texts=[self.texts[i] for i in some] if self.texts else [],
+            reward=None if self.reward is None else self.reward[index],
+            reward_parts={name: part[index] for name, part in self.reward_parts.items()},
+        )
 
     @classmethod
-    def cat(cls, rolls, pad_id=0):
-        """Several rollouts as one, padded to the longest; their groups stay apart."""
+    def cat(cls, rolls):
+        """Several rollouts as one, padded with zeros to the longest; their groups stay apart."""
         T = max(roll.tokens.shape[1] for roll in rolls)
-        wide = [[F.pad(x, (0, T - x.shape[1]), value=pad) for x, pad in
-                 ((r.tokens, pad_id), (r.mask, 0), (r.logp, 0))] for r in rolls]  # fmt: skip
-        first = [0, *itertools.accumulate(int(r.group.max()) + 1 for r in rolls)]
-        narrow = [(r.finished, r.group + start, r.prompt_len) for r, start in zip(rolls, first)]
-        return cls(*(torch.cat(x) for x in zip(*wide)), *(torch.cat(x) for x in zip(*narrow)))
+        groups = []
+        groups_so_far = 0
+        for roll in rolls:
+            groups.append(roll.group + groups_so_far)
+            groups_so_far += int(roll.group.max()) + 1
 
-    def microbatches(self, rows, budget):
-        """Cut rows (a tensor of indices) by padded tokens, longest first → (row indices, longest length)."""
-        lengths = self.lengths[rows]
-        for mb in microbatches(lengths, budget):
-            yield rows[mb], int(lengths[mb].max())
+        def wide(name):
+            tensors = [getattr(roll, name) for roll in rolls]
+            return torch.cat([F.pad(x, (0, T - x.shape[1])) for x in tensors])  # (B, T)
+
+        return cls(
+            tokens=wide("tokens"),
+            mask=wide("mask"),
+            logp=wide("logp"),
+            finished=torch.cat([roll.finished for roll in rolls]),
+            group=torch.cat(groups),
+            prompt_len=torch.cat([roll.prompt_len for roll in rolls]),
+            rows=[row for roll in rolls for row in roll.rows],
+            texts=[text for roll in rolls for text in roll.texts],
+            reward=None if rolls[0].reward is None else torch.cat([roll.reward for roll in rolls]),
+            reward_parts={
+                name: torch.cat([roll.reward_parts[name] for roll in rolls]) for name in rolls[0].reward_parts
+            },
+        )
 
     @torch.no_grad()
     def per_token(self, fn, budget):
         """fn(tokens, mask) → (b, T') on every micro-batch, together (B, T), zeros beyond. No gradients."""
-        out = torch.zeros_like(self.logp)
-        for mb, T in dist.paced(self.microbatches(dist.mine(self.lengths), budget), fn):
-            out[mb, :T] = fn(self.tokens[mb, :T], self.mask[mb, :T])
-        return dist.summed(out)
+        T = self.tokens.shape[1]
+
+        def compute(rows):
+            longest = int(self.lengths[rows].max())
+            values = fn(self.tokens[rows, :longest], self.mask[rows, :longest])
+            return F.pad(values, (0, T - longest))
+
+        def cut(lengths):
+            return microbatches(lengths, budget)
+
+        return fill_rows(torch.zeros_like(self.logp), self.lengths, cut, compute, fn)
 
     def to(self, device):
-        return Rollout(*(getattr(self, f.name).to(device) for f in fields(self)))
+        """The same rollout with its tensors on another device."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        parts = {name: part.to(device) for name, part in self.reward_parts.items()}
+        return Rollout(**moved, rows=self.rows, texts=self.texts, reward_parts=parts)

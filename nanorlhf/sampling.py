@@ -1,10 +1,21 @@
 """Logits → one token and its log-prob, for every row of a batch."""
 
+from dataclasses import dataclass
+
 import torch
 
 from nanorlhf.errors import RunError
 
 NOT_FINITE = "the model's logits are not finite; lower --lr, or start from another checkpoint"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. Temperature 0 is greedy; top_k and top_p are for evaluation and chat only."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 def filter_logits(logits, top_k=0, top_p=1.0):
@@ -25,23 +36,24 @@ def filter_logits(logits, top_k=0, top_p=1.0):
     return logits
 
 
-def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+def sample(logits, u, sampling):
     """fp32 logits (b, V), uniforms u (b,) in [0, 1) → token (b,), its log-prob (b,) as sampled.
 
     Inverse CDF: the first token at which the cumulative probability exceeds u; one cumulative sum, where
     `torch.multinomial` is ten times slower on a CPU. Temperature 0 is greedy, with the log-prob at
     temperature 1.
     """
-    token, logp = draw(logits, u, temperature, top_k, top_p)
+    token, logp = draw(logits, u, sampling)
     if not logp.isfinite().all():
         raise RunError(NOT_FINITE)
     return token, logp
 
 
-def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+def draw(logits, u, sampling):
     """`sample` that never waits for a GPU: where logits are not finite, neither is the log-prob."""
+    temperature = sampling.temperature
     z = logits if temperature in (0, 1) else logits / temperature
-    z = filter_logits(z, top_k, top_p)
+    z = filter_logits(z, sampling.top_k, sampling.top_p)
     top = z.amax(-1, keepdim=True)
     e = (z - top).exp_()  # every pass over (b, V) counts: amax is ten times as fast as max on a CPU
     sums = e.sum(-1)
