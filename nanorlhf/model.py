@@ -367,11 +367,24 @@ class GPT(nn.Module):
         doc = None if doc is None else doc[:, :-1]
         hidden = self(tokens[:, :-1], doc=doc)  # hidden[t-1] predicts token t: the one shift in the code base
         where = row, col = mask.nonzero(as_tuple=True)
-        part = loss and (lambda logp, entropy, r: loss(logp, entropy, (row[r], col[r])))
+        collected = {}
+
+        def part(logp, entropy, r):
+            at = row[r], col[r]
+            zeros = logp.new_zeros(mask.shape)
+            chunk = torch.zeros_like(mask).index_put(at, torch.ones((), dtype=torch.bool, device=mask.device))
+            value, stats = loss(zeros.index_put(at, logp), zeros.index_put(at, entropy), chunk)
+            for name, x in stats.items():
+                collected.setdefault(name, []).append(x.detach())
+            return value
+
         operands = hidden[row, col - 1], self.unembedding, tokens[where], temperature
-        *total, logp, entropy = linear_logprob(*operands, loss=part)
+        *total, logp, entropy = linear_logprob(*operands, loss=part if loss else None)
         zeros = logp.new_zeros(mask.shape)
-        return *total, zeros.index_put(where, logp), zeros.index_put(where, entropy)
+        logp, entropy = zeros.index_put(where, logp), zeros.index_put(where, entropy)
+        if loss:
+            return total[0], {name: torch.stack(xs) for name, xs in collected.items()}, logp, entropy
+        return logp, entropy
 
 
 class ScalarModel(nn.Module):
