@@ -21,32 +21,36 @@ GPU   python train_ppo.py --init runs/sft/model --rm runs/rm/model --data prompt
 """
 
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
-from nanorlhf import generate, hub, lora, tasks
-from nanorlhf.data import epoch_batches, microbatches
+from nanorlhf import hub, tasks
+from nanorlhf.data import epoch_batches, microbatches, take_rows, trim
 from nanorlhf.errors import derive_seed, require
-from nanorlhf.model import GPT, ScalarModel
-from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses
+from nanorlhf.generate import sample_responses
+from nanorlhf.metrics import Figures, sample_figures
+from nanorlhf.rewards import evaluate, health, load_prompts, pass_gate, score_responses
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, at_work, freeze, setup, to_device
-from nanorlhf.run.log import Clock
+from nanorlhf.run.device import adamw, clip_gradient, freeze, setup
+from nanorlhf.run.log import Clock, due
+from nanorlhf.run.models import load_critic, load_models
 from nanorlhf.run.worker import Rewards
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
+KL_HORIZON = 1000  # samples over which the adaptive beta moves
+
 
 @dataclass
 class Config(Flags):
+    # data
     task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
-    data: str = ""  # file of prompts (formats: nanorlhf/hub/formats.py); --task still sets the defaults
+    data: str = ""  # file of prompts (formats: docs/data.md); --task still sets the defaults
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder; empty: runs/TASK-rm/model, unless there is a reward function
@@ -55,21 +59,9 @@ class Config(Flags):
     critic_init: str = ""  # folder the critic starts from; empty: the reward model, else the policy
     out: str = ""  # run folder; empty: runs/TASK-ppo
 
-    steps: int | None = None  # rollouts; each is used for epochs × minibatches optimizer steps
-    prompts_per_step: int | None = None  # prompts a rollout
-    group_size: int = 1  # samples per prompt
-    max_new_tokens: int | None = None  # response length at most, EOS included
-    temperature: float = 1.0  # of sampling, and of every log-prob
-    epochs: int = 1  # passes over each rollout
-    minibatches: int | None = None  # optimizer steps in each pass
-    lr: float | None = None  # policy learning rate, linear to 0 (detail 20)
-    critic_lr: float | None = None  # critic learning rate, linear to 0
-    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
-    max_grad_norm: float = 1.0  # gradient norms of policy and critic are clipped to it, each on its own
-
+    # method
     beta: float | None = None  # KL coefficient, reward per nat
     kl_target: float = 0.0  # nats per sequence that an adaptive beta steers to; 0: beta is fixed
-    kl_horizon: int = 1000  # samples over which the adaptive beta moves
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's λ
     clip: float = 0.2  # ε of the policy ratio
@@ -78,25 +70,67 @@ class Config(Flags):
     no_eos_score: float | None = None  # score of a response that never ends (detail 23.3)
     whiten_advantages: bool = True  # advantages get mean 0 and variance 1 over the rollout
     whiten_rewards: bool = False  # divide rewards by their standard deviation (detail 24)
+
+    # optimisation
+    steps: int | None = None  # rollouts; each is used for epochs × minibatches optimizer steps
+    epochs: int = 1  # passes over each rollout
+    minibatches: int | None = None  # optimizer steps in each pass
+    lr: float | None = None  # policy learning rate, linear to 0 (detail 20)
+    critic_lr: float | None = None  # critic learning rate, linear to 0
+    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
+    max_grad_norm: float = 1.0  # gradient norms of policy and critic are clipped to it, each on its own
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
+    # sampling
+    prompts_per_step: int | None = None  # prompts a rollout
+    group_size: int = 1  # samples per prompt
+    max_new_tokens: int | None = None  # longest response in tokens, EOS included
+    temperature: float = 1.0  # of sampling, and of every log-prob
+
+    # evaluation
     eval_prompts: int = 256  # held-out prompts for eval/reward and eval/greedy
     eval_every: int = 0  # steps between these; 0: only before the first step and after the last
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
+
+    # run
     save_every: int = 20  # steps between checkpoints; 0: only at the end
 
     BY_TASK: ClassVar = {
-        "reviews": dict(steps=60, prompts_per_step=96, max_new_tokens=40, minibatches=2,
-                        lr=5e-4, critic_lr=1e-3, beta=0.3, no_eos_score=-1.0),
-        "chain": dict(steps=60, prompts_per_step=256, max_new_tokens=11, minibatches=4,
-                      lr=5e-4, critic_lr=1e-3, beta=0.0, no_eos_score=0.0),
-        "countdown": dict(steps=200, prompts_per_step=512, max_new_tokens=6, minibatches=4,
-                          lr=2e-4, critic_lr=1e-3, beta=0.0, no_eos_score=0.0),
+        "reviews": dict(
+            steps=60,
+            prompts_per_step=96,
+            max_new_tokens=40,
+            minibatches=2,
+            lr=5e-4,
+            critic_lr=1e-3,
+            beta=0.3,
+            no_eos_score=-1.0,
+        ),
+        "chain": dict(
+            steps=60,
+            prompts_per_step=256,
+            max_new_tokens=11,
+            minibatches=4,
+            lr=5e-4,
+            critic_lr=1e-3,
+            beta=0.0,
+            no_eos_score=0.0,
+        ),
+        "countdown": dict(
+            steps=200,
+            prompts_per_step=512,
+            max_new_tokens=6,
+            minibatches=4,
+            lr=2e-4,
+            critic_lr=1e-3,
+            beta=0.0,
+            no_eos_score=0.0,
+        ),
     }
 
     def __post_init__(self):
         if self.rm and self.beta is None:
-            self.beta = 0.3  # a learnt reward has to be held, whatever the task
+            self.beta = 0.3  # a learnt reward is over-optimised without a penalty, whatever the task
         self.fill_by_task()
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.ref = self.ref or self.init
@@ -104,8 +138,8 @@ class Config(Flags):
             self.rm = f"runs/{self.task}-rm/model"
         self.critic_init = self.critic_init or self.rm or self.init
         self.out = self.out or f"runs/{self.task}-ppo"
-        counts = "steps prompts_per_step group_size max_new_tokens epochs minibatches kl_horizon sample_every"
-        above_zero = [*counts.split(), "lr", "critic_lr", "temperature", "max_grad_norm"]
+        counts = "steps prompts_per_step group_size max_new_tokens epochs minibatches sample_every"
+        above_zero = f"{counts} lr critic_lr temperature max_grad_norm".split()
         check_ranges(self, above_zero, any_sign=("seed", "no_eos_score"))
         require(max(self.gamma, self.lam) <= 1, "--gamma and --lam: must not be above 1")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
@@ -130,12 +164,19 @@ def shape_rewards(score, logp, ref_logp, mask, finished, beta, no_eos_score=-1.0
     k1 = logp − ref_logp: its mean over samples is KL(π‖ref), and in the reward it has the right gradient;
     k2 and k3 have not. A row that never ended gets no_eos_score in place of its score (detail 23.3),
     unless that is None.
+
+    >>> logp = torch.tensor([[0.0, -1.0, -0.5]])  # one prompt token, two sampled ones
+    >>> ref_logp = torch.tensor([[0.0, -2.0, -0.5]])
+    >>> mask = torch.tensor([[0, 1, 1]])
+    >>> shape_rewards(torch.tensor([3.0]), logp, ref_logp, mask, torch.tensor([True]), beta=0.5)
+    tensor([[ 0.0000, -0.5000,  3.0000]])
     """
     mask = mask.bool()
     reward = torch.where(mask, -beta * (logp - ref_logp), 0.0)
     if no_eos_score is not None:
         score = torch.where(finished.bool(), score, no_eos_score)  # detail 23.3
-    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # EOS, where the response ended
+    tokens_left = mask.flip(1).cumsum(1).flip(1)  # (B, T) sampled tokens from this one on
+    last = mask & (tokens_left == 1)  # EOS, where the response ended
     return reward + last * score[:, None]
 
 
@@ -144,10 +185,19 @@ def gae(reward, value, mask, gamma, lam):
 
     A row ends at its last mask = 1, with next value 0. Outside the mask both results are 0, and what stands
     there is not read.
+
+    >>> reward = torch.tensor([[9.0, 0.0, 1.0]])  # the prompt's token is not read
+    >>> value = torch.tensor([[9.0, 0.5, 0.25]])
+    >>> adv, ret = gae(reward, value, torch.tensor([[0, 1, 1]]), gamma=1.0, lam=1.0)
+    >>> adv
+    tensor([[0.0000, 0.5000, 0.7500]])
+    >>> ret
+    tensor([[0., 1., 1.]])
     """
     mask = mask.bool()
     adv = torch.zeros_like(reward)
-    next_adv = next_value = torch.zeros_like(reward[:, 0])
+    next_adv = torch.zeros_like(reward[:, 0])  # (B,)
+    next_value = torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.shape[1])):
         delta = reward[:, t] + gamma * next_value - value[:, t]
         adv[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_adv, 0.0)
@@ -160,101 +210,107 @@ def whiten(x, mask, shift_mean=True):
     """(B, T) → unit variance over the mask, and zero mean with shift_mean; 0 outside.
 
     Biased variance and eps 1e-8, as in N+ (TRL and verl take the unbiased one).
+
+    >>> whiten(torch.tensor([[9.0, 1.0, 3.0]]), torch.tensor([[0, 1, 1]]))
+    tensor([[ 0., -1.,  1.]])
     """
     mask = mask.bool()
     n = mask.sum().clamp(min=1)
     mean = torch.where(mask, x, 0.0).sum() / n
-    var = torch.where(mask, x - mean, 0.0).square().sum() / n
-    y = (x - mean) * torch.rsqrt(var + 1e-8)
-    return torch.where(mask, y if shift_mean else y + mean, 0.0)
+    variance = torch.where(mask, x - mean, 0.0).square().sum() / n
+    y = (x - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        y = y + mean
+    return torch.where(mask, y, 0.0)
 
 
 def policy_loss(logp, old_logp, adv, mask, clip, denom):
     """PPO's clipped surrogate: sum over the mask / denom (tokens of the optimizer step) → loss, stats.
 
-    stats: the share of tokens where the clip took over, and the largest ratio. The log-ratio is held within
-    ±20: a hopeless ratio is then large, and not infinite.
+    stats: the share of tokens whose ratio was clipped, and the largest ratio. The log-ratio is clamped to
+    ±20: a ratio that is far too large is then e^20, and not infinite.
     """
     mask = mask.bool()
     log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
-    free, held = -adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip)
-    loss = torch.where(mask, torch.maximum(free, held), 0.0).sum() / denom
+    unclipped = -adv * ratio
+    clipped = -adv * ratio.clamp(1 - clip, 1 + clip)
+    loss = torch.where(mask, torch.maximum(unclipped, clipped), 0.0).sum() / denom
+    is_clipped = (clipped > unclipped) & mask
     largest = torch.where(mask, ratio.detach(), 0.0).max()
-    return loss, {"clip": ((held > free) & mask).sum() / denom, "ratio_max": largest}
-
-
-def token_loss(old_logp, adv, mask, clip, denom):
-    """policy_loss of some tokens, at `at` in (B, T): GPT.logprobs forms its gradient chunk by chunk."""
-    return lambda logp, entropy, at: policy_loss(logp, old_logp[at], adv[at], mask[at], clip, denom)[0]
+    return loss, {"clip": is_clipped.sum() / denom, "ratio_max": largest}
 
 
 def value_loss(value, old_value, ret, mask, clip, denom):
-    """½ · the larger squared error, of the critic or of the critic held within ±clip of its old self.
+    """½ · the larger squared error: of the critic, or of the critic clipped to ±clip around its old value.
 
-    Summed over the mask and divided by denom → loss, stats (the share of tokens where the held error counts).
+    Summed over the mask and divided by denom → loss, stats (the share of tokens where the clipped error
+    counts).
     """
     mask = mask.bool()
-    held = old_value + (value - old_value).clamp(-clip, clip)
-    free_error, held_error = (value - ret).square(), (held - ret).square()
-    loss = 0.5 * torch.where(mask, torch.maximum(free_error, held_error), 0.0).sum() / denom
-    return loss, {"value_clip": ((held_error > free_error) & mask).sum() / denom}
+    clipped_value = old_value + (value - old_value).clamp(-clip, clip)
+    error = (value - ret).square()
+    clipped_error = (clipped_value - ret).square()
+    loss = 0.5 * torch.where(mask, torch.maximum(error, clipped_error), 0.0).sum() / denom
+    is_clipped = (clipped_error > error) & mask
+    return loss, {"value_clip": is_clipped.sum() / denom}
+
+
+def microbatch_loss(policy, batch, cfg):
+    """→ loss, stats of `policy_loss`, log-probs and entropies (B, T) of one micro-batch."""
+
+    def chunk_loss(logp, entropy, chunk):
+        """chunk (B, T) marks the tokens whose logits are at hand: their part of the loss needs no others."""
+        return policy_loss(logp, batch["old_logp"], batch["adv"], chunk, cfg.clip, batch["denom"])
+
+    return policy.logprobs(batch["tokens"], batch["mask"], cfg.temperature, chunk_loss)
 
 
 def gradient(policy, critic, batch, cfg):
-    """Add up the gradients of one optimizer step, micro-batch by micro-batch → its loss, stats.
+    """Add up the gradients of one optimizer step, micro-batch by micro-batch → its figures.
 
     batch: tokens, mask, old_logp, adv, old_value, ret (B, T), lengths (B,), and denom, the sampled tokens of
-    the whole step: any part of its rows then gives its part of the gradients and of stats; of ratio_max and
-    gap, the largest |logp − old_logp|, the maximum counts.
+    the whole step. So any part of the step's rows gives its part of the gradients. gap is the largest
+    |logp − old_logp|: before the first update it is rounding alone.
     """
-    total, stats, denom = 0.0, defaultdict(float), batch["denom"]
+    figures = Figures(loss="sum", clip="sum", value_loss="sum", entropy="sum", ratio_max="max", gap="max")
+    denom = batch["denom"]
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
-    for mb in dist.paced(cut, policy.logprobs, critic.values):
-        T = int(batch["lengths"][mb].max())
-        names = ("tokens", "mask", "old_logp", "adv", "old_value", "ret")
-        x, m, old_logp, adv, old_value, ret = (batch[name][mb, :T] for name in names)
-        of_tokens = token_loss(old_logp, adv, m, cfg.clip, denom)
-        pg, logp, entropy = policy.logprobs(x, m, cfg.temperature, of_tokens)
-        value = critic.values(x, m)
-        vf, _ = value_loss(value, old_value, ret, m, cfg.value_clip, denom)
-        loss = pg + cfg.vf_coef * vf
+    for rows in dist.paced(cut, policy.logprobs, critic.values):  # one process: the micro-batches as they are
+        mb = trim(take_rows(batch, rows))
+        pg_loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg)
+        value = critic.values(mb["tokens"], mb["mask"])
+        vf_loss, _ = value_loss(value, mb["old_value"], mb["ret"], mb["mask"], cfg.value_clip, denom)
+        loss = pg_loss + cfg.vf_coef * vf_loss
         loss.backward()
-        pg, seen = policy_loss(logp, old_logp, adv, m, cfg.clip, denom)  # the same; its stats are for the log
-        total += (pg + cfg.vf_coef * vf).item()
-        stats["ratio_max"] = max(stats["ratio_max"], seen["ratio_max"].item())
-        stats["gap"] = max(stats["gap"], (logp.detach() - old_logp).abs().max().item())
-        stats["clip"] += seen["clip"].item()
-        stats["value_loss"] += vf.item()
-        stats["entropy"] += (entropy.sum() / denom).item()
-    return total, stats
+        figures.add(
+            {
+                "loss": loss.item(),
+                "clip": stats["clip"].sum().item(),
+                "value_loss": vf_loss.item(),
+                "entropy": (entropy.sum() / denom).item(),
+                "ratio_max": stats["ratio_max"].max().item(),
+                "gap": (logp.detach() - mb["old_logp"]).abs().max().item(),
+            }
+        )
+    return figures
 
 
 def adapt_beta(beta, kl, cfg, samples):
     """The adaptive KL controller of arXiv 1909.08593: beta moves so that kl comes to cfg.kl_target."""
     error = max(-0.2, min(0.2, kl / cfg.kl_target - 1))
-    return beta * (1 + error * samples / cfg.kl_horizon)
+    return beta * (1 + error * samples / KL_HORIZON)
+
+
+def explained_variance(value, ret, mask):
+    """1 − Var(ret − value) / Var(ret) over the mask: 1 for a perfect critic, None where ret is constant."""
+    spread = ret[mask].var(correction=0)
+    error = (ret - value)[mask].var(correction=0)
+    return 1 - (error / spread).item() if spread > 1e-8 else None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # train
-
-
-def load_models(cfg, device):
-    """→ policy, reference, critic, reward model (or None), tokenizer. All must share one vocabulary."""
-    sft, pairs = f"python train_sft.py --task {cfg.task}", f"python train_rm.py --task {cfg.task}"
-    policy, tok = hub.load(cfg.init, "--init", sft, "language model", shard=cfg.shard)
-    how = dict(like=tok, shard=cfg.shard)
-    ref, _ = hub.load(cfg.ref, "--ref", sft, "language model", **how)
-    rm = hub.load(cfg.rm, "--rm", pairs, "reward model", **how)[0] if cfg.rm else None
-    # detail 22: the critic starts as the reward model
-    critic, _ = hub.load(cfg.critic_init, "--critic_init", pairs, **how)
-    if isinstance(critic, GPT):
-        critic = ScalarModel(critic)
-        torch.nn.init.zeros_(critic.score.weight)  # with no reward model behind it the best first guess is 0
-    frozen, _ = lora.add(policy, cfg.lora_rank, cfg.dtype), lora.add(critic, cfg.lora_rank, cfg.dtype)
-    ref = frozen if frozen and cfg.ref == cfg.init else ref
-    return *to_device(cfg, device, policy, ref, critic, rm), tok
 
 
 def train(cfg):
@@ -262,115 +318,123 @@ def train(cfg):
     device = setup(cfg)
     task = tasks.get(cfg.task)
     rewards = Rewards(cfg, task)
-    policy, ref, critic, rm, tok = load_models(cfg, device)
+    policy, ref, rm, tok = load_models(cfg, device)
+    critic = load_critic(cfg, device, tok)  # detail 22: the critic starts as the reward model
     freeze(cfg, ref, rm, trained=(policy, critic))
-    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len)
+    longest = cfg.max_new_tokens
+    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest)
+    dist.spread(cfg, policy, critic, frozen=(ref, rm))  # one process: the models as they are
+    groups = [
+        {"params": policy.parameters(), "peak": cfg.lr},
+        {"params": critic.parameters(), "peak": cfg.critic_lr},
+    ]
+    # detail 20: Adam's eps is 1e-5; with PyTorch's 1e-8 the first step is about a fifth longer
+    opt = adamw(groups, device, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
 
-    def seed_for(*purpose):
-        return derive_seed(cfg.seed, *purpose)
+    def score(roll):
+        return score_responses(roll, rm, rewards)
 
     def export():
         hub.save(policy, tok, f"{cfg.out}/model")
         hub.save(critic, tok, f"{cfg.out}/critic")
 
-    dist.spread(cfg, policy, critic, frozen=(ref, rm))
-    # detail 20: Adam's eps is 1e-5; with PyTorch's 1e-8 the first step is about a fifth longer
-    peaks = ((policy, cfg.lr), (critic, cfg.critic_lr))
-    groups = [{"params": model.parameters(), "peak": peak} for model, peak in peaks]
-    opt = adamw(groups, device, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
-    with rewards, Run(cfg, COLUMNS, SHOW, PANELS) as run:
+    with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
         if not (cfg.data or cfg.resume):
-            pass_gate(policy, tok, task, cfg.max_new_tokens, seed_for("gate"))
-        start, extra = run.start({"policy": policy, "critic": critic}, opt, frozen=(ref,))
-        beta = extra["beta"] if extra and cfg.kl_target else cfg.beta
+            pass_gate(policy, tok, task, longest, derive_seed(cfg.seed, "gate"))
+        start, extra = run.start({"policy": policy, "critic": critic}, opt, frozen=[ref])
+        beta = cfg.beta
+        if cfg.kl_target:
+            beta = extra.get("beta", cfg.beta)
+
         for step in range(start, cfg.steps):
-            metrics, sums, first_ratio = {}, defaultdict(float), None
-            if test_rows and (step == 0 or (cfg.eval_every and step % cfg.eval_every == 0)):
-                metrics |= evaluate(policy, tok, cfg, test_rows, rm, rewards, run.log.say)
+            metrics = {}
+            limit = longest
+            # ---- the same in train_ppo.py and train_grpo.py
+            if test_rows and due(step, cfg.eval_every):
+                metrics |= evaluate(policy, tok, cfg, test_rows, score, run.log.say, limit)
             clock = Clock()
+            # ---- end
 
-            # ---- prompts (detail 21: reshuffled when they end)
-            batch = [rows[i] for i in epoch_batches(len(rows), cfg.prompts_per_step, seed_for("data"), step)]
-            prompts = [tok.encode_prompt(r["prompt"]) for r in batch]
-
-            # ---- rollout (detail 7: no dropout, so the sampler's log-probs are the old policy's own)
-            roll = generate.generate(
-                policy, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, tok.eos_id,
-                seed_for("rollout", step), pad_id=tok.pad_id,
-            )
-            mask, old_logp, budget = roll.mask, roll.logp, cfg.tokens_per_microbatch  # (B, T), (B, T)
-            with at_work(ref):  # (B, T)
-                ref_logp = roll.per_token(lambda x, m: ref.logprobs(x, m, cfg.temperature)[0], budget)
-
-            # ---- reward
-            batch = [batch[g] for g in roll.group.tolist()]
-            texts = [tok.decode(ids) for ids in roll.responses()]
-            score = score_responses(roll, texts, batch, rm, rewards)  # (B,)
-            reward = shape_rewards(score, old_logp, ref_logp, mask, roll.finished, beta, cfg.no_eos_score)
+            # ---- prompts (detail 21: reshuffled when they end), rollout (detail 7: no dropout), reward
+            order = epoch_batches(len(rows), cfg.prompts_per_step, derive_seed(cfg.seed, "data"), step)
+            prompts = [rows[i] for i in order]
+            seed = derive_seed(cfg.seed, "rollout", step)
+            roll = sample_responses(policy, tok, prompts, cfg.group_size, limit, cfg.temperature, seed)
+            roll.reward = score(roll)  # (B,)
+            mask = roll.mask  # (B, T)
+            old_logp = roll.logp  # (B, T): the sampler's log-probs are the old policy's own
+            ref_logp = roll.logp_under(ref, cfg.temperature, cfg.tokens_per_microbatch)  # (B, T)
+            kl = (old_logp - ref_logp).sum(1).mean().item()  # nats per sequence
+            reward = shape_rewards(
+                roll.reward, old_logp, ref_logp, mask, roll.finished, beta, cfg.no_eos_score
+            )  # (B, T)
             if cfg.whiten_rewards:
                 reward = whiten(reward, mask, shift_mean=False)  # detail 24
 
             # ---- advantage
-            old_value = roll.per_token(critic.values, budget)  # (B, T)
+            old_value = roll.per_token(critic.values, cfg.tokens_per_microbatch)  # (B, T)
             adv, ret = gae(reward, old_value, mask, cfg.gamma, cfg.lam)  # (B, T)
+            mean_adv = None
             if cfg.whiten_advantages:
                 adv = whiten(adv, mask)  # detail 25: over the whole rollout
-            whole = {"tokens": roll.tokens, "lengths": roll.lengths, "mask": mask, "old_logp": old_logp}
-            whole |= {"old_value": old_value, "adv": adv, "ret": ret}
+                mean_adv = (adv.sum() / mask.sum()).item()
+            batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret}
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             for group in opt.param_groups:
                 group["lr"] = group["peak"] * (1 - step / cfg.steps)  # detail 20: linear to 0
+            figures = Figures(
+                clip="sum",
+                value_loss="sum",
+                entropy="sum",
+                gnorm="sum",
+                critic_gnorm="sum",
+                ratio_max="max",
+                gap="first",
+            )
+            updates = cfg.epochs * cfg.minibatches
+            # ---- the same in train_ppo.py and train_grpo.py
             for epoch in range(cfg.epochs):
-                order = torch.Generator().manual_seed(seed_for("minibatches", step, epoch))
-                for rows_of in torch.randperm(len(mask), generator=order).tensor_split(cfg.minibatches):
-                    minibatch = {name: x[rows_of] for name, x in whole.items()}
+                generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "minibatches", step, epoch))
+                order = torch.randperm(len(roll), generator=generator)
+                for index in order.tensor_split(cfg.minibatches):
+                    minibatch = take_rows(batch, index)
+                    # ---- end
                     minibatch["denom"] = minibatch["mask"].sum()  # of this optimizer step, however it is cut
                     opt.zero_grad()
-                    total, stats = dist.total(*gradient(policy, critic, dist.share(minibatch), cfg))
-                    gnorm = dist.clip(policy.parameters(), cfg.max_grad_norm)
-                    critic_gnorm = dist.clip(critic.parameters(), cfg.max_grad_norm)
-                    what = f"samples {rows_of[:4].tolist()} …, prompt {batch[rows_of[0]]['prompt']!r}"
-                    run.check(step, total, gnorm + critic_gnorm, what, minibatch, [policy, critic])
+                    share = dist.share(minibatch)  # one process: all of it
+                    update = gradient(policy, critic, share, cfg)
+                    update = dist.whole_step(update, policy, critic)  # one process: as it is
+                    update["gnorm"] = clip_gradient(policy, cfg.max_grad_norm)
+                    update["critic_gnorm"] = clip_gradient(critic, cfg.max_grad_norm)
+                    gnorm = update["gnorm"] + update["critic_gnorm"]
+                    where = f"samples {index[:4].tolist()} …, prompt {roll.rows[index[0]]['prompt']!r}"
+                    run.check(step, update.pop("loss"), gnorm, where, minibatch, [policy, critic])
                     opt.step()
-                    first_ratio = first_ratio or stats["ratio_max"]
-                    metrics["ratio_max"] = max(metrics.get("ratio_max", 0.0), stats.pop("ratio_max"))
-                    metrics.setdefault("gap", stats.pop("gap"))  # of the first minibatch, before any update
-                    stats |= {"gnorm": gnorm, "critic_gnorm": critic_gnorm}
-                    for name, value in stats.items():
-                        sums[name] += value
+                    figures.add(update)
 
             # ---- one log line
-            k1 = (old_logp - ref_logp).sum(1)  # (B,) nats per sequence
-            error, spread = (x[mask].var(correction=0) for x in (ret - old_value, ret))
-            metrics |= {name: x / (cfg.epochs * cfg.minibatches) for name, x in sums.items()}
-            metrics |= {
-                "reward": score.mean().item(),
-                "reward_se": score.std(correction=0).item() / max(len(score) - 1, 1) ** 0.5,
-                "reward_failed": rewards.share_failed(),
-                "kl": k1.mean().item(),
-                "len": roll.response_len.float().mean().item(),
-                "stop": roll.finished.float().mean().item(),
-                "explained_var": 1 - (error / spread).item() if spread > 1e-8 else None,
-                "beta": beta,
-                "lr": opt.param_groups[0]["lr"],
-            }
-            if cfg.group_size > 1:  # share of prompts whose samples all scored the same
-                metrics["dead"] = (score.view(-1, cfg.group_size).std(1) == 0).float().mean().item()
-            if step == 0:
-                same = cfg.ref == cfg.init and cfg.frozen_dtype in ("float32", cfg.dtype)
-                must = " (must be 0)" if same else ""
-                kl = f"KL {abs(metrics['kl']):.6f}{must}"
-                run.log.say(f"first minibatch: largest ratio {first_ratio:.6f} (must be 1), {kl}")
-            if cfg.kl_target:
-                beta = adapt_beta(beta, metrics["kl"], cfg, len(mask))
+            sampled = roll
+            metrics["explained_var"] = explained_variance(old_value, ret, mask)
+            metrics["beta"] = beta
+            # ---- the same in train_ppo.py and train_grpo.py
+            metrics |= figures.averages(updates)
+            metrics |= sample_figures(sampled, cfg.group_size)
+            metrics |= rewards.figures(roll)
             metrics |= clock.columns(mask.sum().item())
+            metrics["kl"] = kl
+            metrics["lr"] = opt.param_groups[0]["lr"]
+            if step == 0:
+                run.log.say(health(metrics, mean_adv, ref_is_init=cfg.ref == cfg.init))
             done = step + 1
-            if step % cfg.sample_every == 0 or done == cfg.steps:
-                run.log.samples(step, batch, texts, score)
-            if done == cfg.steps and test_rows:
-                metrics |= evaluate(policy, tok, cfg, test_rows, rm, rewards, run.log.say)
+            if due(step, cfg.sample_every) or done == cfg.steps:
+                run.log.samples(step, roll.rows, roll.texts, roll.reward)
+            if test_rows and done == cfg.steps:
+                metrics |= evaluate(policy, tok, cfg, test_rows, score, run.log.say, longest)
             run.log.row(step, metrics)
+            # ---- end
+            if cfg.kl_target:
+                beta = adapt_beta(beta, kl, cfg, len(roll))
             run.checkpoint(done, export, {"beta": beta})
     return run.log.last
 

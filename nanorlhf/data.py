@@ -284,3 +284,27 @@ def fill_rows(out, lengths, cut, compute, *passes):
         rows = my_rows[part]
         out[rows] = compute(rows)
     return dist.summed(out)
+
+
+def take_rows(batch, rows):
+    """The given rows of a batch {name: tensor (B, ...), or what belongs to all of it} → a smaller batch.
+
+    >>> batch = {"tokens": torch.tensor([[5, 6], [7, 8]]), "lengths": torch.tensor([2, 1]), "denom": 3}
+    >>> take_rows(batch, [1])
+    {'tokens': tensor([[7, 8]]), 'lengths': tensor([1]), 'denom': 3}
+    """
+    return {name: x[rows] if isinstance(x, torch.Tensor) and x.dim() else x for name, x in batch.items()}
+
+
+def trim(batch):
+    """Cut the (B, T) tensors of a batch to its longest row: columns that only pads stand in cost time.
+
+    >>> trim({"tokens": torch.tensor([[7, 8, 0]]), "lengths": torch.tensor([2])})
+    {'tokens': tensor([[7, 8]]), 'lengths': tensor([2])}
+    """
+    longest = int(batch["lengths"].max())
+    out = dict(batch)
+    for name, x in batch.items():
+        if isinstance(x, torch.Tensor) and x.dim() == 2:
+            out[name] = x[:, :longest]
+    return out

@@ -22,14 +22,16 @@ DROP_SHARE = 1 / 8
 
 
 @torch.no_grad()
-def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0):
+def reference(
+    model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0
+):
     """The oracle of `generate`: the same samples with no cache, no shared prefill and no row ever dropped."""
     batch = prepare(model, prompts, n, max_new_tokens, temperature, eos_id, seed)
     sampling = Sampling(temperature, top_k, top_p)
     out = Decoded.empty(batch)
     rows = torch.arange(len(batch.group), device=batch.tokens.device)
     for t in range(max_new_tokens):
-        hidden = model(out.tokens[:, : batch.longest + t])  # (B, T', D); padding cannot touch a row's last token
+        hidden = model(out.tokens[:, : batch.longest + t])  # (B, T', D)
         last = hidden[rows, batch.prompt_len + t - 1]  # (B, D)
         token, logp = sample(model.head_logits(last), batch.uniforms[:, t], sampling)
         live = rows[~out.finished]
@@ -158,7 +160,7 @@ def generate(
 
 
 def decode(model, prompts, n, max_new_tokens, sampling, eos_id, seed, slots, first_row=0):
-    """`generate` on this process. Reads as: prefill, then one loop of sample → append → drop finished rows."""
+    """`generate` on this process: prefill, then one loop of sample → append → drop finished rows."""
     batch = prepare(model, prompts, n, max_new_tokens, sampling.temperature, eos_id, seed, first_row)
     if slots or batch.tokens.is_cuda:
         return decode_in_slots(model, batch, sampling, slots)
@@ -184,7 +186,7 @@ def decode(model, prompts, n, max_new_tokens, sampling, eos_id, seed, slots, fir
 
 
 def prefill(model, batch):
-    """Run each distinct prompt through the model once → cache of all rows, hidden states (B, D) of their ends."""
+    """Run each distinct prompt through the model once → cache of all rows, last hidden states (B, D)."""
     first = torch.tensor(batch.first_rows, device=batch.tokens.device)  # (distinct prompts,)
     B, T = batch.tokens.shape
     if len(first) == B:
@@ -212,8 +214,27 @@ def decode_in_slots(model, batch, sampling, slots):
     return Decoded(tokens, logp, sampled, finished).rollout(batch)
 
 
+def sample_responses(model, tok, rows, n, max_new_tokens, temperature, seed):
+    """n responses to each row's prompt, the tokens row["_ids"] → Rollout with rows and texts."""
+    prompts = [row["_ids"] for row in rows]
+    roll = generate(model, prompts, n, max_new_tokens, temperature, tok.eos_id, seed)
+    roll.rows = [rows[g] for g in roll.group.tolist()]
+    roll.texts = [tok.decode(ids) for ids in roll.responses()]
+    return roll
+
+
 def respond(
-    model, tok, prompts, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512, desc="", top_k=0, top_p=1.0
+    model,
+    tok,
+    prompts,
+    n=1,
+    max_new_tokens=64,
+    temperature=1.0,
+    seed=0,
+    batch=512,
+    desc="",
+    top_k=0,
+    top_p=1.0,
 ):
     """Text in, text out: n responses to each prompt → (rollouts, responses), a prompt's n together.
 

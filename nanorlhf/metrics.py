@@ -47,16 +47,23 @@ def mean_se(x):
     return x.mean().item(), (x.std(correction=1) / math.sqrt(len(x))).item() if len(x) > 1 else math.nan
 
 
-def sample_figures(score, length, finished, n):
-    """Scores, lengths and ends (N,) of N samples, n to a prompt → {"reward", "reward_se", "len", ...}.
+def sample_figures(roll, n):
+    """Figures of a Rollout of n samples a prompt → {"reward", "reward_se", "len", "stop", "dead"}.
 
-    len_wrong: length of those that scored 0 or less. A figure that there is none of is None.
+    reward_se is the standard error over the prompts: the n samples of one prompt are not independent. dead is
+    the share of prompts whose samples all scored the same. A figure that cannot be measured is None.
     """
-    reward, se = mean_se(score.view(-1, n))
-    wrong = length[score <= 0]
+    groups = roll.reward.view(-1, n)  # (prompts, n)
+    mean, se = mean_se(groups)
+    dead = None
+    if n > 1:
+        dead = (groups.amax(1) == groups.amin(1)).float().mean().item()
     return {
-        "reward": reward, "reward_se": None if math.isnan(se) else se, "len": length.mean().item(),
-        "len_wrong": wrong.mean().item() if len(wrong) else None, "stop": finished.mean().item(),
+        "reward": mean,
+        "reward_se": None if math.isnan(se) else se,
+        "len": roll.response_len.float().mean().item(),
+        "stop": roll.finished.float().mean().item(),
+        "dead": dead,
     }
 
 
@@ -78,6 +85,7 @@ class Figures(dict):
         self.kinds = kinds
 
     def add(self, values):
+        """Add a piece {name: number}."""
         for name, value in values.items():
             kind = self.kinds[name]
             if self.get(name) is None:
@@ -88,3 +96,7 @@ class Figures(dict):
                 self[name] += value
             else:
                 self[name] = max(self[name], value)
+
+    def averages(self, n):
+        """→ {name: figure}, with every sum divided by n, the number of pieces."""
+        return {name: self[name] / n if self.kinds[name] == "sum" else self[name] for name in self}

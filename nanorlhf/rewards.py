@@ -1,4 +1,4 @@
-"""Scoring whole responses, by a reward function or a reward model, and the prompts to respond to.
+"""Text → number: the score of a response, by a reward function or a reward model. And the prompts.
 
 Shared by the RL trainers: none of this may move a learning curve, or turn one algorithm into another.
 """
@@ -6,144 +6,174 @@ Shared by the RL trainers: none of this may move a learning curve, or turn one a
 import torch
 
 from nanorlhf import generate, tasks
-from nanorlhf.data import split_by_hash
+from nanorlhf.data import fill_rows, split_by_hash
 from nanorlhf.errors import blame, derive_seed, require
 from nanorlhf.hub.formats import read_rows
-from nanorlhf.run import dist
 from nanorlhf.run.device import at_work
-from nanorlhf.run.worker import sum_rewards
 
 SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to bound memory
 
 
 @torch.no_grad()
-def score_responses(roll, texts, rows, rm, rewards, parts=None):
-    """Rollout of B rows, their texts and prompt rows → score (B,).
+def score_responses(roll, rm, rewards):
+    """Rollout of B rows → score (B,) of each response.
 
     The reward model `rm` at the last token (EOS, detail 12 of N+), or the product over the steps where it
-    judges steps; where rm is None, the weighted sum of `rewards`, a list of (name, weight, function). The
-    dict `parts` receives each alone: {name: (B,)}.
+    judges steps. Where rm is None, the weighted sum of the reward functions, which see the texts and the rows
+    of the rollout; then roll.reward_parts receives what each gave, {name: (B,)}.
     """
-    if rm is not None:
-        size, score = max(1, SCORE_TOKENS // roll.tokens.shape[1]), roll.logp.new_zeros(len(roll.tokens))
-        with at_work(rm):
-            mine = dist.mine(roll.lengths)
-            for mb in dist.paced(mine.split(size) if len(mine) else (), rm.values):
-                score[mb] = rm.scores(roll.tokens[mb], roll.lengths[mb], roll.mask[mb])
-        return dist.summed(score)  # detail 13: at no other position
-    return sum_rewards(texts, rows, rewards, parts, roll.tokens.device)
+    if rm is None:
+        values = call_rewards(roll.texts, roll.rows, rewards).to(roll.tokens.device)  # (B, functions)
+        score = torch.zeros(len(roll), device=values.device)
+        for i, (name, weight, _) in enumerate(rewards):
+            roll.reward_parts[name] = values[:, i]
+            score += weight * values[:, i]
+        return score
+
+    rows_at_once = max(1, SCORE_TOKENS // roll.tokens.shape[1])
+
+    def cut(lengths):
+        return torch.arange(len(lengths)).split(rows_at_once) if len(lengths) else []
+
+    def compute(rows):
+        return rm.scores(roll.tokens[rows], roll.lengths[rows], roll.mask[rows])
+
+    with at_work(rm):
+        return fill_rows(roll.logp.new_zeros(len(roll)), roll.lengths, cut, compute, rm.values)  # detail 13
+
+
+def call_rewards(texts, rows, rewards):
+    """What each reward function gives for each text → (texts, functions), fp32 on the CPU."""
+    out = torch.zeros(len(texts), len(rewards))
+
+    def compute(index):
+        some_texts = [texts[i] for i in index.tolist()]
+        some_rows = [rows[i] for i in index.tolist()]
+        columns = [rewards.values(i, some_texts, some_rows) for i in range(len(rewards))]
+        return torch.tensor(columns).T
+
+    def cut(lengths):
+        return [torch.arange(len(lengths))] if len(lengths) else []
+
+    return fill_rows(out, torch.ones(len(texts)), cut, compute)
 
 
 def pass_gate(policy, tok, task, limit, seed):
     """UserError, saying why, if 256 held-out samples of the policy hold nothing that RL could select."""
     prompts = [row["prompt"] for row in task.prompts("test", 256, seed)]
     _, texts = generate.respond(policy, tok, prompts, 1, limit, seed=seed)
-    why = task.gate(prompts, texts)
-    require(why is None, why)
+    problem = task.gate(prompts, texts)
+    require(problem is None, problem)
 
 
-def evaluate(policy, tok, cfg, rows, rm, rewards, say=print, limit=None):
-    """Mean score on held-out prompts → {"eval/reward": sampled, "eval/greedy": greedy}; may differ a lot.
+def evaluate(policy, tok, cfg, rows, score, say, limit):
+    """Mean score on held-out prompts → {"eval/reward": sampled, "eval/greedy": greedy}: two figures.
 
-    limit: tokens of a response at most, if not cfg.max_new_tokens.
+    score(roll) → (B,); limit: longest response in tokens.
     """
-    out, limit = {}, limit or cfg.max_new_tokens
+    prompts = [row["prompt"] for row in rows]
+    seed = derive_seed(cfg.seed, "eval")
+    out = {}
     for name, temperature in (("eval/reward", cfg.temperature), ("eval/greedy", 0.0)):
-        prompts, seed = [r["prompt"] for r in rows], derive_seed(cfg.seed, "eval")
-        rolls, texts = generate.respond(policy, tok, prompts, 1, limit, temperature, seed)
-        if rm is None:
-            score = sum_rewards(texts, rows, rewards)  # (N,)
-        else:
-            score = torch.cat([score_responses(roll, None, None, rm, rewards) for roll in rolls])
-        out[name] = score.mean().item()
+        rolls, _ = generate.respond(policy, tok, prompts, 1, limit, temperature, seed)
+        scores = []
+        start = 0
+        for roll in rolls:
+            roll.rows = rows[start : start + len(roll)]
+            start += len(roll)
+            scores.append(score(roll))
+        out[name] = torch.cat(scores).mean().item()
     say(f"held out ({len(rows)} prompts): sampled {out['eval/reward']:.3f}, greedy {out['eval/greedy']:.3f}")
     return out
 
 
-def health(log_ratio, kl, adv, dead, stop, tokens, ref_is_init=True):
-    """The first step's vital signs, in 80 columns (`dead` and `stop` stand in its row as well). A figure that
-    is not as it must be is explained below.
+def health(metrics, mean_adv, ref_is_init=True):
+    """Vital signs of the first step, in 80 columns. A figure that is not as it must be is explained below.
+
+    metrics: gap, the largest |logp − old_logp| of the first minibatch, before any update; kl, nats per
+    sequence to the reference, or None; dead, the share of groups with equal rewards, or None; stop, the share
+    of responses that ended by themselves. mean_adv: mean advantage, or None where it need not be near 0.
     """
-    kl_is = "no reference" if kl is None else f"KL {abs(kl):.6f}"
-    line = f"health: ratio 1 ± {log_ratio:.0e} · {kl_is} · mean advantage {abs(adv):.3f} · {tokens} tokens"
-    for bad, word in (
-        (log_ratio > 1e-4, "ratio is not 1: sampling and scoring disagree"),
-        (ref_is_init and kl is not None and abs(kl) > 1e-3, "KL is not 0: the reference is not the policy"),
-        (abs(adv) > 0.1, "mean advantage is not near 0: rewards and groups do not belong together"),
-        (dead > 0.8, "most groups are dead: there is little to learn from prompts so hard or so easy"),
-        (stop < 0.5, "most responses are cut: raise --max_new_tokens"),
-    ):
-        line += f"\n  !! {word}" if bad else ""
-    return line
+    gap = metrics.get("gap", 0.0)
+    kl = metrics["kl"]
+    signs = [f"health: ratio 1 ± {gap:.0e}"]
+    signs.append("no reference" if kl is None else f"KL {abs(kl):.6f}")
+    if mean_adv is not None:
+        signs.append(f"mean advantage {abs(mean_adv):.3f}")
+    signs.append(f"stop {metrics['stop']:.2f}")
+    lines = [" · ".join(signs)]
+    if gap > 1e-4:
+        lines.append("ratio is not 1: sampling and scoring disagree")
+    if ref_is_init and kl is not None and abs(kl) > 1e-3:
+        lines.append("KL is not 0: the reference is not the policy")
+    if abs(mean_adv or 0.0) > 0.1:
+        lines.append("mean advantage is not near 0: rewards and groups do not belong together")
+    if (metrics["dead"] or 0.0) > 0.8:
+        lines.append("most groups are dead: there is little to learn from prompts so hard or so easy")
+    if metrics["stop"] < 0.5:
+        lines.append("most responses are cut: raise --max_new_tokens")
+    return "\n  !! ".join(lines)
 
 
 def length_schedule(max_new_tokens, lengthen_at):
-    """'24,40,64', '40,80' or '0.2' → limits [24, 40, 64]; steps [40, 80] or the truncation rate 0.2."""
-    try:
-        limits = [int(x) for x in str(max_new_tokens).split(",")]
-    except ValueError:
-        limits = []
-    rising = bool(limits) and limits[0] > 0 and all(a < b for a, b in zip(limits, limits[1:]))
-    require(rising, f"--max_new_tokens {max_new_tokens}: must be an integer, or rising ones such as 24,40,64")
-    try:
-        at = [float(x) for x in lengthen_at.split(",") if x]
-        steps = [int(x) for x in at]
-    except (ValueError, OverflowError):  # int(nan), int(inf)
-        at, steps = [-1.0], [-1]
-    if len(at) == 1 and 0 < at[0] < 1:
-        return limits, at[0]
-    want = f"{len(limits) - 1} rising steps, one for each lengthening, or a truncation rate such as 0.2"
-    right = len(steps) == len(limits) - 1 and steps == at == sorted(set(at)) and min(steps, default=1) > 0
-    require(right, f"--lengthen_at {lengthen_at!r}: must be {want}")
-    return limits, steps
+    """--max_new_tokens 24,40,64 with --lengthen_at 40,80 → limits [24, 40, 64], one after the other."""
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens]
+    shown = ",".join(map(str, limits))
+    rising = limits == sorted(set(limits)) and limits and limits[0] > 0
+    require(rising, f"--max_new_tokens {shown}: must be an integer, or rising ones such as 24,40,64")
+    lengthenings = len(limits) - 1
+    fits = len(lengthen_at) == lengthenings and lengthen_at == sorted(set(lengthen_at))
+    fits = fits and min(lengthen_at, default=1) > 0
+    shown = ",".join(map(str, lengthen_at))
+    require(fits, f"--lengthen_at {shown!r}: must be {lengthenings} rising steps, one for each lengthening")
+    return limits
 
 
 @torch.no_grad()
 def fresh_samples(policy, ref, tok, rows, max_new_tokens, seed, budget=8192):
-    """One response to each row's prompt → rollout, texts, {"kl", "entropy", "len", "stop"}.
+    """One response to each row's prompt → rollout with texts and rows, {"kl", "entropy", "len", "stop"}.
 
     kl is the mean over samples of Σ_t (logp − ref_logp): nats per sequence, KL(policy‖ref). It may be a
-    little negative where the two are near: it is an estimate.
+    little negative where the two are near, because it is an estimate.
     """
-    prompts = [tok.encode_prompt(r["prompt"]) for r in rows]
+    rows = [row | {"_ids": tok.encode_prompt(row["prompt"])} for row in rows]
     seed = derive_seed(seed, "eval")
-    roll = generate.generate(policy, prompts, 1, max_new_tokens, 1.0, tok.eos_id, seed, pad_id=tok.pad_id)
-    with at_work(ref):
-        k1 = roll.logp - roll.per_token(lambda x, m: ref.logprobs(x, m)[0], budget)  # (B, T)
-    entropy = roll.per_token(lambda x, m: policy.logprobs(x, m)[1], budget)  # (B, T)
+    roll = generate.sample_responses(policy, tok, rows, 1, max_new_tokens, 1.0, seed)
+    ref_logp = roll.logp_under(ref, 1.0, budget)  # (B, T)
+    entropy = roll.per_token(lambda tokens, mask: policy.logprobs(tokens, mask)[1], budget)  # (B, T)
     metrics = {
-        "kl": k1.sum(1).mean().item(),
+        "kl": (roll.logp - ref_logp).sum(1).mean().item(),
         "entropy": (entropy.sum() / roll.mask.sum()).item(),
         "len": roll.response_len.float().mean().item(),
         "stop": roll.finished.float().mean().item(),
     }
-    return roll, [tok.decode(ids) for ids in roll.responses()], metrics
+    return roll, metrics
 
 
-def load_prompts(cfg, task, tok, max_len, limit=None):
-    """→ training rows, held-out rows. Prompts without room for a response are dropped, and counted.
+def load_prompts(cfg, task, tok, max_len, limit):
+    """→ training rows, held-out rows; each row gets "_ids", its prompt as tokens.
 
-    limit: tokens of a response at most, if not cfg.max_new_tokens.
+    Prompts without room for a response of `limit` tokens are dropped, and counted.
     """
-    limit = limit or cfg.max_new_tokens
+    source = ""
     if cfg.data:
+        source = f"--data {cfg.data}: "
         rows = read_rows(cfg.data, "prompts", skip_bad=cfg.skip_bad_rows)
     else:
         rows = task.prompts("train", 3000, cfg.seed) + task.prompts("test", cfg.eval_prompts, cfg.seed)
+    for row in rows:
+        with blame(row.get("_at", "--task")):  # for a character that this model has no token for
+            row["_ids"] = tok.encode_prompt(row["prompt"])
     room = max_len - limit
-    fit = [row for row in rows if _prompt_len(row, tok) <= room]  # detail 2: N+ truncates
-    dropped, of = len(rows) - len(fit), f"--data {cfg.data}: " if cfg.data else ""
+    fit = [row for row in rows if len(row["_ids"]) <= room]  # detail 2: N+ truncates
     train, test = split_by_hash(fit, tasks.held_out)
-    why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {limit})"
-    long = f"{dropped} of {len(rows)} prompts are {why}"
-    rest = f"{len(test)} are held out (15% of all prompts, by a hash)"
-    left = ", ".join([long] * bool(dropped) + [rest] * bool(test))
-    require(train, f"{of}no training prompt is left: {left}")
-    if dropped:
-        print(f"{of}{long}; dropped")
+    notes = []
+    if len(fit) < len(rows):
+        why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {limit})"
+        notes.append(f"{len(rows) - len(fit)} of {len(rows)} prompts are {why}")
+        if train:
+            print(f"{source}{notes[0]}; dropped")
+    if test:
+        notes.append(f"{len(test)} are held out (15% of all prompts, by a hash)")
+    require(train, f"{source}no training prompt is left: {', '.join(notes)}")
     return train, test[: cfg.eval_prompts]
-
-
-def _prompt_len(row, tok):
-    with blame(row.get("_at", "--task")):  # for a character that this model has no token for
-        return len(tok.encode_prompt(row["prompt"]))

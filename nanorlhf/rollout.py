@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf.data import fill_rows, microbatches
+from nanorlhf.run.device import at_work
 
 
 @dataclass
@@ -131,6 +132,25 @@ class Rollout:
             return microbatches(lengths, budget)
 
         return fill_rows(torch.zeros_like(self.logp), self.lengths, cut, compute, fn)
+
+    def logp_under(self, model, temperature, budget):
+        """Log-probs (B, T) of the sampled tokens under another model, 0 outside the mask. No gradients."""
+
+        def logp(tokens, mask):
+            return model.logprobs(tokens, mask, temperature)[0]
+
+        with at_work(model):  # --offload brings it to the GPU and back; otherwise nothing happens
+            return self.per_token(logp, budget)
+
+    def batch(self):
+        """What every update needs of a rollout, by name: a batch for data.take_rows."""
+        return {
+            "tokens": self.tokens,
+            "lengths": self.lengths,
+            "mask": self.mask,
+            "old_logp": self.logp,
+            "group": self.group,
+        }
 
     def to(self, device):
         """The same rollout with its tensors on another device."""

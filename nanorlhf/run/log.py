@@ -155,3 +155,8 @@ class Clock:
     def columns(self, tokens):
         s = time.perf_counter() - self.start
         return {"tok_s": tokens / s, "s": s}
+
+
+def due(step, every):
+    """Whether something happens at this step that happens at step 0 and every `every` steps; 0: at step 0."""
+    return step == 0 or (every > 0 and step % every == 0)

@@ -102,6 +102,15 @@ class Rewards(list):
         self.calls, self.failures = self.calls + len(pairs), self.failures + failures
         return values
 
+    def columns(self):
+        return [f"reward/{name}" for name, *_ in self] if len(self) > 1 else []
+
+    def figures(self, roll):
+        out = {"reward_failed": self.share_failed()}
+        if len(self) > 1:
+            out |= {f"reward/{name}": part.mean().item() for name, part in roll.reward_parts.items()}
+        return out
+
     def share_failed(self):
         """Of the calls since this was asked last; None where there were none in the process."""
         calls, failures = map(sum, zip(*dist.gather((self.calls, self.failures))))
