@@ -188,7 +188,7 @@ def encode(rows, tok, max_len):
 
 
 def batch_tensors(rows, tok, device, loss_on_prompt=False):
-    """Rows of (ids, mask of the response's) → tokens (B, T), mask (B, T) bool of the tokens the loss counts."""
+    """Rows of (ids, mask of the response) → tokens (B, T), mask (B, T) bool of the tokens the loss counts."""
     tokens, _ = pad([ids for ids, _ in rows], tok.pad_id)  # detail 5
     masks = [mask for _, mask in rows]
     if loss_on_prompt:  # all but the first token, which has nothing before it

@@ -83,7 +83,7 @@ class Stages:
             flags |= dict(rm=f"{self.folder}/rm/model", prompts_per_step=8, max_new_tokens=5, minibatches=2,
                           eval_prompts=4, sample_every=1)  # fmt: skip
         if trainer is train_grpo:
-            flags |= dict(prompts_per_step=4, group_size=4, max_new_tokens="5", off_policy_steps=1)
+            flags |= dict(prompts_per_step=4, group_size=4, max_new_tokens=5, off_policy_steps=1)
         return flags | more
 
     def config(self, trainer, out, **more):

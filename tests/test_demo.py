@@ -40,7 +40,7 @@ def samples(ran):
         policy, tok = hub.load(out / name / "model")
         ids = [tok.encode(p) for p in prompts]
         seed = derive_seed(3, "judge")
-        roll = generate.reference(policy, ids, 1, 40, 1.0, tok.eos_id, seed, pad_id=tok.pad_id)
+        roll = generate.reference(policy, ids, 1, 40, 1.0, tok.eos_id, seed)
         policy.double()
         rows = []
         for prompt, text_ids, row, n, start in zip(

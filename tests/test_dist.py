@@ -232,11 +232,11 @@ def test_pieces_of_frozen_models_are_offloaded(monkeypatch):
 def test_no_two_rows_share_their_draws(stages):
     """A rank's uniforms are its rows of the whole step's table."""
     model, _ = hub.load(f"{stages.folder}/sft/model")
-    start = [model, ranks.PROMPTS, 4, 6, 1.0, 9, 7, 0]
-    whole = generate._start(*start)[3]
-    assert len({tuple(row) for row in whole.tolist()}) == len(whole) == 4 * len(ranks.PROMPTS)
-    start[1] = ranks.PROMPTS[2:]
-    assert torch.equal(generate._start(*start, first_row=8)[3], whole[8:])
+    request = dict(n=4, max_new_tokens=6, temperature=1.0, eos_id=9, seed=7)
+    table = generate.prepare(model, ranks.PROMPTS, **request).uniforms
+    assert len({tuple(row) for row in table.tolist()}) == len(table) == 4 * len(ranks.PROMPTS)
+    later = generate.prepare(model, ranks.PROMPTS[2:], **request, first_row=8)
+    assert torch.equal(later.uniforms, table[8:])
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 5))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nanorlhf import generate as module
 from nanorlhf.errors import UserError
 from nanorlhf.generate import generate, reference, respond
-from nanorlhf.sampling import filter_logits, sample
+from nanorlhf.sampling import Sampling, filter_logits, sample
 from nanorlhf.tokenizer import Tokenizer
 
 F64, INF = torch.float64, float("inf")
@@ -72,7 +72,7 @@ def test_compaction_changes_nothing(style, leave, monkeypatch):
     """Rows leaving the batch at once, late or never: the same samples."""
     model = tiny(style, dtype=F64)
     usual = generate(model, PROMPTS, n=4, max_new_tokens=12, eos_id=EOS)
-    monkeypatch.setattr(module, "LEAVE", leave)
+    monkeypatch.setattr(module, "DROP_SHARE", leave)
     same(generate(model, PROMPTS, n=4, max_new_tokens=12, eos_id=EOS), usual)
 
 
@@ -168,14 +168,12 @@ def test_eos_in_the_prompt_is_no_end():
 
 @pytest.mark.parametrize("eos", [None, 0, V - 1])
 def test_pad_is_never_eos(eos):
-    """By default pads are some other id than EOS; a pad_id given is used; without EOS nothing finishes."""
+    """Pads are some other id than EOS; without EOS nothing finishes."""
     prompts = [[1], [1, 2, 3]]
     roll = generate(tiny(), prompts, n=16, max_new_tokens=4, eos_id=eos)
     place = torch.arange(roll.tokens.shape[1])
     pads = roll.tokens[place >= roll.lengths[:, None]]
     assert len(pads) and (pads == pads[0]).all() and pads[0] != eos
-    other = generate(tiny(), prompts, n=16, max_new_tokens=4, eos_id=eos, pad_id=7)
-    assert (other.tokens[place >= other.lengths[:, None]] == 7).all() and torch.equal(other.logp, roll.logp)
     if eos is None:
         assert not roll.finished.any() and (roll.response_len == 4).all()
 
@@ -198,7 +196,7 @@ def test_all_end_at_once():
 @pytest.mark.parametrize("leave", [0.0, 1 / 8, 1.0], ids=lambda x: f"leave={x:.2f}")
 def test_one_prefill_a_prompt_and_finished_rows_leave(leave, monkeypatch):
     """The first call has one row per distinct prompt; later ones one token of the rows that still live."""
-    monkeypatch.setattr(module, "LEAVE", leave)
+    monkeypatch.setattr(module, "DROP_SHARE", leave)
     model = tiny()
     roll, calls = rows_and_lengths(
         model, lambda: generate(model, PROMPTS, n=16, max_new_tokens=12, eos_id=EOS, seed=1)
@@ -231,7 +229,7 @@ def test_sample_has_the_right_frequencies(how):
         z = logits / how.get("temperature", 1.0)
         want = filter_logits(z[None], how.get("top_k", 0), how.get("top_p", 1.0)).softmax(-1)[0]
         u = (torch.arange(M, dtype=F64) + 0.5) / M
-        token, logp = sample(logits.expand(M, V), u, **how)
+        token, logp = sample(logits.expand(M, V), u, Sampling(**how))
         assert (token.bincount(minlength=V) - M * want).abs().max() <= 1 + 1e-6
         assert (logp - want[token].log()).abs().max() < 1e-12
         assert (token.diff() >= 0).all()  # the inverse CDF rises
@@ -242,7 +240,7 @@ def test_sample_by_hand():
     logits = torch.tensor([2.0, 0.0, 1.0, 1.0]).log()
     below = 1 - 2**-24  # torch.rand's largest fp32
     u = torch.tensor([0.0, 0.4999, 0.5, 0.7499, 0.75, below])
-    assert sample(logits.expand(6, 4), u)[0].tolist() == [0, 0, 2, 2, 3, 3]
+    assert sample(logits.expand(6, 4), u, Sampling())[0].tolist() == [0, 0, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -256,14 +254,14 @@ def test_impossible_tokens_are_never_drawn(dtype):
         for low in (-INF, -1e4):  # masked out, or so low that exp underflows
             z = logits.masked_fill(forbidden, low)
             for u in (0.0, 1e-9, 0.5, 1 - 2**-24, math.nextafter(1, 0)):
-                token, logp = sample(z, torch.full((40,), u, dtype=dtype))
+                token, logp = sample(z, torch.full((40,), u, dtype=dtype), Sampling())
                 assert not forbidden.gather(1, token[:, None]).any() and logp.isfinite().all()
 
 
 def test_extreme_logits_and_ties():
     """Logits of ±300, all equal, one possible token: no NaN, and the right log-probs."""
     z = torch.tensor([[300.0, -300, 299, 0], [5, 5, 5, 5], [-INF, -INF, 1, -INF]])
-    token, logp = sample(z, torch.tensor([0.5, 0.6, 0.999]))
+    token, logp = sample(z, torch.tensor([0.5, 0.6, 0.999]), Sampling())
     assert token.tolist() == [0, 2, 2]
     assert logp.tolist() == pytest.approx([-math.log(1 + math.exp(-1)), -math.log(4), 0], abs=1e-6)
 
@@ -271,10 +269,10 @@ def test_extreme_logits_and_ties():
 def test_greedy():
     """Temperature 0: the largest logit whatever u (the first of equals), its log-prob at temperature 1."""
     z = torch.tensor([[1.0, 3, 2], [2, 2, 1], [0, -1, 0]]).repeat(3, 1)
-    token, logp = sample(z, torch.tensor([0.0, 0.5, 0.999]).repeat_interleave(3), temperature=0)
+    token, logp = sample(z, torch.tensor([0.0, 0.5, 0.999]).repeat_interleave(3), Sampling(temperature=0))
     assert token.tolist() == [1, 0, 0] * 3
     assert (logp - z.log_softmax(-1).gather(1, token[:, None]).squeeze(1)).abs().max() < 1e-6
-    cold, _ = sample(z[:1].expand(9, 3), torch.arange(9) / 9, temperature=1e-4)
+    cold, _ = sample(z[:1].expand(9, 3), torch.arange(9) / 9, Sampling(temperature=1e-4))
     assert cold.tolist() == [1] * 9
 
 

@@ -183,9 +183,10 @@ def test_reward_sums_to_score_less_kl():
     (0.0, 512, 0.148464),  # and to −0.2
     (-1.0, 10000, 0.12),  # k1 may be negative on a sample
 ])  # fmt: skip
-def test_adaptive_beta(kl, samples, want):
+def test_adaptive_beta(kl, samples, want, monkeypatch):
     """The controller of lm-human-preferences with its sentiment numbers: β 0.15, target 6, horizon 10000."""
-    cfg = SimpleNamespace(kl_target=6.0, kl_horizon=10000)
+    monkeypatch.setattr(train_ppo, "KL_HORIZON", 10000)
+    cfg = SimpleNamespace(kl_target=6.0)
     assert adapt_beta(0.15, kl, cfg, samples) == pytest.approx(want, abs=1e-9)
 
 
@@ -534,7 +535,7 @@ def test_old_logp_is_the_samplers(lab, spy, monkeypatch):
 def test_every_row_is_in_one_minibatch_and_its_own(lab, spy):
     """Each epoch deals all rows out anew, each once, with the tensors of one row staying together."""
     rolls, returns, whites = spy(generate, "generate"), spy(train_ppo, "gae"), spy(train_ppo, "whiten")
-    policy, critic = spy(train_ppo, "token_loss"), spy(train_ppo, "value_loss")
+    policy, critic = spy(train_ppo, "policy_loss"), spy(train_ppo, "value_loss")
     train(config(lab, epochs=2, minibatches=3, lr=1e-12, critic_lr=1e-12, clip=0.1, value_clip=0.3))
     roll, adv, ((_, old_value, *_), (_, ret)) = rolls[0][1], whites[0][1], returns[0]
 
@@ -549,8 +550,9 @@ def test_every_row_is_in_one_minibatch_and_its_own(lab, spy):
         part = slice(3 * epoch, 3 * epoch + 3)
         dealt = []
         for (p, _), (v, _) in zip(policy[part], critic[part], strict=True):
-            dealt += rows(p[0], p[1], p[2].float(), v[1], v[2])
-            assert p[4] == v[5] == p[2].sum() and (p[3], v[4]) == (0.1, 0.3)
+            _, old_logp, adv_of, mask, clip, denom = p
+            dealt += rows(old_logp, adv_of, mask.float(), v[1], v[2])
+            assert denom == v[5] == mask.sum() and (clip, v[4]) == (0.1, 0.3)
         assert sorted(dealt) == want
         orders.append(dealt)
     assert orders[0] != orders[1]
@@ -559,9 +561,9 @@ def test_every_row_is_in_one_minibatch_and_its_own(lab, spy):
 def test_advantages_can_stay_as_they_are(lab, spy):
     """--whiten_advantages false: the loss gets those of GAE; by default it does not."""
     for raw in (True, False):
-        returns, losses = spy(train_ppo, "gae"), spy(train_ppo, "token_loss")
+        returns, losses = spy(train_ppo, "gae"), spy(train_ppo, "policy_loss")
         train(config(lab, whiten_advantages=not raw, tokens_per_microbatch=0))
-        same = torch.equal(losses[0][0][1].sort(0).values, returns[0][1][0].sort(0).values)
+        same = torch.equal(losses[0][0][2].sort(0).values, returns[0][1][0].sort(0).values)
         assert same == raw
 
 
@@ -624,9 +626,10 @@ def test_eos_is_scored_and_the_prompt_is_not(lab):
 
 def test_only_policy_and_critic_learn(lab, spy):
     """Reference and reward model get no gradient and end as they began; the critic is its own copy."""
-    models = spy(train_ppo, "load_models")
+    models, critics = spy(train_ppo, "load_models"), spy(train_ppo, "load_critic")
     train(config(lab, rm=f"{lab}/rm", steps=2))
-    policy, ref, critic, rm, _ = models[0][1]
+    policy, ref, rm, _ = models[0][1]
+    critic = critics[0][1]
     assert critic is not rm
     for model, folder, learns in ((policy, "policy", True), (ref, "policy", False), (critic, "rm", True),
                                   (rm, "rm", False)):  # fmt: skip
@@ -687,9 +690,10 @@ def test_every_step_samples_afresh(lab):
     assert responses[:16] != responses[16:]
 
 
-def test_log_line_is_what_happened(lab):
+def test_log_line_is_what_happened(lab, monkeypatch):
     """reward, stop, dead from samples.jsonl; the learning rate falls linearly; β follows its controller."""
-    cfg = config(lab, steps=2, prompts_per_step=16, max_new_tokens=2, kl_target=6.0, kl_horizon=32)
+    monkeypatch.setattr(train_ppo, "KL_HORIZON", 32)
+    cfg = config(lab, steps=2, prompts_per_step=16, max_new_tokens=2, kl_target=6.0)
     train(cfg)
     with open(f"{cfg.out}/samples.jsonl") as f:
         samples = [json.loads(line) for line in f]
@@ -700,7 +704,8 @@ def test_log_line_is_what_happened(lab):
         assert [s["prompt"] for s in of_step[::2]] == [s["prompt"] for s in of_step[1::2]]
         assert score == [round(by_letters(s["prompt"], s["response"], {}), 4) for s in of_step]
         assert row["reward"] == pytest.approx(np.mean(score), abs=1e-4)
-        assert row["reward_se"] == pytest.approx(np.std(score, ddof=1) / 32**0.5, abs=1e-4)
+        of_prompts = np.reshape(score, (16, 2)).mean(1)  # two samples of one prompt are not independent
+        assert row["reward_se"] == pytest.approx(np.std(of_prompts, ddof=1) / 16**0.5, abs=1e-4)
         assert row["dead"] == np.mean([a == b for a, b in zip(score[::2], score[1::2])])
         assert 0 < row["dead"] < 1 and row["stop"] >= np.mean([len(s["response"]) < 2 for s in of_step])
     assert [r["lr"] for r in rows] == pytest.approx([1e-3, 5e-4])

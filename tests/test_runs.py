@@ -91,7 +91,7 @@ def test_a_single_step_draws_its_curves(trainer, stages, tmp_path, monkeypatch):
 )
 def test_resuming_is_bit_exact(trainer, stop, error, resumed, stages, tmp_path, at_step, capsys):
     """6 steps at a time, and the same broken off in the middle of step 3: not one bit of difference."""
-    more = dict(kl_target=0.05, kl_horizon=50) if trainer is train_ppo else {}  # beta is part of the state
+    more = dict(kl_target=0.05) if trainer is train_ppo else {}  # beta is part of the state
     trainer.train(stages.config(trainer, tmp_path / "whole", **more))
     undo = at_step(3, stop)
     with pytest.raises(error):
