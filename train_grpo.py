@@ -384,7 +384,9 @@ def train(cfg):
     sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
     dist.spread(cfg, policy, frozen=(ref, rm))
     opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
-    names = [f"reward/{name}" for name, *_ in rewards] if len(rewards) > 1 else []
+    names = []
+    if len(rewards.functions) > 1:
+        names = [f"reward/{function.name}" for function in rewards.functions]
     if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
         print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
     with rewards, Run(cfg, [*COLUMNS, *names], SHOW, PANELS) as run:
