@@ -40,7 +40,7 @@ from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, freeze, setup
 from nanorlhf.run.log import Clock, due
-from nanorlhf.run.worker import Rewards
+from nanorlhf.run.worker import rewards_of
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -432,7 +432,7 @@ def train(cfg):
     """Run GRPO; leaves cfg.out/model → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    rewards = Rewards(cfg, task)
+    rewards = rewards_of(cfg, task)
     policy, ref, rm, tok = load_models(cfg, device)
     freeze(cfg, ref, rm, trained=(policy,))
     longest = cfg.limits[-1]

@@ -38,7 +38,7 @@ from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, freeze, setup
 from nanorlhf.run.log import Clock, due
 from nanorlhf.run.models import load_critic, load_models
-from nanorlhf.run.worker import Rewards
+from nanorlhf.run.worker import rewards_of
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -317,7 +317,7 @@ def train(cfg):
     """Run PPO; leaves cfg.out/model (the policy) and cfg.out/critic → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    rewards = Rewards(cfg, task)
+    rewards = rewards_of(cfg, task)
     policy, ref, rm, tok = load_models(cfg, device)
     critic = load_critic(cfg, device, tok)  # detail 22: the critic starts as the reward model
     freeze(cfg, ref, rm, trained=(policy, critic))

@@ -1,9 +1,9 @@
-"""What runs on 1, 8 and 64 GPUs: memory, bytes exchanged, seconds of a GRPO step. Nothing is measured.
+"""What runs on 1, 8 and 64 GPUs: memory, bytes exchanged in a GRPO step. Nothing is measured.
 
     python -m bench.scaling            print the tables, and write them into docs/scaling.md
 
-Memory and FLOPs come from nanorlhf/run/plan.py, which counts them from the model's own modules (on the meta
-device); what is cut over the GPUs, and what is exchanged, from the formulas in docs/scaling.md.
+Memory comes from nanorlhf/run/plan.py, which counts it from the model's own modules (on the meta device);
+what is cut over the GPUs, and what is exchanged, from the formulas in docs/scaling.md.
 """
 
 import os
@@ -17,7 +17,6 @@ from nanorlhf.run import plan
 
 PAGE = os.path.join(table.ROOT, "docs", "scaling.md")
 GPU, GIB = 80, 1 << 30  # GiB of the GPU that the tables are about
-WIRE = {1: 1.0, 8: 300e9, 64: 50e9}  # bytes a second and direction of a GPU: NVLink of an A100; 400 Gbit/s
 PROMPTS, GROUP, PROMPT, NEW = 64, 8, 256, 768  # 512 responses a step, all as long as they may be
 MINIBATCHES, MICROBATCH = 4, 8192  # optimizer steps; padded tokens at once on a GPU
 
@@ -58,9 +57,9 @@ def memory(model, gpus, shard):
     cut = gpus if shard else 1
     resident = {"weights": 4 * P / cut, "gradients": 4 * P / cut, "AdamW": 8 * P / cut,
                 "reference": 4 * P / cut}  # fmt: skip
-    update = sum(plan._update(MICROBATCH, model).values())
+    update = sum(plan.update_parts([model], MICROBATCH).values())
     slots = min(SLOTS, PROMPTS * GROUP // gpus)
-    sampling = plan._sampling(model, slots, PROMPT + NEW, PROMPT)
+    sampling = plan.sampling_parts(model, slots, PROMPT + NEW, PROMPT)
     if shard:  # what is gathered is in bf16 already; two blocks, as the second is on its way
         update -= plan.layer_bytes(model)[1] + c * model.wte.weight.numel()
         update += 2 * c * block + (c + 4) * block + (2 * c + 4) * outside  # and gradients, of one block
@@ -85,16 +84,6 @@ def exchanged(model, gpus, shard):
             "update": passes * share * (2 + 2 + 4) * P}  # fmt: skip
 
 
-def seconds(model, gpus, shard):
-    """Of a GRPO step → (computing, exchanging), with plan's constants; nothing overlaps."""
-    rows, length = PROMPTS * GROUP // gpus, PROMPT + NEW
-    work, moved = plan.decode(model, rows, PROMPT, NEW)
-    work += plan.flops(model, -(-PROMPTS // gpus), PROMPT, 0) + plan.flops(model, rows, length, rows * NEW)
-    work += plan.flops(model, rows, length, rows * NEW, train=True, one_pass=True)
-    computing = work / (plan.PEAK * plan.SHARE) + moved / plan.BANDWIDTH
-    return computing, sum(exchanged(model, gpus, shard).values()) / WIRE[gpus]
-
-
 def lines(head, rows):
     """A markdown table."""
     return "\n".join("| " + " | ".join(r) + " |" for r in (head, ["---"] * len(head), *rows)) + "\n"
@@ -106,7 +95,7 @@ NAMES = ["1 GPU", "8, DDP", "8, `--shard`", "64, `--shard`"]
 
 def tables():
     built = {name: build(name) for name in MODELS}
-    parts, sizes, wires, speeds = [], {"update": [], "sampling": []}, [], []
+    parts, sizes, wires = [], {"update": [], "sampling": []}, []
     for name, model in built.items():
         for phase, rows in sizes.items():
             need = [fits(model, *way, phase) for way in WAYS]
@@ -114,13 +103,6 @@ def tables():
                          *(f"**{x:.0f}**" if x <= GPU else f"{x:,.0f}" for x in need)])  # fmt: skip
         sent = [sum(exchanged(model, *way).values()) / 1e9 for way in WAYS[1:]]
         wires.append([name, *(f"{x:,.0f}" for x in sent)])
-        row = [name]
-        for way in WAYS:
-            both = [fits(model, *way, phase) for phase in sizes]
-            computing, exchanging = seconds(model, *way)
-            rate = PROMPTS * GROUP * NEW / (computing + exchanging)
-            row.append(f"{computing:.0f} + {exchanging:.0f} s, {rate:,.0f}" if max(both) <= GPU else "-")
-        speeds.append(row)
     for way, title in zip(WAYS, NAMES):
         resident, work = memory(built["7B"], *way)
         parts.append([title, *(f"{x / GIB:.1f}" for x in (*resident.values(), *work.values()))])
@@ -131,7 +113,6 @@ def tables():
         "scaling_update": lines(model, sizes["update"]),
         "scaling_sampling": lines(model, sizes["sampling"]),
         "scaling_wire": lines(["model", *NAMES[1:]], wires),
-        "scaling_speed": lines(["model", *NAMES], speeds),
     }
 
 

@@ -130,11 +130,11 @@ def judge(model, sft, seed, rm="", n=512, max_new_tokens=0):
     task = tasks.get("reviews")
     rows = task.prompts("test", n, derive_seed(seed, "judge"))
     limit = max_new_tokens or task.max_new_tokens
-    roll, texts, out = fresh_samples(policy, ref, tok, rows, limit, seed)
-    out["gold"] = statistics.mean(tasks.gold(row["prompt"], text) for row, text in zip(rows, texts))
-    out["unique"] = len(set(texts)) / len(texts)
+    roll, out = fresh_samples(policy, ref, tok, rows, limit, seed)
+    out["gold"] = statistics.mean(tasks.gold(row["prompt"], text) for row, text in zip(rows, roll.texts))
+    out["unique"] = len(set(roll.texts)) / len(roll)
     if rm:
-        out["proxy"] = score_responses(roll, texts, rows, hub.load(rm)[0], None).mean().item()
+        out["proxy"] = score_responses(roll, hub.load(rm)[0], None).mean().item()
     return out
 
 

@@ -72,7 +72,7 @@ def best_of_n(sft, rm, seed, smoke):
     task, total, count = tasks.get("reviews"), 16 if smoke else N, 4 if smoke else PROMPTS
     prompts = [r["prompt"] for r in task.prompts("test", count, derive_seed(seed, "best of n"))]
     rolls, texts = generate.respond(policy, tok, prompts, total, task.max_new_tokens, seed=seed)
-    proxy = torch.cat([score_responses(roll, None, None, model, None) for roll in rolls])
+    proxy = torch.cat([score_responses(roll, model, None) for roll in rolls])
     gold = torch.tensor([tasks.gold(prompts[i // total], text) for i, text in enumerate(texts)])
     proxy, order = proxy.view(-1, total).sort(1)
     gold = gold.view(-1, total).gather(1, order)

@@ -134,7 +134,7 @@ def best_of_n(sft, rm, digits, seed, smoke):
     asked, total = prompts(digits, 4 if smoke else 128, seed, "best", test=True), 16 if smoke else 64
     rolls, texts = sample(sft, asked, total, seed)
     answers = [text[-1:] for text in texts]
-    score = torch.cat([score_responses(roll, None, None, rm, None) for roll in rolls]) if rm else None
+    score = torch.cat([score_responses(roll, rm, None) for roll in rolls]) if rm else None
     right = torch.tensor([correct(asked[i // total], text) for i, text in enumerate(texts)]).view(-1, total)
     rows = []
     for n in (1, 4, 16) if smoke else (1, 4, 16, 64):

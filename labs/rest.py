@@ -56,7 +56,7 @@ def grow(policy, rm, seed, n):
     rows = [r for r in task.prompts("train", n, seed) for _ in range(SAMPLES)]
     prompts = [r["prompt"] for r in rows[::SAMPLES]]
     rolls, texts = generate.respond(model, tok, prompts, SAMPLES, task.max_new_tokens, seed=seed)
-    score = torch.cat([score_responses(roll, None, None, rm, None) for roll in rolls]).tolist()
+    score = torch.cat([score_responses(roll, rm, None) for roll in rolls]).tolist()
     ended = torch.cat([roll.finished for roll in rolls]).tolist()
     found = [r | {"response": t, "score": s} for r, t, s in zip(rows, texts, score)]
     return [r for r, end in zip(found, ended) if end]

@@ -25,9 +25,9 @@ def score_responses(roll, rm, rewards):
     if rm is None:
         values = call_rewards(roll.texts, roll.rows, rewards).to(roll.tokens.device)  # (B, functions)
         score = torch.zeros(len(roll), device=values.device)
-        for i, (name, weight, _) in enumerate(rewards):
-            roll.reward_parts[name] = values[:, i]
-            score += weight * values[:, i]
+        for function, part in zip(rewards.functions, values.unbind(1)):
+            roll.reward_parts[function.name] = part
+            score += function.weight * part
         return score
 
     rows_at_once = max(1, SCORE_TOKENS // roll.tokens.shape[1])
@@ -44,18 +44,18 @@ def score_responses(roll, rm, rewards):
 
 def call_rewards(texts, rows, rewards):
     """What each reward function gives for each text → (texts, functions), fp32 on the CPU."""
-    out = torch.zeros(len(texts), len(rewards))
+    n = len(rewards.functions)
 
     def compute(index):
         some_texts = [texts[i] for i in index.tolist()]
         some_rows = [rows[i] for i in index.tolist()]
-        columns = [rewards.values(i, some_texts, some_rows) for i in range(len(rewards))]
+        columns = [rewards.values(i, some_texts, some_rows) for i in range(n)]
         return torch.tensor(columns).T
 
     def cut(lengths):
         return [torch.arange(len(lengths))] if len(lengths) else []
 
-    return fill_rows(out, torch.ones(len(texts)), cut, compute)
+    return fill_rows(torch.zeros(len(texts), n), torch.ones(len(texts)), cut, compute)
 
 
 def pass_gate(policy, tok, task, limit, seed):

@@ -573,7 +573,7 @@ def test_first_gradient_is_the_oracle(lab, spy, gradients, agg, kw):
             reward += {3: -1 / 3, 4: -2 / 3, 5: -1.0}.get(len(response), 0.0)
         if cfg.kl_in == "reward":
             reward -= 0.3 * (logps[0] - logps[1]).sum().item()
-        rows.append((logps[0], logps[1], reward, finished))
+        rows.append((logps[0], logps[1], reward))
     loss, lengths = 0.0, [len(row[0]) for row in rows]
     adv = []
     for g in range(4):
@@ -588,7 +588,7 @@ def test_first_gradient_is_the_oracle(lab, spy, gradients, agg, kw):
         mean = sum(k * a for k, a in zip(lengths, adv)) / n
         var = sum(k * (a - mean) ** 2 for k, a in zip(lengths, adv)) / (n - 1)
         adv = [(a - mean) / math.sqrt(var + 1e-8) for a in adv]
-    for i, (logp, ref_logp, _, finished) in enumerate(rows):
+    for i, (logp, ref_logp, _) in enumerate(rows):
         share = {"token": 1 / sum(lengths), "seq_mean": 1 / (16 * lengths[i]), "seq_sum_const": 1 / (16 * 5),
                  "prompt_mean": 1 / (4 * sum(lengths[i // 4 * 4 : i // 4 * 4 + 4]))}[agg]
         row_loss = -adv[i] * logp.sum()  # its gradient at ratio 1

@@ -23,6 +23,7 @@ from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.rewards import score_responses
+from nanorlhf.run.worker import RewardFunction, Rewards
 from nanorlhf.tokenizer import Tokenizer
 from train_ppo import Config, adapt_beta, gae, policy_loss, shape_rewards, train, value_loss, whiten
 
@@ -713,10 +714,16 @@ def test_log_line_is_what_happened(lab, monkeypatch):
 
 
 def test_rewards_are_summed_with_their_weights(lab):
-    roll = SimpleNamespace(tokens=torch.zeros(2, 1))
-    rewards = [("a", 1.0, lambda p, text, row: len(text)), ("b", -0.5, lambda p, text, row: row["x"])]
-    rows = [{"prompt": "p", "x": 4.0}, {"prompt": "q", "x": 2.0}]
-    close(score_responses(roll, ["abc", ""], rows, None, rewards), torch.tensor([1.0, -1.0]))
+    (roll,), _ = generate.respond(gpt(0), TOK, PROMPTS[:2], 1, max_new_tokens=5)
+    rewards = Rewards(
+        [
+            RewardFunction("a", 1.0, lambda p, text, row: len(text)),
+            RewardFunction("b", -0.5, lambda p, text, row: row["x"]),
+        ]
+    )
+    roll.rows = [{"prompt": "p", "x": 4.0}, {"prompt": "q", "x": 2.0}]
+    roll.texts = ["abc", ""]
+    close(score_responses(roll, None, rewards), torch.tensor([1.0, -1.0]))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from nanorlhf import generate, hub, tasks
 from nanorlhf.data import write_jsonl
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.rewards import evaluate, load_prompts, score_responses
-from nanorlhf.run.worker import Rewards, call_reward
+from nanorlhf.run.worker import RewardFunction, Rewards, call_reward, rewards_of
 from nanorlhf.tokenizer import Tokenizer
 
 TOK = Tokenizer.from_chars("abcdef=")
@@ -106,7 +106,7 @@ def mischief(tmp_path):
 
     def make(timeout, *names):
         cfg = SimpleNamespace(reward=[f"{tmp_path}/r.py:{name}" for name in names], reward_timeout=timeout)
-        return Rewards(cfg, tasks.get("chain"))
+        return rewards_of(cfg, tasks.get("chain"))
 
     make.score = lambda rewards, *texts: rewards.values(0, texts, [row] * len(texts))
     make.pids = lambda: {int(pid) for pid in Path(row["pids"]).read_text().split()}
@@ -169,7 +169,7 @@ def test_a_file_that_cannot_be_imported_there_is_a_run_error(tmp_path):
     (tmp_path / "r.py").write_text(source + "def f(prompt, response): return 1.0\n")
     cfg = SimpleNamespace(reward=[f"{tmp_path}/r.py:f"], reward_timeout=1.0)
     says = "the process that imports .*r.py:f ended"
-    with Rewards(cfg, None) as rewards, pytest.raises(RunError, match=says):
+    with rewards_of(cfg, None) as rewards, pytest.raises(RunError, match=says):
         rewards.values(0, ["x"], [dict(prompt="ab")])
     assert multiprocessing.active_children() == []
 
@@ -180,7 +180,7 @@ def test_rewards_of_one_name_are_refused(tmp_path):
         (tmp_path / f"{name}.py").write_text("def f(p, r): return 1.0")
     cfg = SimpleNamespace(reward=[f"{tmp_path}/a.py:f", f"{tmp_path}/b.py:f*2"], reward_timeout=1.0)
     with pytest.raises(UserError, match="--reward: two are called f"):
-        Rewards(cfg, None)
+        rewards_of(cfg, None)
 
 
 RUN = """
@@ -243,34 +243,35 @@ def rollout(models, n=6):
     policy, tok, _ = models
     rows = words(n)
     rolls, texts = generate.respond(policy, tok, [r["prompt"] for r in rows], 1, 5, seed=3)
+    rolls[0].rows = rows
     return rolls[0], texts, rows
 
 
 def test_several_rewards_are_summed_with_their_weights(models):
     """Each function sees its own row, prompt and text: the sum by hand, per sample."""
     roll, texts, rows = rollout(models)
-    rewards = [
-        ("length", 0.5, lambda prompt, text, row: len(text)),
-        ("first", -2.0, lambda prompt, text, row: ord(prompt[0])),
-        ("answer", 1.0, lambda prompt, text, row: ord(row["response"][0]) * (row["prompt"] == prompt)),
-    ]
-    score = score_responses(roll, texts, rows, None, rewards)
+    rewards = Rewards([
+        RewardFunction("length", 0.5, lambda prompt, text, row: len(text)),
+        RewardFunction("first", -2.0, lambda prompt, text, row: ord(prompt[0])),
+        RewardFunction("answer", 1.0, lambda p, text, row: ord(row["response"][0]) * (row["prompt"] == p)),
+    ])  # fmt: skip
+    score = score_responses(roll, None, rewards)
     want = [0.5 * len(t) - 2 * ord(r["prompt"][0]) + ord(r["prompt"][2]) for t, r in zip(texts, rows)]
     assert score.shape == (6,) and score.dtype == torch.float32 and score.tolist() == want
     assert len(set(want)) > 3
 
 
 def test_rows_and_texts_must_agree(models):
-    roll, texts, rows = rollout(models)
+    rewards = Rewards([RewardFunction("f", 1.0, lambda *args: 0)])
     with pytest.raises(ValueError):
-        score_responses(roll, texts, rows[:-1], None, [("f", 1.0, lambda *args: 0)])
+        rewards.values(0, ["a", "b"], [{"prompt": "a="}])
 
 
 def test_reward_model_scores_each_row_at_its_last_token(models):
     """Alone and unpadded: the head on the hidden state of the last sampled token, EOS or not."""
     roll, texts, rows = rollout(models, 40)
     rm = models[2]
-    score = score_responses(roll, texts, rows, rm, [])
+    score = score_responses(roll, rm, None)
     assert not score.requires_grad and roll.finished.any() and not roll.finished.all()
     for i, n in enumerate(roll.lengths.tolist()):
         alone = rm.trunk(roll.tokens[i : i + 1, :n])[0, -1] @ rm.score.weight[0] + rm.reward_bias
@@ -301,9 +302,14 @@ def test_evaluate_means_over_all_prompts_whatever_the_batches(models):
         seen.append((prompt, text))
         return sum(map(ord, text)) / 100
 
-    cfg = SimpleNamespace(temperature=0.7, max_new_tokens=5, seed=0)
+    cfg = SimpleNamespace(temperature=0.7, seed=0)
     rows = words(600)
-    out = evaluate(policy, tok, cfg, rows, None, [("f", 1.0, reward)])
+    rewards = Rewards([RewardFunction("f", 1.0, reward)])
+
+    def measure():
+        return evaluate(policy, tok, cfg, rows, lambda roll: score_responses(roll, None, rewards), print, 5)
+
+    out = measure()
     sampled, best = seen[:600], seen[600:]
     assert [p for p, _ in sampled] == [p for p, _ in best] == [r["prompt"] for r in rows]
     by_hand = {prompt: greedy(policy, tok, prompt, 5) for prompt in {r["prompt"] for r in rows}}
@@ -311,7 +317,7 @@ def test_evaluate_means_over_all_prompts_whatever_the_batches(models):
     for name, pairs in (("eval/reward", sampled), ("eval/greedy", best)):
         mean = sum(sum(map(ord, text)) / 100 for _, text in pairs) / 600
         assert out[name] == pytest.approx(mean, rel=1e-5)
-    assert evaluate(policy, tok, cfg, rows, None, [("f", 1.0, reward)]) == out  # same seed, same figures
+    assert measure() == out  # same seed, same figures
 
 
 # prompts
@@ -324,7 +330,7 @@ def prompts_cfg(**more):
 
 def load(tmp_path, rows, max_len=12, tok=TOK, **more):
     write_jsonl(tmp_path / "p.jsonl", rows)
-    return load_prompts(prompts_cfg(data=f"{tmp_path}/p.jsonl", **more), tasks.get("reviews"), tok, max_len)
+    return load_prompts(prompts_cfg(data=f"{tmp_path}/p.jsonl", **more), tasks.get("reviews"), tok, max_len, 5)
 
 
 def test_prompts_are_split_by_their_text_and_keep_their_rows(tmp_path):
@@ -339,7 +345,7 @@ def test_prompts_are_split_by_their_text_and_keep_their_rows(tmp_path):
 
 def test_builtin_prompts_do_not_meet():
     task = tasks.get("chain")
-    train, test = load_prompts(prompts_cfg(), task, Tokenizer.from_chars(task.alphabet), 32)
+    train, test = load_prompts(prompts_cfg(), task, Tokenizer.from_chars(task.alphabet), 32, 5)
     assert len(train) == 3000 and len(test) == 100 and "answer" in train[0]
     assert not any(tasks.held_out(r["prompt"]) for r in train)
     assert all(tasks.held_out(r["prompt"]) for r in test)
@@ -372,4 +378,4 @@ def test_bad_prompts_are_named_by_file_and_line(rows, says, tmp_path):
 
 def test_a_task_that_the_model_has_no_tokens_for():
     with pytest.raises(UserError, match="--task: tokenizer: character '[0-9]' is not in alphabet"):
-        load_prompts(prompts_cfg(), tasks.get("chain"), TOK, 32)
+        load_prompts(prompts_cfg(), tasks.get("chain"), TOK, 32, 5)

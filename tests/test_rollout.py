@@ -77,20 +77,35 @@ def sampled():
     return model, generate(model, prompts, n=6, max_new_tokens=8, eos_id=EOS)
 
 
-@pytest.mark.parametrize("budget", [0, 1, 20, 40, 10**6])
-def test_microbatches_cover_each_row_once(sampled, budget):
-    """All of a subset of rows, each once; T is the longest of each batch; padded tokens within the budget."""
-    _, roll = sampled
-    for rows in (torch.arange(24), torch.tensor([7, 3, 22, 11, 4])):
-        seen, longest = [], []
-        for mb, T in roll.microbatches(rows, budget):
-            assert T == int(roll.lengths[mb].max())
-            assert budget == 0 or len(mb) == 1 or len(mb) * T <= budget
-            seen += mb.tolist()
-            longest.append(T)
-        assert sorted(seen) == sorted(rows.tolist())
-        assert longest == sorted(longest, reverse=True)  # a budget too large fails at once
-        assert len(longest) == 1 if budget in (0, 10**6) else len(longest) > 1
+def carried(**more):
+    """The three rows with the prompts' rows, texts and rewards beside them."""
+    return Rollout(
+        **fields(),
+        rows=[{"prompt": name} for name in "abb"],
+        texts=["x", "y", "z"],
+        reward=torch.tensor([1.0, 2.0, 3.0]),
+        reward_parts={"f": torch.tensor([0.5, 1.0, 1.5])},
+        **more,
+    )
+
+
+def test_select_carries_everything():
+    """Each row keeps its own prompt, text and reward; groups are numbered anew."""
+    roll = carried().select(torch.tensor([2, 1]))
+    assert roll.texts == ["z", "y"] and [row["prompt"] for row in roll.rows] == ["b", "b"]
+    assert roll.reward.tolist() == [3, 2] and roll.reward_parts["f"].tolist() == [1.5, 1]
+    assert roll.group.tolist() == [0, 0] and roll.prompt_len.tolist() == [3, 3]
+
+
+def test_cat_carries_everything():
+    """Groups of different rollouts stay apart, and what is shorter is padded."""
+    short = carried().select(torch.tensor([0]))
+    narrow = {name: getattr(short, name)[:, :5] for name in ("tokens", "mask", "logp")}
+    short = Rollout(**vars(short) | narrow)
+    roll = Rollout.cat([short, carried()])
+    assert roll.texts == ["x", "x", "y", "z"] and len(roll) == len(roll.rows) == 4
+    assert roll.reward.tolist() == [1, 1, 2, 3] and roll.reward_parts["f"].tolist() == [0.5, 0.5, 1, 1.5]
+    assert roll.group.tolist() == [0, 1, 2, 2] and roll.tokens[0].tolist() == [1, 2, 5, 6, EOS, 0, 0]
 
 
 @pytest.mark.parametrize("budget", [0, 1, 20, 64])

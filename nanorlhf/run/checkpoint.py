@@ -278,7 +278,7 @@ class Run:
                 path = os.path.join(self.out, f"bad-step-{step}.pt")
                 try:
                     replay.save(path, trainer_of(self.cfg), self.cfg, step, models, batch)
-                    look = f"python -m nanorlhf.run.replay {path} shows where it arises; {look}"
+                    look = f"nanorlhf.run.replay.load({path!r}) opens this step in a notebook; {look}"
                 except (OSError, RuntimeError) as e:
                     print(f"warning: {path} could not be written ({str(e).splitlines()[0]})")
             raise RunError(f"{found}; this update was not made; {look}; {kept}")

@@ -2,7 +2,6 @@
 import torch
 
 from nanorlhf import hub, lora
-from nanorlhf.hub import load_models
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run.device import to_device
 

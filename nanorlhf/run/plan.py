@@ -1,19 +1,21 @@
-"""What a run will need, said before it starts (--dry_run): parameters, memory by part, FLOPs of a step.
+"""The GPU memory that a run needs, computed before it starts (--dry_run).
 
-The trainers' own functions build the models, on the meta device, so that nothing is loaded and no weights
-need be there: config.json and the tokenizer's files are enough. Data and tokenizer are read as in training.
-What is counted is what this code keeps: weights and optimizer states from the very tensors, activations as in
-"Reducing Activation Recomputation in Large Transformer Models" (arXiv 2205.05198), but by what our modules
-save for their backward pass. Bytes are per GPU, and the run uses one. Fragmentation is not counted.
+The trainer's own loader builds the models on the meta device, where tensors have shapes but no memory. It
+reads config.json and the tokenizer's files, but no weights; data is read as in training. Weights, gradients
+and AdamW's moments are counted from the models' tensors. Activations are counted as in "Reducing Activation
+Recomputation in Large Transformer Models" (arXiv 2205.05198), from what our modules save for their backward
+pass. Sizes are bytes on one GPU, for a run of one process. Memory lost to fragmentation is not counted.
 """
 
 import contextlib
 import os
 import sys
+from typing import NamedTuple
 
 import torch
 
-from nanorlhf import hub, lora, tasks
+from nanorlhf import lora, tasks
+from nanorlhf.hub import folder as hub_folder
 from nanorlhf.kernels.slots import PREFILL, SLOTS, that_fit
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.pairs import encode_pairs, load_examples, load_rows, require_both
@@ -23,353 +25,435 @@ from nanorlhf.run.device import freeze
 
 META = torch.device("meta")
 GIB = 1 << 30
-TILES = 96 << 20  # bytes of logits that the Triton backend holds at once; the torch backend less
-STORED = GIB  # the same for losses in one pass (kernels/triton_backend.py: STORED_BYTES), at most
+TILES = 96 << 20  # bytes of logits that the Triton backend holds at once; the torch backend holds fewer
+STORED = GIB  # at most so many bytes where it forms a loss in one pass (triton_backend.STORED_BYTES)
 SIZES = 8, 12, 16, 24, 40, 48, 80, 139  # GiB of GPUs
-CONTEXT = GIB // 2  # what CUDA itself and its libraries take, about
-PEAK, SHARE, BANDWIDTH = 312e12, 0.4, 2.0e12  # A100 80 GB: bf16 FLOP/s, of which we expect 40%; bytes/s
+CONTEXT = GIB // 2  # bytes that CUDA and its libraries take, about
 
 
 @contextlib.contextmanager
 def without_weights():
-    """Inside, hub.load builds its models on the meta device, and reads no weights."""
-    fill, drawing = hub._fill, hub._Drawing
-    hub._fill, hub._Drawing = lambda model, family, folder: None, contextlib.nullcontext
+    """Inside, hub.load builds its models on the meta device and reads no weights.
+
+    This replaces two names of hub. It leaves as soon as hub.load can be asked not to read weights.
+    """
+    fill = hub_folder._fill
+    drawing = hub_folder._Drawing
+    hub_folder._fill = lambda model, family, folder: None
+    hub_folder._Drawing = contextlib.nullcontext
     try:
         with META:
             yield
     finally:
-        hub._fill, hub._Drawing = fill, drawing
+        hub_folder._fill = fill
+        hub_folder._Drawing = drawing
 
 
 # ------------------------------------------------------------------------------------------------------------
-# arithmetic
+# Bytes of a model
 
 
 def _trunk(model):
     return getattr(model, "trunk", model)
 
 
-def n_bytes(*models):
-    """Bytes of weights and buffers, each tensor once: LoRA's reference shares those of the policy."""
-    tensors = {id(x): x for m in models for x in (*m.parameters(), *m.buffers())}
-    return sum(x.nbytes for x in tensors.values())
+def n_bytes(models):
+    """Bytes of weights and buffers. Each tensor counts once: LoRA's reference shares those of the policy."""
+    tensors = {}
+    for model in models:
+        for x in (*model.parameters(), *model.buffers()):
+            tensors[id(x)] = x.nbytes
+    return sum(tensors.values())
 
 
-def trained_bytes(*models):
-    """Bytes of what the optimizer moves; gradients take as much, AdamW's two moments twice as much."""
-    return sum(p.nbytes for m in models for p in m.parameters() if p.requires_grad)
+def trained_bytes(models):
+    """Bytes of the trained weights. Gradients take as much again, AdamW's two moments twice as much."""
+    return sum(p.nbytes for model in models for p in model.parameters() if p.requires_grad)
 
 
 def width(model):
-    """Bytes of an activation."""
-    return (_trunk(model).compute_dtype or _trunk(model).wte.weight.dtype).itemsize
+    """Bytes of an activation: 2 with --dtype bfloat16, 4 in fp32."""
+    trunk = _trunk(model)
+    dtype = trunk.compute_dtype or trunk.wte.weight.dtype
+    return dtype.itemsize
 
 
 def kv_bytes(model, rows, length):
-    """Bytes of the keys and values of all layers: rows × length × 2 · n_layer · n_kv_head · head_dim."""
+    """Bytes of the keys and values of all layers, for `rows` rows of `length` tokens."""
     cfg = _trunk(model).cfg
-    return 2 * cfg.n_layer * rows * length * cfg.n_kv_head * cfg.head_dim * width(model)
+    per_token = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * width(model)
+    return rows * length * per_token
 
 
-def _saved_by_norm(norm, rows, c, out=True):
-    """Bytes a norm's backward pass keeps per token: its input in fp32, its statistics, what multiplies a
-    trained weight; and its output, in c bytes, if what follows keeps it."""
-    D, layer = len(norm.weight), norm.bias is not None
-    fp32 = D * (1 if layer or not norm.weight.requires_grad else 2) + (2 if layer else 1)
-    return rows * (4 * fp32 + c * D * out)
+def cast_bytes(module, c):
+    """Bytes of the matrices that are cast at each use: in elements of c bytes, those stored in others."""
+    total = 0
+    for p in module.parameters():
+        if p.dim() == 2 and p.dtype.itemsize != c:
+            total += c * p.numel()
+    return total
+
+
+def norm_bytes(norm, output_width):
+    """Bytes per token that a norm keeps for its backward pass.
+
+    It keeps its input and its statistics in fp32. RMSNorm with a trained weight also keeps the normalised
+    input, which the weight's gradient is computed from. output_width: bytes of an element of the output, or 0
+    where the next operation does not keep its input.
+    """
+    size = len(norm.weight)
+    if norm.bias is not None:  # LayerNorm: mean and 1 / std
+        fp32 = size + 2
+    elif norm.weight.requires_grad:
+        fp32 = 2 * size + 1
+    else:
+        fp32 = size + 1
+    return 4 * fp32 + output_width * size
 
 
 def layer_bytes(model):
-    """→ (bytes that one block keeps per token for its backward pass, bytes that it keeps once).
+    """→ (bytes that a block keeps per token for its backward pass, bytes that it keeps for any tokens).
 
-    With D width, F of the MLP, Q = n_head · head_dim, K = n_kv_head · head_dim, in elements: norms, above;
-    attention Q + 2K + Q (its output; with rotary positions once more, in another order), fp32 log-sum-exps;
-    MLP 2F, SwiGLU 4F; adapters r each. Once: the copies in c bytes of weights that are kept in others.
+    Per token, with Q = n_head · head_dim, K = n_kv_head · head_dim, F = d_ff, a block keeps two norms
+    (norm_bytes); in attention Q queries, 2K keys and values, Q outputs, with rotary positions Q more, n_head
+    log-sum-exps in fp32; in an MLP 2F, in SwiGLU 4F; and r in each LoRA adapter. For any tokens it keeps the
+    copies of weights that are cast to the activations' dtype.
     """
-    trunk, c = _trunk(model), width(model)
-    block, cfg = trunk.blocks[0], trunk.cfg
-    attn, mlp = block.attn, block.mlp
-    Q, K = cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
-    per_token = _saved_by_norm(block.norm1, 1, c) + _saved_by_norm(block.norm2, 1, c)
-    if cfg.parallel:  # both norms read the same x; in bf16 each has its own fp32 copy
-        per_token -= 4 * cfg.d_model * (c == 4)
-    if attn.q_norm is not None:
-        per_token += _saved_by_norm(attn.q_norm, cfg.n_head, c, out=False)
-        per_token += _saved_by_norm(attn.k_norm, cfg.n_kv_head, c, out=False)
-    per_token += c * (2 * Q + 2 * K + Q * (cfg.pos == "rope")) + 4 * cfg.n_head
-    per_token += c * cfg.d_ff * (4 if mlp.gate is not None else 2)
-    matrices = [p for p in block.parameters() if p.dim() == 2]
-    once = sum(c * p.numel() for p in matrices if p.dtype.itemsize != c)
-    return per_token + sum(c * len(m.A) for m in block.modules() if isinstance(m, lora.Adapted)), once
+    c = width(model)
+    cfg = _trunk(model).cfg
+    block = _trunk(model).blocks[0]
+    per_token = norm_bytes(block.norm1, c) + norm_bytes(block.norm2, c)
+    if cfg.parallel and c == 4:  # both norms keep the same x; in bf16 each keeps an fp32 copy of its own
+        per_token -= 4 * cfg.d_model
+    if block.attn.q_norm is not None:
+        per_token += cfg.n_head * norm_bytes(block.attn.q_norm, 0)
+        per_token += cfg.n_kv_head * norm_bytes(block.attn.k_norm, 0)
+    Q = cfg.n_head * cfg.head_dim
+    K = cfg.n_kv_head * cfg.head_dim
+    per_token += c * (2 * Q + 2 * K) + 4 * cfg.n_head
+    if cfg.pos == "rope":
+        per_token += c * Q
+    per_token += c * cfg.d_ff * 2
+    if block.mlp.gate is not None:
+        per_token += c * cfg.d_ff * 2
+    for module in block.modules():
+        if isinstance(module, lora.Adapted):
+            per_token += c * len(module.A)
+    return per_token, cast_bytes(block, c)
 
 
 def activation_bytes(model, tokens):
-    """Bytes kept for the backward pass of so many padded tokens, those for the head included."""
+    """Bytes kept for the backward pass of so many padded tokens, up to the input of the head."""
     trunk = _trunk(model)
     per_token, once = layer_bytes(model)
-    last = _saved_by_norm(trunk.norm, 1, 4)
-    kept = trunk.cfg.n_layer * (per_token * tokens + once)
-    if trunk.recompute:  # the inputs of all blocks, and one block at a time
-        kept = trunk.cfg.n_layer * width(model) * trunk.cfg.d_model * tokens + per_token * tokens + once
-    return kept + (last + 8) * tokens
+    block = per_token * tokens + once
+    if trunk.recompute:  # the inputs of all blocks, and all activations of one block at a time
+        inputs = trunk.cfg.n_layer * tokens * trunk.cfg.d_model
+        kept = inputs * width(model) + block
+    else:
+        kept = trunk.cfg.n_layer * block
+    return kept + (norm_bytes(trunk.norm, 4) + 8) * tokens
 
 
 def head_bytes(model, train=False, one_pass=0):
-    """Bytes that log-probs need: the unembedding, if it is cast; its gradient in fp32; tiles of logits, or,
-    where the loss of `one_pass` tokens is formed in one pass, whole rows of logits and of their gradients.
+    """Bytes that log-probs need: logits, the unembedding where it is cast, and its gradient in fp32.
+
+    one_pass: tokens whose loss is formed in one pass. It stores all their logits, with gradients. Where it is
+    0, only tiles of logits exist at a time.
     """
-    weight, c = _trunk(model).wte.weight, width(model)
     if isinstance(model, ScalarModel):
         return 0
-    tiles = min(STORED, one_pass * len(weight) * (4 + c * (c < 4))) or TILES
-    return tiles + weight.numel() * (c * (weight.itemsize > c) + 4 * (train and weight.requires_grad))
-
-
-def passing_bytes(model, tokens):
-    """Bytes at work in one layer of a forward pass that keeps nothing, about."""
-    cfg = _trunk(model).cfg
-    return tokens * (width(model) * (3 * cfg.d_ff + 3 * cfg.d_model) + 8 * cfg.d_model)
-
-
-def flops(model, rows, length, kept, train=False, one_pass=False):
-    """FLOPs of rows sequences of `length` tokens, `kept` of which go through the head (2 per multiply-add).
-
-    Forward: 2 per weight and token, and 4 · Q · length in every layer and token for attention (the whole
-    square: kernels that skip the masked half do half of it). Backward: as much for the inputs, as much for
-    weights that are trained, 2.5 × for attention, which computes its scores again; the head once more too,
-    unless its loss is formed in one pass, and the blocks with --checkpoint_activations.
-    Norms and the like, of order D, are left out (arXiv 2001.08361, 2205.05198).
-    """
-    trunk = _trunk(model)
-    cfg, tokens = trunk.cfg, rows * length
-    head = [model.score.weight] if isinstance(model, ScalarModel) else [trunk.wte.weight]
-    passes = 3.5 + trunk.recompute if train else 1
-    out = tokens * 4 * cfg.n_head * cfg.head_dim * length * cfg.n_layer * passes
-    for weights, n in (([p for p in trunk.blocks.parameters() if p.dim() == 2], tokens), (head, kept)):
-        for p in weights:
-            again = 1 + p.requires_grad
-            again += trunk.recompute if weights is not head else isinstance(model, GPT) and not one_pass
-            out += 2 * p.numel() * n * (1 + again * train)
+    weight = _trunk(model).wte.weight
+    c = width(model)
+    out = TILES
+    if one_pass:
+        per_logit = 4 if c == 4 else 4 + c  # in fp32 the gradient overwrites the logit
+        out = min(STORED, one_pass * len(weight) * per_logit)
+    if weight.itemsize > c:
+        out += c * weight.numel()
+    if train and weight.requires_grad:
+        out += 4 * weight.numel()
     return out
 
 
-def decode(model, rows, prompt, new, slots=SLOTS):
-    """→ FLOPs, bytes moved, of `new` tokens for each of rows prompts already prefilled.
-
-    The first of them needs the head only, the last is never fed back. Every step reads all weights, in the
-    activations' dtype, and the live cache; rows beyond the slots come later, and read the weights again.
-    """
-    trunk, c = _trunk(model), width(model)
-    Q, cfg = trunk.cfg.n_head * trunk.cfg.head_dim, trunk.cfg
-    matrices = [p for p in trunk.blocks.parameters() if p.dim() == 2]
-    live = prompt + new / 2
-    work = rows * (new - 1) * (2 * sum(p.numel() for p in matrices) + 4 * Q * live * cfg.n_layer)
-    moved = c * (sum(p.numel() for p in matrices) + trunk.wte.weight.numel()) * max(1, rows / slots)
-    return work + 2 * rows * new * trunk.wte.weight.numel(), new * (moved + kv_bytes(model, rows, live))
+def forward_bytes(model, tokens):
+    """Bytes that one layer uses in a forward pass that keeps nothing, about."""
+    cfg = _trunk(model).cfg
+    activations = 3 * cfg.d_ff + 3 * cfg.d_model
+    return tokens * (width(model) * activations + 8 * cfg.d_model)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# one plan per trainer
+# Bytes of a phase of training, by part
 
 
-def _padded(cfg, rows, longest):
-    """Tokens of the largest micro-batch: the budget, or all rows, or the longest row alone."""
-    total = rows * longest
-    return max(longest, min(cfg.tokens_per_microbatch or total, total))
+class SampledRows(NamedTuple):
+    """The rows that a run samples in one call. Those that the GPU has no slots for wait their turn."""
+
+    model: GPT
+    rows: int
+    length: int  # tokens of the longest row, prompt and response
+    prompt: int  # tokens of the longest prompt
 
 
-def _sampling(model, slots, length, prompt):
-    """Bytes while `slots` rows are sampled at once, of `length` tokens with a prompt of at most `prompt`."""
-    c, waiting = width(model), max(prompt, min(PREFILL, slots * prompt))
-    weights = [p for p in model.blocks.parameters() if p.dim() == 2 and p.dtype.itemsize != c]
-    cast = c * (sum(p.numel() for p in weights) + model.wte.weight.numel())  # the unembedding in any case
-    return {"KV cache": kv_bytes(model, slots, length), "prompts that wait": kv_bytes(model, 1, waiting),
-            "a layer at work on prompts": passing_bytes(model, waiting), "weights cast once": cast,
-            "logits": 4 * 4 * slots * model.n_ids}  # fmt: skip  # and copies, as in slots.py
+def sampling_parts(model, slots, length, prompt):
+    """→ {part: bytes} while `slots` rows are sampled, of `length` tokens with a prompt of `prompt` tokens."""
+    c = width(model)
+    prefilled = max(prompt, min(PREFILL, slots * prompt))  # padded tokens prefilled together
+    return {
+        "KV cache": kv_bytes(model, slots, length),
+        "prompts that wait": kv_bytes(model, 1, prefilled),
+        "a layer at work on prompts": forward_bytes(model, prefilled),
+        "weights cast once": cast_bytes(model.blocks, c) + c * model.wte.weight.numel(),
+        "logits": 4 * 4 * slots * model.n_ids,  # fp32, with the copies that slots.py makes
+    }
 
 
-def _passing(model, tokens):
-    return {"a layer at work": passing_bytes(model, tokens), "unembedding, tile of logits": head_bytes(model)}
+def forward_parts(model, tokens):
+    """→ {part: bytes} of log-probs without gradient."""
+    return {
+        "a layer at work": forward_bytes(model, tokens),
+        "unembedding, tile of logits": head_bytes(model),
+    }
 
 
-def _update(tokens, *trained, one_pass=True):
-    heads = sum(head_bytes(m, True, tokens * one_pass) for m in trained)
-    return {"activations": sum(activation_bytes(m, tokens) for m in trained),
-            "a layer at work": passing_bytes(trained[0], tokens),
-            "unembedding, gradient, tile of logits": heads}  # fmt: skip
+def update_parts(models, tokens, one_pass=True):
+    """→ {part: bytes} of forward and backward pass of the trained models, on so many padded tokens."""
+    stored = tokens if one_pass else 0
+    return {
+        "activations": sum(activation_bytes(m, tokens) for m in models),
+        "a layer at work": forward_bytes(models[0], tokens),
+        "unembedding, gradient, tile of logits": sum(head_bytes(m, True, stored) for m in models),
+    }
 
 
-def _mean(x):
-    return sum(x) / len(x)
+# ------------------------------------------------------------------------------------------------------------
+# One plan per trainer. `load` is the trainer's own loader
 
 
-def _sft_or_rm(cfg, model, lengths, what, sampled):
-    rows = cfg.batch_size * (2 if isinstance(model, ScalarModel) else 1)
-    longest, mean = max(lengths), _mean(lengths)
-    phases = {"update": _update(_padded(cfg, rows, longest), model),
-              "evaluation": _passing(model, 64 * longest)}  # fmt: skip
-    sampling = (model, 8, longest, longest) if sampled else None
-    kept = rows if isinstance(model, ScalarModel) else rows * mean
-    work = {"update": flops(model, rows, mean, kept, train=True, one_pass=True)}
-    about = f"{len(lengths):,} {what}, {mean:.0f} tokens on average, {longest:,} at most"
-    report(cfg, about, {"model": model}, ("model",), phases, work, sampling)
+def _microbatch(cfg, rows, longest):
+    """Padded tokens of the largest micro-batch: the budget or all rows, and at least the longest row."""
+    tokens = rows * longest
+    if cfg.tokens_per_microbatch:
+        tokens = min(tokens, cfg.tokens_per_microbatch)
+    return max(longest, tokens)
 
 
+def _summary(lengths, unit="tokens"):
+    return f"{sum(lengths) / len(lengths):.0f} {unit} on average, {max(lengths):,} at most"
+
+
+def _supervised(about, cfg, model, rows, lengths, sampled=None):
+    """The plan of a trainer whose step trains on `rows` rows of the data, which have these lengths."""
+    longest = max(lengths)
+    phases = {
+        "update": update_parts([model], _microbatch(cfg, rows, longest)),
+        "evaluation": forward_parts(model, 64 * longest),
+    }
+    about = f"{len(lengths):,} {about}, {_summary(lengths)}"
+    report(about, {"model": model}, ["model"], phases, sampled)
+
+
+@without_weights()
 def sft(cfg, load):
-    with without_weights():
-        model, _, data, _ = load(cfg, META)
-    _sft_or_rm(cfg, model, [len(ids) for ids, _ in data], "demonstrations", sampled=True)
+    model, _, data, _ = load(cfg, META)
+    lengths = [len(ids) for ids, _ in data]
+    longest = max(lengths)
+    sampled = SampledRows(model, rows=8, length=longest, prompt=longest)
+    _supervised("demonstrations", cfg, model, cfg.batch_size, lengths, sampled)
 
 
-def rm(cfg, load_model):
-    with without_weights():
-        model, tok = load_model(cfg, META)
-        lora.add(model, cfg.lora_rank, cfg.dtype)
-    lengths = _pair_lengths(cfg, model, tok)
-    _sft_or_rm(cfg, model, [n for pair in lengths for n in pair], "sides of pairs", sampled=False)
-
-
-def _pair_lengths(cfg, policy, tok, kto=False):
-    """(tokens of the first, of the second side) of every pair of --data, of those that a task would make."""
-    max_len = policy.cfg.max_len
-    if not cfg.data:  # made by sampling, so not there yet: as long as they can be
+@without_weights()
+def rm(cfg, load):
+    model, tok = load(cfg, META)
+    lora.add(model, cfg.lora_rank, cfg.dtype)
+    lengths = []
+    if cfg.data:
         task = tasks.get(cfg.task)
-        prompts = [len(tok.encode_prompt(r["prompt"])) for r in task.prompts("train", 256, cfg.seed)]
-        return [(min(max_len, n + task.max_new_tokens),) * 2 for n in prompts]
-    if hasattr(cfg, "eval_prompts"):  # DPO
-        found = load_examples(cfg, tasks.get(cfg.task), policy, tok, kto)[0]
-        return [(len(e.prompt) + len(e.first), len(e.prompt) + len(e.second)) for e in found]
-    train, test = load_rows(cfg, tasks.get(cfg.task), policy, tok)
-    train = encode_pairs(train, tok, max_len, "training")
-    require_both(cfg, train, encode_pairs(test, tok, max_len, "held-out"))
-    return [(len(p) + len(w), len(p) + len(l)) for p, w, l in train]
+        train, test = load_rows(cfg, task, model, tok)
+        pairs = encode_pairs(train, tok, model.cfg.max_len, "training")
+        heldout = encode_pairs(test, tok, model.cfg.max_len, "held-out")
+        require_both(cfg, pairs, heldout)
+        for prompt, chosen, rejected in pairs:
+            lengths += [len(prompt) + len(chosen), len(prompt) + len(rejected)]
+    else:
+        lengths = _made_lengths(cfg, model, tok)
+    _supervised("sides of pairs", cfg, model, 2 * cfg.batch_size, lengths)
 
 
-def dpo(cfg, load_models):
-    with without_weights():
-        policy, ref, rm, tok = load_models(cfg, META)
-        freeze(cfg, ref, rm, trained=(policy,))
+def _made_lengths(cfg, model, tok):
+    """Tokens of both sides of 256 pairs that the trainer would sample, each at its longest."""
+    task = tasks.get(cfg.task)
+    lengths = []
+    for row in task.prompts("train", 256, cfg.seed):
+        prompt = len(tok.encode_prompt(row["prompt"]))
+        lengths += 2 * [min(model.cfg.max_len, prompt + task.max_new_tokens)]
+    return lengths
+
+
+@without_weights()
+def dpo(cfg, load):
+    policy, ref, rm, tok = load(cfg, META)
+    freeze(cfg, ref, rm, trained=(policy,))
     for spec in cfg.reward:
         worker.load_reward(spec)
-    lengths = _pair_lengths(cfg, policy, tok, cfg.loss == "kto")
-    longest, mean, rows = max(map(max, lengths)), _mean([_mean(pair) for pair in lengths]), cfg.batch_size
-    batch = _padded(cfg, 2 * cfg.batch_size, longest)
+    if cfg.data:
+        task = tasks.get(cfg.task)
+        lengths = []
+        for e in load_examples(cfg, task, policy, tok, cfg.loss == "kto")[0]:
+            lengths += [len(e.prompt) + len(e.first), len(e.prompt) + len(e.second)]
+    else:
+        lengths = _made_lengths(cfg, policy, tok)
+    longest = max(lengths)
+    tokens = _microbatch(cfg, 2 * cfg.batch_size, longest)
+    phases = {
+        "scoring": forward_parts(policy, max(tokens, SCORE_TOKENS if rm else 8192)),
+        "update": update_parts([policy], tokens, one_pass=False),
+    }
+    rows = cfg.eval_prompts
+    copies = 0
+    if cfg.online:
+        rows = max(rows, 512)
+        if cfg.online_ref == "round":
+            copies = n_bytes([policy])
+    length = min(policy.cfg.max_len, longest + cfg.max_new_tokens)
+    sampled = SampledRows(policy, rows, length, prompt=longest)
     models = {"policy": policy, "reference": ref, "reward model": rm}
-    copies = n_bytes(policy) * (cfg.online_ref == "round" and cfg.online > 0)
-    work = {"update": flops(policy, 2 * rows, mean, 2 * rows * mean, train=True)}
-    pairs = cfg.pairs if cfg.online else len(lengths)
-    rows = 2 * pairs / cfg.steps
-    passes = {"reference (once a pair, spread over the steps)": flops(ref, rows, mean, rows * mean)}
-    at_once = max(cfg.eval_prompts, 512 * bool(cfg.online))
-    sampling = policy, at_once, min(policy.cfg.max_len, longest + cfg.max_new_tokens), longest
-    phases = {"scoring": _passing(policy, max(batch, 8192, SCORE_TOKENS * bool(rm))),
-              "update": _update(batch, policy, one_pass=False)}  # fmt: skip
-    about = f"{len(lengths):,} pairs, {mean:.0f} tokens a side on average, {longest:,} at most"
-    report(cfg, about, models, ("policy",), phases, work | passes, sampling, copies=copies)
+    about = f"{len(lengths) // 2:,} pairs, {_summary(lengths, 'tokens a side')}"
+    report(about, models, ["policy"], phases, sampled, copies)
 
 
-def rl(cfg, load_models):
-    """PPO and GRPO: sampling, scoring, update."""
-    with without_weights():
-        policy, ref, *critic, rm, tok = load_models(cfg, META)
-        freeze(cfg, ref, rm, trained=(policy, *critic))
+@without_weights()
+def rl(cfg, load):
+    """PPO and GRPO. Only PPO's loader returns a critic."""
+    policy, ref, *critic, rm, tok = load(cfg, META)
+    trained = [policy, *critic]
+    freeze(cfg, ref, rm, trained=trained)
     for spec in cfg.reward:
         worker.load_reward(spec)
     new = cfg.limits[-1] if hasattr(cfg, "limits") else cfg.max_new_tokens
-    data, test = load_prompts(cfg, tasks.get(cfg.task), tok, policy.cfg.max_len, new)
-    prompts = [len(tok.encode_prompt(r["prompt"])) for r in data]
-    longest, mean, rows = max(prompts) + new, _mean(prompts), cfg.prompts_per_step * cfg.group_size
-    length, responses, batch = mean + new, rows * new, _padded(cfg, rows, longest)
-
-    models = {"policy": policy, "reference": ref} | dict(zip(["critic"], critic)) | {"reward model": rm}
+    task = tasks.get(cfg.task)
+    data, test = load_prompts(cfg, task, tok, policy.cfg.max_len, new)
+    prompts = [len(tok.encode_prompt(row["prompt"])) for row in data]
+    longest = max(prompts) + new
+    rows = cfg.prompts_per_step * cfg.group_size
+    tokens = _microbatch(cfg, rows, longest)
+    by_token = getattr(cfg, "ratio", "token") == "token"
+    phases = {
+        "scoring": forward_parts(policy, max(tokens, SCORE_TOKENS if rm else 0)),
+        "update": update_parts(trained, tokens, one_pass=by_token),
+    }
+    copies = 0
     older = getattr(cfg, "off_policy_steps", 0)
-    copies = n_bytes(policy) * (older and older + 2)  # the sampler, and the weights of the steps since
-    trained, by_token = [policy, *critic], getattr(cfg, "ratio", "token") == "token"
-    at_once = max(rows, min(512, len(test)))  # of a step, or of the evaluation
-    phases = {"scoring": _passing(policy, max(batch, SCORE_TOKENS * bool(rm))),
-              "update": _update(batch, *trained, one_pass=by_token)}  # fmt: skip
-
-    work = decode(policy, rows, mean, new)[0]
-    work += flops(policy, cfg.prompts_per_step, mean, 0)
-    scoring = flops(rm, rows, length, rows) if rm else 0
-    scoring += flops(ref, rows, length, responses) if ref else 0
-    scoring += flops(critic[0], rows, length, rows * length) if critic else 0
-    update = sum(flops(m, rows, length, responses, True, by_token) for m in trained) * cfg.epochs
-    about = f"{len(data):,} prompts, {mean:.0f} tokens on average, {longest - new:,} at most; "
-    about += f"responses of at most {new:,}"
-    work = {"sampling": work, "scoring": scoring, "update": update}
-    sampling, decoding = (policy, at_once, longest, longest - new), (policy, rows, mean, new)
-    report(cfg, about, models, ["policy", "critic"][: len(trained)], phases, work, sampling, decoding, copies)
+    if older:  # the sampler, and the weights of each step since it was current
+        copies = n_bytes([policy]) * (older + 2)
+    rows = max(rows, min(512, len(test)))  # those of a step, or of the evaluation
+    sampled = SampledRows(policy, rows, longest, max(prompts))
+    models = {"policy": policy, "reference": ref}
+    names = ["policy"]
+    if critic:
+        models["critic"] = critic[0]
+        names.append("critic")
+    models["reward model"] = rm
+    about = f"{len(data):,} prompts, {_summary(prompts)}; responses of at most {new:,}"
+    report(about, models, names, phases, sampled, copies)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the report
+# The report
 
 
-def report(cfg, about, models, trained, phases, work, sampling=None, decoding=None, copies=0):
-    """Print it all, at most 80 columns wide. The peak is what always lies there and the largest phase.
+class Fit(NamedTuple):
+    """What a run needs on a GPU of a given size."""
 
-    sampling: model, rows, tokens of a row, tokens of a prompt. On a GPU with little memory fewer rows are
-    sampled at once; the figures are those of the smallest GPU where memory sets no limit to them, or else of
-    the largest. decoding: the arguments of `decode`, where it counts in the hours.
+    gib: int  # memory of the GPU, GiB
+    slots: int  # rows sampled at once
+    phases: dict  # {phase: {part: bytes}}
+    largest: str  # the phase that needs most
+    peak: int  # bytes
+
+
+def _fit(gib, resident, phases, sampled):
+    slots = 0
+    if sampled is not None:
+        free = gib * GIB - resident
+        slots = that_fit(sampled.model, sampled.rows, sampled.length, free)
+        parts = sampling_parts(sampled.model, slots, sampled.length, sampled.prompt)
+        phases = phases | {"sampling": parts}
+    sizes = {phase: sum(parts.values()) for phase, parts in phases.items()}
+    largest = max(sizes, key=sizes.get)
+    return Fit(gib, slots, phases, largest, resident + sizes[largest])
+
+
+def report(about, models, trained, phases, sampled=None, copies=0):
+    """Print the plan, at most 80 columns wide. The peak is the resident memory and the largest phase's.
+
+    about: a line on the data. models: {name: model or None}. trained: the names of those that are trained.
+    phases: {phase: {part: bytes}}. sampled: SampledRows. copies: bytes of further copies of the weights.
+    A GPU with little memory samples fewer rows at once. The figures are for the smallest GPU on which memory
+    does not reduce them, or else for the largest GPU that the run fits.
     """
-
-    def row(name, size, note=""):
-        print(f"  {name:<46}{size / GIB:>10.2f}  {note}".rstrip())
-
     print(f"dry run of {os.path.basename(sys.argv[0])}: nothing is trained or written\n{about}\n")
-    models = {name: model for name, model in models.items() if model is not None}
-    first = models[trained[0]]
+    models = {name: model for name, model in models.items() if model}
     for name, model in models.items():
         n = sum(p.numel() for p in model.parameters())
-        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        own = model is first or n_bytes(model, first) > n_bytes(first)
-        note = f"{trains:,} trained" if name in trained else "frozen" if own else "the policy's own"
-        print(f"  {name:<14}{n:>16,} parameters, {note}")
+        print(f"  {name:<14}{n:>16,} parameters, {_role(name, models, trained)}")
 
-    moves = trained_bytes(*(models[name] for name in trained))
-    away = [m for m in models.values() if getattr(m, "home", None)]  # --offload
+    away = [model for model in models.values() if getattr(model, "home", None)]  # --offload
     if away:
-        phases["scoring"]["largest offloaded model"] = max(map(n_bytes, away))
-    stay = [m for m in models.values() if m not in away]
-    resident = {"weights": n_bytes(*stay) + copies, "gradients": moves,
-                "optimizer (AdamW's two moments)": 2 * moves, "CUDA's own, about": CONTEXT}  # fmt: skip
-    phases = phases | {"optimizer step": {"AdamW's temporaries": moves}}
-    held, fits, slots, wanted = sum(resident.values()), [], 1, 1
-    if sampling:
-        model, rows, length, prompt = sampling
-        wanted = min(rows, SLOTS)
-    for gpu in SIZES:
-        if sampling:
-            slots = that_fit(model, rows, length, gpu * GIB - held)
-            phases["sampling"] = _sampling(model, slots, length, prompt)
-        biggest = max(phases, key=lambda phase: sum(phases[phase].values()))
-        peak = held + sum(phases[biggest].values())
-        if peak <= gpu * GIB:
-            fits.append((gpu, slots))
-            if slots == wanted:
-                break
-    print("\nmemory of the GPU, GiB")
-    for name, size in resident.items():
-        row(name, size)
-    for phase, parts in phases.items():
-        for name, size in parts.items():
-            row(f"{phase}: {name}", size)
-    row("at most", peak, f"({biggest})")
-    for gpu, n in fits[-1:] + fits[:-1][:1]:
-        print(f"  fits a GPU of {gpu} GiB" + f", sampling {n} of {wanted} rows at once" * (n < wanted))
-    if not fits:
-        print("  fits no single GPU")
+        phases["scoring"]["largest offloaded model"] = max(n_bytes([model]) for model in away)
+    gradients = trained_bytes([models[name] for name in trained])
+    stay = [model for model in models.values() if model not in away]
+    always = {
+        "weights": n_bytes(stay) + copies,
+        "gradients": gradients,
+        "optimizer (AdamW's two moments)": 2 * gradients,
+        "CUDA's own, about": CONTEXT,
+    }
+    phases = phases | {"optimizer step": {"AdamW's temporaries": gradients}}
+    resident = sum(always.values())
+    fits = [_fit(gib, resident, phases, sampled) for gib in SIZES]
+    wanted = min(sampled.rows, SLOTS) if sampled else 0
+    fitting = [fit for fit in fits if fit.peak <= fit.gib * GIB]
+    unlimited = [fit for fit in fitting if fit.slots == wanted]
+    best = fits[-1]
+    if unlimited:
+        best = unlimited[0]
+    elif fitting:
+        best = fitting[-1]
 
-    total = sum(work.values())
-    print("\nFLOPs of a step (one of --steps), responses as long as they may be")
-    for name, n in work.items():
-        print(f"  {name:<46}{n:>10.2e}")
-    moved = decode(*decoding, slots)[1] if decoding else 0
-    seconds = total / (PEAK * SHARE) + moved / BANDWIDTH
-    print(f"  {'all':<46}{total:>10.2e}")
-    if moved:
-        print(f"  {'bytes that decoding moves':<46}{moved:>10.2e}")
-    print(f"computed, not measured: {seconds:,.1f} s a step, {seconds * cfg.steps / 3600:,.1f} h in all,\n"
-          "on an A100 at 40% of 312 TFLOP/s and, where it decodes, all of 2 TB/s")  # fmt: skip
+    print("\nmemory of the GPU, GiB")
+    for name, size in always.items():
+        _print_row(name, size)
+    for phase, parts in best.phases.items():
+        for name, size in parts.items():
+            _print_row(f"{phase}: {name}", size)
+    _print_row("at most", best.peak, f"({best.largest})")
+    if not fitting:
+        print("  fits no single GPU")
+        return
+    _print_fit(best, wanted)
+    if fitting[0] is not best:
+        _print_fit(fitting[0], wanted)
+
+
+def _role(name, models, trained):
+    model = models[name]
+    if name in trained:
+        n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return f"{n:,} trained"
+    first = models[trained[0]]
+    if n_bytes([first, model]) == n_bytes([first]):  # LoRA's reference
+        return "the policy's own"
+    return "frozen"
+
+
+def _print_row(name, size, note=""):
+    print(f"  {name:<46}{size / GIB:>10.2f}  {note}".rstrip())
+
+
+def _print_fit(fit, wanted):
+    line = f"  fits a GPU of {fit.gib} GiB"
+    if fit.slots < wanted:
+        line += f", sampling {fit.slots} of {wanted} rows at once"
+    print(line)

@@ -1,19 +1,19 @@
-"""The optimizer step that stopped a run, once more: where does the first number that is not finite come from?
+"""The optimizer step that stopped a run, in a notebook: where does the first NaN come from?
 
-    python -m nanorlhf.run.replay runs/chain-grpo/bad-step-12.pt
+`Run.check` calls `save` when loss or gradient is not finite. The file holds the trainer's name, its flags,
+the models as they were before the update, and the batch. The recipe:
 
-`Run.check` writes such a file when loss or gradient is not finite: the trainer's name, its flags, the models
-as they were before the update, and the batch. `trainer.gradient(*models, batch, cfg)` is called on them.
-Exit status 1 if it comes out not finite again, 0 if it does not, 2 for a file that cannot be read.
+    from nanorlhf.run import replay
+    trainer, models, batch, cfg = replay.load("runs/chain-grpo/bad-step-12.pt")
+    figures = trainer.gradient(*models, batch, cfg)
+    replay.first_not_finite(models, lambda: trainer.gradient(*models, batch, cfg))  # "models[0].blocks.3.mlp"
 """
 
 import contextlib
 import dataclasses
 import importlib
-import inspect
 import os
 import pickle
-import sys
 
 import torch
 
@@ -25,31 +25,47 @@ from nanorlhf.run.device import setup, to_device
 
 
 def save(path, trainer, cfg, step, models, batch):
-    """Write the file. models: those that trainer.gradient takes, in this order."""
-    saved = []
-    for model in models:
-        trunk = getattr(model, "trunk", model)
-        own = dict(scalar=trunk is not model, step_ids=getattr(model, "step_ids", None), n_ids=trunk.n_ids)
-        weights = {}
-        for name, x in model.state_dict().items():  # one after the other: the whole model may not fit
-            x = dist.full(x)
-            if dist.rank() == 0:
-                weights[name] = x.cpu()
-        saved.append(own | dict(config=dataclasses.asdict(trunk.cfg), weights=weights))
-    content = dict(trainer=trainer, config=dataclasses.asdict(cfg), step=step, models=saved, batch=batch)
+    """Write the file; all processes must call this. models: those that trainer.gradient takes, in order."""
+    content = {
+        "trainer": trainer,
+        "config": dataclasses.asdict(cfg),
+        "step": step,
+        "models": [_packed(model) for model in models],
+        "batch": batch,
+    }
     try:
         if dist.rank() == 0:
             torch.save(content, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
     finally:
-        with contextlib.suppress(FileNotFoundError):  # what a full disk leaves
-            if dist.rank() == 0:
-                os.unlink(f"{path}.tmp")
-    dist.wait()  # before another rank says why they stop, which ends this one
+        if dist.rank() == 0:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{path}.tmp")  # left there only if the disk is full
+    dist.wait()  # the others' error, raised earlier, would end this process in mid-write
+
+
+def _packed(model):
+    """→ dict of a model's config and weights, the weights on rank 0 only."""
+    trunk = getattr(model, "trunk", model)
+    weights = {}
+    for name, x in model.state_dict().items():  # one at a time: the whole of a sharded model may not fit
+        x = dist.full(x)
+        if dist.rank() == 0:
+            weights[name] = x.cpu()
+    return {
+        "scalar": isinstance(model, ScalarModel),
+        "step_ids": getattr(model, "step_ids", None),
+        "n_ids": trunk.n_ids,
+        "config": dataclasses.asdict(trunk.cfg),
+        "weights": weights,
+    }
 
 
 def load(path):
-    """→ the trainer's module, its Config, the step, the models and the batch, on the run's device."""
+    """→ the trainer's module, the models and the batch on the run's device, the trainer's Config.
+
+    Raises UserError for a file that `save` did not write. The file is read without running code from it.
+    """
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
@@ -61,64 +77,64 @@ def load(path):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         print("this torch sees no GPU: on the CPU, where rounding differs")
         cfg.device = "cpu"
-    cfg.compile = False  # the hooks of `watch` look into every module
-    device, models = setup(cfg), []
-    for saved in content["models"]:
-        model = GPT(GPTConfig(**saved["config"]))
-        model.n_ids = saved["n_ids"]
-        if saved["scalar"]:
-            model = ScalarModel(model)
-            model.step_ids = saved["step_ids"]
-        ranks = [len(x) for name, x in saved["weights"].items() if name.endswith(".A")]
-        lora.add(model, ranks[0] if ranks else 0, cfg.dtype)
-        model.load_state_dict(saved["weights"])
-        models.append(model)
-    return trainer, cfg, content["step"], to_device(cfg, device, *models), _to(content["batch"], device)
+    cfg.compile = False  # a compiled block would not call the hooks of first_not_finite
+    device = setup(cfg)
+    models = [_unpacked(saved, cfg.dtype) for saved in content["models"]]
+    models = to_device(cfg, device, *models)
+    return trainer, models, _to(content["batch"], device), cfg
+
+
+def _unpacked(saved, dtype):
+    model = GPT(GPTConfig(**saved["config"]))
+    model.n_ids = saved["n_ids"]
+    if saved["scalar"]:
+        model = ScalarModel(model)
+        model.step_ids = saved["step_ids"]
+    weights = saved["weights"]
+    ranks = [len(x) for name, x in weights.items() if name.endswith(".A")]
+    lora.add(model, ranks[0] if ranks else 0, dtype)
+    model.load_state_dict(weights)
+    return model
 
 
 def _to(x, device):
     if isinstance(x, dict):
         return {key: _to(value, device) for key, value in x.items()}
-    return x.to(device) if isinstance(x, torch.Tensor) else x
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    return x
 
 
-def watch(names, models):
-    """Hooks on every module → a list that gets the names of those whose output is not finite, in order."""
-    bad = []
-    for name, model in zip(names, models):
-        for where, module in model.named_modules():
+def first_not_finite(models, run):
+    """Call run() → the name of the first weight, or else module output, that is not finite; None if all are.
 
-            def look(module, args, out, name=name, where=where):
-                if isinstance(out, torch.Tensor) and not out.isfinite().all():
-                    bad.append(f"{name}.{where}")
-
-            module.register_forward_hook(look)
-    return bad
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    >>> layers = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.LogSigmoid())
+    >>> first_not_finite([layers], lambda: layers(torch.tensor([1.0]))) is None
+    True
+    >>> first_not_finite([layers], lambda: layers[1](-layers[0](torch.tensor([float("inf")]))))
+    'models[0].0'
+    """
+    found = []
+    hooks = []
+    for i, model in enumerate(models):
+        for name, p in model.named_parameters():
+            if not p.isfinite().all():
+                found.append(f"models[{i}].{name}")
+        for name, module in model.named_modules():
+            hooks.append(module.register_forward_hook(_look(f"models[{i}].{name}", found)))
     try:
-        require(len(argv) == 1 and argv[0][:1] != "-", f"give one file\n\n{__doc__}")
-        trainer, cfg, step, models, batch = load(argv[0])
-    except UserError as e:
-        print(f"replay: error: {e}", file=sys.stderr)
-        return 2
-    names = list(inspect.signature(trainer.gradient).parameters)
-    weights = [(f"{name}.{k}", p) for name, m in zip(names, models) for k, p in m.named_parameters()]
-    spoilt = [name for name, p in weights if not p.isfinite().all()]
-    bad = watch(names, models)
-    loss, _ = trainer.gradient(*models, batch, cfg)
-    norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), torch.inf).item() for m in models]
-    print(f"{trainer.__name__}, step {step}: loss {float(loss):g}")
-    for name, norm in zip(names, norms):
-        print(f"gradient norm of {name}: {norm:g}")
-    print(f"first weights that are not finite: {spoilt[0] if spoilt else 'none'}")
-    print(f"first module whose output is not finite: {bad[0] if bad else 'none'}")
-    finite = all(map(torch.isfinite, map(torch.tensor, (float(loss), *norms))))
-    print("not finite again" if not finite else "finite here: not reproduced")
-    return int(not finite)
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _look(name, found):
+    """→ a hook that appends the module's name to `found` if its output is not finite."""
+
+    def hook(module, args, out):
+        if isinstance(out, torch.Tensor) and not out.isfinite().all():
+            found.append(name)
+
+    return hook

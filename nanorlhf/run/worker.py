@@ -1,4 +1,7 @@
-"""Reward functions: called one by one, those of the user's own in a process of their own."""
+"""Reward functions: how --reward names them, and how they are called, in a process of their own.
+
+A reward function is reward(prompt, response, row) → float, where row is the prompt's own row of the data.
+"""
 
 import contextlib
 import hashlib
@@ -8,13 +11,11 @@ import math
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
-from pathlib import Path
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from nanorlhf.errors import RunError, UserError, require
@@ -23,11 +24,19 @@ from nanorlhf.run import dist
 START = 120  # seconds in which the process of the reward functions must have imported them
 
 
+class RewardFunction(NamedTuple):
+    """A reward function with its name in the logs and its weight in the sum of the run's rewards."""
+
+    name: str
+    weight: float
+    call: Callable  # (prompt, response, row) → float
+
+
 def call_reward(name, fn, prompt, text, row):
-    """One call of a reward function, in this process → float; RunError naming the sample if that fails."""
+    """Call a reward function in this process → float. Raises RunError, with the sample, if the call fails."""
     try:
         returned = fn(prompt, text, row)
-    except UserError as e:  # a built-in reward meets a prompt that is not of its task
+    except UserError as e:  # a task's own reward refuses a prompt of another task
         raise UserError(f"{row.get('_at', name)}: {e}") from None
     except (Exception, SystemExit) as e:
         raise RunError(f"reward {name} raised {type(e).__name__}: {e} {_sample(prompt, text)}") from e
@@ -42,33 +51,46 @@ def _sample(prompt, text):
 
 
 def _number(returned):
-    """→ float, "" or None, what is wrong. A string is no number, whatever it says."""
+    """What a function returned → (float, "") or (None, what is wrong). The string "1" is not a number."""
     try:
-        value = math.nan if isinstance(returned, (str, bytes)) else float(returned)
+        value = float(returned)
     except Exception:
         value = math.nan
-    return (value, "") if math.isfinite(value) else (None, f"returned {returned!r:.80}")
+    if isinstance(returned, (str, bytes)) or not math.isfinite(value):
+        return None, f"returned {returned!r:.80}"
+    return value, ""
 
 
-class Rewards(list):
-    """The reward functions of a run as (name, weight, function): those of --reward, else the task's own.
+def rewards_of(cfg, task):
+    """The reward functions of a run: those of --reward, in a process of their own, else the task's own."""
+    functions = [load_reward(spec) for spec in cfg.reward]  # here too, to report mistakes at once
+    if not functions:
+        return Rewards([RewardFunction(task.name, 1.0, task.reward)])
+    return Rewards(functions, cfg.reward, cfg.reward_timeout)
 
-    Used in `with`. Those of --reward run in one process of their own: what hangs, exits or crashes there ends
-    there. A call that raises, takes more than --reward_timeout seconds or ends the process scores 0 and is
-    counted; if more than half of a function's calls on one batch (of several processes: on one's share of it)
-    do, or one returns no finite number, that is a RunError. This holds accidents, not malice. With
-    --reward_timeout 0 all are called in this process.
+
+class Rewards:
+    """Reward functions, a list of RewardFunction. Use it in a `with` statement where there are specs.
+
+    With specs (what --reward says) and a timeout in seconds the functions run in another process, so that one
+    that hangs, exits or crashes cannot stop the run: such a call scores 0 and is counted, as is a call that
+    raises or takes longer than the timeout. A RunError follows if more than half of a function's calls on one
+    batch fail (with several processes: on one process's share of it), or if a function returns something
+    other than a finite number. This protects from accidents, not from malice. Without a timeout the functions
+    are called in this process.
     """
 
-    def __init__(self, cfg, task):
-        loaded = [load_reward(spec) for spec in cfg.reward]  # here too, to say what is wrong with them
-        super().__init__(loaded or [(task.name, 1.0, task.reward)])
-        names = [name for name, *_ in self]
+    def __init__(self, functions, specs=(), timeout=0.0):
+        names = [function.name for function in functions]
         for name in names:
             require(names.count(name) == 1, f"--reward: two are called {name}, their logs would be mixed")
-        self.specs, self.timeout, self.process = cfg.reward, cfg.reward_timeout, None
-        self.guarded = bool(loaded and self.timeout)
-        self.calls = self.failures = 0
+        self.functions = functions
+        self.specs = specs
+        self.timeout = timeout
+        self.guarded = bool(specs and timeout)
+        self.process = None
+        self.calls = 0
+        self.failures = 0
         self.warned = False
 
     def __enter__(self):
@@ -78,48 +100,62 @@ class Rewards(list):
         self._end()
 
     def values(self, i, texts, rows):
-        """What function i gives each of the texts, as a list of floats."""
-        name, _, fn = self[i]
+        """Call function i on every text, a response to its row's prompt → its values, a list of floats."""
+        name, _, call = self.functions[i]
         pairs = list(zip(texts, rows, strict=True))
         if not self.guarded:
-            return [call_reward(name, fn, row["prompt"], text, row) for text, row in pairs]
-        values, failures, first = [], 0, ""
+            return [call_reward(name, call, row["prompt"], text, row) for text, row in pairs]
+        values = []
+        failures = 0
+        first = ""
         for text, row in pairs:
             value, why = self._call(i, row["prompt"], text, row)
-            said = f"reward {name} {why} {_sample(row['prompt'], text)}"
+            message = f"reward {name} {why} {_sample(row['prompt'], text)}"
             if value is None:
-                raise RunError(f"{said}; it must be a finite number")
+                raise RunError(f"{message}; it must be a finite number")
             values.append(value)
             if not why:
                 continue
-            failures, first = failures + 1, first or said
+            failures += 1
+            first = first or message
             if failures > len(pairs) / 2:
                 raise RunError(f"more than half of {len(pairs)} calls failed; the first: {first}")
-            if not self.warned:
-                said = f"warning: {said}: scored 0; column reward_failed counts such calls"
-                tqdm.write(said, file=sys.stderr if dist.rank() else None)  # the others' stdout is not shown
-            self.warned = True
-        self.calls, self.failures = self.calls + len(pairs), self.failures + failures
+            self._warn(message)
+        self.calls += len(pairs)
+        self.failures += failures
         return values
 
     def columns(self):
-        return [f"reward/{name}" for name, *_ in self] if len(self) > 1 else []
+        """Columns of metrics.csv, one for each function where there are several."""
+        if len(self.functions) == 1:
+            return []
+        return [f"reward/{function.name}" for function in self.functions]
 
     def figures(self, roll):
-        out = {"reward_failed": self.share_failed()}
-        if len(self) > 1:
-            out |= {f"reward/{name}": part.mean().item() for name, part in roll.reward_parts.items()}
-        return out
+        """What the log says of a Rollout's rewards: the share of failed calls, and each function's mean."""
+        figures = {"reward_failed": self.share_failed()}
+        for column in self.columns():
+            figures[column] = roll.reward_parts[column.removeprefix("reward/")].mean().item()
+        return figures
 
     def share_failed(self):
-        """Of the calls since this was asked last; None where there were none in the process."""
-        calls, failures = map(sum, zip(*dist.gather((self.calls, self.failures))))
-        share = failures / calls if calls else None
-        self.calls = self.failures = 0
-        return share
+        """The share of calls that failed since the last time, over all processes. None without any calls."""
+        counts = dist.gather((self.calls, self.failures))
+        self.calls = 0
+        self.failures = 0
+        calls = sum(calls for calls, _ in counts)
+        failures = sum(failures for _, failures in counts)
+        return failures / calls if calls else None
+
+    def _warn(self, message):
+        """Print the first failure of a run."""
+        if not self.warned:
+            file = sys.stderr if dist.rank() else None  # torchrun shows stdout of rank 0 only
+            tqdm.write(f"warning: {message}: scored 0; column reward_failed counts such calls", file=file)
+        self.warned = True
 
     def _call(self, i, *args):
-        """→ (value, ""), (0.0, why) for a call that failed, (None, why) for a value that is no number."""
+        """→ (value, ""), (0.0, why) for a call that failed, (None, why) for a value that is not a number."""
         if self.process is None:
             self._start()
         try:
@@ -135,12 +171,12 @@ class Rewards(list):
 
     def _start(self):
         spawn = multiprocessing.get_context("spawn")  # fork would copy the locks of our threads, and CUDA
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(theirs, self.specs))
+        self.pipe, child_pipe = spawn.Pipe()
+        self.process = spawn.Process(target=_serve, args=(child_pipe, self.specs))
         self.process.start()
-        theirs.close()
+        child_pipe.close()
         with contextlib.suppress(EOFError, OSError):
-            if self.pipe.poll(START) and self.pipe.recv() == "ready":  # importing is not on the call's clock
+            if self.pipe.poll(START) and self.pipe.recv() == "ready":  # --reward_timeout counts from here
                 return
         self._end()
         raise RunError(f"--reward: the process that imports {', '.join(self.specs)} ended or hangs")
@@ -149,7 +185,7 @@ class Rewards(list):
         if self.process is None:
             return
         with contextlib.suppress(OSError, AttributeError):  # Windows has no groups of processes
-            os.killpg(self.process.pid, signal.SIGKILL)  # before join: until then the number is its own
+            os.killpg(self.process.pid, signal.SIGKILL)  # before join, which frees the number for others
         self.process.kill()
         self.process.join()
         self.process.close()
@@ -158,13 +194,14 @@ class Rewards(list):
 
 
 def _serve(pipe, specs):
-    """The process of the reward functions: answers (value, why) to (index, arguments) until the pipe ends."""
+    """Main loop of the other process: answer (index, arguments) with (value, why) until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
     if hasattr(os, "setsid"):
-        os.setsid()  # what the functions start can then be ended together with them
-    os.dup2(2, 1)  # what they print does not get between the lines of the log
+        os.setsid()  # a group of its own: killpg then also ends what the functions start
+    os.dup2(2, 1)  # the functions' prints go to stderr, not between the lines of the log
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    functions, me = [load_reward(spec)[2] for spec in specs], os.getpid()
+    functions = [load_reward(spec).call for spec in specs]
+    me = os.getpid()
     pipe.send("ready")
     while True:
         try:
@@ -176,131 +213,50 @@ def _serve(pipe, specs):
         except BaseException as e:  # sys.exit and KeyboardInterrupt among them
             answer = 0.0, " ".join(f"raised {type(e).__name__}: {e}".split())
         if os.getpid() != me:
-            os._exit(0)  # a fork that the function made has come back here: only one may answer
+            os._exit(0)  # the function called os.fork, and this is the child: only the parent may answer
         pipe.send(answer)
 
 
 def _end_with_parent():
-    """A function that hangs does not see the pipe end when the trainer is killed."""
+    """End this process when the trainer is killed. A function that hangs never sees the closed pipe."""
     multiprocessing.parent_process().join()
     if hasattr(os, "killpg"):
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
-def sum_rewards(texts, rows, rewards, parts=None, device="cpu"):
-    """Weighted sum of `rewards`, a list of (name, weight, function) → (B,); `parts` as in score_responses."""
-    score, mine = torch.zeros(len(texts), device=device), dist.part(len(texts))
-    pairs = list(zip(texts, rows, strict=True))[mine]  # of several processes each calls its share
-    texts, rows = [text for text, _ in pairs], [row for _, row in pairs]
-    for i, (name, weight, fn) in enumerate(rewards):
-        if isinstance(rewards, Rewards):
-            values = rewards.values(i, texts, rows)
-        else:
-            values = [call_reward(name, fn, r["prompt"], t, r) for t, r in pairs]
-        part = torch.zeros_like(score)
-        part[mine] = torch.tensor(values, device=device)
-        part = dist.summed(part)
-        score += weight * part
-        if parts is not None:
-            parts[name] = part
-    return score
-
-
 # ------------------------------------------------------------------------------------------------------------
-# rewards that run what a model wrote
-
-GUARD = """
-import os, resource, sys
-path, memory, size, seconds = sys.argv[1], *map(int, sys.argv[2:])
-for what, limit in (("AS", memory), ("FSIZE", size), ("CPU", seconds), ("CORE", 0)):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (limit, limit))
-here = os.path.realpath(os.curdir) + os.sep
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_CREAT
-starts = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.kill",
-          "os.killpg", "socket.connect", "socket.bind", "socket.sendto"}
-paths = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink",
-         "os.truncate", "os.utime", "shutil.rmtree", "shutil.move"}
-
-def hook(event, args):
-    if event in starts:
-        raise PermissionError(event + " is not for a program under test")
-    if event == "open":
-        writes = any(c in args[1] for c in "wax+") if isinstance(args[1], str) else args[2] & WRITES
-        names = args[:1] if writes else ()
-    else:
-        names = args[:2] if event in paths else ()
-    for name in names:
-        if isinstance(name, (str, bytes)) and not os.path.realpath(os.fsdecode(name)).startswith(here):
-            raise PermissionError(f"{event} outside of the program's own folder: {name!r}")
-
-with open(path) as f:
-    code = compile(f.read(), "program.py", "exec")
-sys.argv = ["program.py"]
-sys.addaudithook(hook)
-exec(code, {"__name__": "__main__"})
-"""
+# Functions from a user's file
 
 
-def run_program(code, stdin="", timeout=5.0, memory_mb=512, output_bytes=1 << 16):
-    """Run a Python program → (its exit status, or None where it took too long; what it printed).
-
-    In a process of its own, in an empty folder that is then removed, without this process's environment:
-    `timeout` seconds, `memory_mb` MiB of address space, `output_bytes` printed and in each file that it
-    writes. It cannot open a file for writing elsewhere, start a process or connect, as long as it asks
-    Python. This holds accidents, and what a model does to pass a test. It is not a security sandbox: native
-    code, ctypes say, gets around it, and every file of yours can be read. POSIX only.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        where, work = Path(folder), Path(folder, "work")
-        work.mkdir()
-        (where / "program.py").write_text(code, encoding="utf-8", errors="replace")
-        (where / "stdin").write_text(stdin, encoding="utf-8", errors="replace")
-        limits = map(str, (memory_mb << 20, output_bytes, math.ceil(timeout) + 1))
-        argv = [sys.executable, "-I", "-c", GUARD, str(where / "program.py"), *limits]
-        env = {"PATH": os.defpath, "HOME": str(work), "LANG": "C.UTF-8"}
-        with open(where / "stdin", "rb") as given, open(where / "stdout", "wb") as printed:
-            process = subprocess.Popen(argv, cwd=work, env=env, stdin=given, stdout=printed,
-                                       stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-            try:
-                status = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                status = None
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # what it started, too
-                process.wait()
-        with open(where / "stdout", "rb") as f:
-            return status, f.read(output_bytes).decode("utf-8", "replace")
-
-
-def load_reward(spec: str):
-    """`path/to/file.py:name` or `path/to/file.py:name*0.2` → (name, weight, reward(prompt, response, row)).
+def load_reward(spec: str) -> RewardFunction:
+    """`path/to/file.py:name` or `path/to/file.py:name*0.2` → RewardFunction. Raises UserError for mistakes.
 
     The file is run. A function that cannot take three arguments is called with (prompt, response).
     """
 
-    def wrong(what):
-        return UserError(f"--reward {spec}: {what}")
+    def wrong(problem):
+        return UserError(f"--reward {spec}: {problem}")
 
     path, colon, rest = spec.rpartition(":")  # the last colon: C:\rewards.py:name has two
-    name, star, weight = rest.partition("*")
+    name, star, factor = rest.partition("*")
     if not colon or not path or not name:
         raise wrong("expected path/to/file.py:name or path/to/file.py:name*0.2")
     try:
-        weight = float(weight) if star else 1.0
+        weight = float(factor) if star else 1.0
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
         raise wrong("what stands after * is not a finite number")
     if not os.path.isfile(path):
         raise wrong(f"there is no file {path}")
-    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]  # two files may have one stem
-    module_spec = importlib.util.spec_from_file_location(f"reward_{digest}", path)
+    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()
+    module_name = f"reward_{digest[:8]}"  # not the file's name: a/r.py and b/r.py are two modules
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None:
         raise wrong(f"{path} is not a .py file")
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up there
+    sys.modules[module_name] = module  # dataclasses and pickle look their module up there
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file does at import
@@ -312,25 +268,26 @@ def load_reward(spec: str):
     if not callable(function):
         raise wrong(f"{name} in {path} is not a function")
     if _wants_row(function):
-        return name, weight, function
+        return RewardFunction(name, weight, function)
     if _takes(function, 2):
-        return name, weight, lambda prompt, response, row: function(prompt, response)
+        return RewardFunction(name, weight, lambda prompt, response, row: function(prompt, response))
     raise wrong(f"{name} takes neither (prompt, response, row) nor (prompt, response)")
 
 
 def _wants_row(function) -> bool:
-    """Whether a third argument is the row: not where it is an option of the function's own, `scale=1.0`."""
-    if _takes(function, 3) and _takes(function, 2):
-        names = list(inspect.signature(function).parameters) if callable(function) else []
-        return len(names) > 2 and names[2] == "row"
-    return _takes(function, 3)
+    """Whether to pass the row. A third parameter with a default, as in f(prompt, response, scale=1.0), is an
+    option of the function's own unless its name is `row`."""
+    if not _takes(function, 2):
+        return _takes(function, 3)
+    if not _takes(function, 3):
+        return False
+    names = list(inspect.signature(function).parameters)
+    return len(names) > 2 and names[2] == "row"
 
 
 def _takes(function, count: int) -> bool:
     try:
         inspect.signature(function).bind(*range(count))
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: some builtins, max for one, have no signature
         return False
-    except ValueError:  # some builtins have no signature: let the call itself tell
-        return True
     return True

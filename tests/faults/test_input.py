@@ -21,6 +21,7 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import generate, hub
+from nanorlhf.errors import UserError
 from nanorlhf.run import replay
 from nanorlhf.run.cli import parse, run_cli
 from nanorlhf.run.folders import describe
@@ -78,7 +79,8 @@ def test_row_11_pickle_payload(run, stages, model, tmp_path):
         (folder / "manifest.json").write_text(json.dumps({"files": dict(describe(folder))}))
     assert run(train_sft, "sft", resume="true").refused("step-000006/state.pt", "Weights only load failed")
     torch.save(Canary(canary), tmp_path / "bad-step-1.pt")
-    assert replay.main([str(tmp_path / "bad-step-1.pt")]) == 2
+    with pytest.raises(UserError, match="bad-step-1.pt: cannot be read: Weights only load failed"):
+        replay.load(str(tmp_path / "bad-step-1.pt"))
     assert not (tmp_path / "canary").exists()
 
 

@@ -21,7 +21,6 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import hub
-from nanorlhf.run.worker import run_program
 
 ROOT = Path(__file__).parents[2]
 FULL = bool(os.environ.get("FAULTS_FULL"))
@@ -161,31 +160,6 @@ def test_row_30_reward_that_misbehaves(run, tmp_path):
     done = run(train_grpo, overwrite="true", **rewards(tmp_path, "os._exit(3)", reward_timeout=3.0))
     assert done.stopped("more than half of", "ended its process (status 3)")
     assert multiprocessing.active_children() == []
-
-
-@posix
-def test_row_31_programs_that_a_model_wrote(tmp_path, monkeypatch):
-    """S | generated code loops, allocates 10 GB, prints without end, writes elsewhere, reads the environment
-    | run_program ends it, caps and scrubs; the canary file stays; it is not a security sandbox"""
-    monkeypatch.setenv("SECRET", "s3cret")
-    canary = tmp_path / "canary"
-    canary.write_text("alive")
-    assert run_program("print(int(input()) + 1)", "41\n") == (0, "42\n")
-    assert run_program("import os; open('x', 'w').write('mine'); print(os.listdir())") == (0, "['x']\n")
-    assert run_program("while True: pass", timeout=0.5) == (None, "")
-    assert run_program("raise SystemExit(3)") == (3, "") and run_program("bytearray(10 ** 10)")[0] == 1
-    status, out = run_program("while True: print('x' * 100)", output_bytes=1000)
-    assert status == 1 and len(out) == 1000
-    assert "s3cret" not in run_program("import os; print(dict(os.environ))")[1]
-    path = repr(str(canary))
-    for act in (f"open({path}, 'w')", f"os.remove({path})", f"os.truncate({path}, 0)",
-                f"os.rename({path}, 'x')", f"os.open({path}, os.O_WRONLY | os.O_TRUNC)",
-                f"os.open({path}, os.O_RDONLY | os.O_TRUNC)",
-                f"os.system('echo > ' + {path})",
-                f"subprocess.run(['rm', {path}])", f"shutil.rmtree({str(tmp_path)!r})", "os.fork()",
-                f"os.kill({os.getpid()}, 15)", "socket.create_connection(('127.0.0.1', 1))"):  # fmt: skip
-        assert run_program(f"import os, shutil, socket, subprocess\n{act}\nprint('done')") == (1, ""), act
-    assert canary.read_text() == "alive" and "not a security sandbox" in run_program.__doc__
 
 
 def test_row_33_exploding_ratio(stages):
