@@ -227,7 +227,7 @@ def advantages(reward, group, norm="group_std", std_eps=1e-6, length=None):
     """
     n_groups = int(group.max()) + 1
     zeros = reward.new_zeros(n_groups)
-    size = torch.bincount(group)
+    size = zeros.index_add(0, group, torch.ones_like(reward))
     mean = zeros.index_add(0, group, reward) / size
     lowest = zeros.scatter_reduce(0, group, reward, "amin", include_self=False)
     highest = zeros.scatter_reduce(0, group, reward, "amax", include_self=False)

@@ -324,13 +324,14 @@ def test_evaluate_means_over_all_prompts_whatever_the_batches(models):
 
 
 def prompts_cfg(**more):
-    flags = dict(data="", skip_bad_rows=False, seed=0, eval_prompts=100, max_new_tokens=5)
+    flags = dict(data="", skip_bad_rows=False, seed=0, eval_prompts=100)
     return SimpleNamespace(**flags | more)
 
 
 def load(tmp_path, rows, max_len=12, tok=TOK, **more):
     write_jsonl(tmp_path / "p.jsonl", rows)
-    return load_prompts(prompts_cfg(data=f"{tmp_path}/p.jsonl", **more), tasks.get("reviews"), tok, max_len, 5)
+    cfg = prompts_cfg(data=f"{tmp_path}/p.jsonl", **more)
+    return load_prompts(cfg, tasks.get("reviews"), tok, max_len, 5)
 
 
 def test_prompts_are_split_by_their_text_and_keep_their_rows(tmp_path):
