@@ -535,11 +535,12 @@ def train(cfg):
             metrics |= figures.averages(updates)
             metrics |= sample_figures(sampled, cfg.group_size)
             metrics |= rewards.figures(roll)
-            metrics |= clock.columns(mask.sum().item())
+            tokens = int(mask.sum())
+            metrics |= clock.columns(tokens)
             metrics["kl"] = kl
             metrics["lr"] = opt.param_groups[0]["lr"]
             if step == 0:
-                run.log.say(health(metrics, mean_adv, ref_is_init=cfg.ref == cfg.init))
+                run.log.say(health(metrics, mean_adv, tokens, ref_is_init=cfg.ref == cfg.init))
             done = step + 1
             if due(step, cfg.sample_every) or done == cfg.steps:
                 run.log.samples(step, roll.rows, roll.texts, roll.reward)

@@ -23,7 +23,6 @@ VARIANTS = {
     "dapo": "--recipe dapo --max_new_tokens 16",  # room above the 11 tokens of a thought
     "dapo, limit 11": "--recipe dapo",  # its soft penalty then costs a thought all its reward
     "clip-higher": "--clip_high 0.28",
-    "dual clip": "--dual_clip 3",
     "k2 in the loss": "--kl k2 --beta 0.05",
     "k3 × ratio": "--kl k3 --kl_unbiased --beta 0.05",
     "k1 in the reward": "--kl k1 --kl_in reward --beta 0.05",

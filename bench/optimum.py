@@ -73,7 +73,7 @@ COMMON = dict(steps=200, lr=7e-3, minibatches=1, max_grad_norm=1e6, beta=BETA, t
               eval_prompts=0, save_every=0)
 PPO = dict(prompts_per_step=256, max_new_tokens=LIMIT, lr=5e-3, critic_lr=1e-2, gamma=1.0, lam=1.0,
            whiten_advantages=False)
-GROUPS = dict(prompts_per_step=32, group_size=8, max_new_tokens=str(LIMIT), agg="seq_sum_const")
+GROUPS = dict(prompts_per_step=32, group_size=8, max_new_tokens=LIMIT, agg="seq_sum_const")
 LARGE = GROUPS | dict(prompts_per_step=1, group_size=512)  # a mean and a σ that hardly depend on the sample
 IN_LOSS = LARGE | dict(kl_in="loss", norm="none")
 

@@ -7,7 +7,8 @@ import torch
 
 import train_sft
 from bench.worker import lengths_of
-from nanorlhf import common, generate, hub
+from nanorlhf import generate, hub
+from nanorlhf.run import log
 
 
 def run(spec, turn):
@@ -18,13 +19,13 @@ def run(spec, turn):
         plan_lengths(spec["lengths"])
     trainer = importlib.import_module(f"train_{spec['job']}")
     extra = count_reference(trainer, spec["config"]["batch_size"]) if spec["job"] == "dpo" else {}
-    log_row = common.Log.row
+    log_row = log.Log.row
 
-    def row(log, step, metrics):
-        log_row(log, step, metrics)
+    def row(self, step, metrics):
+        log_row(self, step, metrics)
         turn.done(tokens=round(metrics["tok_s"] * metrics["s"]), **extra)
 
-    common.Log.row = row
+    log.Log.row = row
     trainer.train(trainer.Config(**spec["config"]))
 
 
@@ -34,18 +35,18 @@ def plan_lengths(plan):
     The plan is written into the table of uniform numbers: EOS is the last id, so that u = 1 draws it and
     u < 0.9 does not. No other line of the sampler is touched.
     """
-    start, steps = generate._start, iter(range(1 << 30))
+    prepare, steps = generate.prepare, iter(range(1 << 30))
 
     def planned(*args):
-        out = start(*args)
-        u = out[3]  # (rows, positions)
+        out = prepare(*args)
+        u = out.uniforms  # (rows, positions)
         if len(u) == len(plan):
             u.mul_(0.9)
             for b, length in enumerate(lengths_of(plan, next(steps))):
                 u[b, length - 1 :] = 1.0
         return out
 
-    generate._start = planned
+    generate.prepare = planned
 
 
 def count_reference(trainer, batch_size):
@@ -78,7 +79,7 @@ def bare(spec, turn):
     first = None
     while True:
         opt.zero_grad()
-        loss, _ = train_sft.gradient(model, batch, cfg)
+        loss = train_sft.gradient(model, batch, cfg)["loss"]
         opt.step()
         first = loss if first is None else first
         turn.done(tokens=tokens.numel(), first_loss=first)

@@ -100,7 +100,7 @@ def variants(tmp, job, size, vocab=0, rows=16, prompts=8, group=8, new=64, mean=
     if job == "grpo":
         plan = ragged(prompts * group, new, mean)
         shared |= dict(lengths=plan, group=group, new=new, rows=prompts * group)
-        config |= dict(prompts_per_step=prompts, group_size=group, max_new_tokens=str(new), minibatches=1,
+        config |= dict(prompts_per_step=prompts, group_size=group, max_new_tokens=new, minibatches=1,
                        ref="none", tokens_per_microbatch=budget, reward_timeout=0.0, eval_prompts=1,
                        reward=[f"{ROOT}/bench/reward.py:score"])  # fmt: skip
     elif job == "ppo":

@@ -88,7 +88,7 @@ def measure(folder, seed, n):
 
 def run(point, seed, smoke):
     limits, at = next(s for s in SCHEDULES if name(*s) == point["limits"])
-    at, steps = (at and "1,2", 3) if smoke else (at, 60)
+    at, steps = (at and [1, 2], 3) if smoke else (at, 60)
     data = common.data_file(problems(3000, seed, "train"))
     what = dict(init=base(seed, smoke), data=data, ref="none", seed=seed)
     what |= dict(max_new_tokens=limits, lengthen_at=at, steps=steps, eval_prompts=0)

@@ -87,12 +87,13 @@ def evaluate(policy, tok, cfg, rows, score, say, limit):
     return out
 
 
-def health(metrics, mean_adv, ref_is_init=True):
+def health(metrics, mean_adv, tokens, ref_is_init=True):
     """Vital signs of the first step, in 80 columns. A figure that is not as it must be is explained below.
 
     metrics: gap, the largest |logp − old_logp| of the first minibatch, before any update; kl, nats per
     sequence to the reference, or None; dead, the share of groups with equal rewards, or None; stop, the share
     of responses that ended by themselves. mean_adv: mean advantage, or None where it need not be near 0.
+    tokens: sampled tokens, EOS among them.
     """
     gap = metrics.get("gap", 0.0)
     kl = metrics["kl"]
@@ -100,7 +101,7 @@ def health(metrics, mean_adv, ref_is_init=True):
     signs.append("no reference" if kl is None else f"KL {abs(kl):.6f}")
     if mean_adv is not None:
         signs.append(f"mean advantage {abs(mean_adv):.3f}")
-    signs.append(f"stop {metrics['stop']:.2f}")
+    signs.append(f"{tokens} tokens")
     lines = [" · ".join(signs)]
     if gap > 1e-4:
         lines.append("ratio is not 1: sampling and scoring disagree")

@@ -454,7 +454,7 @@ def test_health_line(kw, word):
     metrics = dict(gap=1e-7, kl=0.0, dead=0.2, stop=0.9)
     figures = dict(mean_adv=0.0) | {name: kw[name] for name in kw.keys() - metrics.keys()}
     metrics |= {name: kw[name] for name in kw.keys() & metrics.keys()}
-    lines = health(metrics, **figures).split("\n")
+    lines = health(metrics, tokens=100, **figures).split("\n")
     assert lines[0].startswith("health: ratio 1") and len(lines) == 1 + (word is not None)
     assert word is None or (word in lines[1] and "!!" in lines[1])
 
