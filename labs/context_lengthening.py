@@ -33,14 +33,20 @@ SEEDS = 3
 
 WIDTH, RAMBLE, LONGEST = 9, 16, 29
 SCHEDULES = (  # limits, steps at which they are lengthened
-    ("29", ""), ("14", ""), ("11", ""), ("11,14,29", "10,20"), ("11,14,29", "20,40"), ("11,14,29", "35,52"),
-    ("8,14,29", "20,40"),
+    ([29], []),
+    ([14], []),
+    ([11], []),
+    ([11, 14, 29], [10, 20]),
+    ([11, 14, 29], [20, 40]),
+    ([11, 14, 29], [35, 52]),
+    ([8, 14, 29], [20, 40]),
 )
 MAIN, FIXED = SCHEDULES[4], SCHEDULES[0]
 
 
 def name(limits, at):
-    return limits.replace(",", "-") + (f" at {at.replace(',', ' and ')}" if at else " throughout")
+    when = f" at {' and '.join(map(str, at))}" if at else " throughout"
+    return "-".join(map(str, limits)) + when
 
 
 def points(smoke):
