@@ -141,7 +141,7 @@ def test_ppo_and_grpo_read_alike():
     """Their outer loops are repeated on purpose; what is fenced as common is the same text in both."""
     ppo = common_blocks(ROOT / "train_ppo.py")
     grpo = common_blocks(ROOT / "train_grpo.py")
-    assert ppo == grpo and len(ppo) >= 3 and sum(block.count("\n") for block in ppo) >= 25
+    assert ppo == grpo and len(ppo) >= 3 and sum(block.count("\n") for block in ppo) >= 20
 
 
 EXAMPLES = ["data", "exact", "answers", "metrics", "pairs", "rollout", "run.replay"]
