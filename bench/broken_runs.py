@@ -46,7 +46,7 @@ FAULTS = [
     Fault("lr_low", "--lr 1e-6", "ratio_max", "nothing moves, and nothing looks broken", "--lr 1e-6"),
     Fault("early", "SFT of 100 steps, gate removed", "len", "nothing to select",
         start="chain-sft-early",
-        patch=(GRPO, 'pass_gate(policy, tok, task, cfg.limits[-1], seed_for("gate"))', "pass")),
+        patch=(GRPO, 'pass_gate(policy, tok, task, longest, derive_seed(cfg.seed, "gate"))', "pass")),
     Fault("overlong", "--overlong_penalty 0.2", "len", "the reward falls, len with it",
         "--overlong_penalty 0.2"),
     Fault("late", "log-probs one position late", "kl", "the health line; kl is not 0 at step 0", patch=(
@@ -57,7 +57,7 @@ FAULTS = [
         beside="broken_temperature_right"),
     Fault("prompts", "rewards judged by another prompt", "eval/reward",
         "reward and eval/reward disagree", patch=(
-        GRPO, "rows[picked[g]] for g in roll.group.tolist()", "rows[i] for i in picked * cfg.group_size")),
+        "nanorlhf/generate.py", "[rows[g] for g in roll.group.tolist()]", "list(rows) * n")),
     Fault("kl_sign", "KL in the reward: wrong sign", "kl", "kl runs away, the reward follows",
         "--kl k1 --kl_in reward --beta 0.3", (GRPO, "= reward - cfg.beta", "= reward + cfg.beta"),
         beside="broken_kl_right"),
@@ -70,7 +70,7 @@ FAULTS = [
     Fault("group2", "two samples per prompt", "dead", "half of the groups are dead at step 0",
         "--group_size 2 --prompts_per_step 128"),
     Fault("eos", "EOS outside the mask", "entropy", "the token count of the health line", patch=(
-        GRPO, "= roll.mask, roll.logp, cfg", "= roll.mask & (roll.tokens != tok.eos_id), roll.logp, cfg")),
+        GRPO, "mask = roll.mask  # (B, T)", "mask = roll.mask = roll.mask & (roll.tokens != tok.eos_id)")),
     Fault("groups", "baseline of other prompts", "gnorm", "nothing", patch=(
         GRPO, "adv = advantages(reward, roll.group,",
         "adv = advantages(reward, torch.arange(len(mask)) % cfg.prompts_per_step,")),
