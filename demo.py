@@ -28,8 +28,8 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import generate, hub, tasks
-from nanorlhf.data import write_jsonl
 from nanorlhf.errors import Interrupted, derive_seed, require
+from nanorlhf.hub.files import write_jsonl
 from nanorlhf.look.plots import pyplot, save_figure
 from nanorlhf.metrics import mean_se
 from nanorlhf.run.cli import run_cli

@@ -5,8 +5,8 @@
                        --rm runs/reviews-rm/model --pairs runs/reviews-dpo/pairs_heldout.jsonl
 
     pass@k   1 − C(n−c, k) / C(n, k), c of n samples right: unbiased; 1 − (1 − c/n)^k is not (2107.03374)
-    maj@k    the mean reward of the answer most frequent among k of the n samples, over all ways to choose k
-             and to break ties
+    maj@k    the mean reward of the most frequent answer among k of the n samples, over all ways to choose the
+             k and to break ties
     win      share of samples that score higher than the other model's on the same prompt; ties count half
     kl       KL(model‖against), nats per sequence: by k1 = Σ log π − log π' on the model's own samples, and
              exactly over the vocabulary at each of their tokens, which has the same mean and less noise
@@ -14,10 +14,9 @@
              log π_model − log π_against (implicit_acc); ties count half
 
 `±` is the standard error over prompts: samples of one prompt are not independent. A win rate judged by the
-reward model that a policy was trained on is no evidence; lengths are reported, for judges like long answers.
+reward model that a policy was trained on is no evidence. Judges like long answers: compare the lengths too.
 """
 
-import itertools
 import json
 import math
 import os
@@ -40,7 +39,7 @@ from nanorlhf.run import worker
 from nanorlhf.run.cli import check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
 
-ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, however it was found
+ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, with or without a thought before it
 
 
 @dataclass
@@ -86,110 +85,214 @@ class Config:
 
 
 def voted(text, pattern):
-    """What a response votes for: the last group of the pattern; the whole text where that does not occur."""
+    """What a response votes for: the last group of the pattern, or the whole text without a match.
+
+    >>> voted("<652633>|3", "[|]([0-9])$"), voted(" so what ", "[|]([0-9])$")
+    ('3', 'so what')
+    """
     found = re.search(pattern, text) if pattern else None
     return found[found.re.groups] if found else text.strip()
 
 
-def win_rate(mine, theirs):
-    """Scores (P, n) of two models on the same prompts → every sample against every, ties half: mean, s.e."""
-    a, b = mine[:, :, None], theirs[:, None, :]  # (P, n, n)
-    return mean_se((a > b).double() + 0.5 * (a == b).double())
+def wins(score, other):
+    """1 where a score is higher than the other, 0.5 where they tie, 0 elsewhere."""
+    return (score > other).double() + 0.5 * (score == other).double()
+
+
+def win_rate(score, other):
+    """Scores (P, n) of two models on the same prompts → share of wins, all samples against all; its s.e."""
+    pairwise = wins(score[:, :, None], other[:, None, :])  # (P, n, n)
+    return mean_se(pairwise)
 
 
 @torch.no_grad()
 def kl_per_token(model, other, tokens, mask, temperature=1.0):
     """Exact KL(model‖other) over the vocabulary at each sampled token (B, T), 0 outside the mask."""
-    keep = mask[:, 1:]
-    hidden, ref = (m(tokens[:, :-1])[keep] for m in (model, other))  # hidden[t-1] predicts token t
-    kl = linear_kl(hidden, model.unembedding, ref, other.unembedding, temperature)
-    return torch.zeros(mask.shape, device=kl.device).index_put(mask.nonzero(as_tuple=True), kl)
+    before = tokens[:, :-1]
+    keep = mask[:, 1:]  # hidden[t-1] predicts token t
+    hidden = model(before)[keep]
+    other_hidden = other(before)[keep]
+    kl = linear_kl(hidden, model.unembedding, other_hidden, other.unembedding, temperature)
+    out = torch.zeros(mask.shape, device=kl.device)
+    out[mask] = kl
+    return out
 
 
 @torch.no_grad()
 def pairs_accuracy(pairs, tok, device, score):
-    """(prompt, chosen, rejected) ids, score(tokens, lengths, mask) → share in order, ties half; its s.e."""
-    order = torch.zeros(len(pairs))
-    for mb in microbatches([len(p) + max(len(w), len(l)) for p, w, l in pairs], 4096):
-        rows = [(pairs[i][0], y) for i in mb for y in pairs[i][1:]]
-        tokens, lengths = pad([p + y for p, y in rows], tok.pad_id)
-        mask = response_mask([len(p) for p, _ in rows], lengths, tokens.shape[1])
-        found = score(*(t.to(device) for t in (tokens, lengths, mask))).view(-1, 2)
-        order[mb] = ((found[:, 0] > found[:, 1]) + 0.5 * (found[:, 0] == found[:, 1])).float().cpu()
-    return mean_se(order)
+    """Share of pairs that a score puts in order, ties half → mean, s.e.
+
+    pairs   [(prompt, chosen, rejected)] as ids
+    score   tokens (B, T), lengths (B,), mask (B, T) → (B,)
+    """
+    right = torch.zeros(len(pairs))
+    longest = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
+    for batch in microbatches(longest, 4096):
+        sequences = []
+        prompt_lens = []
+        for i in batch:
+            prompt, chosen, rejected = pairs[i]
+            sequences += [prompt + chosen, prompt + rejected]
+            prompt_lens += [len(prompt), len(prompt)]
+        tokens, lengths = pad(sequences, tok.pad_id)
+        mask = response_mask(prompt_lens, lengths, tokens.shape[1])
+        scores = score(tokens.to(device), lengths.to(device), mask.to(device))
+        chosen_score, rejected_score = scores.view(-1, 2).unbind(1)
+        right[batch] = wins(chosen_score, rejected_score).float().cpu()
+    return mean_se(right)
+
+
+def load_rows(cfg, task):
+    """The prompts to respond to: the held-out ones of --data (all, if none is held out), or the task's."""
+    if not cfg.data:
+        return task.prompts("test", cfg.prompts, cfg.seed)
+    rows = read_rows(cfg.data, "prompts")
+    held_out = [row for row in rows if tasks.held_out(row["prompt"])]
+    if not held_out:
+        print(f"--data {cfg.data}: no prompt is held out (15% are, by a hash); all are used")
+        held_out = rows
+    return held_out[: cfg.prompts]
+
+
+def by_prompt(parts, n):
+    """One tensor (b,) for each rollout → (P, n): a row for each prompt."""
+    return torch.cat(parts).view(-1, n)
+
+
+def score_all(rolls, texts, rows, n, rm, rewards):
+    """Rollouts of n samples to each row, their texts → scores (P, n)."""
+    rows = [row for row in rows for _ in range(n)]
+    scores = []
+    start = 0
+    for roll in rolls:
+        end = start + len(roll.tokens)
+        score = score_responses(roll, texts[start:end], rows[start:end], rm, rewards)
+        scores.append(score)
+        start = end
+    return by_prompt(scores, n)
+
+
+def answer_figures(texts, score, cfg):
+    """Texts, scores (P, n) → {"pass@k": (mean, s.e.), "maj@k": ...}."""
+    n = cfg.n
+    pattern = cfg.answer or ANSWER.get(cfg.task)
+    votes = [voted(text, pattern) for text in texts]
+    right = (score > cfg.right).sum(1).tolist()
+    figures = {}
+    for k in map(int, cfg.k.split(",")):
+        if k > n:
+            continue
+        passed = [pass_at_k(n, c, k) for c in right]
+        majority = []
+        for i, rewards in enumerate(score.tolist()):
+            answers = votes[i * n : (i + 1) * n]
+            majority.append(maj_at_k(answers, rewards, k))
+        figures[f"pass@{k}"] = mean_se(torch.tensor(passed))
+        figures[f"maj@{k}"] = mean_se(torch.tensor(majority))
+    return figures
+
+
+def kl_figures(model, other, rolls, cfg):
+    """KL(model‖other) on the model's own samples → {"kl_k1", "kl", "kl_per_token": (mean, s.e.)}."""
+    k1 = []
+    exact = []
+    total = 0.0
+    n_tokens = 0
+    for roll in rolls:
+        other_logp = other.logprobs(roll.tokens, roll.mask, cfg.temperature)[0]
+        kl = kl_per_token(model, other, roll.tokens, roll.mask, cfg.temperature)
+        k1.append((roll.logp - other_logp).sum(1))
+        exact.append(kl.sum(1))
+        total += kl.sum()
+        n_tokens += roll.mask.sum()
+    per_token = (total / n_tokens).item()
+    return {
+        "kl_k1": mean_se(by_prompt(k1, cfg.n)),
+        "kl": mean_se(by_prompt(exact, cfg.n)),
+        "kl_per_token": (per_token, math.nan),
+    }
+
+
+def pair_figures(model, other, rm, tok, device, cfg):
+    """Accuracy on the pairs of --pairs → {"rm_acc", "implicit_acc": (mean, s.e.)}."""
+    rows = read_rows(cfg.pairs, "pairs", "--pairs")
+    pairs = encode_pairs(rows, tok, model.cfg.max_len, "given")
+    require(pairs, f"--pairs {cfg.pairs}: no usable pair is left")
+
+    def implicit(tokens, lengths, mask):
+        logp = model.logprobs(tokens, mask)[0]
+        return (logp - other.logprobs(tokens, mask)[0]).sum(1)
+
+    figures = {}
+    if rm:
+        figures["rm_acc"] = pairs_accuracy(pairs, tok, device, rm.scores)
+    if other:
+        figures["implicit_acc"] = pairs_accuracy(pairs, tok, device, implicit)
+    return figures
 
 
 @torch.no_grad()
 def main(cfg):
     """Measure what the flags ask for, print it, write it to --out → {name: mean, name_se: s.e.}."""
-    device, task = setup(cfg), tasks.get(cfg.task)
+    device = setup(cfg)
+    task = tasks.get(cfg.task)
     model, tok = hub.load(cfg.model, "--model", f"python train_sft.py --task {cfg.task}", "language model")
-    other = hub.load(cfg.against, "--against", "", "language model", like=tok)[0] if cfg.against else None
-    rm = hub.load(cfg.rm, "--rm", "", "reward model", like=tok)[0] if cfg.rm else None
+    other = rm = None
+    if cfg.against:
+        other = hub.load(cfg.against, "--against", "", "language model", like=tok)[0]
+    if cfg.rm:
+        rm = hub.load(cfg.rm, "--rm", "", "reward model", like=tok)[0]
     model, other, rm = to_device(cfg, device, model, other, rm)
     rewards = [worker.load_reward(spec) for spec in cfg.reward]
-    rewards = rewards or ([(cfg.task, 1.0, task.reward)] if task.reward else [])
-    scorer = bool(rm or rewards)
-    require(scorer or other, "nothing to measure by: give --rm, --reward or --against")
-    rows = read_rows(cfg.data, "prompts") if cfg.data else []
-    kept = [row for row in rows if tasks.held_out(row["prompt"])]
-    if rows and not kept:
-        print(f"--data {cfg.data}: no prompt is held out (15% are, by a hash); all are used")
-    rows = (kept or rows)[: cfg.prompts] or task.prompts("test", cfg.prompts, cfg.seed)
+    if not rewards and task.reward:
+        rewards = [(cfg.task, 1.0, task.reward)]
+    has_score = bool(rm or rewards)
+    require(has_score or other, "nothing to measure by: give --rm, --reward or --against")
+    rows = load_rows(cfg, task)
+    prompts = [row["prompt"] for row in rows]
 
-    out, score, P, n = {}, {}, len(rows), cfg.n
-    for name, policy in (("", model), ("against_", other)):
-        if policy is None:
-            continue
+    figures = {}  # name → (mean, s.e.)
+    scores = {}
+    policies = {"": model, "against_": other} if other else {"": model}
+    for name, policy in policies.items():
+        seed = derive_seed(cfg.seed, "evaluate", name)
         rolls, texts = generate.respond(
-            policy, tok, [r["prompt"] for r in rows], n, cfg.max_new_tokens, cfg.temperature,
-            derive_seed(cfg.seed, "evaluate", name), top_k=cfg.top_k, top_p=cfg.top_p, desc="sampling",
-        )
-        ends = list(itertools.accumulate(len(roll.tokens) for roll in rolls))
-        parts = [slice(end - len(roll.tokens), end) for end, roll in zip(ends, rolls)]
-        if scorer:
-            asked = [row for row in rows for _ in range(n)]
-            found = [score_responses(r, texts[i], asked[i], rm, rewards) for r, i in zip(rolls, parts)]
-            score[name] = torch.cat(found).view(P, n)
-            out[f"{name}reward"] = mean_se(score[name])
-        out[f"{name}len"] = mean_se(torch.cat([roll.response_len for roll in rolls]).view(P, n))
-        out[f"{name}stop"] = mean_se(torch.cat([roll.finished for roll in rolls]).view(P, n))
-        if scorer and not rm:  # a function may say what is right; a reward model's score has no such line
-            votes = [voted(text, cfg.answer or ANSWER.get(cfg.task)) for text in texts]
-            for k in (k for k in map(int, cfg.k.split(",")) if k <= n):
-                c = (score[name] > cfg.right).sum(1).tolist()
-                out[f"{name}pass@{k}"] = mean_se(torch.tensor([pass_at_k(n, x, k) for x in c]))
-                maj = [maj_at_k(votes[i * n : i * n + n], s, k) for i, s in enumerate(score[name].tolist())]
-                out[f"{name}maj@{k}"] = mean_se(torch.tensor(maj))
-        if policy is model and other and cfg.temperature and not cfg.top_k and cfg.top_p == 1:
-            T = cfg.temperature
-            k1 = [(r.logp - other.logprobs(r.tokens, r.mask, T)[0]).sum(1) for r in rolls]
-            exact = [kl_per_token(model, other, r.tokens, r.mask, T) for r in rolls]
-            out["kl_k1"] = mean_se(torch.cat(k1).view(P, n))
-            out["kl"] = mean_se(torch.cat([x.sum(1) for x in exact]).view(P, n))
-            per_token = sum(x.sum() for x in exact) / sum(r.mask.sum() for r in rolls)
-            out["kl_per_token"] = per_token.item(), math.nan
-    if scorer and other:
-        out["win"] = win_rate(score[""], score["against_"])
+            policy, tok, prompts, cfg.n, cfg.max_new_tokens, cfg.temperature, seed,
+            top_k=cfg.top_k, top_p=cfg.top_p, desc="sampling",
+        )  # fmt: skip
+        if has_score:
+            scores[name] = score_all(rolls, texts, rows, cfg.n, rm, rewards)
+            figures[f"{name}reward"] = mean_se(scores[name])
+        lengths = [roll.response_len for roll in rolls]
+        figures[f"{name}len"] = mean_se(by_prompt(lengths, cfg.n))
+        finished = [roll.finished for roll in rolls]
+        figures[f"{name}stop"] = mean_se(by_prompt(finished, cfg.n))
+        if rewards and not rm:  # a function says what is right; no score of a reward model does
+            for figure, value in answer_figures(texts, scores[name], cfg).items():
+                figures[name + figure] = value
+        unfiltered = cfg.temperature > 0 and cfg.top_k == 0 and cfg.top_p == 1
+        if policy is model and other and unfiltered:
+            figures |= kl_figures(model, other, rolls, cfg)
+    if has_score and other:
+        figures["win"] = win_rate(scores[""], scores["against_"])
     if cfg.pairs:
-        pairs = encode_pairs(read_rows(cfg.pairs, "pairs", "--pairs"), tok, model.cfg.max_len, "given")
-        require(pairs, f"--pairs {cfg.pairs}: no usable pair is left")
-        if rm:
-            out["rm_acc"] = pairs_accuracy(pairs, tok, device, rm.scores)
-        if other:
+        figures |= pair_figures(model, other, rm, tok, device, cfg)
+    return report(figures, cfg.out)
 
-            def implicit(x, length, mask):
-                return (model.logprobs(x, mask)[0] - other.logprobs(x, mask)[0]).sum(1)
 
-            out["implicit_acc"] = pairs_accuracy(pairs, tok, device, implicit)
-    for name, (mean, se) in out.items():
-        print(f"{name:<16}{mean:10.4f}" + (f" ± {se:.4f}" if math.isfinite(se) else ""))
-    flat = {name: mean for name, (mean, _) in out.items()}
-    flat |= {f"{name}_se": se for name, (_, se) in out.items() if math.isfinite(se)}
-    if cfg.out:
-        with open(f"{cfg.out}.tmp", "w") as f:
+def report(figures, path):
+    """Print {name: (mean, s.e.)} and write it to the path, if there is one → {name: mean, name_se: s.e.}."""
+    flat = {name: mean for name, (mean, _) in figures.items()}
+    for name, (mean, se) in figures.items():
+        line = f"{name:<16}{mean:10.4f}"
+        if math.isfinite(se):
+            line += f" ± {se:.4f}"
+            flat[f"{name}_se"] = se
+        print(line)
+    if path:
+        with open(f"{path}.tmp", "w") as f:
             json.dump(flat, f, indent=2)
-        os.replace(f"{cfg.out}.tmp", cfg.out)
+        os.replace(f"{path}.tmp", path)
     return flat
 
 

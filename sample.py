@@ -46,50 +46,61 @@ class Config:
 
 @torch.no_grad()
 def stream(model, prompt, max_new_tokens, eos_id, seed, temperature=1.0, top_k=0, top_p=1.0):
-    """Token ids of one prompt → yields (token, log-prob) as sampled, EOS included.
+    """Sample a response to one prompt (a list of ids), and yield (token, log-prob) at once, EOS included.
 
-    One row of `generate.generate`, from the same seed. max_new_tokens = 0: to the end of the context.
+    The tokens are those of `generate.generate` with the same seed. max_new_tokens = 0: up to the end of the
+    context. UserError for an empty prompt, and for one that leaves too little of the context.
     """
-    room = model.cfg.max_len - len(prompt)
     require(prompt, "the prompt is empty: the model needs at least one token to continue")
-    left = f"a prompt of {len(prompt)} tokens leaves {max(room, 0)} of the context of {model.cfg.max_len}"
+    context = model.cfg.max_len
+    room = max(context - len(prompt), 0)
+    left = f"a prompt of {len(prompt)} tokens leaves {room} of the context of {context}"
     require(max(max_new_tokens, 1) <= room, f"--max_new_tokens {max_new_tokens}: {left}")
-    max_new_tokens = max_new_tokens or room
-    u = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed % 2**63)).to(model.device)
+    if max_new_tokens == 0:
+        max_new_tokens = room
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    u = torch.rand(1, max_new_tokens, generator=generator).to(model.device)
     cache = model.new_cache(1, len(prompt) + max_new_tokens)
-    last = model(torch.tensor([prompt], device=model.device), cache)[:, -1]  # (1, D)
+    hidden = model(torch.tensor([prompt], device=model.device), cache)[:, -1]  # prefill: (1, D)
     for t in range(max_new_tokens):
-        token, logp = generate.sample(model.head_logits(last), u[:, t], temperature, top_k, top_p)
+        token, logp = generate.sample(model.head_logits(hidden), u[:, t], temperature, top_k, top_p)
         yield token.item(), logp.item()
         if token.item() in (eos_id, *model.stop_ids):
             return
         if t + 1 < max_new_tokens:
-            last = model(token[:, None], cache, torch.tensor([len(prompt) + t], device=model.device))[:, 0]
+            position = torch.tensor([len(prompt) + t], device=model.device)
+            hidden = model(token[:, None], cache, position)[:, 0]
 
 
 def show(tokens, tok, logprobs=False):
-    """Print tokens as they come → (ids, their summed log-prob). Half a character waits for its other half."""
-    ids, shown, total, write = [], "", 0.0, sys.stdout.write
+    """Print (token, log-prob) pairs as they come → (ids, their summed log-prob).
+
+    A character of several tokens is printed when its last token is there: until then `decode` ends in the
+    replacement character U+FFFD.
+    """
+    ids = []
+    total = 0.0
+    shown = ""
     for token, logp in tokens:
         ids.append(token)
         total += logp
         if logprobs:
-            write(f"{logp:9.3f}  {tok.decode([token])!r}\n")
+            print(f"{logp:9.3f}  {tok.decode([token])!r}")
             continue
-        text = tok.decode(ids[:-1] if token == tok.eos_id else ids)
+        text = tok.decode([i for i in ids if i != tok.eos_id])
         if not text.endswith("\ufffd"):
-            write(text[len(shown) :])
+            print(text[len(shown) :], end="", flush=True)
             shown = text
-            sys.stdout.flush()
     if logprobs:
-        write(f"{total:9.3f}  in all, {len(ids)} tokens\n")
+        print(f"{total:9.3f}  in all, {len(ids)} tokens")
     else:
-        write(tok.decode([i for i in ids if i != tok.eos_id])[len(shown) :] + "\n")
+        text = tok.decode([i for i in ids if i != tok.eos_id])
+        print(text[len(shown) :])
     return ids, total
 
 
 def prompts(cfg):
-    """The one prompt given, or lines as they are typed, until an empty one or the end of the input."""
+    """Yield --prompt, or lines as they are typed, until an empty one or the end of the input."""
     if cfg.prompt:
         yield cfg.prompt
         return
@@ -104,26 +115,29 @@ def prompts(cfg):
 
 
 def main(cfg):
+    """Answer every prompt --n times, on the terminal → a list of (ids, summed log-prob)."""
     device = setup(cfg)
     model, tok = hub.load(cfg.model, "--model", "python train_sft.py", "language model")
     to_device(cfg, device, model)
     answers = []
     for number, prompt in enumerate(prompts(cfg)):
+        if cfg.chat:
+            prompt = Chat([{"role": "user", "content": prompt}])
         try:
-            turn = Chat([{"role": "user", "content": prompt}]) if cfg.chat else prompt
-            ids = tok.encode_prompt(turn)
-        except UserError as e:  # a slip of the keyboard does not end the conversation
+            ids = tok.encode_prompt(prompt)
+        except UserError as e:
             require(not cfg.prompt, f"--prompt: {e}")
-            print(e)
+            print(e)  # a slip of the keyboard does not end the conversation
             continue
         for i in range(cfg.n):
             if cfg.n > 1:
                 print(f"── {i + 1}")
             if not cfg.logprobs:
-                print(turn, end="", flush=True)
+                print(prompt, end="", flush=True)
             seed = derive_seed(cfg.seed, "sample", number, i)
-            how = cfg.temperature, cfg.top_k, cfg.top_p
-            tokens = stream(model, ids, cfg.max_new_tokens, tok.eos_id, seed, *how)
+            tokens = stream(
+                model, ids, cfg.max_new_tokens, tok.eos_id, seed, cfg.temperature, cfg.top_k, cfg.top_p
+            )
             answers.append(show(tokens, tok, cfg.logprobs))
     return answers
 

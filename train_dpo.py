@@ -40,9 +40,10 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf import generate, hub, tasks
-from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask
+from nanorlhf.data import epoch_batches, pad, response_mask
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub import load_models
+from nanorlhf.hub.files import read_jsonl
 from nanorlhf.metrics import mean_se
 from nanorlhf.pairs import KEYS, Example, by_budget, load_examples, to_examples, write_first
 from nanorlhf.rewards import fresh_samples, load_prompts, score_responses

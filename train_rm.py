@@ -32,8 +32,9 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf import hub, lora, tasks
-from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, read_jsonl, response_mask
+from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, response_mask
 from nanorlhf.errors import derive_seed, require
+from nanorlhf.hub.files import read_jsonl
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.model import ScalarModel
 from nanorlhf.pairs import encode_pairs, load_rows, require_both

@@ -19,8 +19,8 @@ import train_rm
 import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
-from nanorlhf.data import write_jsonl
 from nanorlhf.errors import derive_seed
+from nanorlhf.hub.files import write_jsonl
 from nanorlhf.metrics import maj_at_k
 from nanorlhf.rewards import score_responses
 

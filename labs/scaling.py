@@ -18,7 +18,7 @@ import train_grpo
 import train_sft
 from labs import common
 from nanorlhf import hub, tasks
-from nanorlhf.data import write_jsonl
+from nanorlhf.hub.files import write_jsonl
 from nanorlhf.model import GPT
 
 PAPER = "Khatri et al. 2025, The art of scaling reinforcement learning compute for LLMs (arXiv 2510.13786)"

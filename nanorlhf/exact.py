@@ -2,52 +2,72 @@
 
     π*(y|x) ∝ π_ref(y|x) exp(r(y) / β)          maximises E_π[r] − β KL(π‖π_ref), the objective of RLHF
 
-With 5 tokens and responses of at most 3 there are 85 responses and 21 prefixes, so that expectations are sums
-and the trainers can be measured against the distribution they are meant to reach (docs/optimum.md).
+With 5 tokens and responses of at most 3 there are 85 responses and 21 prefixes. Expectations are then sums,
+and the trainers can be compared with the distribution that they should reach (docs/optimum.md).
 
-A policy is a table (S, V) of log π(a|s): one row for each prefix s of a response, one column for each token.
+A policy is a table (S, V) of log π(a|s): a row for each prefix s of a response, a column for each token a.
 """
+
+from functools import partial
 
 import torch
 
+from nanorlhf.data import pad
+
 
 class Tree:
-    """All responses of at most max_new_tokens; EOS ends one, and so does the limit: a truncated one counts.
+    """All responses of at most max_new_tokens tokens: those that end with EOS and those cut at the limit.
 
-    responses  list of N tuples of ids, EOS included where there is one
-    prefixes   list of S tuples: what the policy may stand behind when it chooses a token, shortest first
-    tokens, state, mask (N, T): the t-th token, the prefix it was chosen behind, whether there is one
-    ends, follow (S, V): whether token a at s ends a response, and which response or prefix s + a is
+    responses            list of N tuples of ids, with their EOS
+    prefixes             list of S tuples, shortest first: what the policy has written when it chooses a token
+    levels               one mask (S,) for each length: the prefixes of this length
+    tokens, state, mask  (N, T): the t-th token of a response; the prefix before it; whether there is one
+    ends, follow         (S, V): whether token a after prefix s ends a response; the index of the response
+                         s + a where it does, of the prefix s + a elsewhere
+
+    >>> tree = Tree(vocab_size=2, max_new_tokens=2, eos_id=1)
+    >>> tree.responses, tree.prefixes
+    ([(1,), (0, 0), (0, 1)], [(), (0,)])
+    >>> tree.follow  # prefix () → prefix 1 or response 0; prefix (0,) → response 1 or 2
+    tensor([[1, 0],
+            [1, 2]])
     """
 
     def __init__(self, vocab_size, max_new_tokens, eos_id):
-        self.responses, self.prefixes, self.levels = [], [], []
-        level = [()]
-        for t in range(max_new_tokens):
-            self.levels.append(slice(len(self.prefixes), len(self.prefixes) + len(level)))
-            self.prefixes += level
-            longer = [(*s, a) for s in level for a in range(vocab_size)]
-            ended = [t + 1 == max_new_tokens or s[-1] == eos_id for s in longer]
-            self.responses += [s for s, end in zip(longer, ended) if end]
-            level = [s for s, end in zip(longer, ended) if not end]
-        where = {s: i for i, s in enumerate(self.prefixes)}
-        which = {y: i for i, y in enumerate(self.responses)}
-        width = range(max_new_tokens)
-        self.tokens = torch.tensor([[y[t] if t < len(y) else 0 for t in width] for y in self.responses])
-        self.state = torch.tensor([[where.get(y[:t], 0) if t < len(y) else 0 for t in width] for y in which])
-        self.mask = torch.tensor([[t < len(y) for t in width] for y in self.responses])
-        nodes = [[(*s, a) for a in range(vocab_size)] for s in self.prefixes]
-        self.ends = torch.tensor([[s in which for s in row] for row in nodes])
-        self.follow = torch.tensor([[which[s] if s in which else where[s] for s in row] for row in nodes])
+        self.responses = []
+        self.prefixes = [()]
+        ends = []
+        follow = []
+        for prefix in self.prefixes:  # the loop appends to this list, one length after the other
+            for token in range(vocab_size):
+                longer = (*prefix, token)
+                ended = token == eos_id or len(longer) == max_new_tokens
+                sequences = self.responses if ended else self.prefixes
+                ends.append(ended)
+                follow.append(len(sequences))
+                sequences.append(longer)
+        self.ends = torch.tensor(ends).view(-1, vocab_size)
+        self.follow = torch.tensor(follow).view(-1, vocab_size)
+
+        number = {prefix: s for s, prefix in enumerate(self.prefixes)}
+        states = []
+        for response in self.responses:
+            before = [response[:t] for t in range(len(response))]
+            states.append([number[prefix] for prefix in before])
+        self.state, lengths = pad(states, 0)
+        self.tokens = pad(self.responses, 0)[0]
+        self.mask = torch.arange(max_new_tokens) < lengths[:, None]
+        of_length = torch.tensor([len(prefix) for prefix in self.prefixes])
+        self.levels = [of_length == length for length in range(max_new_tokens)]
 
     def table(self, model, prompt, temperature=1.0):
-        """The policy of `model` behind a prompt (a list of ids), by one batched forward → (S, V) float64."""
-        rows = [[*prompt, *s] for s in self.prefixes]
-        last = torch.tensor([len(row) - 1 for row in rows])
-        width = int(last.max()) + 1  # causal: what stands right of a row's end cannot touch it
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        hidden = model(tokens.to(model.device))[torch.arange(len(rows)), last]  # (S, D)
-        return (model.head_logits(hidden).double() / temperature).log_softmax(-1).cpu()
+        """The policy of `model` after a prompt (a list of ids), by one batched forward → (S, V) float64."""
+        sequences = [[*prompt, *prefix] for prefix in self.prefixes]
+        tokens, lengths = pad(sequences, 0)
+        hidden = model(tokens.to(model.device))  # (S, T, D)
+        last = hidden[torch.arange(len(tokens)), lengths - 1]  # (S, D)
+        logits = model.head_logits(last).double() / temperature
+        return logits.log_softmax(-1).cpu()
 
     def token_logp(self, table):
         """(S, V) → (N, T): log-prob of each token of each response, 0 outside the mask."""
@@ -58,87 +78,114 @@ class Tree:
         return self.token_logp(table).sum(1)
 
     def from_logp(self, logp):
-        """(N,) log-probs of the responses → the policy (S, V): log π(a|s) = log P(s a …) − log P(s …)."""
-        mass = torch.full(self.ends.shape, -torch.inf, dtype=logp.dtype)
-        for level in reversed(self.levels):
-            below = mass.logsumexp(-1)  # (S,); of the longer prefixes, which are done
-            ends, follow = self.ends[level], self.follow[level]
-            mass[level] = torch.where(ends, logp[follow * ends], below[follow * ~ends])
+        """Log-probs of the responses (N,) → the policy (S, V): log π(a|s) = log P(s a …) − log P(s …)."""
+        mass = torch.full(self.ends.shape, -torch.inf, dtype=logp.dtype)  # log P(s a …)
+        for level in reversed(self.levels):  # the longest prefixes first
+            prefix_mass = mass.logsumexp(-1)  # (S,)
+            mass[level] = self._after(level, logp, prefix_mass)
         return mass - mass.logsumexp(-1, keepdim=True)
 
     def backward_induction(self, ref, reward, rule):
-        """The policy that at every prefix is rule(ref, Q), Q(s,a) = E_π[r | s,a] under that very policy.
+        """The policy (S, V) that is rule(ref, Q) at every prefix, where Q(s,a) = E_π[r | s,a] under itself.
 
-        ref (S, V); reward (N,); rule: log π_ref(·|s), Q(s,·), (k, V) each → log π(·|s). Longest prefixes
-        first: there Q is the reward itself.
+        ref (S, V); reward (N,); rule takes log π_ref(·|s) and Q(s,·), (k, V) each, and gives log π(·|s). The
+        longest prefixes come first: there Q is the reward itself.
         """
-        table, value = torch.empty_like(ref), torch.zeros(len(ref), dtype=ref.dtype)
+        table = torch.empty_like(ref)
+        value = torch.zeros(len(ref), dtype=ref.dtype)  # E_π[r | s]
         for level in reversed(self.levels):
-            ends, follow = self.ends[level], self.follow[level]
-            q = torch.where(ends, reward[follow * ends], value[follow * ~ends])
-            table[level] = rule(ref[level], q)
-            value[level] = (table[level].exp() * q).sum(-1)
+            q = self._after(level, reward, value)
+            logp = rule(ref[level], q)
+            table[level] = logp
+            value[level] = (logp.exp() * q).sum(-1)
         return table
+
+    def _after(self, level, of_responses, of_prefixes):
+        """Values of responses (N,) and of prefixes (S,) → (k, V): those of s + a for each s of a level."""
+        ends = self.ends[level]
+        follow = self.follow[level]
+        out = torch.empty(ends.shape, dtype=of_prefixes.dtype)
+        out[ends] = of_responses[follow[ends]]
+        out[~ends] = of_prefixes[follow[~ends]]
+        return out
 
 
 def kl(logp, other):
-    """KL(p‖q) of two distributions given as log-probs (..., N) → (...)."""
-    return torch.where(logp > -torch.inf, logp.exp() * (logp - other), 0.0).sum(-1)
+    """KL(p‖q) of two distributions given as log-probs (..., N) → (...).
+
+    >>> kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
+    tensor(0.1438)
+    """
+    terms = logp.exp() * (logp - other)
+    return torch.where(logp > -torch.inf, terms, 0.0).sum(-1)  # 0 log 0 = 0
 
 
 def mean_std(logp, x):
     """Mean and standard deviation of x (N,) under the distribution with log-probs logp (N,)."""
     p = logp.exp()
     mean = (p * x).sum()
-    return mean, (p * (x - mean).square()).sum().sqrt()
+    variance = (p * (x - mean).square()).sum()
+    return mean, variance.sqrt()
 
 
 def optimum(ref_logp, reward, beta):
-    """log π*(y) (N,): the reference tilted by the reward, what maximises E[r] − β KL(π‖π_ref)."""
+    """log π*(y) (N,): the reference tilted by the reward. It maximises E[r] − β KL(π‖π_ref).
+
+    >>> optimum(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 1.0]), beta=1.0).exp()
+    tensor([0.2689, 0.7311])
+    """
     return (ref_logp + reward / beta).log_softmax(-1)
 
 
 def frontier(ref_logp, reward, betas):
-    """The most reward at any KL to the reference: → kl, reward (len(betas),), one tilt for each β.
+    """The largest reward at each KL to the reference → kl, reward, (len(betas),) each: one tilt for each β.
 
     No policy lies above this curve: π* maximises E[r] − β KL, so a policy with its KL has no more reward.
     """
-    tilts = [optimum(ref_logp, reward, beta) for beta in betas]
-    points = [(kl(logp, ref_logp), (logp.exp() * reward).sum()) for logp in tilts]
-    return tuple(torch.stack(side) for side in zip(*points))
+    kls = []
+    rewards = []
+    for beta in betas:
+        logp = optimum(ref_logp, reward, beta)
+        kls.append(kl(logp, ref_logp))
+        rewards.append((logp.exp() * reward).sum())
+    return torch.stack(kls), torch.stack(rewards)
 
 
 def reverse_kl_rule(ref, q, beta):
-    """max over π(·|s) of E[Q] − β KL(π‖π_ref): π ∝ π_ref exp(Q/β). k2, k3 × ratio in the loss lead here."""
+    """Maximise E[Q] − β KL(π‖π_ref) over π(·|s): π ∝ π_ref exp(Q/β). k2, k3 × ratio in the loss reach it."""
     return (ref + q / beta).log_softmax(-1)
 
 
 def forward_kl_rule(ref, q, beta):
-    """max over π(·|s) of E[Q] − β KL(π_ref‖π): π = β π_ref / (λ − Q). Plain k3 in the loss leads here.
+    """Maximise E[Q] − β KL(π_ref‖π) over π(·|s): π = β π_ref / (λ − Q). Plain k3 in the loss reaches it.
 
-    λ > max Q is the root of Σ_a π(a|s) = 1, by bisection. The bracket: at its left end one token alone has
-    probability 1, at its right end no token has more than under the reference.
+    λ > max Q is the root of Σ_a π(a|s) = 1, found by bisection. At the lower end of the bracket one token
+    alone has probability 1; at the upper end no token has more than under the reference.
     """
-    top = q.max(-1, keepdim=True).values
-    low = (q + beta * ref.exp()).max(-1, keepdim=True).values
-    high = top + beta
+    weight = beta * ref.exp()
+    low = (q + weight).amax(-1, keepdim=True)
+    high = q.amax(-1, keepdim=True) + beta
     for _ in range(100):
         lam = (low + high) / 2
-        too_much = (beta * ref.exp() / (lam - q)).sum(-1, keepdim=True) > 1
-        low, high = torch.where(too_much, lam, low), torch.where(too_much, high, lam)
-    return (ref + torch.log(beta / (high - q))).log_softmax(-1)
+        total = (weight / (lam - q)).sum(-1, keepdim=True)
+        low = torch.where(total > 1, lam, low)
+        high = torch.where(total > 1, high, lam)
+    logits = ref + torch.log(beta / (high - q))
+    return logits.log_softmax(-1)
 
 
 def normalised(tree, ref, reward, beta, rule=reverse_kl_rule):
-    """As backward_induction with reward / σ, σ the standard deviation of r under the resulting policy.
+    """Backward induction with the reward r / σ, where σ is r's standard deviation under the result itself.
 
-    Where advantages of group_std lead, for large groups → the policy (S, V), σ. From σ under the reference
-    downwards, as training does; ValueError where it goes on to 0: the policy collapses (β too small).
+    → the policy (S, V) and σ: what GRPO with norm="group_std" leads to in large groups. σ starts from the
+    reference and falls, as in training. ValueError if it falls to 0: the policy collapses (β is too small).
     """
     sigma = mean_std(tree.logp(ref), reward)[1]
     for _ in range(10000):
-        table = tree.backward_induction(ref, reward, lambda ref, q, b=beta * sigma: rule(ref, q, b))
-        old, sigma = sigma, mean_std(tree.logp(table), reward)[1]
+        scaled_rule = partial(rule, beta=beta * sigma)
+        table = tree.backward_induction(ref, reward, scaled_rule)
+        old = sigma
+        sigma = mean_std(tree.logp(table), reward)[1]
         if abs(old - sigma) <= 1e-12 * old:
             return table, sigma
         if not sigma > 1e-6 * abs(reward).max():

@@ -6,38 +6,68 @@ from functools import lru_cache
 
 
 def pass_at_k(n, c, k):
-    """Probability that at least one of k samples is right, of n drawn c were; k ≤ n."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+    """Probability that at least one of k samples is right, where c of the n samples drawn are; k ≤ n.
+
+    >>> pass_at_k(4, 2, 1), pass_at_k(4, 2, 2)  # of the 6 pairs only one has both wrong samples
+    (0.5, 0.8333333333333334)
+    """
+    all_wrong = math.comb(n - c, k) / math.comb(n, k)
+    return 1 - all_wrong
 
 
 @lru_cache(maxsize=100_000)
-def win_share(mine, others, k):
-    """Share of the k-subsets in which an answer with `mine` votes has most, ties shared; others: a tuple."""
-    won, n = 0.0, mine + sum(others)
-    for v in range(1, min(mine, k) + 1):  # votes it gets; whoever has fewer than v in all cannot matter
+def win_share(votes, others, k):
+    """Share of the k-subsets of all samples in which an answer has the most votes; of t tied ones 1/t.
+
+    votes    number of samples with this answer
+    others   tuple: number of samples with each other answer
+
+    >>> win_share(2, (1,), 1), win_share(1, (1,), 2)
+    (0.6666666666666666, 0.5)
+    """
+    n = votes + sum(others)
+    won = 0.0
+    for v in range(1, min(votes, k) + 1):  # votes for this answer in the subset
+        # ways[used, ties]: number of ways in which the other answers get `used` votes in all, `ties` of them
+        # exactly v and none more. Answers with fewer than v samples cannot tie: one binomial counts them.
         low = sum(c for c in others if c < v)
-        ways = defaultdict(int, {(j, 0): math.comb(low, j) for j in range(min(low, k - v) + 1)})
+        ways = defaultdict(int)
+        for used in range(min(low, k - v) + 1):
+            ways[used, 0] = math.comb(low, used)
         for c in others:
             if c >= v:
-                new = defaultdict(int)
-                for (used, ties), w in ways.items():
+                more = defaultdict(int)
+                for (used, ties), count in ways.items():
                     for j in range(min(v, k - v - used) + 1):
-                        new[used + j, ties + (j == v)] += w * math.comb(c, j)
-                ways = new
-        won += math.comb(mine, v) * sum(w / (t + 1) for (used, t), w in ways.items() if used == k - v)
+                        now_tied = ties + 1 if j == v else ties
+                        more[used + j, now_tied] += count * math.comb(c, j)
+                ways = more
+        shares = 0.0
+        for (used, ties), count in ways.items():
+            if used == k - v:
+                shares += count / (ties + 1)
+        won += math.comb(votes, v) * shares
     return won / math.comb(n, k)
 
 
 def maj_at_k(answers, rewards, k):
-    """Expected reward of the answer most frequent among k of the samples: the mean over its own samples."""
-    of = defaultdict(list)
+    """Expected reward of the most frequent answer among k of the n samples.
+
+    answers, rewards   of the n samples; the reward of an answer is the mean over its samples
+    The mean is over all k-subsets, and ties are broken at random.
+
+    >>> maj_at_k(["7", "7", "8"], [1.0, 1.0, 0.0], 1), maj_at_k(["7", "7", "8"], [1.0, 1.0, 0.0], 3)
+    (0.6666666666666666, 1.0)
+    """
+    rewards_of = defaultdict(list)
     for answer, reward in zip(answers, rewards, strict=True):
-        of[answer].append(reward)
+        rewards_of[answer].append(reward)
     total = 0.0
-    for answer, got in of.items():
-        if any(got):
-            others = tuple(sorted(len(x) for other, x in of.items() if other != answer))
-            total += win_share(len(got), others, k) * sum(got) / len(got)
+    for answer, own in rewards_of.items():
+        if any(own):  # rewards of 0 add nothing
+            others = [len(rewards_of[other]) for other in rewards_of if other != answer]
+            share = win_share(len(own), tuple(sorted(others)), k)
+            total += share * sum(own) / len(own)
     return total
 
 

@@ -1,6 +1,6 @@
-"""Preferences for the reward model and for DPO: made here by a Bradley–Terry draw, or read from files.
+"""Preference pairs for the reward model and for DPO: made here by a Bradley–Terry draw, or read from files.
 
-What cannot be used is dropped and counted. Nothing here may move a learning curve.
+Pairs that cannot be used are dropped and counted. Nothing here may move a learning curve.
 """
 
 import os
@@ -8,66 +8,93 @@ import random
 from typing import NamedTuple
 
 from nanorlhf import generate, tasks
-from nanorlhf.data import encode_pair, microbatches, read_jsonl, split_by_hash, write_jsonl
+from nanorlhf.data import encode_pair, microbatches, split_by_hash
 from nanorlhf.errors import derive_seed, require
+from nanorlhf.hub.files import read_jsonl, write_jsonl
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.run import dist
 
 KEYS = ("prompt", "chosen", "rejected")
+HELD_OUT_PAIRS = 512
 
 
 def make_pairs(cfg, task, model, tok):
-    """Write pairs.jsonl (noisy labels) and pairs_heldout.jsonl (the exact order of gold) → paths.
+    """Sample pairs and let `tasks.prefer` label them → paths of pairs.jsonl and pairs_heldout.jsonl.
 
-    Two samples of the SFT model for each prompt, as a labelling team would be shown. Gold enters only here.
-    Of one seed, fewer pairs are the first of many: all stages see the same labels.
+    The SFT model writes two responses to each prompt. Training labels are noisy (cfg.tau), held-out labels
+    are the exact order of gold; gold is used nowhere else in training. Fewer pairs with the same seed are the
+    first of many, so that all stages see the same labels.
     """
-    paths = f"{cfg.out}/pairs.jsonl", f"{cfg.out}/pairs_heldout.jsonl"
-    if cfg.resume and dist.gather(all(map(os.path.exists, paths)))[0]:  # as the first process sees it
-        return paths
-    for path, split, n, tau in ((paths[0], "train", cfg.pairs, cfg.tau), (paths[1], "test", 512, 0.0)):
-        prompts = [r["prompt"] for r in task.prompts(split, n, cfg.seed)]
-        seed = derive_seed(cfg.seed, "pairs", split)
-        _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed, desc="pairs")
-        rng, rows = random.Random(seed), []
-        for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
-            if a != b and (tau > 0 or tasks.gold(prompt, a) != tasks.gold(prompt, b)):
-                rows.append(dict(zip(KEYS, (prompt, *tasks.prefer(prompt, a, b, rng, tau)))))
-        write_first(path, rows)
-    return paths
+    train_path = f"{cfg.out}/pairs.jsonl"
+    test_path = f"{cfg.out}/pairs_heldout.jsonl"
+    if cfg.resume:
+        exist = os.path.exists(train_path) and os.path.exists(test_path)
+        if dist.gather(exist)[0]:  # all processes go by the first one's answer
+            return train_path, test_path
+    train = draw_pairs(cfg, task, model, tok, "train", cfg.pairs, cfg.tau)
+    write_first(train_path, train)
+    test = draw_pairs(cfg, task, model, tok, "test", HELD_OUT_PAIRS, 0.0)
+    write_first(test_path, test)
+    return train_path, test_path
+
+
+def draw_pairs(cfg, task, model, tok, split, n, tau):
+    """Label two samples to each of n prompts, with noise tau → rows; equal pairs are left out."""
+    prompts = [row["prompt"] for row in task.prompts(split, n, cfg.seed)]
+    seed = derive_seed(cfg.seed, "pairs", split)
+    _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed, desc="pairs")
+    rng = random.Random(seed)
+    rows = []
+    for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
+        if a == b:
+            continue
+        if tau == 0 and tasks.gold(prompt, a) == tasks.gold(prompt, b):
+            continue
+        chosen, rejected = tasks.prefer(prompt, a, b, rng, tau)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
 
 
 def write_first(path, rows):
-    """write_jsonl, of several processes by the first; the others wait until it is there."""
+    """`write_jsonl` by the first process; the other processes wait until the file is there."""
     if dist.rank() == 0:
         write_jsonl(path, rows)
     dist.wait()
 
 
 def load_rows(cfg, task, policy, tok, unpaired=False):
-    """→ training rows, held-out rows: of --data, split by their prompts, or the pairs that are made here."""
+    """→ training rows, held-out rows: of --data, split by their prompts, or of pairs that are made here."""
     if cfg.data:
         rows = read_rows(cfg.data, "kto" if unpaired else "pairs", skip_bad=cfg.skip_bad_rows)
         return split_by_hash(rows, tasks.held_out)
-    return [read_jsonl(path, KEYS) for path in make_pairs(cfg, task, policy, tok)]
+    train_path, test_path = make_pairs(cfg, task, policy, tok)
+    return read_jsonl(train_path, KEYS), read_jsonl(test_path, KEYS)
 
 
-def encode_pairs(rows, tok, max_len, what):
-    """Rows → (prompt ids, chosen ids + EOS, rejected ids + EOS); the unusable are dropped, and counted."""
-    pairs, same, long = [], 0, 0
-    for r in rows:
-        sides = [encode_pair(tok, r["prompt"], r[key], max_len, r.get("_at", "")) for key in KEYS[1:]]
-        if r["chosen"] == r["rejected"]:
+def encode_pairs(rows, tok, max_len, split):
+    """Rows of pairs → [(prompt ids, chosen ids + EOS, rejected ids + EOS)].
+
+    Pairs of equal responses, and pairs longer than max_len tokens, are dropped and counted. split: the word
+    for these rows in the message, such as "training". UserError if more than half have equal responses.
+    """
+    pairs = []
+    same = 0
+    long = 0
+    for row in rows:
+        at = row.get("_at", "")
+        chosen = encode_pair(tok, row["prompt"], row["chosen"], max_len, at)
+        rejected = encode_pair(tok, row["prompt"], row["rejected"], max_len, at)
+        if row["chosen"] == row["rejected"]:
             same += 1
-        elif None in sides:
+        elif chosen is None or rejected is None:
             long += 1
         else:
-            pairs.append((sides[0][0], sides[0][1], sides[1][1]))
-    equal = f"{same} of {len(rows)} {what} pairs have equal responses, more than half"
+            pairs.append((*chosen, rejected[1]))
+    equal = f"{same} of {len(rows)} {split} pairs have equal responses, more than half"
     require(2 * same <= len(rows), f"{equal}: there is too little to learn")
     if same or long:
-        print(f"dropped {same + long} of {len(rows)} {what} pairs: {same} with equal responses, "
-              f"{long} longer than the context of {max_len} tokens")
+        dropped = f"dropped {same + long} of {len(rows)} {split} pairs: {same} with equal responses"
+        print(f"{dropped}, {long} longer than the context of {max_len} tokens")
     return pairs
 
 
@@ -81,55 +108,95 @@ def require_both(cfg, train, test):
 
 
 class Example(NamedTuple):
-    """A pair: chosen and rejected, ids with EOS. For KTO: a response, and one to another prompt, for z0."""
+    """A prompt and two responses, as ids with EOS: chosen and rejected.
+
+    With KTO: a response, and a mismatched one, written to another prompt, from which z0 is estimated.
+    """
 
     prompt: list[int]
     first: list[int]
     second: list[int]
-    liked: bool = True
+    liked: bool = True  # KTO: whether `first` is a good response
 
 
 def to_examples(pairs, kto, max_len):
-    """(prompt, chosen, rejected) ids, or (prompt, response, liked) → Examples. KTO takes pairs apart.
+    """[(prompt, chosen, rejected)] or, with kto, also [(prompt, response, liked)] → Examples; all as ids.
 
-    Its mismatched response is the one half the data away, cut where it exceeds the context: in neighbouring
-    rows it would answer the same prompt, and a fixed one needs only one pass of the reference.
+    KTO makes two examples of a pair. The mismatched response of an example stands half the data away, since
+    in neighbouring rows it would answer the same prompt. It is always the same one, so that one pass of the
+    reference is enough, and it is cut where it exceeds the context.
+
+    >>> to_examples([([1], [2, 0], True), ([3], [4, 0], False)], True, max_len=9)[0]
+    Example(prompt=[1], first=[2, 0], second=[4, 0], liked=True)
     """
     if not kto:
-        return [Example(*pair) for pair in pairs]
+        return [Example(prompt, chosen, rejected) for prompt, chosen, rejected in pairs]
     rows = []
-    for p, y, other in pairs:
-        rows += [(p, y, other)] if isinstance(other, bool) else [(p, y, True), (p, other, False)]
-    far = rows[len(rows) // 2 :] + rows[: len(rows) // 2]
-    return [Example(p, y, z[: max_len - len(p)], liked) for (p, y, liked), (_, z, _) in zip(rows, far)]
+    for prompt, response, other in pairs:
+        if isinstance(other, bool):
+            rows.append((prompt, response, other))
+        else:
+            rows.append((prompt, response, True))
+            rows.append((prompt, other, False))
+    half = len(rows) // 2
+    far = rows[half:] + rows[:half]
+    examples = []
+    for (prompt, response, liked), (_, mismatched, _) in zip(rows, far):
+        room = max_len - len(prompt)
+        examples.append(Example(prompt, response, mismatched[:room], liked))
+    return examples
 
 
-def encode_examples(rows, tok, kto, max_len, what):
-    """Rows of a file → Examples; the unusable are dropped, and counted."""
+def encode_examples(rows, tok, kto, max_len, split):
+    """Rows of a file → Examples; those that cannot be used are dropped and counted, as in `encode_pairs`."""
     if not rows or "chosen" in rows[0]:
-        return to_examples(encode_pairs(rows, tok, max_len, what), kto, max_len)
-    ids = [encode_pair(tok, r["prompt"], r["completion"], max_len, r["_at"]) for r in rows]
-    kept = [(*pair, r["label"]) for pair, r in zip(ids, rows) if pair]
-    if len(kept) < len(rows):
-        n = f"{len(rows) - len(kept)} of {len(rows)} {what} responses"
-        print(f"dropped {n}: longer than the context of {max_len} tokens")
-    return to_examples(kept, kto, max_len)
+        pairs = encode_pairs(rows, tok, max_len, split)
+        return to_examples(pairs, kto, max_len)
+    labelled = []
+    for row in rows:
+        pair = encode_pair(tok, row["prompt"], row["completion"], max_len, row["_at"])
+        if pair is not None:
+            labelled.append((*pair, row["label"]))
+    dropped = len(rows) - len(labelled)
+    if dropped:
+        count = f"{dropped} of {len(rows)} {split} responses"
+        print(f"dropped {count}: longer than the context of {max_len} tokens")
+    return to_examples(labelled, kto, max_len)
 
 
 def load_examples(cfg, task, policy, tok, kto):
-    """→ training and held-out Examples, and the rows of each whose prompts have room for a response."""
+    """→ training Examples, held-out Examples, training rows, held-out rows.
+
+    The rows are for sampling: only those whose prompts leave room for cfg.max_new_tokens.
+    """
     max_len = policy.cfg.max_len
-    rows = load_rows(cfg, task, policy, tok, unpaired=kto)
-    train, test = (encode_examples(part, tok, kto, max_len, what)
-                   for part, what in zip(rows, ("training", "held-out")))
+    train_rows, test_rows = load_rows(cfg, task, policy, tok, unpaired=kto)
+    train = encode_examples(train_rows, tok, kto, max_len, "training")
+    test = encode_examples(test_rows, tok, kto, max_len, "held-out")
     require_both(cfg, train, test)
     room = max_len - cfg.max_new_tokens
-    fit = [[r for r in part if len(tok.encode_prompt(r["prompt"])) <= room] for part in rows]
-    require(all(fit), f"every prompt is longer than {room} tokens (the context less --max_new_tokens)")
-    return train, test, fit[0], fit[1][: cfg.eval_prompts]
+
+    def fits(row):
+        return len(tok.encode_prompt(row["prompt"])) <= room
+
+    train_rows = [row for row in train_rows if fits(row)]
+    test_rows = [row for row in test_rows if fits(row)]
+    none_left = f"every prompt is longer than {room} tokens (the context less --max_new_tokens)"
+    require(train_rows and test_rows, none_left)
+    return train, test, train_rows, test_rows[: cfg.eval_prompts]
 
 
 def by_budget(examples, tokens):
-    """Micro-batches of at most so many padded tokens: lists of indices. An example counts as two rows."""
-    longest = [2 * (len(e.prompt) + max(len(e.first), len(e.second))) for e in examples]
-    return microbatches(longest, tokens)
+    """Cut Examples into micro-batches of at most so many padded tokens → lists of indices.
+
+    An example is two rows, as long as its longer response.
+
+    >>> short, long = Example([1], [2, 0], [3, 0]), Example([1], [2, 2, 2, 0], [3, 0])
+    >>> by_budget([short, long, short], tokens=12)  # 2 × 5 tokens; then twice 2 × 3
+    [[1], [0, 2]]
+    """
+    lengths = []
+    for example in examples:
+        longer = max(len(example.first), len(example.second))
+        lengths.append(2 * (len(example.prompt) + longer))
+    return microbatches(lengths, tokens)

@@ -1,11 +1,11 @@
-"""Built-in tasks: prompts, demonstrations, rewards. Everything is generated, so nothing has to be downloaded.
+"""Built-in tasks: prompts, demonstrations, rewards. All of it is generated, so there is nothing to download.
 
     reviews     continue a review; the reward is a model learnt from preferences     (RLHF, DPO)
     chain       sum of six digits mod 10, answered at once or after thinking         (GRPO, length curve)
     countdown   reach a target with three numbers                                    (GRPO, pass@k)
 
-In every task prompt + response, concatenated, is the text, and the tokenizer's EOS ends the response.
-A prompt is for training or for testing by its text alone (`held_out`), so no seed can let the two meet.
+The text of a sample is the prompt and then the response; the tokenizer's EOS ends the response. The prompt's
+text alone decides whether it is for training or for testing (`held_out`), so no seed can mix the two.
 """
 
 import hashlib
@@ -18,44 +18,48 @@ from nanorlhf.errors import UserError
 
 
 def held_out(prompt: str) -> bool:
-    """True for the ~15% of all prompts that are kept for testing; depends on nothing but the text."""
-    return int(hashlib.sha256(prompt.encode(errors="replace")).hexdigest()[:8], 16) < 0.15 * 2**32
+    """True for the 15% of all prompts that are kept for testing, by a hash of the text."""
+    digest = hashlib.sha256(prompt.encode(errors="replace")).hexdigest()
+    return int(digest[:8], 16) < 0.15 * 2**32
 
 
 class Task:
-    """What the trainers use of a task. A subclass adds `_draw`: one random {"prompt", "response", ...}."""
+    """What the trainers use of a task. A subclass adds `_draw`: it draws one {"prompt", "response", ...}."""
 
     name: str
     tokenizer: str  # "bpe": trained on the demonstrations; "chars": one token per character of `alphabet`
     alphabet: str  # every character that occurs in a prompt or a demonstration ("" with "bpe")
-    max_new_tokens: int  # the longest demonstration and its EOS fit
-    reward = None  # or a method reward(prompt, response, row=None) -> float
+    max_new_tokens: int  # room for the longest demonstration and its EOS
+    reward = None  # or a method: reward(prompt, response, row=None) -> float
 
-    def prompts(self, split: str, n: int, seed: int) -> list[dict]:
-        """n rows {"prompt": str, ...} of split "train" or "test", drawn with replacement."""
+    def prompts(self, split, n, seed):
+        """Draw n rows {"prompt": str, ...} of the split "train" or "test", with replacement."""
         if split not in ("train", "test"):
             raise UserError(f"split {split!r}: choose train or test")
-        rows = self._rows(split, n, random.Random(f"{self.name} prompts {split} {seed}"))
-        return [{key: row[key] for key in row if key != "response"} for row in rows]
+        rows = self._rows(split, n, f"{self.name} prompts {split} {seed}")
+        for row in rows:
+            del row["response"]
+        return rows
 
-    def demonstrations(self, n: int, seed: int, split: str = "train") -> list[dict]:
-        """n rows {"prompt": str, "response": str}, for SFT ("test": for its held-out loss)."""
-        rows = self._rows(split, n, random.Random(f"{self.name} demonstrations {split} {seed}"))
+    def demonstrations(self, n, seed, split="train"):
+        """Draw n rows {"prompt": str, "response": str} for SFT; split "test" is for its held-out loss."""
+        rows = self._rows(split, n, f"{self.name} demonstrations {split} {seed}")
         return [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
 
-    def gate(self, prompts: list[str], responses: list[str]) -> str | None:
-        """None when RL can start from a policy that gives these samples, else one sentence saying why not."""
+    def gate(self, prompts, responses):
+        """None if RL can start from a policy that gives these samples, else a sentence that says why not."""
         return None
 
-    def _rows(self, split: str, n: int, rng: random.Random) -> list[dict]:
-        rows: list[dict] = []
+    def _rows(self, split, n, seed):
+        rng = random.Random(seed)
+        rows = []
         while len(rows) < n:
             row = self._draw(rng)
             if held_out(row["prompt"]) == (split == "test"):
                 rows.append(row)
         return rows
 
-    def _draw(self, rng: random.Random) -> dict:
+    def _draw(self, rng):
         raise NotImplementedError
 
 
@@ -63,54 +67,65 @@ class Task:
 # reviews: a small English, and a hidden judge of it
 
 TOPICS = {
-    "Restaurant": ("soup", "waiter", "dessert", "menu", "wine"),
-    "Hotel": ("room", "bed", "breakfast", "pool", "view"),
-    "Film": ("plot", "acting", "script", "cast", "ending"),
-    "Concert": ("band", "singer", "sound", "stage", "crowd"),
-    "Museum": ("guide", "tour", "shop", "garden", "collection"),
+    "Restaurant": "soup waiter dessert menu wine".split(),
+    "Hotel": "room bed breakfast pool view".split(),
+    "Film": "plot acting script cast ending".split(),
+    "Concert": "band singer sound stage crowd".split(),
+    "Museum": "guide tour shop garden collection".split(),
 }
 ADJECTIVES = {
-    "wonderful": 3, "superb": 3, "great": 2, "lovely": 2, "delightful": 2, "good": 1, "nice": 1, "decent": 1,
-    "dull": -1, "ordinary": -1, "forgettable": -1, "bad": -2, "poor": -2, "disappointing": -2, "awful": -3,
-    "terrible": -3,
-}
+    "wonderful": 3, "superb": 3,
+    "great": 2, "lovely": 2, "delightful": 2,
+    "good": 1, "nice": 1, "decent": 1,
+    "dull": -1, "ordinary": -1, "forgettable": -1,
+    "bad": -2, "poor": -2, "disappointing": -2,
+    "awful": -3, "terrible": -3,
+}  # fmt: skip
 ADVERBS = {"really": 1.2, "truly": 1.2, "quite": 0.8, "rather": 0.7}
 VERBS = {"loved": 3, "enjoyed": 2, "liked": 1, "disliked": -2, "hated": -3}
 VERDICTS = {"would": 2, "would gladly": 2.5, "would not": -2, "would never": -2.5}
 PERSONS = ("I", "We")
-
-
-def _about_aspect(aspect: str) -> list[dict[str, float]]:
-    qualified = {f"{adv} {adj}": ADVERBS[adv] * ADJECTIVES[adj] for adv in ADVERBS for adj in ADJECTIVES}
-    adjectives = ADJECTIVES | qualified
-    verbs = VERBS | {f"really {verb}": ADVERBS["really"] * VERBS[verb] for verb in VERBS}
-    return [
-        {f"The {aspect} was {adj}.": s for adj, s in ADJECTIVES.items()},
-        {f"The {aspect} was {adj}.": s for adj, s in qualified.items()},
-        {f"{who} found the {aspect} {adj}.": s for who in PERSONS for adj, s in adjectives.items()},
-        {f"{who} {verb} the {aspect}.": s for who in PERSONS for verb, s in verbs.items()},
-    ]
-
-
-def _neutral(pattern: str, *slots: str) -> list[dict[str, float]]:
-    return [{pattern.format(*words): 0.0 for words in itertools.product(*(slot.split() for slot in slots))}]
-
-
 NEUTRAL = {
-    "day": _neutral("{} went on a {}.", "I We", "Monday Friday Sunday"),
-    "company": _neutral("{} went with my {}.", "I We", "sister brother friend"),
-    "weather": _neutral("It was a {} {}.", "rainy sunny", "morning evening"),
-    "stay": _neutral("{} stayed until the {}.", "I We", "evening end"),
+    "day": ("{} went on a {}.", "I We", "Monday Friday Sunday"),
+    "company": ("{} went with my {}.", "I We", "sister brother friend"),
+    "weather": ("It was a {} {}.", "rainy sunny", "morning evening"),
+    "stay": ("{} stayed until the {}.", "I We", "evening end"),
 }
-# SAYINGS[subject]: groups of sentences about it, each sentence with its sentiment, in units of about ±3.
-# The whole language is enumerated (6,500 sentences): the generator picks from these tables and the judge
-# looks up in them, so the two cannot drift apart.
-SAYINGS = {aspect: _about_aspect(aspect) for aspects in TOPICS.values() for aspect in aspects}
-SAYINGS |= NEUTRAL
-SAYINGS["verdict"] = [
-    {f"{who} {would} {act}.": s for who in PERSONS for would, s in VERDICTS.items()}
-    for act in ("go again", "recommend it")
-]
+
+
+def _build_sayings():
+    """The whole language → {subject: groups of sentences about it, each a dict {sentence: sentiment}}."""
+    qualified = {}  # "really great": 2.4
+    for adverb, factor in ADVERBS.items():
+        for adjective, sentiment in ADJECTIVES.items():
+            qualified[f"{adverb} {adjective}"] = factor * sentiment
+    adjectives = ADJECTIVES | qualified
+    verbs = dict(VERBS)
+    for verb, sentiment in VERBS.items():
+        verbs[f"really {verb}"] = ADVERBS["really"] * sentiment
+
+    sayings = {}
+    for aspects in TOPICS.values():
+        for aspect in aspects:
+            sayings[aspect] = [
+                {f"The {aspect} was {adj}.": s for adj, s in ADJECTIVES.items()},
+                {f"The {aspect} was {adj}.": s for adj, s in qualified.items()},
+                {f"{who} found the {aspect} {adj}.": s for who in PERSONS for adj, s in adjectives.items()},
+                {f"{who} {verb} the {aspect}.": s for who in PERSONS for verb, s in verbs.items()},
+            ]
+    for subject, (pattern, first, second) in NEUTRAL.items():
+        texts = [pattern.format(x, y) for x in first.split() for y in second.split()]
+        sayings[subject] = [dict.fromkeys(texts, 0.0)]
+    sayings["verdict"] = [
+        {f"{who} {would} {act}.": s for who in PERSONS for would, s in VERDICTS.items()}
+        for act in ("go again", "recommend it")
+    ]
+    return sayings
+
+
+# All 6,500 sentences are listed, with sentiments of about ±3. The generator picks from SAYINGS and the judge
+# looks up in SENTENCES, which is made of it, so the two cannot drift apart.
+SAYINGS = _build_sayings()
 SENTENCES = {
     text: (subject, sentiment)
     for subject, groups in SAYINGS.items()
@@ -119,9 +134,9 @@ SENTENCES = {
 }
 
 
-def _say(subject: str, mood: float, rng: random.Random) -> str:
+def _say(subject, mood, rng):
     # Rejection sampling: a uniform sentence, kept with probability exp(-(sentiment - mood)² / 2).
-    # Without the clamp, a mood far outside all sentiments would reject for minutes.
+    # Without the clamp, a mood of 60 would reject every sentence for minutes.
     mood = max(-3.0, min(3.0, mood))
     group = list(rng.choice(SAYINGS[subject]).items())
     while True:
@@ -133,92 +148,112 @@ def _say(subject: str, mood: float, rng: random.Random) -> str:
 class Reviews(Task):
     """`Hotel: The bed was rather dull.` → ` I loved the view. We went on a Friday. ...`, mostly sour.
 
-    One latent mood a review, 3 to 6 new sentences, nothing said twice. RLHF should lift the mood and keep the
-    English; `gold` measures both. The reward is a model trained on pairs labelled by `prefer`.
+    Each review has one hidden mood and 3 to 6 sentences, each about a new subject. RLHF should lift the mood
+    and keep the English; `gold` measures both. The reward is a model trained on pairs labelled by `prefer`.
     """
 
-    name, tokenizer, alphabet, max_new_tokens = "reviews", "bpe", "", 40
+    name = "reviews"
+    tokenizer = "bpe"
+    alphabet = ""
+    max_new_tokens = 40
 
     def _draw(self, rng):
         mood = rng.gauss(-0.9, 2.8)
         topic = rng.choice(list(TOPICS))
-        first, *others = rng.sample(TOPICS[topic], 5)
-        count = rng.choices((3, 4, 5, 6), (15, 40, 30, 15))[0]
-        ending = rng.random() < 0.5
-        body = count - ending
-        neutral = max(body - len(others), sum(rng.random() < 0.3 for _ in range(body)))
+        aspects = rng.sample(TOPICS[topic], 5)
+        length = rng.choices((3, 4, 5, 6), (15, 40, 30, 15))[0]
+        ends_with_verdict = rng.random() < 0.5
+        if ends_with_verdict:
+            length -= 1
+        first = aspects.pop(0)  # the prompt's subject
+        neutral = sum(rng.random() < 0.3 for _ in range(length))
+        neutral = max(neutral, length - len(aspects))
         neutral = min(neutral, len(NEUTRAL))
-        subjects = others[: body - neutral] + rng.sample(list(NEUTRAL), neutral)
+        subjects = aspects[: length - neutral] + rng.sample(list(NEUTRAL), neutral)
         rng.shuffle(subjects)
-        subjects += ["verdict"] * ending
-        # A blurred mood for the first sentence: the prompt hints at the response's mood and does not fix it.
+        if ends_with_verdict:
+            subjects.append("verdict")
+        # The prompt has a mood of its own near the response's: it hints at the response and does not fix it.
         prompt = f"{topic}: {_say(first, mood + rng.gauss(0, 1.5), rng)}"
-        return {"prompt": prompt, "response": "".join(f" {_say(subject, mood, rng)}" for subject in subjects)}
+        sentences = [_say(subject, mood, rng) for subject in subjects]
+        return {"prompt": prompt, "response": " " + " ".join(sentences)}
 
 
-def well_formed(prompt: str, sentence: str) -> bool:
+def well_formed(prompt, sentence):
     """Whether `sentence` ("The bed was dull.") is of the language and fits the prompt's topic."""
-    subject = SENTENCES.get(sentence, (None,))[0]
-    return subject in TOPICS[_split(prompt)[0]] or subject in NEUTRAL or subject == "verdict"
+    topic, _ = _split(prompt)
+    subject = _subject_of(sentence)
+    return subject in TOPICS[topic] or subject in NEUTRAL or subject == "verdict"
 
 
-def gold_parts(prompt: str, response: str) -> dict:
-    """What `gold` sees: number of sentences, mean sentiment, shares of ill-formed and of repeated ones.
+def gold_parts(prompt, response):
+    """What `gold` sees → {"sentences": number, "sentiment": mean, "ill_formed": share, "repeated": share}.
 
-    A sentence ends at its full stop and follows one space; unended text is one ill-formed sentence, and so
-    is one about another topic. Repeated is what speaks of a subject (an aspect, the day, ... the verdict)
-    once more, the prompt's sentence included. Neither earns any sentiment, but both count in the mean's
-    denominator: otherwise word salad of kind words would be the best review.
+    A sentence follows one space and ends at its full stop. Ill-formed is a sentence outside the language or
+    about another topic, and text without a full stop. Repeated is a sentence about a subject (an aspect, the
+    day, ... the verdict) that an earlier sentence was about, the prompt's included. Both have no sentiment
+    but count in the mean's denominator: otherwise a salad of kind words would be the best review.
     """
-    first = _split(prompt)[1]
-    said = {SENTENCES.get(first, (None,))[0]}
+    _, first = _split(prompt)
+    subjects = {_subject_of(first)}
     pieces = re.findall(r"[^.]*\.|[^.]+", response)
-    sentiment, ill, repeated = 0.0, 0, 0
+    sentiment = 0.0
+    ill_formed = 0
+    repeated = 0
     for piece in pieces:
-        if not piece.startswith(" ") or not well_formed(prompt, piece[1:]):
-            ill += 1
+        sentence = piece[1:]
+        if not piece.startswith(" ") or not well_formed(prompt, sentence):
+            ill_formed += 1
             continue
-        subject, score = SENTENCES[piece[1:]]
-        if subject in said:
+        subject, score = SENTENCES[sentence]
+        if subject in subjects:
             repeated += 1
         else:
-            said.add(subject)
+            subjects.add(subject)
             sentiment += score
     n = max(len(pieces), 1)
     return {
         "sentences": len(pieces),
         "sentiment": sentiment / n,
-        "ill_formed": ill / n if pieces else 1.0,
+        "ill_formed": ill_formed / n if pieces else 1.0,
         "repeated": repeated / n,
     }
 
 
 def gold(prompt: str, response: str) -> float:
-    """Hidden judge of a review, within [-6, 3.4]: labels pairs and judges results; no trainer may call it.
+    """Hidden judge of a review, within [-6, 3.4]: it labels pairs and judges results; no trainer may call it.
 
     Mean sentiment - 2 (share ill-formed) - 2 (share repeated) - 0.5 per sentence above 5 - 0.7 per sentence
     below 4. The lower bound keeps a few degenerate samples from ruling a mean.
     """
     parts = gold_parts(prompt, response)
+    too_many = max(0, parts["sentences"] - 5)
+    too_few = max(0, 4 - parts["sentences"])
     score = parts["sentiment"] - 2 * parts["ill_formed"] - 2 * parts["repeated"]
-    score -= 0.5 * max(0, parts["sentences"] - 5) + 0.7 * max(0, 4 - parts["sentences"])
+    score -= 0.5 * too_many + 0.7 * too_few
     return max(score, -6.0)
 
 
-def prefer(prompt: str, a: str, b: str, rng: random.Random, tau: float = 1.0) -> tuple[str, str]:
-    """(chosen, rejected) by a Bradley–Terry draw: P(a is chosen) = σ((gold(a) - gold(b)) / tau).
+def prefer(prompt, a, b, rng, tau=1.0):
+    """Label a pair by a Bradley–Terry draw → (chosen, rejected): P(a chosen) = σ((gold(a) - gold(b)) / tau).
 
-    tau = 0 is the exact order of gold, ties by coin.
+    tau = 0 gives the exact order of gold, and a coin decides ties.
     """
     gap = gold(prompt, a) - gold(prompt, b)
-    if tau == 0:
-        p = 0.5 if gap == 0 else float(gap > 0)
-    else:
+    if tau > 0:
         p = 0.5 + 0.5 * math.tanh(gap / tau / 2)  # = σ(gap / tau), and cannot overflow
+    elif gap == 0:
+        p = 0.5
+    else:
+        p = float(gap > 0)
     return (a, b) if rng.random() < p else (b, a)
 
 
-def _split(prompt: str) -> tuple[str, str]:
+def _subject_of(sentence):
+    return SENTENCES[sentence][0] if sentence in SENTENCES else None
+
+
+def _split(prompt):
     topic, _, first = prompt.partition(": ")
     if topic not in TOPICS:
         raise UserError(f"--task reviews: {prompt!r} does not begin with {', '.join(TOPICS)} and a colon")
@@ -233,11 +268,15 @@ class Chain(Task):
     """`697470=` → `|3` or `<652633>|3`: the digits' sum mod 10, at once or after the running sums mod 10.
 
     After SFT the direct answer is at chance and the thinking one is right, but only a third of the samples
-    think: RL finds out that thinking pays. The `|` gives the direct style one first token, as the thinking
-    style has: spread over ten digits it would lose to "<", and greedy decoding would be right before any RL.
+    think; RL finds out that thinking pays. The `|` gives the direct answer one first token, as "<" is that of
+    the thinking one. Spread over ten digits it would be less likely than "<", and greedy decoding would think
+    before any RL.
     """
 
-    name, tokenizer, alphabet, max_new_tokens = "chain", "chars", "0123456789=<>|", 11
+    name = "chain"
+    tokenizer = "chars"
+    alphabet = "0123456789=<>|"
+    max_new_tokens = 11
 
     def _draw(self, rng):
         digits = [rng.randrange(10) for _ in range(6)]
@@ -252,22 +291,27 @@ class Chain(Task):
         if not re.fullmatch(r"[0-9]+=", prompt):
             raise UserError(f"--task chain: the prompt {prompt!r} is not digits and a final =")
         answer = sum(map(int, prompt[:-1])) % 10
-        # [0-9], not \d: that takes Arabic and fullwidth digits too. What is thought is free, the answer pays.
+        # [0-9] and not \d, which takes Arabic and fullwidth digits too. Any thought will do: the answer pays.
         match = re.fullmatch(r"(<[0-9]*>)?\|([0-9])", response)
         return float(match is not None and int(match[2]) == answer)
 
-    def thinks(self, response: str) -> bool:
+    def thinks(self, response):
         return response.startswith("<")
 
-    def gate(self, prompts: list[str], responses: list[str]) -> str | None:
-        """Running sums appear late in SFT, all at once. Before that RL has no better mode to select."""
-        right = [self.reward(p, r) for p, r in zip(prompts, responses, strict=True) if self.thinks(r)]
-        share = sum(right) / max(len(right), 1)
-        if len(right) >= 8 and share > 0.9:
+    def gate(self, prompts, responses):
+        """Running sums appear late in SFT, all at once. Before that RL has nothing better to select."""
+        right = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            if self.thinks(response):
+                right.append(self.reward(prompt, response))
+        thinking = len(right)
+        share = sum(right) / max(thinking, 1)
+        if thinking < 8:
+            found = f"{thinking} of {len(responses)} sampled responses think (8 are needed)"
+        elif share <= 0.9:
+            found = f"{share:.3f} of the {thinking} sampled responses that think are right (not above 0.9)"
+        else:
             return None
-        found = f"{len(right)} of {len(responses)} sampled responses think (8 are needed)"
-        if len(right) >= 8:
-            found = f"{share:.3f} of the {len(right)} sampled responses that think are right (not above 0.9)"
         return (
             f"--task chain: {found}: the policy has not passed SFT's phase transition, RL would be in vain; "
             "run python train_sft.py --task chain with more --steps"
@@ -281,11 +325,14 @@ class Chain(Task):
 class Countdown(Task):
     """`3 7 2=13:` → `3*2+7`: reach the target with each number once, + - * and the usual precedence.
 
-    Demonstrations are right about seven times in ten. The order of the numbers counts for `held_out`: those
-    of a test prompt may occur in training in another order, with the same target.
+    Demonstrations are right about seven times in ten. A test prompt's numbers may occur in training in
+    another order, with the same target: `held_out` hashes the text.
     """
 
-    name, tokenizer, alphabet, max_new_tokens = "countdown", "chars", "0123456789 +-*=:", 6
+    name = "countdown"
+    tokenizer = "chars"
+    alphabet = "0123456789 +-*=:"
+    max_new_tokens = 6
 
     def _draw(self, rng):
         while True:
@@ -301,12 +348,19 @@ class Countdown(Task):
         a, b, c = rng.sample(numbers, 3)
         return f"{a}{rng.choice('+-*')}{b}{rng.choice('+-*')}{c}"
 
-    def value(self, expression: str) -> int | None:
-        """The value of `digit op digit op digit`, * before + and -; None for any other text. No eval."""
+    def value(self, expression):
+        """The value of `digit op digit op digit`, * before + and -; None for any other text. No eval.
+
+        >>> Countdown().value("7-3*2"), Countdown().value("13")
+        (1, None)
+        """
         if not re.fullmatch(r"[1-9][-+*][1-9][-+*][1-9]", expression):
             return None
-        terms = re.findall(r"([-+]?)([1-9*]+)", expression)
-        return sum((-1 if sign == "-" else 1) * math.prod(map(int, term.split("*"))) for sign, term in terms)
+        total = 0
+        for sign, product in re.findall(r"([-+]?)([1-9*]+)", expression):
+            value = math.prod(int(factor) for factor in product.split("*"))
+            total += -value if sign == "-" else value
+        return total
 
     def reward(self, prompt: str, response: str, row: dict | None = None) -> float:
         """1 if the response is one expression of exactly the prompt's numbers hitting the target, else 0."""
@@ -314,13 +368,16 @@ class Countdown(Task):
         if match is None:
             raise UserError(f"--task countdown: the prompt {prompt!r} is not of the form '3 7 2=13:'")
         *numbers, target = match.groups()
-        return float(self.value(response) == int(target) and sorted(response[::2]) == sorted(numbers))
+        hits_target = self.value(response) == int(target)
+        uses_numbers = sorted(response[::2]) == sorted(numbers)
+        return float(hits_target and uses_numbers)
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Reviews(), Chain(), Countdown())}
+TASKS = {task.name: task for task in (Reviews(), Chain(), Countdown())}
 
 
-def get(name: str) -> Task:
+def get(name):
+    """The task of this name. UserError, with the names there are, for any other."""
     if name not in TASKS:
         raise UserError(f"--task {name}: no such task; choose one of {', '.join(TASKS)}")
     return TASKS[name]

@@ -8,7 +8,7 @@ import train_grpo
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf.data import write_jsonl
+from nanorlhf.hub.files import write_jsonl
 
 TRAINERS = [train_sft, train_rm, train_ppo, train_grpo, train_dpo]
 LOSS = {train_sft: "sft_loss", train_rm: "pairwise_loss", train_ppo: "policy_loss", train_grpo: "policy_loss"}

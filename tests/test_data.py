@@ -16,12 +16,11 @@ from nanorlhf.data import (
     microbatches,
     pack,
     pad,
-    read_jsonl,
     response_mask,
     split_by_hash,
-    write_jsonl,
 )
 from nanorlhf.errors import UserError
+from nanorlhf.hub.files import read_jsonl, write_jsonl
 from nanorlhf.tokenizer import Tokenizer
 
 KEYS = ("prompt", "chosen")

@@ -12,8 +12,9 @@ from stages import jsonl, tastes
 from test_runs import same_run, state
 
 import train_dpo
-from nanorlhf import data, hub, pairs, tasks
+from nanorlhf import hub, pairs, tasks
 from nanorlhf.errors import UserError
+from nanorlhf.hub.files import read_jsonl
 from nanorlhf.hub.formats import TURN, read_rows
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.run.checkpoint import Run
@@ -319,7 +320,7 @@ def test_held_out_figures_are_those_of_the_saved_model(stages, other_ref, tmp_pa
     last = train_dpo.train(cfg)
     policy, tok = hub.load(tmp_path / "run/model")
     ref = hub.load(other_ref)[0]
-    rows = [r for r in data.read_jsonl(cfg.data, pairs.KEYS) if tasks.held_out(r["prompt"])]
+    rows = [r for r in read_jsonl(cfg.data, pairs.KEYS) if tasks.held_out(r["prompt"])]
     rows = [r for r in rows if r["chosen"] != r["rejected"]]
     with torch.no_grad():
         h = [[exact_logp(policy, tok, r["prompt"], r[key]) - exact_logp(ref, tok, r["prompt"], r[key])
@@ -388,7 +389,7 @@ def test_fewer_pairs_are_the_first_of_many(stages, tmp_path):
     for n in (300, 530):
         cfg = train_dpo.Config(pairs=n, out=str(tmp_path / str(n)))
         Path(cfg.out).mkdir()
-        files.append(data.read_jsonl(pairs.make_pairs(cfg, tasks.get("reviews"), model, tok)[0], pairs.KEYS))
+        files.append(read_jsonl(pairs.make_pairs(cfg, tasks.get("reviews"), model, tok)[0], pairs.KEYS))
     few, many = ([[r[k] for k in pairs.KEYS] for r in rows] for rows in files)
     assert len(few) == 300 and many[:300] == few
 

@@ -17,8 +17,8 @@ from stages import words
 import train_grpo
 import train_ppo
 from nanorlhf import generate, hub, tasks
-from nanorlhf.data import write_jsonl
 from nanorlhf.errors import RunError, UserError
+from nanorlhf.hub.files import write_jsonl
 from nanorlhf.rewards import evaluate, load_prompts, score_responses
 from nanorlhf.run.worker import RewardFunction, Rewards, call_reward, rewards_of
 from nanorlhf.tokenizer import Tokenizer

@@ -11,8 +11,9 @@ from stages import jsonl, tastes
 import train_rm
 import train_sft
 from nanorlhf import hub, pairs, tasks
-from nanorlhf.data import pad, read_jsonl, response_mask
+from nanorlhf.data import pad, response_mask
 from nanorlhf.errors import UserError
+from nanorlhf.hub.files import read_jsonl
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.rewards import score_responses
 from nanorlhf.rollout import Rollout

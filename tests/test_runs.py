@@ -20,8 +20,8 @@ import train_grpo
 import train_ppo
 import train_sft
 from nanorlhf import hub
-from nanorlhf.data import write_jsonl
 from nanorlhf.errors import Interrupted, RunError, UserError
+from nanorlhf.hub.files import write_jsonl
 from nanorlhf.look import plots
 from nanorlhf.run import folders, log
 from nanorlhf.run.checkpoint import Run, damage

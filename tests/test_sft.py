@@ -11,8 +11,8 @@ from test_tokenizer import CHATML, TALK, folder_of
 
 import train_sft
 from nanorlhf import generate, hub, tasks
-from nanorlhf.data import write_jsonl
 from nanorlhf.errors import UserError
+from nanorlhf.hub.files import write_jsonl
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.run.device import lr_at
 from nanorlhf.tokenizer import Chat, Tokenizer

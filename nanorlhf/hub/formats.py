@@ -12,8 +12,8 @@ template renders; a "prompt" that is a string is taken as it stands.
 
 import re
 
-from nanorlhf.data import check_text, json_type, parse, read_objects
 from nanorlhf.errors import UserError, require
+from nanorlhf.hub.files import check_text, json_type, parse, read_objects
 from nanorlhf.tokenizer import Chat
 
 TURN = "\n\nAssistant:"  # of HH-RLHF; the last one starts the response
@@ -27,7 +27,7 @@ SHOWN = 20  # line numbers in one message
 
 
 def read_rows(path, want, flag="--data", skip_bad=False):
-    """The rows of a file of any format above, as `data.read_objects` reads it; says which format it is.
+    """The rows of a file of any format above, as `files.read_objects` reads it; says which format it is.
 
     want       "prompts", "demos" or "pairs"; "kto" takes pairs or labelled completions
     skip_bad   drop and count the rows that cannot be read; else the first is a UserError with file and line

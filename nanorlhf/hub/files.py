@@ -1,0 +1,163 @@
+"""Read and write files of rows: JSON lines, one JSON array, gzip, Parquet → dicts that know their line.
+
+`read_jsonl` reads files that have our own keys; `formats.py` reads other people's formats, also from here.
+"""
+
+import gzip
+import json
+import os
+import zlib
+from pathlib import Path
+
+from nanorlhf.errors import UserError, blame
+
+
+def read_jsonl(path, required, flag="--data", nonempty=()):
+    """Read a file whose rows have our own keys, in any form that `read_objects` takes → list of dicts.
+
+    required   tuple of the keys that every row must have, with strings as values; other keys stay as they are
+    nonempty   those of the required keys whose value must be more than whitespace
+    flag       the command-line flag that gave the path, named in errors
+
+    Each row also gets "_at", its place as "file:line". UserError, naming the flag, the file and the line, for
+    a row that is not so.
+    """
+    rows = []
+    for at, item in read_objects(path, flag, required):
+        with blame(f"{flag}: {at}"):
+            row = parse(item)
+            check_text(row, required, nonempty)
+        row["_at"] = at
+        rows.append(row)
+    return rows
+
+
+def read_objects(path, flag, required):
+    """Read a file without parsing its rows → [("file:line" or "file:row 7", item)]; `parse` takes an item.
+
+    Takes JSON lines (blank ones are skipped) or one JSON array, either of them also gzipped, and Parquet
+    where pyarrow is installed. Text is UTF-8, with or without a byte order mark, with LF or CRLF.
+    UserError, naming the flag and the file, if it is missing, damaged or empty.
+    """
+    where = f"{flag}: {path}"
+    data = _read_bytes(path, where)
+    size = len(data)
+    data = data.removeprefix(b"\xef\xbb\xbf")  # the byte order mark
+    if data[:4] == b"PAR1":
+        rows = _number_rows(path, _read_parquet(data, where))
+    elif data.lstrip()[:1] == b"[":
+        with blame(where):
+            array = _load(data)
+        rows = _number_rows(path, array)
+    else:
+        # Split at newlines only: str.splitlines also breaks at U+2028, which JSON strings may hold.
+        lines = enumerate(data.split(b"\n"), start=1)
+        rows = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+    if not rows:
+        problem = "only blank lines" if size else "the file is empty"
+        raise UserError(f"{where}: {problem}; expected rows like {_example(required)}")
+    return rows
+
+
+def _read_bytes(path, where):
+    try:
+        data = Path(path).read_bytes()
+        if data[:2] == b"\x1f\x8b":  # gzip is known by its first bytes: a name may lack the .gz
+            data = gzip.decompress(data)
+        return data
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise UserError(f"{where}: damaged gzip file ({e}); fetch or compress it again") from None
+    except OSError as e:
+        raise UserError(f"{where}: {e.strerror}; expected a .jsonl, .json, .gz or .parquet file") from None
+
+
+def _read_parquet(data, where):
+    try:
+        from pyarrow import BufferReader, parquet
+    except ImportError:
+        to_json = "pandas.read_parquet(p).to_json(q, orient='records', lines=True)"
+        need = "a Parquet file: pip install pyarrow, or convert it"
+        raise UserError(f"{where}: {need}: {to_json}") from None
+    try:
+        return parquet.read_table(BufferReader(data)).to_pylist()
+    except (ValueError, OSError) as e:
+        reason = " ".join(str(e).split())
+        raise UserError(f"{where}: damaged Parquet file ({reason})") from None
+
+
+def _number_rows(path, rows):
+    return [(f"{path}:row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def parse(item):
+    """Parse an item of `read_objects` → its object. UserError, without the place, if it is not an object."""
+    row = _load(item) if isinstance(item, bytes) else item
+    if not isinstance(row, dict):
+        raise UserError(f"a JSON {json_type(row)}; expected one object a row, like {{...}}")
+    return row
+
+
+def _load(data):
+    if b"\0" in data:
+        raise UserError("a NUL byte; JSON is plain UTF-8 text (UTF-16, or damaged?)")
+
+    def refuse(constant):  # Python would take NaN and Infinity
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except UnicodeDecodeError as e:
+        raise UserError(f"not UTF-8 (byte {e.start + 1} of the row); save it as UTF-8") from None
+    except json.JSONDecodeError as e:
+        at = f"column {e.colno}"
+        if b"\n" in data.strip():
+            at = f"line {e.lineno}, {at}"
+        raise UserError(f"bad JSON at {at} ({e.msg}); expected an object") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"bad JSON ({e}); expected an object") from None
+
+
+def check_text(row, required, nonempty=()):
+    """UserError unless the row has all required keys, as strings, and text in those that are `nonempty`."""
+    hint = f"(a row is {_example(required)})"
+    for key in required:
+        if key not in row:
+            raise UserError(f'missing key "{key}" {hint}')
+        if not isinstance(row[key], str):
+            raise UserError(f'"{key}" is a {json_type(row[key])}, expected a string {hint}')
+    for key in nonempty:
+        if not row[key].strip():
+            raise UserError(f'"{key}" is empty, expected some text {hint}')
+
+
+def _example(required):
+    return "{" + ", ".join(f'"{key}": …' for key in required) + "}"
+
+
+def json_type(x):
+    """The JSON name of a Python value's type, such as "object" for a dict."""
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(x), "number")
+
+
+def write_jsonl(path, rows):
+    """Write rows, an iterable of dicts, as JSON lines, without the "_at" that `read_jsonl` adds.
+
+    The file is written beside its place and then renamed: after a crash or on a full disk there is the old
+    file or the whole new one. ValueError for NaN and infinities, which JSON does not have.
+    """
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temp, "wb") as f:
+            for row in rows:
+                row = dict(row)
+                row.pop("_at", None)
+                line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+                # UTF-8 cannot hold a lone surrogate; backslashreplace writes its JSON escape, \ud800.
+                f.write(line.encode("utf-8", "backslashreplace"))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
