@@ -35,9 +35,9 @@ from nanorlhf.kernels import linear_kl
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
 from nanorlhf.pairs import encode_pairs
 from nanorlhf.rewards import score_responses
-from nanorlhf.run import worker
 from nanorlhf.run.cli import check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
+from nanorlhf.run.worker import RewardFunction, Rewards, load_reward
 
 ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, with or without a thought before it
 
@@ -159,16 +159,15 @@ def by_prompt(parts, n):
     return torch.cat(parts).view(-1, n)
 
 
-def score_all(rolls, texts, rows, n, rm, rewards):
-    """Rollouts of n samples to each row, their texts → scores (P, n)."""
+def score_all(rolls, rows, n, rm, rewards):
+    """Rollouts of n samples to each row → scores (P, n)."""
     rows = [row for row in rows for _ in range(n)]
     scores = []
     start = 0
     for roll in rolls:
-        end = start + len(roll.tokens)
-        score = score_responses(roll, texts[start:end], rows[start:end], rm, rewards)
-        scores.append(score)
-        start = end
+        roll.rows = rows[start : start + len(roll)]
+        start += len(roll)
+        scores.append(score_responses(roll, rm, rewards))
     return by_prompt(scores, n)
 
 
@@ -243,10 +242,11 @@ def main(cfg):
     if cfg.rm:
         rm = hub.load(cfg.rm, "--rm", "", "reward model", like=tok)[0]
     model, other, rm = to_device(cfg, device, model, other, rm)
-    rewards = [worker.load_reward(spec) for spec in cfg.reward]
-    if not rewards and task.reward:
-        rewards = [(cfg.task, 1.0, task.reward)]
-    has_score = bool(rm or rewards)
+    functions = [load_reward(spec) for spec in cfg.reward]
+    if not functions and task.reward:
+        functions = [RewardFunction(cfg.task, 1.0, task.reward)]
+    rewards = Rewards(functions)
+    has_score = bool(rm or functions)
     require(has_score or other, "nothing to measure by: give --rm, --reward or --against")
     rows = load_rows(cfg, task)
     prompts = [row["prompt"] for row in rows]
@@ -261,13 +261,13 @@ def main(cfg):
             top_k=cfg.top_k, top_p=cfg.top_p, desc="sampling",
         )  # fmt: skip
         if has_score:
-            scores[name] = score_all(rolls, texts, rows, cfg.n, rm, rewards)
+            scores[name] = score_all(rolls, rows, cfg.n, rm, rewards)
             figures[f"{name}reward"] = mean_se(scores[name])
         lengths = [roll.response_len for roll in rolls]
         figures[f"{name}len"] = mean_se(by_prompt(lengths, cfg.n))
         finished = [roll.finished for roll in rolls]
         figures[f"{name}stop"] = mean_se(by_prompt(finished, cfg.n))
-        if rewards and not rm:  # a function says what is right; no score of a reward model does
+        if functions and not rm:  # a function says what is right; no score of a reward model does
             for figure, value in answer_figures(texts, scores[name], cfg).items():
                 figures[name + figure] = value
         unfiltered = cfg.temperature > 0 and cfg.top_k == 0 and cfg.top_p == 1
