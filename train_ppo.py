@@ -358,7 +358,7 @@ def train(cfg):
             if cfg.group_size > 1:  # share of prompts whose samples all scored the same
                 metrics["dead"] = (score.view(-1, cfg.group_size).std(1) == 0).float().mean().item()
             if step == 0:
-                same = cfg.ref == cfg.init and cfg.frozen_dtype in ("float32", cfg.dtype)
+                same = cfg.ref == cfg.init
                 must = " (must be 0)" if same else ""
                 kl = f"KL {abs(metrics['kl']):.6f}{must}"
                 run.log.say(f"first minibatch: largest ratio {first_ratio:.6f} (must be 1), {kl}")

@@ -138,7 +138,7 @@ def flops(model, rows, length, kept, train=False, one_pass=False):
     Forward: 2 per weight and token, and 4 · Q · length in every layer and token for attention (the whole
     square: kernels that skip the masked half do half of it). Backward: as much for the inputs, as much for
     weights that are trained, 2.5 × for attention, which computes its scores again; the head once more too,
-    unless its loss is formed in one pass, and the blocks with --checkpoint_activations.
+    unless its loss is formed in one pass, and the blocks with --save_memory.
     Norms and the like, of order D, are left out (arXiv 2001.08361, 2205.05198).
     """
     trunk = _trunk(model)
@@ -329,7 +329,7 @@ def report(cfg, about, models, trained, phases, work, sampling=None, decoding=No
         print(f"  {name:<14}{n:>16,} parameters, {note}")
 
     moves = trained_bytes(*(models[name] for name in trained))
-    away = [m for m in models.values() if getattr(m, "home", None)]  # --offload
+    away = [m for m in models.values() if getattr(m, "home", None)]  # --save_memory
     if away:
         phases["scoring"]["largest offloaded model"] = max(map(n_bytes, away))
     stay = [m for m in models.values() if m not in away]

@@ -61,7 +61,6 @@ def load(path):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         print("this torch sees no GPU: on the CPU, where rounding differs")
         cfg.device = "cpu"
-    cfg.compile = False  # the hooks of `watch` look into every module
     device, models = setup(cfg), []
     for saved in content["models"]:
         model = GPT(GPTConfig(**saved["config"]))
