@@ -44,6 +44,7 @@ ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, with or wit
 
 @dataclass
 class Config:
+    # data
     model: str = "runs/reviews-sft/model"  # model folder
     against: str = ""  # a second model folder: win rate and KL
     task: str = "reviews"  # built-in task: reviews, chain or countdown; held-out prompts and the reward
@@ -51,16 +52,22 @@ class Config:
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     rm: str = ""  # reward model folder, in place of a reward function
     pairs: str = ""  # JSONL of preference pairs, for the accuracy of --rm and of the model's own reward
-    n: int = 16  # samples per prompt
-    k: str = "1,4,16"  # which k of pass@k and maj@k, up to n
-    right: float = 0.5  # a sample whose reward is above it is right, for pass@k
-    answer: str = ""  # regular expression; its last group votes in maj@k. Empty: the task's own, or all text
     prompts: int = 256  # prompts at most
+
+    # sampling
+    n: int = 16  # samples per prompt
     max_new_tokens: int = 0  # response length at most, EOS included; 0: what the task needs
     temperature: float = 1.0  # of sampling
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample among the fewest tokens that hold this probability
     seed: int = 0  # of sampling
+
+    # evaluation
+    k: str = "1,4,16"  # which k of pass@k and maj@k, up to n
+    right: float = 0.5  # a sample whose reward is above it is right, for pass@k
+    answer: str = ""  # regular expression; its last group votes in maj@k. Empty: the task's own, or all text
+
+    # run
     out: str = ""  # JSON file to write the figures to
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations

@@ -250,8 +250,7 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.compute_dtype = None  # dtype of the activations; None: that of the weights
-        self.recompute = False  # --checkpoint_activations
-        self.run_block = Block.__call__  # in training and scoring; with --compile, its compiled form
+        self.recompute = False  # --save_memory
         self.n_ids = cfg.vocab_size  # ids that exist: published models pad their matrices beyond them
         self.stop_ids = ()  # ids that end a response besides the tokenizer's EOS (chat models have several)
         self.source = None  # what hub.load keeps of a folder for hub.save
@@ -280,7 +279,7 @@ class GPT(nn.Module):
 
     @property
     def device(self):
-        mesh = getattr(self.wte.weight, "device_mesh", None)  # with --offload pieces lie elsewhere
+        mesh = getattr(self.wte.weight, "device_mesh", None)  # with --save_memory pieces lie elsewhere
         return torch.device(mesh.device_type) if mesh else self.wte.weight.device
 
     def new_cache(self, batch, max_len):
@@ -322,10 +321,10 @@ class GPT(nn.Module):
             if cache is not None:
                 x = block(x, rope, cache.kv[i], step, mask)
             elif self.recompute and torch.is_grad_enabled():
-                args = block, x, rope, None, None, mask
-                x = checkpoint(self.run_block, *args, use_reentrant=False, preserve_rng_state=False)
+                args = x, rope, None, None, mask
+                x = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self.run_block(block, x, rope, None, None, mask)
+                x = block(x, rope, None, None, mask)
         return self.norm(x)
 
     def head_logits(self, hidden, weight=None):

@@ -14,8 +14,7 @@
 #
 # Memory does not limit the batch: responses wait for one of the 237, 121 and 81 slots that half of the free
 # memory holds. Time does. The steps are as published, so that fewer prompts also see less data.
-# --checkpoint_activations takes the last stage to 89 GiB, and every stage fits an A100 of 80 GB with fewer
-# slots; with 128 prompts it costs 12% more hours.
+# --save_memory takes the last stage below 89 GiB, and every stage fits an A100 of 80 GB with fewer slots; with 128 prompts it costs 12% more hours.
 #
 # Differs  15% of the prompts are held out; `exact_answer` compares texts, their checker compares formulas;
 #          learning rate: 5 steps of warm-up, then linear to 0 within each stage, theirs is constant.
@@ -23,7 +22,7 @@ set -e
 MODEL=${MODEL:-models/DeepSeek-R1-Distill-Qwen-1.5B}
 PROMPTS=${PROMPTS:-128}
 FLAGS="--recipe deepscaler --temperature 0.6 --lr 1e-6 --epochs 1 --minibatches 2"
-FLAGS="$FLAGS --dtype bfloat16 --frozen_dtype bfloat16"
+FLAGS="$FLAGS --dtype bfloat16"
 FLAGS="$FLAGS --data data/deepscaler.jsonl --reward nanorlhf/answers.py:exact_answer --eval_prompts 16"
 
 python train_grpo.py --init "$MODEL" --out runs/deepscaler-8k $FLAGS \

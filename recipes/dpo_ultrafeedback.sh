@@ -24,4 +24,4 @@ python train_sft.py --data data/ultrachat.jsonl --init "$MODEL" --out runs/ultra
 python train_dpo.py --data data/ultrafeedback.jsonl --init runs/ultrachat-sft/model --skip_bad_rows \
     --out runs/ultrafeedback-dpo --loss dpo --beta 0.1 --lr 5e-7 --batch_size 32 --steps 4870 \
     --max_new_tokens 512 --eval_prompts 64 --eval_every 500 --save_every 500 \
-    --tokens_per_microbatch 4096 --dtype bfloat16 --frozen_dtype bfloat16 "$@"
+    --tokens_per_microbatch 4096 --dtype bfloat16 "$@"

@@ -38,7 +38,7 @@ SHORT = {  # of which a few steps are enough
     "kto": (train_dpo, dict(loss="kto", tokens_per_microbatch=60, steps=4)),
     "dapo": (train_grpo, dict(recipe="dapo", off_policy_steps=0, steps=4)),
     "online": (train_dpo, dict(online=2, online_ref="round", pairs=16, judge="self", steps=4)),
-    "lean": (train_ppo, dict(checkpoint_activations=True, frozen_dtype="bfloat16", steps=4)),
+    "lean": (train_ppo, dict(save_memory=True, dtype="bfloat16", steps=4)),
     "lora": (train_ppo, dict(lora_rank=2, tokens_per_microbatch=60, steps=4)),
     "old": (train_grpo, dict(off_policy_steps=1, steps=4)),  # not sharded
     "bf16": (train_sft, dict(dtype="bfloat16", steps=4)),
@@ -142,7 +142,7 @@ def main(stages, out):
     for shard in (False, True):
         for name in ("sft", "dpo"):
             run(stages, name, f"{out}/{name}-fp32-{'fsdp' if shard else 'ddp'}", shard=shard)
-        run(stages, "dpo", f"{out}/dpo-killed-{'fsdp' if shard else 'ddp'}", shard=shard, resume="auto")
+        run(stages, "dpo", f"{out}/dpo-killed-{'fsdp' if shard else 'ddp'}", shard=shard, resume=True)
     run(stages, "bf16", f"{out}/bf16-fsdp", shard=True)
     with contextlib.suppress(errors.RunError):
         run(stages, "sft", f"{out}/spoilt", shard=True, lr=1e30)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf.errors import RunError, UserError
-from nanorlhf.run.cli import parse, run_cli
+from nanorlhf.run.cli import Flags, check_ranges, help_text, parse, run_cli
 
 ROOT = Path(__file__).parents[1]
 TRAINERS = [train_sft, train_rm, train_ppo, train_grpo, train_dpo]
@@ -51,8 +52,7 @@ def test_help_has_every_flag_with_its_comment_and_default(module, cli, capsys):
     flags = out[out.index("usage: python ") :]
     assert max(map(len, out.splitlines())) <= 80 and f"python {module.__name__}.py" in flags
     entries = {m[1]: " ".join(m[0].split()) for m in re.finditer(r"^  --(\w+)(.|\n {3})*", flags, re.M)}
-    names, own = [field.name for field in dataclasses.fields(module.Config)], module.Config.__annotations__
-    assert list(entries) == sorted(names, key=lambda name: name not in own)
+    assert set(entries) == {field.name for field in dataclasses.fields(module.Config)}
     source = "".join(map(inspect.getsource, module.Config.__mro__[:-1]))
     for field in dataclasses.fields(module.Config):
         comment = re.search(rf"^    {field.name}: .*?  # (.+)$", source, re.M)
@@ -77,7 +77,63 @@ def test_every_default_of_a_task_is_a_field_that_waits_for_it(module):
     assert all(set(defaults) == waiting for defaults in by_task.values())
 
 
+@dataclasses.dataclass
+class Example(Flags):
+    task: str = "reviews"  # before all headings
+    # method
+    # A comment, which is no heading.
+    clip: float = 0.2  # ε
+    # data
+    data: str = ""  # a file
+    limits: int | list[int] | None = None  # one, or several
+    # sampling
+    at: list[int] = dataclasses.field(default_factory=list)  # steps
+    on: list[int] = dataclasses.field(default_factory=lambda: [40, 80])  # other steps
+    reward: list[str] = dataclasses.field(default_factory=list)  # repeatable
+
+    BY_TASK: typing.ClassVar = {"reviews": dict(limits=40), "chain": dict(limits=[24, 40])}
+
+
+def test_headings_come_in_one_order_and_shared_flags_last_under_each():
+    lines = [line.split() for line in help_text(Example, "About.", "x.py").splitlines()]
+    found = [words[0].removeprefix("--") for words in lines if words and words[0].startswith("--") or
+             len(words) == 1 and words[0].endswith(":")]  # fmt: skip
+    run = [f.name for f in dataclasses.fields(Flags) if f.name != "skip_bad_rows"]
+    want = "task data: data limits skip_bad_rows method: clip sampling: at on reward run:".split()
+    assert found == want + run
+
+
+def test_help_shows_integers_as_they_are_written():
+    text = " ".join(help_text(Example, "About.", "x.py").split())
+    assert "--limits one, or several (default: 40 for reviews, 24,40 for chain)" in text
+    assert "--at steps --on other steps (default: 40,80) --reward" in text
+
+
 # values
+
+
+def test_integers_with_commas():
+    def limits(text):
+        return parse(Example, ["--limits", text]).limits
+
+    assert limits("24") == 24 and limits("24,40,64") == [24, 40, 64] and limits("-1,2") == [-1, 2]
+    assert parse(Example, ["--at", "40,80"]).at == [40, 80] and parse(Example, ["--at=40"]).at == [40]
+    assert parse(Example, ["--at", "1", "--at", "2,3"]).at == [2, 3] and parse(Example, []).on == [40, 80]
+    for text in ("24,x", "24,", "", "24,1.5"):
+        with pytest.raises(UserError) as error:
+            limits(text)
+        message = "must be an integer, or integers such as 24,40,64"
+        assert str(error.value) == f"--limits {text}: {message}"
+    with pytest.raises(UserError, match="^--at 1;2: must be integers such as 24,40,64$"):
+        parse(Example, ["--at", "1;2"])
+
+
+def test_ranges_of_integers_with_commas():
+    check_ranges(Example(limits=[24, 1], at=[0, 1]), ("limits",))
+    with pytest.raises(UserError, match="^--limits 24,0: must be at least 1$"):
+        check_ranges(Example(limits=[24, 0]), ("limits",))
+    with pytest.raises(UserError, match="^--at 1,-1: must not be negative$"):
+        check_ranges(Example(at=[1, -1]), ())
 
 
 def test_ways_to_write_a_flag():
@@ -90,7 +146,6 @@ def test_ways_to_write_a_flag():
     assert ppo("--max-new-tokens", "7").max_new_tokens == ppo("--max_new_tokens=7").max_new_tokens == 7
     assert ppo("--resume").resume is ppo("--resume=1").resume is ppo("--resume", "True").resume is True
     assert ppo().resume is ppo("--resume", "false").resume is ppo("--resume=0").resume is False
-    assert ppo("--resume", "auto").resume == ppo("--resume=auto").resume == "auto"
     assert ppo("--resume", "--seed", "3").seed == 3 and ppo("--seed", "-3").seed == -3
     assert ppo("--reward", "a.py:f", "--reward=b.py:g*0.2").reward == ["a.py:f", "b.py:g*0.2"]
     assert ppo("--reward", "a.py:f", "--data=x=y.jsonl").data == "x=y.jsonl"
@@ -114,9 +169,8 @@ def test_ways_to_write_a_flag():
         (train_sft, "--steps 1.5", "--steps 1.5: must be an integer such as 100"),
         (train_sft, "--steps=", "--steps : must be an integer"),
         (train_sft, "--lr fast", "--lr fast: must be a number such as 3e-4"),
-        (train_sft, "--resume=maybe", "--resume maybe: must be true or false or auto"),
+        (train_sft, "--resume=maybe", "--resume maybe: must be true or false"),
         (train_sft, "--overwrite maybe", "--overwrite maybe: must be true or false"),
-        (train_sft, "--keep 0", "--keep 0: must be at least 1"),
         (train_sft, "--arch lama", "--arch lama: must be one of gpt2, llama (did you mean llama?)"),
         (train_rm, "--device tpu", "--device tpu: must be one of auto, cpu, cuda, mps"),
         (train_ppo, "--reward_timeout -1", "--reward_timeout -1.0: must not be negative"),

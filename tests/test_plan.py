@@ -206,7 +206,7 @@ def test_the_plan_samples_as_many_rows_at_once_as_the_sampler_does(tmp_path, mon
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     for new, most in ((2048, 256), (16384, 128)):
-        more = f"{flags} --checkpoint_activations --max_new_tokens {new}".split()
+        more = f"{flags} --save_memory --max_new_tokens {new}".split()
         status, out, err = dry_run(monkeypatch, capsys, "train_grpo", *more)
         figures = {name: float(x) for name, x in re.findall(r"^  (\S.*?) {2,}([\d.]+)(?:  |$)", out, re.M)}
         held = "weights", "gradients", "optimizer (AdamW's two moments)", "CUDA's own, about"

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from nanorlhf import hub
 from nanorlhf.errors import Interrupted, RunError, UserError
 from nanorlhf.hub.files import write_jsonl
 from nanorlhf.look import plots
-from nanorlhf.run import folders, log
+from nanorlhf.run import checkpoint, folders, log
 from nanorlhf.run.checkpoint import Run, damage
 from nanorlhf.run.folders import restore, write_folder
 from nanorlhf.run.log import Log
@@ -204,8 +205,9 @@ def test_all_checkpoints_damaged(stages, tmp_path):
     for name in states(tmp_path / "run"):
         flip(tmp_path / "run/state" / name / "state.pt")
     before = snapshot(tmp_path / "run")
-    with pytest.raises(UserError, match="every checkpoint in .* is damaged; --overwrite starts anew"):
-        train_sft.train(stages.config(train_sft, tmp_path / "run", resume="auto"))
+    newest = "step-000006/state.pt: wrong checksum .*; --overwrite starts anew"
+    with pytest.raises(UserError, match=f"every checkpoint in .* is damaged; the newest: .*{newest}"):
+        train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
     assert snapshot(tmp_path / "run") == before
 
 
@@ -281,13 +283,15 @@ def full_for(monkeypatch, mode):
     monkeypatch.setattr(log, "open", lambda p, m="r", **kw: opened.get(m, open)(p, m, **kw), raising=False)
 
 
-def test_damaged_newer_checkpoints_do_not_push_out_the_one_that_auto_takes(stages, tmp_path):
-    """--resume auto goes on from step 1, past damage: what it saves at 2 can be resumed in its turn."""
+def test_damaged_newer_checkpoints_do_not_push_out_the_one_that_is_whole(stages, tmp_path, monkeypatch):
+    """--resume goes on from step 1, past damage: what it saves at 2 can be resumed in its turn."""
     run = tmp_path / "run"
-    train_sft.train(stages.config(train_sft, run, steps=4, save_every=1, keep=4))
+    monkeypatch.setattr(checkpoint, "KEEP", 4)
+    train_sft.train(stages.config(train_sft, run, steps=4, save_every=1))
     for name in states(run)[1:]:
         flip(run / "state" / name / "state.pt")
-    train_sft.train(stages.config(train_sft, run, steps=2, keep=1, resume="auto"))
+    monkeypatch.setattr(checkpoint, "KEEP", 1)
+    train_sft.train(stages.config(train_sft, run, steps=2, resume=True))
     assert damage(run / "state/step-000002") is None
 
 
@@ -371,7 +375,7 @@ def test_checkpoints_are_ordered_by_number(stages, tmp_path):
     for step in ("999999", "1000000"):
         shutil.copytree(tmp_path / "run/state/step-000002", tmp_path / f"run/state/step-{step}")
     run = Run(stages.config(train_sft, tmp_path / "run", resume=True), [], [], [])
-    assert run._checkpoints() == ["step-000002", "step-999999", "step-1000000"]
+    assert run._steps() == [2, 999999, 1000000]
 
 
 def test_handlers_are_put_back_whatever_happens(stages, tmp_path, at_step):
@@ -409,7 +413,7 @@ def test_train_in_a_thread_sets_no_handlers(stages, tmp_path, at_step):
 def test_without_matplotlib_it_says_so_once(stages, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delattr(plots.pyplot, "said", raising=False)
+    monkeypatch.setattr(plots, "pyplot", functools.cache(plots.pyplot.__wrapped__))  # not yet asked for
     for name in "ab":
         train_sft.train(stages.config(train_sft, tmp_path / name))
         assert len(metrics(tmp_path / name)) == 6 and not (tmp_path / name / "curves.png").exists()

@@ -1,42 +1,46 @@
 """Figures: the curves of a run, drawn with matplotlib where it is installed."""
 
 import csv
+import functools
 import math
 import os
 
 
 def plot_curves(out, panels):
-    """Draw metrics.csv into curves.png, one small panel per column (or tuple of columns)."""
+    """Draw out/metrics.csv into out/curves.png: one small panel per column, or per tuple of columns."""
     plt = pyplot()
     if plt is None:
         return
     with open(os.path.join(out, "metrics.csv"), newline="") as f:
         rows = list(csv.DictReader(f))
-    panels = [p if isinstance(p, tuple) else (p,) for p in panels]
-    panels = [p for p in panels if any(r.get(c) for r in rows for c in p)]
-    wide = min(3, len(panels)) or 1
-    high = math.ceil(len(panels) / wide) or 1
-    fig, axes = plt.subplots(high, wide, figsize=(4 * wide, 2.8 * high), squeeze=False, layout="constrained")
-    for ax in axes.flat[len(panels):]:
+    panels = [panel if isinstance(panel, tuple) else (panel,) for panel in panels]
+    panels = [panel for panel in panels if any(row.get(name) for row in rows for name in panel)]
+    n_wide = max(1, min(3, len(panels)))
+    n_high = max(1, math.ceil(len(panels) / n_wide))
+    size = (4 * n_wide, 2.8 * n_high)
+    fig, axes = plt.subplots(n_high, n_wide, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     for ax, panel in zip(axes.flat, panels):
-        for column in panel:
-            points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
-            ax.plot(*zip(*points), label=column, marker="." if len(points) < 15 else None)
+        for name in panel:
+            measured = [row for row in rows if row.get(name)]
+            steps = [int(row["step"]) for row in measured]
+            values = [float(row[name]) for row in measured]
+            marker = "." if len(steps) < 15 else None  # a curve of one point would not be seen
+            ax.plot(steps, values, label=name, marker=marker)
         ax.set(title=", ".join(panel), xlabel="step")
         if len(panel) > 1:
             ax.legend()
     save_figure(fig, os.path.join(out, "curves.png"))
 
 
+@functools.cache
 def pyplot():
-    """matplotlib.pyplot on a backend without a screen, or None (said once) where matplotlib is missing."""
+    """matplotlib.pyplot, drawing without a screen; None, and one message a process, where it is missing."""
     try:
         import matplotlib
     except ImportError:
-        if not pyplot.__dict__.get("said"):
-            print("matplotlib is not installed: no curves are drawn (pip install matplotlib)")
-        pyplot.said = True
+        print("matplotlib is not installed: no curves are drawn (pip install matplotlib)")
         return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -45,6 +49,7 @@ def pyplot():
 
 
 def save_figure(fig, path):
+    """Write a figure and close it. A disk that is full is said, and does not end the run."""
     import matplotlib.pyplot as plt
 
     try:

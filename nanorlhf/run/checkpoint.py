@@ -3,8 +3,8 @@
     out/config.json  metrics.csv  samples.jsonl  curves.png  model/ (a Hugging Face folder)
     state/step-000020/ (resuming)  lock (while a process is at work)
 
-A folder is written under a temporary name, fsynced, and renamed into place; state carries the size and sha256
-of each of its files, since neither torch.load nor safetensors notices a flipped bit. All randomness is
+A folder is written under a temporary name, fsynced, and renamed into place. A checkpoint lists the size and
+sha256 of each of its files, since neither torch.load nor safetensors notices a flipped bit. All randomness is
 derived from (seed, step), so that weights, optimizer and step are the whole state of a run.
 """
 
@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,8 @@ from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.run import dist, replay
 from nanorlhf.run.folders import new_folder, restore, sync_folder, take_lock, tensor_bytes, verify
 from nanorlhf.run.log import Log, import_wandb
+
+KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
 
 
 def damage(folder):
@@ -40,10 +43,10 @@ def damage(folder):
 
 
 def trainer_of(cfg):
-    """A Config's module, "train_ppo", also where that is the script which was started."""
-    module = type(cfg).__mro__[-3].__module__  # of Config(Flags), whatever a lab has made of it
+    """The name of the file that defines this Config: "train_ppo", also when it runs as a script."""
+    name = type(cfg).__module__
     script = getattr(sys.modules["__main__"], "__file__", None)
-    return os.path.splitext(os.path.basename(script))[0] if module == "__main__" and script else module
+    return Path(script).stem if name == "__main__" and script else name
 
 
 class Run:
@@ -60,22 +63,40 @@ class Run:
     """
 
     def __init__(self, cfg, columns, show, panels):
-        self.cfg, self.out, self.signum, self.handlers, self.log = cfg, cfg.out, None, {}, None
+        self.cfg = cfg
+        self.out = cfg.out
+        self.config = Path(cfg.out, "config.json")
+        self.state = Path(cfg.out, "state")
+        self.columns = columns
+        self.show = show
+        self.panels = panels
+        self.log = None
         self.lock = None
-        self.columns, self.show, self.panels = columns, show, panels
-        self.config, self.state = os.path.join(self.out, "config.json"), os.path.join(self.out, "state")
+        self.signum = None  # the signal that asked this run to stop
+        self.handlers = {}  # signal → its handler outside of this run
+        self.first = dist.rank() == 0  # of several processes, the one that writes
         import_wandb(cfg.wandb)  # if it is missing, say so before anything is touched
         require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
 
     def __enter__(self):
         with self._usable():
             os.makedirs(self.out, exist_ok=True)
-            self.lock = take_lock(self.out) if dist.rank() == 0 else None
-        if os.path.exists(self.config) and not (self.cfg.resume or self.cfg.overwrite):
+            self.lock = take_lock(self.out) if self.first else None
+        may_exist = self.cfg.resume or self.cfg.overwrite
+        if self.config.exists() and not may_exist:
             self._unlock()
             raise UserError(f"--out {self.out} holds a run: add --resume to go on with it, --overwrite to "
                             "replace it, or name another folder")
         return self
+
+    def __exit__(self, kind, error, trace):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        if self.log is not None:
+            self.log.close(self.panels if kind in (None, Interrupted) else ())
+        self._unlock()
+        if kind is None:
+            print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png")
 
     def _unlock(self):
         if self.lock is not None:
@@ -85,200 +106,240 @@ class Run:
 
     @contextlib.contextmanager
     def _usable(self):
+        """Inside, an error of the disk is a UserError that names --out."""
         try:
             yield
         except OSError as e:
             raise UserError(f"--out {self.out}: cannot be used as a run folder ({e.strerror})") from None
 
-    def start(self, models, optimizer, frozen=()):
-        """Load the newest complete checkpoint if --resume, open the log → (first step to run, extra dict).
+    # --------------------------------------------------------------------------------------------------------
+    # start, and resume
 
-        frozen: models that the run only reads and that must be the same ones when it is resumed.
-        Until here nothing of an older run was touched: whatever was wrong with flags or data has been said.
+    def start(self, models, optimizer, frozen=()):
+        """Load the newest whole checkpoint if --resume, open the log → (first step to run, extra dict).
+
+        models: {name: model} to save. frozen: models that the run only reads; a resumed run must have the
+        same. Nothing of an older run is touched before this call: a mistaken flag or bad data cost nothing.
         """
-        self.models, self.optimizer = models, optimizer
-        sums = [[dist.full(p.detach().double().sum()).item() for p in m.parameters()] for m in frozen]
-        self.frozen = [sum(x) for x in sums]
+        self.models = models
+        self.optimizer = optimizer
+        self.frozen = [_checksum(model) for model in frozen]
         config = dataclasses.asdict(self.cfg)
-        first = dist.rank() == 0  # of several processes, the one that writes
-        dist.wait()  # until all have looked whether --out holds a run
+        dist.wait()  # until all processes have looked whether --out holds a run
+        step = 0
+        extra = {}
         with self._usable():
+            if self.cfg.overwrite and self.first:
+                shutil.rmtree(f"{self.out}/model", ignore_errors=True)
+                shutil.rmtree(self.state, ignore_errors=True)
+            self.state.mkdir(exist_ok=True)
             if self.cfg.resume:
-                self._compare(config)
-            elif self.cfg.overwrite and first:
-                for name in ("model", "state"):
-                    shutil.rmtree(os.path.join(self.out, name), ignore_errors=True)
-            os.makedirs(self.state, exist_ok=True)
-            step, extra = self._load() if self.cfg.resume else (0, {})
-            self.log = Log(self.out, self.columns, self.show, self.cfg.steps, step, self.cfg.wandb, config)
-            if first:
-                with open(self.config + ".tmp", "w") as f:
-                    json.dump(config, f, indent=2)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(self.config + ".tmp", self.config)
-                sync_folder(self.out)  # state/ and the logs, too, are only now sure to be found again
-        if threading.current_thread() is threading.main_thread():  # elsewhere handlers may not be set
-            self.handlers = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+                self.changed = self._compare(config)
+                step, extra = self._load()
+            steps = self.cfg.steps
+            self.log = Log(self.out, self.columns, self.show, steps, step, self.cfg.wandb, config)
+            if self.first:
+                self._write_config(config)
+        if threading.current_thread() is threading.main_thread():  # other threads may set no handlers
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[signum] = signal.signal(signum, self._stop)
         return step, extra
 
+    def _write_config(self, config):
+        tmp = f"{self.config}.tmp"
+        with open(tmp, "w") as f:
+            json.dump(config, f, indent=2)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, self.config)
+        sync_folder(self.out)  # without it a power cut could lose state/ and the logs, too
+
     def _compare(self, config):
-        """Say which flags differ from those in config.json, and keep that for `_fit`."""
-        self.changed = ""
-        if not os.path.exists(self.config):
-            return
+        """Print which flags differ from those in config.json → the same as one line, for `_fit`."""
+        if not self.config.exists():
+            return ""
         try:
-            with open(self.config, encoding="utf-8") as f:
-                old = json.load(f)
+            old = json.loads(self.config.read_text(encoding="utf-8"))
         except ValueError:
             raise UserError(f"{self.config} is damaged: it is not JSON; --overwrite starts anew") from None
         if not isinstance(old, dict):
             raise UserError(f"{self.config} is damaged: it is no JSON object; --overwrite starts anew")
-        same = {"resume", "overwrite"} | {k for k in config if old.get(k, config[k]) == config[k]}
-        changed = [f"--{k} was {old[k]}, is now {config[k]}" for k in sorted(config.keys() - same)]
+        changed = []
+        for name in sorted(config.keys() & old.keys() - {"resume", "overwrite"}):
+            if old[name] != config[name]:
+                changed.append(f"--{name} was {old[name]}, is now {config[name]}")
         for change in changed:
             print(f"resume: {change}")
-        self.changed = "; ".join(changed)
-
-    def _stop(self, signum, frame):
-        if self.signum is not None:  # the second time: at once
-            raise KeyboardInterrupt(128 + signum)
-        self.signum = signum
-        self.log.say("\nstopping after this step (once more to stop at once)")
-
-    def _tidy(self):
-        """Remove what a crash left half-written."""
-        for name in sorted(os.listdir(self.state)):
-            path, kind = os.path.splitext(os.path.join(self.state, name))
-            if kind == ".old":
-                restore(path)
-            if kind == ".tmp":
-                print(f"resume: {path} was never completed; removed")
-            if kind in (".old", ".tmp"):
-                shutil.rmtree(path + kind, ignore_errors=True)
+        return "; ".join(changed)
 
     def _load(self):
-        if dist.rank() == 0:
+        """Load the newest checkpoint that is whole, and name those that are not → (its step, extra dict)."""
+        if self.first:
             self._tidy()
         dist.wait()
-        steps = self._checkpoints()
+        steps = self._steps()
         shared = f"--resume: the processes see different checkpoints in {self.state}; all hosts must share it"
         require(all(seen == steps for seen in dist.gather(steps)), shared)
-        for name in reversed(steps):
-            folder = os.path.join(self.state, name)
-            path = os.path.join(folder, "state.pt")
-            if said := dist.gather(damage(folder) if dist.rank() == 0 else None)[0]:
-                if self.cfg.resume != "auto":
-                    older = "--resume auto takes the newest one that is whole, --overwrite starts anew"
-                    raise UserError(f"--resume: damaged: {said}; {older}")
-                print(f"resume: skipped as damaged: {said}")
-                continue
-            # one of a run without --shard holds all tensors, of which a process then keeps its pieces
-            state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
-            made_by = state["trainer"]
-            require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
-            shards = os.path.join(folder, dist.SHARDS)
-            if os.path.isdir(shards):
-                state |= dist.read(shards, self.models, self.optimizer)
-            for key, model in self.models.items():
-                self._fit(model, state["models"].get(key), path, key)
-            if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(state["frozen"], self.frozen)):
-                raise UserError(f"--resume: the reference is not the one that {self.out} was started with")
-            params = [p for group in self.optimizer.param_groups for p in group["params"]]
-            moments = {i: {k: dist.like(x, params[i]) for k, x in of.items()}
-                       for i, of in state["optimizer"]["state"].items()}  # fmt: skip
-            mine = self.optimizer.state_dict()["param_groups"]  # --lr and --weight_decay of this run
-            self.optimizer.load_state_dict({"state": moments, "param_groups": mine})
-            print(f"resume: {self.out} from step {state['step']}")
-            return state["step"], state["extra"]
-        if steps:
-            raise UserError(f"--resume: every checkpoint in {self.state} is damaged; --overwrite starts anew")
+        problems = []
+        for step in reversed(steps):
+            folder = self._folder(step)
+            problem = dist.gather(damage(folder) if self.first else None)[0]
+            if problem is None:
+                return self._load_from(folder)
+            print(f"warning: --resume skipped as damaged: {problem}")
+            problems.append(problem)
+        if problems:
+            newest = f"the newest: {problems[0]}; --overwrite starts anew"
+            raise UserError(f"--resume: every checkpoint in {self.state} is damaged; {newest}")
         print(f"resume: {self.out} has no complete checkpoint yet; starting at step 0")
         return 0, {}
 
-    def _checkpoints(self):
-        names = (d for d in os.listdir(self.state) if d.startswith("step-") and d[5:].isdigit())
-        return sorted(names, key=lambda d: int(d[5:]))
+    def _load_from(self, folder):
+        path = folder / "state.pt"
+        # Without --shard the file holds all tensors. With mmap a process reads its own pieces of them only.
+        state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
+        made_by = state["trainer"]
+        require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
+        shards = folder / dist.SHARDS
+        if shards.is_dir():
+            state |= dist.read(shards, self.models, self.optimizer)
+        for key, model in self.models.items():
+            self._fit(model, state["models"].get(key, {}), path, key)
+        for was, now in zip(state["frozen"], self.frozen):
+            same = math.isclose(was, now, rel_tol=1e-9)
+            require(same, f"--resume: the reference is not the one that {self.out} was started with")
+        self._load_moments(state["optimizer"]["state"])
+        print(f"resume: {self.out} from step {state['step']}")
+        return state["step"], state["extra"]
+
+    def _load_moments(self, saved):
+        """Adam's moments of each weight, by its number. Learning rate and weight decay are this run's own."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {}
+        for i, tensors in saved.items():
+            moments[i] = {name: dist.like(x, params[i]) for name, x in tensors.items()}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _fit(self, model, saved, path, key):
-        mine = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-        theirs = {k: tuple(v.shape) for k, v in (saved or {}).items()}
-        wrong = sorted(k for k in set(mine) | set(theirs) if mine.get(k) != theirs.get(k))
+        """Load saved tensors into a model. UserError, with the flags that changed, if their shapes differ."""
+        here = model.state_dict()
+        names = sorted(here.keys() | saved.keys())
+        wrong = [name for name in names if _shape(here, name) != _shape(saved, name)]
         if wrong:
-            k = wrong[0]
-            shapes = f"{k} is {theirs.get(k)} there and {mine.get(k)} here ({len(wrong)} tensors differ)"
+            name = wrong[0]
+            difference = f"{name} is {_shape(saved, name)} there and {_shape(here, name)} here"
             hint = f"{self.changed or 'no flag differs'}; resume with the flags in config.json"
-            raise UserError(f"--resume: {path} does not fit this {key}: {shapes}; {hint}")
-        model.load_state_dict({k: dist.like(saved[k], v) for k, v in model.state_dict().items()})
+            raise UserError(f"--resume: {path} does not fit this {key}: {difference} "
+                            f"({len(wrong)} tensors differ); {hint}")
+        model.load_state_dict({name: dist.like(saved[name], here[name]) for name in here})
 
-    def save(self, step, extra=None):
-        """State after `step` steps. RunError if it cannot be written; the older checkpoints stay.
+    def _tidy(self):
+        """Remove what a crash left half-written."""
+        for path in sorted(self.state.iterdir()):
+            folder = path.with_suffix("")
+            if path.suffix == ".old":
+                restore(folder)
+            if path.suffix == ".tmp":
+                print(f"resume: {folder} was never completed; removed")
+            if path.suffix in (".old", ".tmp"):
+                shutil.rmtree(path, ignore_errors=True)
 
-        With --shard every process writes its own pieces of the tensors into the same new folder.
+    def _steps(self):
+        """Steps of the checkpoints in state/, ascending."""
+        names = [path.name.removeprefix("step-") for path in self.state.glob("step-*")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _folder(self, step):
+        return self.state / f"step-{step:06d}"
+
+    # --------------------------------------------------------------------------------------------------------
+    # each step
+
+    def check(self, step, loss, gnorm, where, batch=None, models=()):
+        """RunError, before the optimizer step, if loss or gradient is not finite: no weight is spoilt yet.
+
+        batch and models, the arguments of the trainer's `gradient`, are written to a file for run/replay.py.
         """
-        state = {"step": step, "trainer": trainer_of(self.cfg), "extra": extra or {}, "frozen": self.frozen}
-        tensors = {"models": {k: m.state_dict() for k, m in self.models.items()},
-                   "optimizer": self.optimizer.state_dict()}  # fmt: skip
-        state |= {} if self.cfg.shard else tensors
-        folder, first = os.path.join(self.state, f"step-{step:06d}"), dist.rank() == 0
-        if not (first or self.cfg.shard):
+        if math.isfinite(loss) and math.isfinite(gnorm):
             return
-        self.log.sync()  # the rows before this step must not be lost after it is saved
-        size = tensor_bytes(state | tensors)
-        with new_folder(folder, True, size) if first else contextlib.nullcontext(f"{folder}.tmp") as tmp:
-            if self.cfg.shard:
-                dist.write(os.path.join(tmp, dist.SHARDS), **tensors)
-            if first:
-                with open(os.path.join(tmp, "state.pt"), "wb") as f:
-                    torch.save(state, f)
-        # Newer ones are damaged, or --resume auto would not be here: they must not push out those that count.
-        so_far = [name for name in self._checkpoints() if int(name[5:]) <= step]
-        for old in so_far[: -self.cfg.keep] if first else ():
-            shutil.rmtree(os.path.join(self.state, old), ignore_errors=True)
+        advice = "look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is too high"
+        if batch is not None:
+            path = f"{self.out}/bad-step-{step}.pt"
+            try:
+                replay.save(path, trainer_of(self.cfg), self.cfg, step, models, batch)
+                advice = f"{path} holds the batch; docs/reliability.md shows how to replay it; {advice}"
+            except (OSError, RuntimeError) as e:
+                print(f"warning: {path} could not be written ({str(e).splitlines()[0]})")
+        kept = "--resume goes on from the last checkpoint" if self._steps() else "no checkpoint yet"
+        raise RunError(f"step {step}: loss {loss:g}, gradient norm {gnorm:g} ({where}); "
+                       f"this update was not made; {advice}; {kept}")
 
     def checkpoint(self, done, export, extra=None):
         """After each step: save when due, at the end and when asked to stop (then raise Interrupted).
 
-        done: steps finished so far; export: writes model/.
+        done: steps finished so far; export: writes model/; extra: what else the trainer needs to go on.
         """
-        # A signal may reach one process a step later. What another has got is not noted in self.signum: when
-        # this one's own comes, that is no second Ctrl-C.
+        # A signal may reach one process a step later than another. self.signum stays this process's own: else
+        # its first signal would count as a second Ctrl-C.
         signum = dist.largest(self.signum or 0)
-        last = done == self.cfg.steps
-        if last or signum or (self.cfg.save_every and done % self.cfg.save_every == 0):
-            for name, model in self.models.items():
-                dist.reshard(model)
-                if not all(dist.local(p).isfinite().all() for p in model.parameters()):
-                    raise RunError(f"step {done - 1} left weights of the {name} not finite; lower --lr")
-            export()  # first: were it lost after the state of the last step, no --resume would make it again
+        due = self.cfg.save_every and done % self.cfg.save_every == 0
+        if due or signum or done == self.cfg.steps:
+            self._require_finite(done)
+            export()  # first: --resume of a run whose last state is saved would not write model/ again
             self.save(done, extra)
             signum = dist.largest(self.signum or signum)  # one may have come meanwhile
         if signum:
             raise Interrupted(signum)
 
-    def __exit__(self, kind, error, trace):
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-        if self.log is not None:
-            self.log.close(self.panels if kind is None or kind is Interrupted else ())
-        self._unlock()
-        if kind is None:
-            print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png")
+    def _require_finite(self, done):
+        for name, model in self.models.items():
+            dist.reshard(model)
+            if not all(dist.local(p).isfinite().all() for p in model.parameters()):
+                raise RunError(f"step {done - 1} left weights of the {name} not finite; lower --lr")
 
-    def check(self, step, loss, gnorm, where, batch=None, models=()):
-        """Stop before the optimizer step if loss or gradient is not finite: nothing is spoilt yet.
+    def save(self, step, extra=None):
+        """Save the state after `step` steps. RunError if it cannot be written; the older checkpoints stay.
 
-        batch and models, what the trainer's `gradient` was given, go into a file for nanorlhf/run/replay.py.
+        With --shard every process writes its own pieces of the tensors into the same new folder.
         """
-        if not (math.isfinite(loss) and math.isfinite(gnorm)):
-            look = "look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is too high"
-            kept = "--resume goes on from the last checkpoint" if self._checkpoints() else "no checkpoint yet"
-            found = f"step {step}: loss {loss:g}, gradient norm {gnorm:g} ({where})"
-            if batch is not None:
-                path = os.path.join(self.out, f"bad-step-{step}.pt")
-                try:
-                    replay.save(path, trainer_of(self.cfg), self.cfg, step, models, batch)
-                    look = f"nanorlhf.run.replay.load({path!r}) opens this step in a notebook; {look}"
-                except (OSError, RuntimeError) as e:
-                    print(f"warning: {path} could not be written ({str(e).splitlines()[0]})")
-            raise RunError(f"{found}; this update was not made; {look}; {kept}")
+        state = {"step": step, "trainer": trainer_of(self.cfg), "extra": extra or {}, "frozen": self.frozen}
+        models = {name: model.state_dict() for name, model in self.models.items()}
+        optimizer = self.optimizer.state_dict()
+        folder = self._folder(step)
+        shards = f"{folder}.tmp/{dist.SHARDS}"
+        if not self.first:
+            if self.cfg.shard:
+                dist.write(shards, models, optimizer)
+            return
+        self.log.sync()  # the rows before this step must not be lost after it is saved
+        size = tensor_bytes([state, models, optimizer])
+        with new_folder(folder, manifest=True, size=size) as tmp:
+            if self.cfg.shard:
+                dist.write(shards, models, optimizer)
+            else:
+                state |= {"models": models, "optimizer": optimizer}
+            with open(f"{tmp}/state.pt", "wb") as f:
+                torch.save(state, f)
+        # Checkpoints of later steps are damaged, or --resume would have started from them: they do not count,
+        # or they would push out the whole ones.
+        so_far = [saved for saved in self._steps() if saved <= step]
+        for old in so_far[:-KEEP]:
+            shutil.rmtree(self._folder(old), ignore_errors=True)
+
+    def _stop(self, signum, frame):
+        """Handler of Ctrl-C and SIGTERM: note the first, end at once on the second."""
+        if self.signum is not None:
+            raise KeyboardInterrupt(128 + signum)
+        self.signum = signum
+        self.log.say("\nstopping after this step (once more to stop at once)")
+
+
+def _shape(tensors, name):
+    return tuple(tensors[name].shape) if name in tensors else None
+
+
+def _checksum(model):
+    """The sum of all weights of a model, in float64: enough to tell one reference from another."""
+    sums = [p.detach().double().sum() for p in model.parameters()]
+    return sum(dist.full(x).item() for x in sums)

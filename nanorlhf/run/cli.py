@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import math
+import operator
 import os
 import re
 import sys
@@ -12,6 +14,7 @@ import textwrap
 import traceback
 import types
 import typing
+from typing import Literal
 
 import torch
 
@@ -19,7 +22,11 @@ from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.run import dist
 
 # ------------------------------------------------------------------------------------------------------------
-# config → command line
+# the flags that all trainers share
+
+# A comment line in a Config that is one of these words, and nothing else, puts the fields below it under this
+# heading of --help.
+HEADINGS = ("data", "method", "optimisation", "sampling", "evaluation", "run")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -29,132 +36,107 @@ class Flags:
     By keyword only: Config("chain") names the task.
     """
 
+    # data
     skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
-    resume: bool | typing.Literal["auto"] = False  # go on with the run in --out; auto: past damaged ones
+
+    # run
+    resume: bool = False  # go on with the run in --out, from its newest checkpoint that is not damaged
     overwrite: bool = False  # replace the run in --out
-    keep: int = 2  # checkpoints kept in OUT/state, the newest ones
     seed: int = 0  # every random number of the run is derived from it
-    device: typing.Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: typing.Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights
-    frozen_dtype: typing.Literal["float32", "bfloat16"] = "float32"  # matrices of reference and reward model
-    offload: bool = False  # reference and reward model stay in the CPU's memory while they are not used
-    checkpoint_activations: bool = False  # keep a block's input only, and run it again in the backward pass
-    compile: bool = False  # torch.compile the blocks; slow to start: for long runs of large models on a GPU
-    shard: bool = False  # under torchrun: cut weights and optimizer over the processes (FSDP2), not only rows
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    dtype: Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights too
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
+    shard: bool = False  # under torchrun: cut weights and optimizer over the processes (FSDP2), not only rows
+    save_memory: bool = False  # slower: compute activations twice, keep idle frozen models in CPU memory
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
     def fill_by_task(self, recipe=None, defaults=None):
-        """Give every field that is None its value from the tables {field: value}, the first that has one.
+        """Give every field that is None its value from the first table {field: value} that has it.
 
-        In this order: recipe, the class's table BY_TASK[task], defaults. What was given explicitly stays.
+        Order of precedence: command line, recipe, BY_TASK[task] of the class, defaults.
         """
         require(self.task in self.BY_TASK, f"--task {self.task}: must be one of {', '.join(self.BY_TASK)}")
         for values in (recipe or {}, self.BY_TASK[self.task], defaults or {}):
-            for field, value in values.items():
-                if getattr(self, field) is None:
-                    setattr(self, field, value)
+            for name, value in values.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
     """UserError for a number out of range: those named must be above 0, the others not below it."""
-    for f, kind in _field_types(type(cfg)):
-        value = getattr(cfg, f.name)
-        if f.name == "keep":
-            require(value > 0, f"--keep {value}: must be at least 1")
-        if kind not in (int, float) or value is None or f.name in any_sign:
+    for field, kind in _fields(type(cfg)):
+        name = field.name
+        value = getattr(cfg, name)
+        if kind not in NUMBERS or value in (None, []) or name in any_sign:
             continue
-        least = "must be at least 1" if kind is int else "must be above 0"
-        require(value > 0 or f.name not in above_zero, f"--{f.name} {value}: {least}")
-        require(value >= 0, f"--{f.name} {value}: must not be negative")
+        smallest = min(value) if isinstance(value, list) else value
+        flag = f"--{name} {_plain(value)}"
+        least = "must be above 0" if kind is float else "must be at least 1"
+        require(smallest > 0 or name not in above_zero, f"{flag}: {least}")
+        require(smallest >= 0, f"{flag}: must not be negative")
     require(-(2**63) <= cfg.seed < 2**63, f"--seed {cfg.seed}: must fit into 64 bits")
 
 
-def _field_types(Config):
+# ------------------------------------------------------------------------------------------------------------
+# command line → config
+
+NUMBERS = {  # type of a field → what its flag must be
+    int: "an integer such as 100",
+    float: "a number such as 3e-4",
+    list[int]: "integers such as 24,40,64",
+    int | list[int]: "an integer, or integers such as 24,40,64",
+}
+
+
+def _fields(Config):
+    """Pairs (field, type) of a Config. None is left out of a type: it stands for a default from a table."""
     hints = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        kind = hints[f.name]
+    for field in dataclasses.fields(Config):
+        kind = hints[field.name]
         if typing.get_origin(kind) in (types.UnionType, typing.Union):
-            kinds = [k for k in kind.__args__ if k is not type(None)]  # None: a default from a table
-            kind = kinds[0] if len(kinds) == 1 else kind
-        yield f, kind
+            kind = functools.reduce(operator.or_, [k for k in kind.__args__ if k is not types.NoneType])
+        yield field, kind
 
 
-def _switch(kind):
-    """The words that a flag takes which may stand alone, and what they mean; None for other kinds."""
-    words = {"true": True, "1": True, "false": False, "0": False}
-    more = [k.__args__ for k in getattr(kind, "__args__", ()) if typing.get_origin(k) is typing.Literal]
-    return words | {w: w for (w,) in more} if kind is bool or more else None
+def _plain(value):
+    """A value as one writes it on the command line: [24, 40] → 24,40."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _convert(flag, kind, text):
     """One flag's text → value of the field's type; UserError says what would be right."""
-    if words := _switch(kind):
-        if text.lower() in words:
-            return words[text.lower()]
-        raise UserError(f"{flag} {text}: must be {' or '.join(w for w in words if w.isalpha())}")
-    if typing.get_origin(kind) is typing.Literal:
-        if text in kind.__args__:
-            return text
+    if kind is bool:
+        words = {"true": True, "1": True, "false": False, "0": False}
+        require(text.lower() in words, f"{flag} {text}: must be true or false")
+        return words[text.lower()]
+    if typing.get_origin(kind) is Literal:
+        choices = ", ".join(filter(None, kind.__args__))
         near = difflib.get_close_matches(text, kind.__args__, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"{flag} {text}: must be one of {', '.join(filter(None, kind.__args__))}{hint}")
-    if kind in (int, float):
-        try:
-            value = kind(text)
-        except ValueError:
-            example = "an integer such as 100" if kind is int else "a number such as 3e-4"
-            raise UserError(f"{flag} {text}: must be {example}") from None
-        if not math.isfinite(value):
-            raise UserError(f"{flag} {text}: must be a finite number")
-        return value
-    return text
-
-
-def _comments(Config):
-    """Field name → the comment behind it, which is its --help text: written once, read in both places."""
-    found = {}
-    for line in "".join(map(inspect.getsource, Config.__mro__[:-1])).splitlines():
-        if m := re.match(r"    (\w+): .*?  # (.*)$", line):
-            found[m[1]] = m[2]
-    return found
-
-
-def help_text(Config, doc, prog):
-    """--help: the docstring's first paragraph, then every field with its comment and default; 80 columns."""
-    about = textwrap.wrap(doc.strip().split("\n\n")[0], 80)
-    dry = " [--dry_run]" * prog.startswith("train_")
-    lines = [*about, "", f"usage: python {prog}{dry} [--name value ...]", f"equations and examples: {prog}"]
-    lines += ["--dry_run: read data and tokenizer, print memory and FLOPs, and stop"] * bool(dry) + [""]
-    comments = _comments(Config)
-    fields = sorted(_field_types(Config), key=lambda x: x[0].name not in Config.__annotations__)  # own first
-    for f, kind in fields:
-        default = [] if f.default is dataclasses.MISSING else f.default
-        if default is None and f.name in getattr(Config, "DEFAULTS", {}):
-            default = Config.DEFAULTS[f.name]
-        elif default is None:
-            default = ", ".join(f"{v[f.name]} for {task}" for task, v in Config.BY_TASK.items())
-        text = comments[f.name] + ("" if default in ("", []) else f" (default: {default})")
-        if typing.get_origin(kind) is typing.Literal:
-            text = f"[{'|'.join(filter(None, kind.__args__))}] {text}"
-        head = f"  --{f.name}"
-        indent = " " * 26
-        lines += textwrap.wrap(text, 80, initial_indent=f"{head:<26}" if len(head) < 26 else f"{head}  ",
-                               subsequent_indent=indent)
-    return "\n".join(lines)
+        require(text in kind.__args__, f"{flag} {text}: must be one of {choices}{hint}")
+    if kind not in NUMBERS:
+        return text
+    parts = text.split(",") if kind not in (int, float) else [text]
+    try:
+        numbers = [float(part) if kind is float else int(part) for part in parts]
+    except ValueError:
+        raise UserError(f"{flag} {text}: must be {NUMBERS[kind]}") from None
+    require(all(abs(number) < math.inf for number in numbers), f"{flag} {text}: must be a finite number")
+    return numbers if kind == list[int] or len(numbers) > 1 else numbers[0]
 
 
 def parse(Config, argv, doc="", prog="train.py"):
-    """`--name value`, `--name=value`, `-` for `_`; a bool may stand alone; a list may be repeated → Config.
+    """A command line → Config. UserError names the nearest flag, or says what the value must be.
 
-    Unknown and ill-typed flags raise UserError naming the nearest flag, or what the value must be.
+    `--name value` or `--name=value`, with `-` or `_`. A bool may stand alone, integers have commas between
+    them (--lengthen_at 40,80), a list of words is a flag that is repeated (--reward a.py:f --reward b.py:g).
     """
-    kinds = {f.name: kind for f, kind in _field_types(Config)}
-    values, i = {}, 0
-    while i < len(argv):
-        flag, eq, text = argv[i].partition("=")
-        i += 1
+    kinds = {field.name: kind for field, kind in _fields(Config)}
+    values = {}
+    words = list(argv)
+    while words:
+        flag, equals, text = words.pop(0).partition("=")
         if flag in ("-h", "--help"):
             print(help_text(Config, doc, prog))
             raise SystemExit(0)
@@ -163,81 +145,152 @@ def parse(Config, argv, doc="", prog="train.py"):
             near = difflib.get_close_matches(name, kinds, 1)
             hint = f"did you mean --{near[0]}?" if near else "see --help"
             raise UserError(f"unknown flag {flag} ({hint})")
-        kind = kinds[name]
-        if not eq:
-            follows = i < len(argv) and not argv[i].startswith("--")
-            if _switch(kind) and not follows:
-                text = "true"
-            elif not follows:
-                raise UserError(f"{flag} needs a value")
+        if not equals:
+            if words and not words[0].startswith("--"):
+                text = words.pop(0)
             else:
-                text = argv[i]
-                i += 1
-        if typing.get_origin(kind) is list:
-            values.setdefault(name, []).append(_convert(flag, kind.__args__[0], text))
+                require(kinds[name] is bool, f"{flag} needs a value")
+                text = "true"
+        if kinds[name] == list[str]:
+            values.setdefault(name, []).append(text)
         else:
-            values[name] = _convert(flag, kind, text)
+            values[name] = _convert(flag, kinds[name], text)
     return Config(**values)
 
 
-def _line(error):
-    """What it says on one line, whatever a user's value that it quotes holds."""
-    return r"\n".join(str(error).splitlines())
+# ------------------------------------------------------------------------------------------------------------
+# --help
 
 
-def _smaller(cfg):
-    """Which flags to lower when the memory is full, the one that costs least first."""
-    flags = "tokens_per_microbatch batch_size prompts_per_step group_size max_new_tokens".split()
-    now = [f"--{name} (now {getattr(cfg, name)})" for name in flags if hasattr(cfg, name)]
-    return f"lower {', then '.join(now)}; --dry_run prints what a run needs, --resume goes on with it"
+def _comments(Config):
+    """→ {field: (heading, the comment behind it)}, read from the source of the class and of its bases.
+
+    The comment is the flag's help: written once, read in both places. Above all headings, the heading is "".
+    """
+    found = {}
+    for cls in Config.__mro__[:-1]:
+        heading = ""
+        for line in inspect.getsource(cls).splitlines():
+            if line.startswith("    # ") and line[6:] in HEADINGS:
+                heading = line[6:]
+            field = re.match(r"    (\w+): .*?  # (.*)$", line)
+            if field:
+                found.setdefault(field[1], (heading, field[2]))
+    return found
+
+
+def help_text(Config, doc, prog):
+    """--help: the docstring's first paragraph, then the flags under their headings; 80 columns.
+
+    Under each heading the flags that all trainers share come last.
+    """
+    about = doc.strip().split("\n\n")[0]
+    plan = " [--dry_run]" if prog.startswith("train_") else ""
+    lines = textwrap.wrap(about, 80)
+    lines += ["", f"usage: python {prog}{plan} [--name value ...]", f"equations and examples: {prog}"]
+    if plan:
+        lines.append("--dry_run: read data and tokenizer, print memory and FLOPs, and stop")
+    comments = _comments(Config)
+    groups = {heading: [] for heading in ("", *HEADINGS)}
+    own_first = sorted(_fields(Config), key=lambda pair: pair[0].name in Flags.__annotations__)
+    for field, kind in own_first:
+        heading, comment = comments[field.name]
+        groups[heading].append(_entry(Config, field, kind, comment))
+    for heading, entries in groups.items():
+        if entries:
+            lines += [f"\n{heading}:" if heading else "", *entries]
+    return "\n".join(lines)
+
+
+def _entry(Config, field, kind, comment):
+    """The text of one flag: its name, then choices, comment and default from column 26 on."""
+    default = _default(Config, field)
+    text = f"{comment} (default: {default})" if default else comment
+    if typing.get_origin(kind) is Literal:
+        text = f"[{'|'.join(filter(None, kind.__args__))}] {text}"
+    name = f"  --{field.name}"
+    name = f"{name:<26}" if len(name) < 26 else f"{name}  "
+    return textwrap.fill(text, 80, initial_indent=name, subsequent_indent=" " * 26)
+
+
+def _default(Config, field):
+    """A flag's default as --help shows it: "0.3", or "60 for reviews, 200 for chain" from a table, or ""."""
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = field.default_factory()
+    if default is None:
+        default = getattr(Config, "DEFAULTS", {}).get(field.name)
+    if default is not None:
+        return _plain(default)
+    by_task = Config.BY_TASK.items()
+    return ", ".join(f"{_plain(values[field.name])} for {task}" for task, values in by_task)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a run from the command line, and how it ends
 
 
 def run_cli(Config, train, module_doc, argv=None, dry_run=None):
-    """Run a trainer from the command line → status: 2 for a user's mistake, 1 for a run that had to stop.
+    """Run a trainer from the command line → exit status: 0, 2 for a user's mistake, 1 for a run that stopped.
 
-    dry_run(cfg) is what --dry_run calls in place of train(cfg). It is no field of Config, as it decides
+    dry_run(cfg) is what --dry_run calls in place of train(cfg). The flag is no field of Config, as it decides
     nothing about a run.
     """
-    prog, cfg = os.path.basename(sys.argv[0]), None
+    prog = os.path.basename(sys.argv[0])
+    argv = sys.argv[1:] if argv is None else argv
+    cfg = None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows writes to a pipe in a code page without β and │
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        argv = sys.argv[1:] if argv is None else argv
-        dry = [x for x in argv if dry_run and x.replace("-", "_") == "__dry_run"]
-        cfg = parse(Config, [x for x in argv if x not in dry], module_doc, prog)
-        (dry_run if dry else train)(cfg)
-        dist.finish()  # here: if another rank fails now, it is that one which speaks
-        said, status = "", 0
-    except UserError as e:
-        said, status = f"error: {_line(e)}", 2
-    except RunError as e:
-        said, status = f"stopped: {_line(e)}", 1
-    except BrokenPipeError:  # the reader of our output, `head` say, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        said, status = "", 1
-    except Interrupted as e:  # on all ranks after the same step
-        dist.finish()
-        said, status = str(e), e.code
-    except KeyboardInterrupt as e:
-        said, status = "interrupted at once; checkpoints saved before are kept", e.args[0] if e.args else 130
-    except Exception as e:
-        what = str(e).partition("\n")[0]
-        short = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in what
-        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
-            said, status = f"stopped: the disk is full ({e})", 1
-        elif isinstance(e, (MemoryError, RuntimeError)) and short:
-            said, status = f"stopped: out of memory: {what}; {_smaller(cfg)}", 1
-        elif dist.launched():
-            said, status = traceback.format_exc(), 1
+        flags = [word for word in argv if dry_run is None or word not in ("--dry_run", "--dry-run")]
+        cfg = parse(Config, flags, module_doc, prog)
+        if len(flags) == len(argv):
+            train(cfg)
         else:
-            raise
-    if not status:
+            dry_run(cfg)
+        dist.finish()  # here: if another rank fails now, that rank prints its error
         return 0
-    if dist.speaks_first() and said:
-        print(f"{prog}: {said}", file=sys.stderr)
+    except (Exception, KeyboardInterrupt) as error:
+        message, status = _ending(error, cfg)
+        if not status:
+            raise
+    if dist.speaks_first() and message:
+        print(f"{prog}: {message}", file=sys.stderr)
     dist.leave(status)
     return status
 
 
+def _ending(error, cfg):
+    """What ended a run → the line to print, the exit status. Status 0: a bug, whose traceback is needed."""
+    message = r"\n".join(str(error).splitlines())  # one line, whatever value of the user's it quotes
+    first_line = str(error).partition("\n")[0]
+    if isinstance(error, UserError):
+        return f"error: {message}", 2
+    if isinstance(error, RunError):
+        return f"stopped: {message}", 1
+    if isinstance(error, BrokenPipeError):  # the program that read our output, such as `head`, has ended
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        return "", 1
+    if isinstance(error, Interrupted):  # on all ranks after the same step
+        dist.finish()
+        return str(error), error.code
+    if isinstance(error, KeyboardInterrupt):
+        status = error.args[0] if error.args else 130
+        return "interrupted at once; checkpoints saved before are kept", status
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"stopped: the disk is full ({error})", 1
+    no_memory = isinstance(error, RuntimeError) and "can't allocate memory" in first_line  # of the CPU
+    if no_memory or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return f"stopped: out of memory: {first_line}; {_flags_to_lower(cfg)}", 1
+    if dist.launched():
+        return traceback.format_exc(), 1
+    return "", 0
 
+
+def _flags_to_lower(cfg):
+    """What to do when the memory is full: which flags to lower, the one that costs least first."""
+    flags = "tokens_per_microbatch batch_size prompts_per_step group_size max_new_tokens".split()
+    lower = [f"--{name} (now {_plain(getattr(cfg, name))})" for name in flags if hasattr(cfg, name)]
+    return f"lower {', then '.join(lower)}; --dry_run prints what a run needs, --resume goes on with it"

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import require
 from nanorlhf.run import dist
 
 
@@ -20,8 +20,6 @@ def setup(cfg):
     require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
     _join(cfg, device)
     torch.manual_seed(cfg.seed)
-    if device == "cpu" and getattr(cfg, "offload", False):
-        print("--offload: does nothing on the CPU, where all models are at home")
     if getattr(cfg, "deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed one
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -47,8 +45,8 @@ def _join(cfg, device):
             more = "some have one row more than others"
             print(f"--{flag} {n} does not divide by {dist.size()} processes: {more}")
     if shard:
-        for flag in ("off_policy_steps", "compile"):
-            require(not getattr(cfg, flag, 0), f"--{flag} does not go together with --shard")
+        older = getattr(cfg, "off_policy_steps", 0)
+        require(not older, "--off_policy_steps does not go together with --shard")
         both = cfg.lora_rank and getattr(cfg, "ref_every", 0)
         require(not both, "--ref_every does not go together with --lora_rank and --shard")
         from torch.distributed.fsdp import FSDPModule  # two seconds
@@ -70,39 +68,37 @@ def to_device(cfg, device, *models):
     the threads wait for each other at every small operation. The largest model decides.
     """
     size, rounded = 0, cfg.dtype == "bf16_weights"
-    run_block = None
-    if getattr(cfg, "compile", False) and device.type != "meta":  # --dry_run
-        run_block = compiled(lambda block, *args: block(*args), device)
     compute = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
     home = None if getattr(cfg, "shard", False) else device  # FSDP2 moves a block at a time: all may not fit
     for model in filter(None, models):
         model.to(home, torch.bfloat16 if rounded else None)
         trunk = getattr(model, "trunk", model)
-        trunk.compute_dtype, trunk.run_block = compute, run_block or trunk.run_block
-        trunk.recompute = getattr(cfg, "checkpoint_activations", False)
+        trunk.compute_dtype = compute
+        trunk.recompute = getattr(cfg, "save_memory", False)
         size = max(size, sum(p.numel() for p in model.parameters()))
     torch.set_num_threads(cfg.threads or (1 if size < 1_000_000 else THREADS))
     return models
 
 
 def freeze(cfg, *models, trained):
-    """--frozen_dtype and --offload, for models (or None) that are only read.
+    """Let models (or None) that are only read take less memory: --dtype bfloat16 and --save_memory.
 
-    bfloat16 is for their matrices, a reward model's head aside. Where activations have it too (--dtype
-    bfloat16) this halves their memory and changes next to nothing, as a weight is cast to the activations'
-    dtype at its use. A reference that shares the tensors of a `trained` model (LoRA) is left as it is. What
-    --shard cuts is offloaded by FSDP2 itself (dist.spread).
+    bfloat16 halves their matrices and changes no bit, as a weight is cast to the activations' dtype at its
+    use. Embeddings to which learned positions are added in fp32, and a reward model's head, stay in fp32. A
+    reference that shares the tensors of a `trained` model (LoRA) is left as it is. With --save_memory a model
+    moves to the CPU's memory until `at_work`; what --shard cuts FSDP2 moves itself (dist.spread).
     """
     taken = {id(p) for model in trained for p in model.parameters()}
     for model in filter(None, models):
         trunk = getattr(model, "trunk", model)
         if any(id(p) in taken for p in trunk.parameters()):
             continue
+        added = (trunk.wte.weight, trunk.wpe.weight) if trunk.wpe is not None else ()
         for p in trunk.parameters():
-            if p.dim() > 1 and cfg.frozen_dtype != "float32":
-                p.data = p.data.to(getattr(torch, cfg.frozen_dtype))
+            if cfg.dtype == "bfloat16" and p.dim() > 1 and not any(p is x for x in added):
+                p.data = p.data.bfloat16()
         sharded = dist.launched() and cfg.shard
-        if cfg.offload and model.device.type != "cpu" and not sharded:
+        if cfg.save_memory and model.device.type != "cpu" and not sharded:
             model.home = model.device
             if model.device.type != "meta":  # --dry_run
                 model.to("cpu")
@@ -130,16 +126,6 @@ def clip_gradient(model, max_norm):
     """Scale the model's gradient down to the norm max_norm, if it exceeds it → its norm before, a float."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return dist.full(norm).item()
-
-
-def compiled(fn, device):
-    """fn under torch.compile, for any length; UserError where that does not work (no C++ compiler)."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(4, device=device))
-    except Exception as e:
-        why = str(e).strip().split("\n")[0][:100]
-        raise UserError(f"--compile: torch.compile does not work here ({why}); leave the flag out") from None
-    return torch.compile(fn, dynamic=True)
 
 
 def lr_at(step, steps, peak):

@@ -262,16 +262,16 @@ def spread(cfg, *models, frozen=()):
     """Make the models (or None) those of all ranks: DDP for those that are trained; --shard: FSDP2 for all.
 
     To be called after the last copy.deepcopy of them and before the optimizer is built: one built before
-    would go on moving the whole weights, which nobody uses any more. With --shard and --offload the pieces of
-    frozen models lie in the host's memory, and go to the GPU block by block. What `hub.load` has left unread
-    is read now, so that UserError may come of it.
+    would go on moving the whole weights, which nobody uses any more. With --shard and --save_memory the
+    pieces of frozen models lie in the host's memory, and go to the GPU block by block. What `hub.load` has
+    left unread is read now, so that UserError may come of it.
     """
     if cfg.shard:
         for model in filter(None, models):
             _shard(model, cfg, offload=False)
         for model in filter(None, frozen):
-            model.requires_grad_(False)  # of what is trained, FSDP2 wants one dtype; --frozen_dtype makes two
-            _shard(model, cfg, offload=cfg.offload and _device.type == "cuda")
+            model.requires_grad_(False)  # of what is trained, FSDP2 wants one dtype; `freeze` makes two
+            _shard(model, cfg, offload=cfg.save_memory and _device.type == "cuda")
     elif size() > 1:
         for model in models:
             _replicate(model)

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: metrics.csv, samples.jsonl, the console line, the progress bar."""
+"""What a run writes while it goes on: metrics.csv, samples.jsonl, the console lines, the progress bar."""
 
 import contextlib
 import csv
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,110 +16,108 @@ from nanorlhf.run import dist
 
 
 class Log:
-    """metrics.csv (one row a step), samples.jsonl, an aligned console line within 80 columns, a bar with ETA.
+    """metrics.csv (one row a step), samples.jsonl, about 20 console lines within 80 columns, a bar with ETA.
 
-    A full disk here must not end the run: it is said once and training goes on. `start` > 0 (resuming) drops
-    the rows of steps that will be run again. Of several processes only the first writes.
+    A full disk does not end the run here: it is said once, and training goes on. With start > 0 (resuming)
+    the rows of steps that will run again are dropped. Of several processes only the first writes.
     """
 
     def __init__(self, out, columns, show, steps, start=0, wandb="", config=None):
-        self.columns, self.out = columns, out
+        self.out = Path(out)
+        self.columns = columns
         self.widths = {"step": 8} | {name: max(9, len(name) + 2) for name in show}
-        self.every, self.printed, self.warned = max(1, steps // 20), 0, False
-        self.last, self.writes = {}, dist.rank() == 0
-        self._keep_before(start)
-        self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
-                        desc=os.path.basename(out), file=sys.stdout)
         self.steps = steps
-        wandb, project = import_wandb(wandb), wandb
+        self.every = max(1, steps // 20)  # steps between console lines
+        self.printed = 0
+        self.disk_is_full = False
+        self.last = {}  # name → the figure measured last
+        self.writes = dist.rank() == 0
+        self._drop_from(start)
+        self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
+                        desc=self.out.name, file=sys.stdout)
         self.wandb = None
         if wandb and self.writes:
-            self.wandb = wandb.init(project=project, name=os.path.basename(out), config=config)
+            module = import_wandb(wandb)
+            self.wandb = module.init(project=wandb, name=self.out.name, config=config)
 
-    def _keep_before(self, start):
-        """Both logs without the steps from `start` on, and without lines that a crash or a full disk tore."""
-        path = os.path.join(self.out, "metrics.csv")
-        rows = []
-        if start and os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as f:
-                names, *lines = (line.split(",") for line in f.read().splitlines() or [""])
-            for row in (dict(zip(names, cells)) for cells in lines if len(cells) == len(names)):
-                with contextlib.suppress(ValueError, KeyError):
-                    if int(row["step"]) < start and [float(cell or 0) for cell in row.values()]:
-                        rows.append(row)
-        for row in rows:  # a run resumed at its very end still knows its figures
-            self.last.update({k: float(v) for k, v in row.items() if v and k != "step"})
+    def _drop_from(self, start):
+        """Write both logs anew, without the steps from `start` on."""
+        rows = _metrics_before(self.out / "metrics.csv", start)
+        lines = _samples_before(self.out / "samples.jsonl", start)
+        for row in rows:  # a run that is resumed at its very end still returns its last figures
+            figures = {name: float(cell) for name, cell in row.items() if cell}
+            figures.pop("step")
+            self.last |= figures
         if not self.writes:
             return
-        with open(path + ".tmp", "w", newline="") as f:
+        with _replacing(self.out / "metrics.csv") as f:
             writer = csv.DictWriter(f, self.columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(path + ".tmp", path)
-        path = os.path.join(self.out, "samples.jsonl")
-        lines = []
-        if start and os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as f:
-                for line in f:
-                    with contextlib.suppress(ValueError, KeyError, TypeError):
-                        if json.loads(line)["step"] < start:
-                            lines.append(line)
-        with open(path + ".tmp", "w", encoding="utf-8", newline="") as f:
+        with _replacing(self.out / "samples.jsonl") as f:
             f.writelines(lines)
-        os.replace(path + ".tmp", path)
 
     def _append(self, name, text):
         if not self.writes:
             return
+        path = self.out / name
         try:
-            path = os.path.join(self.out, name)
             # A lone surrogate has no UTF-8; what backslashreplace makes of it is its JSON escape.
             with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="") as f:
                 f.write(text)
         except OSError as e:
-            if not self.warned:
-                where = f"{self.out}/{name}"
-                self.say(f"warning: cannot write {where} ({e.strerror}); training goes on without it")
-            self.warned = True
+            if not self.disk_is_full:
+                self.say(f"warning: cannot write {path} ({e.strerror}); training goes on without it")
+            self.disk_is_full = True
 
     def sync(self):
-        """Make what was written so far outlast a power cut."""
+        """Make the lines written so far outlast a power cut."""
         for name in ("metrics.csv", "samples.jsonl"):
-            with contextlib.suppress(OSError), open(os.path.join(self.out, name), "rb+") as f:
-                os.fsync(f.fileno())  # a full disk has been said by _append
+            with contextlib.suppress(OSError):  # _append has said that the disk is full
+                with open(self.out / name, "rb+") as f:
+                    os.fsync(f.fileno())
 
     def say(self, text):
+        """Print a line, above the progress bar."""
         self.bar.clear()
         print(text, flush=True)
         self.bar.refresh()
 
     def row(self, step, metrics):
-        """Write one step. Values are plain numbers, None where nothing was measured."""
+        """Write one step. metrics: {column: number, or None where nothing was measured}."""
         assert set(metrics) <= set(self.columns), set(metrics) - set(self.columns)
-        unknown = {name for name, value in metrics.items() if value is None}
-        metrics = {name: value for name, value in metrics.items() if name not in unknown}
-        self.last = {k: v for k, v in self.last.items() if k not in unknown} | metrics
-        cells = ["" if metrics.get(c) is None else f"{metrics[c]:.6g}" for c in self.columns]
+        measured = {name: value for name, value in metrics.items() if value is not None}
+        for name in metrics.keys() - measured.keys():
+            self.last.pop(name, None)
+        self.last |= measured
+        cells = [f"{measured[name]:.6g}" if name in measured else "" for name in self.columns]
         cells[0] = str(step)
         self._append("metrics.csv", ",".join(cells) + "\n")
         self.bar.update(1)
         if step % self.every == 0 or step == self.steps - 1:
-            if self.printed % 25 == 0:
-                self.say("".join(f"{name:>{w}}" for name, w in self.widths.items()))
-            self.printed += 1
-            values = metrics | {"step": step}
-            self.say("".join(f"{_cell(values.get(name)):>{w}}" for name, w in self.widths.items()))
+            self._print(measured | {"step": step})
         if self.wandb:
-            self.wandb.log(metrics, step=step)
+            self.wandb.log(measured, step=step)
+
+    def _print(self, values):
+        """One console line, and the names above it every 25 lines."""
+        if self.printed % 25 == 0:
+            self.say("".join(f"{name:>{width}}" for name, width in self.widths.items()))
+        self.printed += 1
+        self.say("".join(f"{_cell(values.get(name)):>{width}}" for name, width in self.widths.items()))
 
     def samples(self, step, rows, texts, score):
-        """A step's prompts (the rows they come from), responses and scores (B,) or None → samples.jsonl."""
-        lines = [{"step": step, "prompt": row["prompt"], "response": text} for row, text in zip(rows, texts)]
-        for line, s in zip(lines, [] if score is None else score.tolist()):
-            line["reward"] = round(s, 4)
-        self._append("samples.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines))
+        """Write to samples.jsonl: prompts (of the data's rows), responses, and scores, (B,) or None."""
+        lines = []
+        for i, (row, text) in enumerate(zip(rows, texts)):
+            sample = {"step": step, "prompt": row["prompt"], "response": text}
+            if score is not None:
+                sample["reward"] = round(score[i].item(), 4)
+            lines.append(json.dumps(sample, ensure_ascii=False) + "\n")
+        self._append("samples.jsonl", "".join(lines))
 
     def close(self, panels=()):
+        """End the bar and draw curves.png with these panels."""
         self.bar.close()
         if panels and self.writes:
             plot_curves(self.out, panels)
@@ -126,9 +125,55 @@ class Log:
             self.wandb.finish()
 
 
+@contextlib.contextmanager
+def _replacing(path):
+    """A file to write, which replaces the one at path when it is complete."""
+    tmp = f"{path}.tmp"
+    with open(tmp, "w", encoding="utf-8", newline="") as f:
+        yield f
+    os.replace(tmp, path)
+
+
+def _lines(path):
+    """The lines of a file, whatever bytes a crash left there; none if it does not exist."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        return f.readlines()
+
+
+def _metrics_before(path, start):
+    """Rows of metrics.csv of the steps below start, without lines that a crash or a full disk cut short."""
+    rows = []
+    names = []
+    for line in _lines(path):
+        cells = line.rstrip("\n").split(",")
+        names = names or cells
+        with contextlib.suppress(ValueError, KeyError):  # such as the header itself
+            row = dict(zip(names, cells, strict=True))
+            for cell in filter(None, cells):
+                float(cell)
+            if int(row["step"]) < start:
+                rows.append(row)
+    return rows
+
+
+def _samples_before(path, start):
+    """Lines of samples.jsonl of the steps below start, without those that were cut short."""
+    lines = []
+    for line in _lines(path):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] < start:
+                lines.append(line)
+    return lines
+
+
 def _cell(value):
-    if value is None or isinstance(value, int):
-        return "" if value is None else str(value)
+    """A number for the console, at most 8 characters or so: 0.123, 1234, 5e-05; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return str(value)
     if 1e-7 < abs(value) < 1e-3:
         return f"{value:.0e}"
     value = round(value, 3) + 0.0  # no −0.000
@@ -136,7 +181,7 @@ def _cell(value):
 
 
 def import_wandb(project):
-    """The optional hook, `pip install wandb` and `--wandb PROJECT`: the module, or None without the flag."""
+    """The module for --wandb PROJECT, or None without the flag. UserError if it is not installed."""
     if not project:
         return None
     try:

@@ -73,7 +73,7 @@ def test_row_01_kill_at_any_moment(trainer, stages, tmp_path, monkeypatch):
         out, runs, ended = tmp_path / f"run{runs}", runs + 1, False
         while not ended:
             target = PHASES[sum(hits.values()) % 3]
-            more = {} if not (out / "config.json").exists() else dict(resume="auto")
+            more = {} if not (out / "config.json").exists() else dict(resume="true")
             process = start(trainer, flags_of(trainer, stages, out) | more, phases)
             if sum(hits.values()) < KILLS:
                 begun(process, phases)
