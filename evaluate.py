@@ -126,7 +126,7 @@ def main(cfg):
     model, tok = hub.load(cfg.model, "--model", f"python train_sft.py --task {cfg.task}", "language model")
     other = hub.load(cfg.against, "--against", "", "language model", like=tok)[0] if cfg.against else None
     rm = hub.load(cfg.rm, "--rm", "", "reward model", like=tok)[0] if cfg.rm else None
-    model, other, rm = to_device(cfg, device, model, other, rm)
+    to_device(cfg, device, model, other, rm)
     rewards = [worker.load_reward(spec) for spec in cfg.reward]
     rewards = rewards or ([(cfg.task, 1.0, task.reward)] if task.reward else [])
     scorer = bool(rm or rewards)

@@ -43,13 +43,13 @@ from nanorlhf import generate, hub, tasks
 from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub import load_models
-from nanorlhf.metrics import mean_se
+from nanorlhf.metrics import Figures, mean_se
 from nanorlhf.pairs import KEYS, Example, by_budget, load_examples, to_examples, write_first
 from nanorlhf.rewards import fresh_samples, load_prompts, score_responses
 from nanorlhf.run import dist, plan, worker
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, at_work, freeze, lr_at, setup
+from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, lr_at, setup
 from nanorlhf.run.log import Clock
 
 # ------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def response_logps(model, rows, pad_id):
 @torch.no_grad()
 def cache_logps(model, examples, tok, cfg):
     """Log-probs of both responses of each example, (N, 2); no gradients."""
-    mine = dist.mine([len(e.prompt) + max(len(e.first), len(e.second)) for e in examples]).tolist()
+    mine = dist.my_rows([len(e.prompt) + max(len(e.first), len(e.second)) for e in examples]).tolist()
     cut = by_budget([examples[i] for i in mine], cfg.tokens_per_microbatch)
     with at_work(model):
         out = torch.zeros(len(examples), 2, device=model.device)
@@ -406,8 +406,12 @@ def train(cfg):
             opt.zero_grad()
             whole = step_batch(policy, batch, ref_of, tok, cfg)
             lengths = [len(e.first) + len(e.second) for e in batch]
-            loss, stats = dist.total(*gradient(policy, dist.share(whole, lengths), cfg))
-            gnorm = dist.clip(policy.parameters(), cfg.max_grad_norm)
+            loss, stats = gradient(policy, dist.share(whole, lengths), cfg)
+            figures = Figures(**{name: "sum" for name in ("loss", *stats)})
+            figures.add({"loss": loss} | stats)
+            stats = dict(dist.whole_step(figures, policy))
+            loss = stats.pop("loss")
+            gnorm = clip_gradient(policy, cfg.max_grad_norm)
             run.check(step, loss, gnorm, f"{len(batch)} pairs", whole, [policy])
             for group in opt.param_groups:
                 group["lr"] = lr = lr_at(step, cfg.steps, cfg.lr)

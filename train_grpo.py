@@ -32,13 +32,13 @@ from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.data import epoch_batches, microbatches
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub import load_models
-from nanorlhf.metrics import sample_figures
+from nanorlhf.metrics import Figures, sample_figures
 from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses
 from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, at_work, freeze, setup
+from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, setup
 from nanorlhf.run.log import Clock
 from nanorlhf.run.worker import Rewards
 
@@ -451,8 +451,12 @@ def train(cfg):
                     w = token_weights(trained[rows_of], roll.group[rows_of], cfg)
                     minibatch |= {"w": w, "w_sum": w.sum().item(), "n_tokens": mask[rows_of].sum().item()}
                     opt.zero_grad()
-                    total, stats = dist.total(*gradient(policy, dist.share(minibatch), cfg))
-                    gnorm = dist.clip(policy.parameters(), cfg.max_grad_norm)
+                    total, stats = gradient(policy, dist.share(minibatch), cfg)
+                    figures = Figures(loss="sum", clip="sum", entropy="sum", ratio_max="max", gap="max")
+                    figures.add({"loss": total} | stats)
+                    stats = dict(dist.whole_step(figures, policy))
+                    total = stats.pop("loss")
+                    gnorm = clip_gradient(policy, cfg.max_grad_norm)
                     what = f"samples {rows_of[:4].tolist()} …, prompt {batch[rows_of[0]]['prompt']!r}"
                     run.check(step, total, gnorm, what, minibatch, [policy])
                     opt.step()

@@ -30,12 +30,13 @@ import torch
 from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.data import epoch_batches, microbatches
 from nanorlhf.errors import derive_seed, require
+from nanorlhf.metrics import Figures
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, at_work, freeze, setup, to_device
+from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, setup, to_device
 from nanorlhf.run.log import Clock
 from nanorlhf.run.worker import Rewards
 
@@ -254,7 +255,8 @@ def load_models(cfg, device):
         torch.nn.init.zeros_(critic.score.weight)  # with no reward model behind it the best first guess is 0
     frozen, _ = lora.add(policy, cfg.lora_rank, cfg.dtype), lora.add(critic, cfg.lora_rank, cfg.dtype)
     ref = frozen if frozen and cfg.ref == cfg.init else ref
-    return *to_device(cfg, device, policy, ref, critic, rm), tok
+    to_device(cfg, device, policy, ref, critic, rm)
+    return policy, ref, critic, rm, tok
 
 
 def train(cfg):
@@ -327,9 +329,14 @@ def train(cfg):
                     minibatch = {name: x[rows_of] for name, x in whole.items()}
                     minibatch["denom"] = minibatch["mask"].sum()  # of this optimizer step, however it is cut
                     opt.zero_grad()
-                    total, stats = dist.total(*gradient(policy, critic, dist.share(minibatch), cfg))
-                    gnorm = dist.clip(policy.parameters(), cfg.max_grad_norm)
-                    critic_gnorm = dist.clip(critic.parameters(), cfg.max_grad_norm)
+                    total, stats = gradient(policy, critic, dist.share(minibatch), cfg)
+                    sums_of = dict(loss="sum", clip="sum", entropy="sum", value_loss="sum")
+                    figures = Figures(**sums_of, ratio_max="max", gap="max")
+                    figures.add({"loss": total} | stats)
+                    stats = dict(dist.whole_step(figures, policy, critic))
+                    total = stats.pop("loss")
+                    gnorm = clip_gradient(policy, cfg.max_grad_norm)
+                    critic_gnorm = clip_gradient(critic, cfg.max_grad_norm)
                     what = f"samples {rows_of[:4].tolist()} …, prompt {batch[rows_of[0]]['prompt']!r}"
                     run.check(step, total, gnorm + critic_gnorm, what, minibatch, [policy, critic])
                     opt.step()

@@ -23,11 +23,12 @@ from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.data import encode_demonstration, epoch_batches, microbatches, pack, pad, split_by_hash
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub.formats import read_rows
+from nanorlhf.metrics import Figures
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, lr_at, setup, to_device
+from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
 from nanorlhf.run.log import Clock
 from nanorlhf.tokenizer import Tokenizer
 
@@ -209,7 +210,8 @@ def load(cfg, device):
         model = new_model(cfg, tok)
     lora.add(model, cfg.lora_rank, cfg.dtype)
     data, test = (encode(rows, tok, model.cfg.max_len) for rows in (train_rows, test_rows))
-    return *to_device(cfg, device, model), tok, data, test
+    to_device(cfg, device, model)
+    return model, tok, data, test
 
 
 def train(cfg):
@@ -234,8 +236,11 @@ def train(cfg):
             denom = mask.sum()  # of the whole step: how it is cut into micro-batches must not matter
             opt.zero_grad()
             batch = {"tokens": tokens, "mask": mask, "lengths": lengths, "denom": denom}
-            total, _ = dist.total(*gradient(model, dist.share(batch), cfg))
-            gnorm = dist.clip(model.parameters(), cfg.max_grad_norm)
+            total, _ = gradient(model, dist.share(batch), cfg)
+            figures = Figures(loss="sum")
+            figures.add({"loss": total})
+            total = dist.whole_step(figures, model)["loss"]
+            gnorm = clip_gradient(model, cfg.max_grad_norm)
             run.check(step, total, gnorm, f"{len(rows)} demonstrations", batch, [model])
             lr = lr_at(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:

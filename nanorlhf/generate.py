@@ -64,18 +64,15 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
     """
     if slots < 0:
         raise UserError(f"slots={slots} must be 0 or more")
-    how = n, max_new_tokens, temperature, eos_id, seed, top_k, top_p, pad_id, slots
-    mine, alone = dist.part(len(prompts)), dist.size() == 1 or not prompts
-    with dist.whole(model) as here:
-        roll = _generate(here, prompts[mine], *how, mine.start * n) if prompts[mine] or alone else None
-    if alone:
-        return roll
-    rolls = dist.gather(roll and roll.to("cpu"))
-    return Rollout.cat([roll for roll in rolls if roll], pad_id or 0).to(model.device)
+    settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, eos_id=eos_id, seed=seed,
+                    top_k=top_k, top_p=top_p, pad_id=pad_id, slots=slots)  # fmt: skip
+    if dist.size() > 1 and prompts:
+        return dist.generate_by_share(_generate, model, prompts, n, **settings)
+    return _generate(model, prompts, n, **settings)
 
 
 def _generate(model, prompts, n, max_new_tokens, temperature, eos_id, seed, top_k, top_p, pad_id, slots,
-              first_row):
+              first_row=0):
     tokens, plen, group, u, stop = _start(
         model, prompts, n, max_new_tokens, temperature, eos_id, seed, pad_id, first_row
     )

@@ -27,7 +27,7 @@ def score_responses(roll, texts, rows, rm, rewards, parts=None):
     if rm is not None:
         size, score = max(1, SCORE_TOKENS // roll.tokens.shape[1]), roll.logp.new_zeros(len(roll.tokens))
         with at_work(rm):
-            mine = dist.mine(roll.lengths)
+            mine = dist.my_rows(roll.lengths)
             for mb in dist.paced(mine.split(size) if len(mine) else (), rm.values):
                 score[mb] = rm.scores(roll.tokens[mb], roll.lengths[mb], roll.mask[mb])
         return dist.summed(score)  # detail 13: at no other position

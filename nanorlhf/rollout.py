@@ -73,7 +73,7 @@ class Rollout:
     def per_token(self, fn, budget):
         """fn(tokens, mask) → (b, T') on every micro-batch, together (B, T), zeros beyond. No gradients."""
         out = torch.zeros_like(self.logp)
-        for mb, T in dist.paced(self.microbatches(dist.mine(self.lengths), budget), fn):
+        for mb, T in dist.paced(self.microbatches(dist.my_rows(self.lengths), budget), fn):
             out[mb, :T] = fn(self.tokens[mb, :T], self.mask[mb, :T])
         return dist.summed(out)
 

@@ -22,7 +22,7 @@ import threading
 import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
-from nanorlhf.run import dist, replay
+from nanorlhf.run import dist, replay, sharding
 from nanorlhf.run.folders import new_folder, restore, sync_folder, take_lock, tensor_bytes, verify
 from nanorlhf.run.log import Log, import_wandb
 
@@ -97,7 +97,7 @@ class Run:
         Until here nothing of an older run was touched: whatever was wrong with flags or data has been said.
         """
         self.models, self.optimizer = models, optimizer
-        sums = [[dist.full(p.detach().double().sum()).item() for p in m.parameters()] for m in frozen]
+        sums = [[sharding.full(p.detach().double().sum()).item() for p in m.parameters()] for m in frozen]
         self.frozen = [sum(x) for x in sums]
         config = dataclasses.asdict(self.cfg)
         first = dist.rank() == 0  # of several processes, the one that writes
@@ -177,15 +177,15 @@ class Run:
             state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
             made_by = state["trainer"]
             require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
-            shards = os.path.join(folder, dist.SHARDS)
+            shards = os.path.join(folder, sharding.SHARDS)
             if os.path.isdir(shards):
-                state |= dist.read(shards, self.models, self.optimizer)
+                state |= sharding.read(shards, self.models, self.optimizer)
             for key, model in self.models.items():
                 self._fit(model, state["models"].get(key), path, key)
             if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(state["frozen"], self.frozen)):
                 raise UserError(f"--resume: the reference is not the one that {self.out} was started with")
             params = [p for group in self.optimizer.param_groups for p in group["params"]]
-            moments = {i: {k: dist.like(x, params[i]) for k, x in of.items()}
+            moments = {i: {k: sharding.shard_like(x, params[i]) for k, x in of.items()}
                        for i, of in state["optimizer"]["state"].items()}  # fmt: skip
             mine = self.optimizer.state_dict()["param_groups"]  # --lr and --weight_decay of this run
             self.optimizer.load_state_dict({"state": moments, "param_groups": mine})
@@ -209,7 +209,7 @@ class Run:
             shapes = f"{k} is {theirs.get(k)} there and {mine.get(k)} here ({len(wrong)} tensors differ)"
             hint = f"{self.changed or 'no flag differs'}; resume with the flags in config.json"
             raise UserError(f"--resume: {path} does not fit this {key}: {shapes}; {hint}")
-        model.load_state_dict({k: dist.like(saved[k], v) for k, v in model.state_dict().items()})
+        model.load_state_dict({k: sharding.shard_like(saved[k], v) for k, v in model.state_dict().items()})
 
     def save(self, step, extra=None):
         """State after `step` steps. RunError if it cannot be written; the older checkpoints stay.
@@ -227,7 +227,7 @@ class Run:
         size = tensor_bytes(state | tensors)
         with new_folder(folder, True, size) if first else contextlib.nullcontext(f"{folder}.tmp") as tmp:
             if self.cfg.shard:
-                dist.write(os.path.join(tmp, dist.SHARDS), **tensors)
+                sharding.write(os.path.join(tmp, sharding.SHARDS), **tensors)
             if first:
                 with open(os.path.join(tmp, "state.pt"), "wb") as f:
                     torch.save(state, f)
@@ -247,8 +247,8 @@ class Run:
         last = done == self.cfg.steps
         if last or signum or (self.cfg.save_every and done % self.cfg.save_every == 0):
             for name, model in self.models.items():
-                dist.reshard(model)
-                if not all(dist.local(p).isfinite().all() for p in model.parameters()):
+                sharding.reshard(model)
+                if not all(sharding.local(p).isfinite().all() for p in model.parameters()):
                     raise RunError(f"step {done - 1} left weights of the {name} not finite; lower --lr")
             export()  # first: were it lost after the state of the last step, no --resume would make it again
             self.save(done, extra)

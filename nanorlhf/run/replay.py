@@ -20,7 +20,7 @@ import torch
 from nanorlhf import lora
 from nanorlhf.errors import UserError, require
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
-from nanorlhf.run import dist
+from nanorlhf.run import dist, sharding
 from nanorlhf.run.device import setup, to_device
 
 
@@ -32,7 +32,7 @@ def save(path, trainer, cfg, step, models, batch):
         own = dict(scalar=trunk is not model, step_ids=getattr(model, "step_ids", None), n_ids=trunk.n_ids)
         weights = {}
         for name, x in model.state_dict().items():  # one after the other: the whole model may not fit
-            x = dist.full(x)
+            x = sharding.full(x)
             if dist.rank() == 0:
                 weights[name] = x.cpu()
         saved.append(own | dict(config=dataclasses.asdict(trunk.cfg), weights=weights))
@@ -73,7 +73,8 @@ def load(path):
         lora.add(model, ranks[0] if ranks else 0, cfg.dtype)
         model.load_state_dict(saved["weights"])
         models.append(model)
-    return trainer, cfg, content["step"], to_device(cfg, device, *models), _to(content["batch"], device)
+    to_device(cfg, device, *models)
+    return trainer, cfg, content["step"], models, _to(content["batch"], device)
 
 
 def _to(x, device):

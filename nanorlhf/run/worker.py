@@ -181,7 +181,7 @@ def _end_with_parent():
 
 def sum_rewards(texts, rows, rewards, parts=None, device="cpu"):
     """Weighted sum of `rewards`, a list of (name, weight, function) → (B,); `parts` as in score_responses."""
-    score, mine = torch.zeros(len(texts), device=device), dist.part(len(texts))
+    score, mine = torch.zeros(len(texts), device=device), dist.my_part(len(texts))
     pairs = list(zip(texts, rows, strict=True))[mine]  # of several processes each calls its share
     texts, rows = [text for text, _ in pairs], [row for _, row in pairs]
     for i, (name, weight, fn) in enumerate(rewards):
