@@ -66,7 +66,7 @@ def generate(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=Non
         raise UserError(f"slots={slots} must be 0 or more")
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, eos_id=eos_id, seed=seed,
                     top_k=top_k, top_p=top_p, pad_id=pad_id, slots=slots)  # fmt: skip
-    if dist.size() > 1 and prompts:
+    if dist.launched() and prompts:  # on one process nothing is shared
         return dist.generate_by_share(_generate, model, prompts, n, **settings)
     return _generate(model, prompts, n, **settings)
 

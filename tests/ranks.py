@@ -22,6 +22,7 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import errors, generate, hub
+from nanorlhf.hub import folder
 from nanorlhf.look import plots
 from nanorlhf.model import ScalarModel
 from nanorlhf.run import checkpoint, dist, sharding
@@ -38,7 +39,7 @@ SHORT = {  # of which a few steps are enough
     "kto": (train_dpo, dict(loss="kto", tokens_per_microbatch=60, steps=4)),
     "dapo": (train_grpo, dict(recipe="dapo", off_policy_steps=0, steps=4)),
     "online": (train_dpo, dict(online=2, online_ref="round", pairs=16, judge="self", steps=4)),
-    "lean": (train_ppo, dict(checkpoint_activations=True, frozen_dtype="bfloat16", steps=4)),
+    "lean": (train_ppo, dict(checkpoint_activations=True, frozen_dtype="bfloat16", steps=3)),
     "lora": (train_ppo, dict(lora_rank=2, tokens_per_microbatch=60, steps=4)),
     "old": (train_grpo, dict(off_policy_steps=1, steps=4)),  # not sharded
     "bf16": (train_sft, dict(dtype="bfloat16", steps=4)),
@@ -52,13 +53,18 @@ PROMPTS = [[1], [2, 3, 4], [5], [1, 2], [3, 3, 3, 3]]  # the second rank has one
 def precision(dtype):
     """Inside, models are loaded, made and run in this dtype, whatever --dtype says."""
     load, before = hub.load, torch.get_default_dtype()
+
+    def precise(*args, **kwargs):
+        model, tok = load(*args, **kwargs)
+        return model.to(dtype), tok
+
     torch.set_default_dtype(dtype)
-    hub.load = lambda *args, **kw: (lambda model, tok: (model.to(dtype), tok))(*load(*args, **kw))
+    hub.load = folder.load = precise  # hub.load_models calls the latter
     try:
         yield
     finally:
         torch.set_default_dtype(before)
-        hub.load = load
+        hub.load = folder.load = load
 
 
 def run(stages, name, out, **more):

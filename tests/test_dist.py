@@ -276,9 +276,9 @@ def test_figures_are_added_up_but_for_the_largest(monkeypatch):
 
 def test_gradients_are_summed_over_the_same_parameters_on_every_rank(monkeypatch):
     """A rank without rows adds zeros, or the others would wait for it. An unused head gets no gradient."""
-    calls = []
+    calls, sent = [], []
     monkeypatch.setattr(dist, "size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, rank: None)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, rank: sent.append((x.data_ptr(), rank)))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: calls[-1].append(x.mul_(2).shape))
     monkeypatch.setattr(dist, "gather", lambda x: [x])
     for rows in (0, 1):
@@ -291,6 +291,8 @@ def test_gradients_are_summed_over_the_same_parameters_on_every_rank(monkeypatch
             want = {name: 2 * p.grad for name, p in critic.named_parameters() if p.grad is not None}
         dist.whole_step(Figures(), critic)
         assert critic.trunk.lm_head.weight.grad is None
+    weights = {(x.data_ptr(), 0) for x in (*critic.parameters(), critic.reward_bias)}
+    assert weights <= set(sent), "all start as rank 0 does"
     assert calls[0] == calls[1] and len(want) == len(list(critic.parameters())) - 1
     assert all(torch.equal(critic.get_parameter(name).grad, grad) for name, grad in want.items())
 

@@ -142,6 +142,15 @@ def shard_like(tensor, x):
 # checkpoints: every process writes its pieces, and any number of processes can read them
 
 
+def _flat(state_dicts):
+    """Tensors of several dicts, as one dict.
+
+    >>> _flat({"policy": {"wte.weight": 1}, "/0": {"exp_avg": 2}})
+    {'policy/wte.weight': 1, '/0/exp_avg': 2}
+    """
+    return {f"{key}/{name}": x for key, tensors in state_dicts.items() for name, x in tensors.items()}
+
+
 def write(folder, models, optimizer):
     """Write this process's pieces of {name: a model's state_dict} and of the optimizer's state_dict.
 
@@ -149,13 +158,7 @@ def write(folder, models, optimizer):
     """
     from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
 
-    tensors = {}
-    for key, weights in models.items():
-        for name, x in weights.items():
-            tensors[f"{key}/{name}"] = x
-    for i, moments in optimizer["state"].items():
-        for name, x in moments.items():
-            tensors[f"/{i}/{name}"] = x
+    tensors = _flat(models) | _flat({f"/{i}": moments for i, moments in optimizer["state"].items()})
     torch_dist.barrier()  # until rank 0 has made the folder around it
     try:
         save(tensors, storage_writer=FileSystemWriter(folder, sync_files=False))
@@ -190,7 +193,7 @@ def read(folder, models, optimizer):
             return table
 
     reader = Reader(folder)
-    weights = {f"{key}/{name}": x for key, model in models.items() for name, x in model.state_dict().items()}
+    weights = _flat({key: model.state_dict() for key, model in models.items()})
     params = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {}
     for name, entry in reader.read_metadata().state_dict_metadata.items():
