@@ -248,7 +248,7 @@ def main(cfg):
         other = hub.load(cfg.against, "--against", "", "language model", like=tok)[0]
     if cfg.rm:
         rm = hub.load(cfg.rm, "--rm", "", "reward model", like=tok)[0]
-    model, other, rm = to_device(cfg, device, model, other, rm)
+    to_device(cfg, device, model, other, rm)
     functions = [load_reward(spec) for spec in cfg.reward]
     if not functions and task.reward:
         functions = [RewardFunction(cfg.task, 1.0, task.reward)]

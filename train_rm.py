@@ -36,12 +36,13 @@ from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, respons
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub.files import read_jsonl
 from nanorlhf.hub.formats import read_rows
+from nanorlhf.metrics import Figures
 from nanorlhf.model import ScalarModel
 from nanorlhf.pairs import encode_pairs, load_rows, require_both
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, lr_at, setup, to_device
+from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
 from nanorlhf.run.log import Clock
 
 # ------------------------------------------------------------------------------------------------------------
@@ -275,7 +276,9 @@ def load_model(cfg, device):
     """→ reward model on the trunk of the SFT model, tokenizer."""
     how = dict(kind="language model", shard=cfg.shard)
     policy, tok = hub.load(cfg.init, hint=f"python train_sft.py --task {cfg.task}", **how)
-    return *to_device(cfg, device, ScalarModel(policy)), tok
+    model = ScalarModel(policy)
+    to_device(cfg, device, model)
+    return model, tok
 
 
 def train(cfg):
@@ -307,8 +310,12 @@ def train(cfg):
             opt.zero_grad()
             batch = {"rows": [list(row) for row in rows], "denom": denom, "pad_id": tok.pad_id}
             lengths = [sum(row_lengths(row)) for row in rows]
-            total, stats = dist.total(*gradient(model, dist.share(batch, lengths), cfg))
-            gnorm = dist.clip(model.parameters(), cfg.max_grad_norm)
+            total, stats = gradient(model, dist.share(batch, lengths), cfg)
+            figures = Figures(loss="sum", acc="sum", margin="sum")
+            figures.add({"loss": total} | stats)
+            stats = dict(dist.whole_step(figures, model))
+            total = stats.pop("loss")
+            gnorm = clip_gradient(model, cfg.max_grad_norm)
             run.check(step, total, gnorm, f"a batch of {len(rows)} rows", batch, [model])
             lr = lr_at(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:

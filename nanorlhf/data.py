@@ -190,7 +190,7 @@ def fill_rows(out, lengths, cut, compute, *passes):
     >>> fill_rows(torch.zeros(3), lengths, lambda n: microbatches(n, 4), lambda rows: 10.0 * lengths[rows])
     tensor([10., 30., 20.])
     """
-    my_rows = dist.mine(lengths)
+    my_rows = dist.my_rows(lengths)
     for part in dist.paced(cut(lengths[my_rows]), *passes):
         rows = my_rows[part]
         out[rows] = compute(rows)

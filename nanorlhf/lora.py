@@ -1,9 +1,9 @@
-"""LoRA (arXiv 2106.09685): train a low-rank change of every linear layer of the blocks and nothing else.
+"""LoRA (arXiv 2106.09685): train a low-rank change of every linear layer of the blocks, and nothing else.
 
     W x  →  W x + α/r · B (A x)            A (r, in) starts at N(0, 1/√in), B (out, r) at 0
 
-W is frozen, so it needs neither gradient nor optimizer state, and the model as it was before training, which
-is RLHF's reference, is still there: `add` returns it, sharing every tensor. `hub.save` writes W + α/r · B A.
+W is frozen, so it needs no gradient and no optimizer state. The model before training, RLHF's reference, is
+then still there: `add` returns it, and it shares every tensor. `hub.save` writes W + α/r · B A.
 """
 
 import copy
@@ -18,65 +18,53 @@ ALPHA = 32.0  # with a fixed α the best learning rate hardly depends on r; it i
 
 
 class Adapted(Linear):
-    """A frozen linear layer (its `weight` and `bias` keep their names) and its trained change, in fp32."""
+    """A frozen linear layer, whose `weight` and `bias` keep their names, and its trained change in fp32."""
 
     def __init__(self, base, rank):
         nn.Module.__init__(self)
-        self.weight, self.bias, self.scale = base.weight, base.bias, ALPHA / rank
+        self.weight = base.weight
+        self.bias = base.bias
+        self.scale = ALPHA / rank
         n_out, n_in = base.weight.shape
-        how = dict(dtype=torch.promote_types(base.weight.dtype, torch.float32), device=base.weight.device)
-        if base.weight.is_meta:  # --shard: only the file's tensors wait there
-            how["device"] = None
-        self.A = nn.Parameter(torch.randn(rank, n_in, **how) * n_in**-0.5)
-        self.B = nn.Parameter(torch.zeros(n_out, rank, **how))
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        # With --shard the weights wait on the meta device for their file, which holds no A: it is drawn now.
+        device = None if base.weight.is_meta else base.weight.device
+        A = torch.randn(rank, n_in, dtype=dtype, device=device)
+        B = torch.zeros(n_out, rank, dtype=dtype, device=device)
+        self.A = nn.Parameter(A * n_in**-0.5)
+        self.B = nn.Parameter(B)
 
     def forward(self, x):
-        return super().forward(x) + self.scale * (x @ self.A.T.to(x.dtype)) @ self.B.T.to(x.dtype)
-
-    @torch.no_grad()
-    def merged_weight(self):
-        """→ W + α/r · B A in the precision of A and B."""
-        return merge(self.weight, self.A, self.B, self.scale)
+        low = x @ self.A.T.to(x.dtype)  # (..., r)
+        return super().forward(x) + self.scale * low @ self.B.T.to(x.dtype)
 
     def merged(self):
         """→ one plain layer that computes the same."""
-        out = nn.Module.__new__(Linear)
-        nn.Module.__init__(out)
-        out.weight, out.bias = nn.Parameter(self.merged_weight()), self.bias
-        return out
+        n_out, n_in = self.weight.shape
+        layer = Linear(n_in, n_out, bias=False, device="meta")
+        layer.weight = nn.Parameter(merge(self.weight, self.A, self.B, self.scale))
+        layer.bias = self.bias
+        return layer
 
 
+@torch.no_grad()
 def merge(weight, A, B, scale):
-    """→ W + scale · B A, for tensors that are whole on this process."""
+    """→ W + scale · B A (out, in), in the precision of A and B. The tensors must not be sharded."""
     return weight + scale * B @ A
 
 
-def _twin(model):
-    """Another model of the very same tensors, whose layers can be exchanged without touching this one."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def _exchange(model, old, new):
-    """Put new(layer) in the place of every layer of the blocks of class `old`."""
-    for block in getattr(model, "trunk", model).blocks:
-        for part in (block.attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                if type(layer) is old:
-                    setattr(part, name, new(layer))
-    return model
-
-
 def add(model, rank, dtype=None):
-    """Freeze a GPT or ScalarModel and adapt it, in place → its frozen self, for a reference.
+    """Adapt a GPT or ScalarModel in place, so that only adapters are trained → its frozen self.
 
-    dtype ("bfloat16", say) is that of the frozen matrices from now on: where activations have it too, nothing
-    is lost, as `Linear` casts its weight to theirs. A ScalarModel's head, which is new, is trained whole.
-    Rank 0 changes nothing → None.
+    The frozen self is the reference; it shares every tensor. Rank 0 changes nothing → None. The frozen
+    matrices get `dtype`: "bfloat16" halves their memory, and loses nothing where activations have it too, as
+    `Linear` casts its weight to theirs. A ScalarModel's head is new, so it is trained whole. UserError for
+    bf16_weights.
     """
     if not rank:
         return None
-    what = f"--lora_rank {rank} with --dtype bf16_weights: adapters are trained in fp32; use bfloat16"
-    require(dtype != "bf16_weights", what)
+    message = f"--lora_rank {rank} with --dtype bf16_weights: adapters are trained in fp32; use bfloat16"
+    require(dtype != "bf16_weights", message)
     frozen = _twin(model).requires_grad_(False)
 
     def adapt(layer):
@@ -85,7 +73,7 @@ def add(model, rank, dtype=None):
             layer.weight.data = layer.weight.data.to(getattr(torch, dtype))
         return adapted
 
-    _exchange(model, Linear, adapt)
+    _replace(model, Linear, adapt)
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
     return frozen
@@ -95,4 +83,19 @@ def merged(model):
     """→ a model of plain layers that computes what this one computes; itself, if it has no adapters."""
     if not any(isinstance(layer, Adapted) for layer in model.modules()):
         return model
-    return _exchange(_twin(model), Adapted, Adapted.merged)
+    return _replace(_twin(model), Adapted, Adapted.merged)
+
+
+def _twin(model):
+    """Another model of the very same tensors, whose layers can be replaced without touching this one."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _replace(model, kind, new):
+    """Replace every layer of this class in the blocks by new(layer), in place."""
+    for block in getattr(model, "trunk", model).blocks:
+        for part in (block.attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if type(layer) is kind:
+                    setattr(part, name, new(layer))
+    return model

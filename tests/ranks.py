@@ -22,9 +22,10 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import errors, generate, hub
+from nanorlhf.hub import folder
 from nanorlhf.look import plots
 from nanorlhf.model import ScalarModel
-from nanorlhf.run import checkpoint, dist
+from nanorlhf.run import checkpoint, dist, sharding
 
 STEPS = 20
 RUNS = {  # name → trainer, flags; several micro-batches each, and not the same number on both ranks
@@ -38,7 +39,7 @@ SHORT = {  # of which a few steps are enough
     "kto": (train_dpo, dict(loss="kto", tokens_per_microbatch=60, steps=4)),
     "dapo": (train_grpo, dict(recipe="dapo", off_policy_steps=0, steps=4)),
     "online": (train_dpo, dict(online=2, online_ref="round", pairs=16, judge="self", steps=4)),
-    "lean": (train_ppo, dict(save_memory=True, dtype="bfloat16", steps=4)),
+    "lean": (train_ppo, dict(save_memory=True, dtype="bfloat16", steps=3)),
     "lora": (train_ppo, dict(lora_rank=2, tokens_per_microbatch=60, steps=4)),
     "old": (train_grpo, dict(off_policy_steps=1, steps=4)),  # not sharded
     "bf16": (train_sft, dict(dtype="bfloat16", steps=4)),
@@ -52,13 +53,18 @@ PROMPTS = [[1], [2, 3, 4], [5], [1, 2], [3, 3, 3, 3]]  # the second rank has one
 def precision(dtype):
     """Inside, models are loaded, made and run in this dtype, whatever --dtype says."""
     load, before = hub.load, torch.get_default_dtype()
+
+    def precise(*args, **kwargs):
+        model, tok = load(*args, **kwargs)
+        return model.to(dtype), tok
+
     torch.set_default_dtype(dtype)
-    hub.load = lambda *args, **kw: (lambda model, tok: (model.to(dtype), tok))(*load(*args, **kw))
+    hub.load = folder.load = precise  # hub.load_models calls the latter
     try:
         yield
     finally:
         torch.set_default_dtype(before)
-        hub.load = load
+        hub.load = folder.load = load
 
 
 def run(stages, name, out, **more):
@@ -88,11 +94,15 @@ def sample(model):
 @contextlib.contextmanager
 def offloading():
     """Inside, FSDP2 takes its way of offloading frozen models, although they are at home on the CPU."""
-    shard, policy = dist._shard, fsdp.CPUOffloadPolicy
-    dist._shard = lambda model, cfg, offload: shard(model, cfg, not next(model.parameters()).requires_grad)
+    shard, policy = sharding.shard, fsdp.CPUOffloadPolicy
+
+    def offload_frozen(model, mesh, dtype, offload):
+        shard(model, mesh, dtype, offload=not next(model.parameters()).requires_grad)
+
+    sharding.shard = offload_frozen
     fsdp.CPUOffloadPolicy = lambda: policy(pin_memory=False)
     yield
-    dist._shard, fsdp.CPUOffloadPolicy = shard, policy
+    sharding.shard, fsdp.CPUOffloadPolicy = shard, policy
 
 
 def memory_of_load(cfg, folder):
@@ -103,17 +113,17 @@ def memory_of_load(cfg, folder):
 
     if not os.path.exists("/proc/self/status"):
         return None
-    piece, before, seen = dist.piece, size(), []
-    dist.piece = lambda *args: (seen.append(size()), piece(*args))[1]
+    piece, before, seen = sharding.piece, size(), []
+    sharding.piece = lambda *args: (seen.append(size()), piece(*args))[1]
     model, _ = hub.load(folder, shard=True)
     dist.spread(cfg, model)
-    dist.piece = piece
+    sharding.piece = piece
     return max(*seen, size()) - before
 
 
 def killed(stages, out, kind):
     """A run that kill -9 ends: in the gradient of step 12, or in the write of the second checkpoint."""
-    module, name, last = (dist, "write", 1) if kind == "fsdp" else (train_dpo, "gradient", 12)
+    module, name, last = (sharding, "write", 1) if kind == "fsdp" else (train_dpo, "gradient", 12)
     real, calls = getattr(module, name), []
 
     def deadly(*args, **kw):
@@ -155,7 +165,7 @@ def main(stages, out):
         model = hub.load(f"{out}/{style}", shard=True)[0]
         dist.spread(cfg, model)
         for p, q in zip(model.parameters(), whole.parameters(), strict=True):
-            assert torch.equal(dist.full(p), q) and len(dist.local(p)) < max(2, len(q)), style
+            assert torch.equal(sharding.full(p), q) and len(sharding.local(p)) < max(2, len(q)), style
     grown = dist.gather(memory_of_load(cfg, f"{out}/large"))
 
     model, _ = hub.load(f"{stages.folder}/sft/model", shard=True)

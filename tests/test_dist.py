@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -25,9 +26,10 @@ import train_grpo
 import train_sft
 from bench import scaling, table
 from nanorlhf import errors, generate, hub
+from nanorlhf.metrics import Figures
 from nanorlhf.model import ScalarModel
 from nanorlhf.rewards import score_responses
-from nanorlhf.run import device, dist, replay
+from nanorlhf.run import device, dist, replay, sharding
 from nanorlhf.run.checkpoint import damage
 
 ROOT = Path(__file__).parent.parent
@@ -215,10 +217,11 @@ def test_no_process_ever_holds_a_sharded_model_whole(runs):
 
 def test_pieces_of_frozen_models_are_offloaded(monkeypatch):
     """On a GPU, by FSDP2 itself; what is trained stays there."""
-    how = {}
+    settings = {}
     monkeypatch.setattr(dist, "launched", lambda: True)
-    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **kw: how.update({module: kw}))
-    monkeypatch.setattr(torch.distributed, "init_device_mesh", lambda *args: None)
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **kwargs: settings.update({module: kwargs}))
+    mesh = SimpleNamespace(device_type="cuda")
+    monkeypatch.setattr(torch.distributed, "init_device_mesh", lambda *args: mesh)
     monkeypatch.setattr(dist, "_device", torch.device("cuda"))
     cfg = train_grpo.Config(shard=True, save_memory=True)
     policy, rm = tiny(), ScalarModel(tiny())
@@ -227,10 +230,10 @@ def test_pieces_of_frozen_models_are_offloaded(monkeypatch):
     device.freeze(cfg, ref, rm, trained=(policy,))
     assert not hasattr(ref, "home") and not hasattr(rm, "home")
     dist.spread(cfg, policy, frozen=(ref, rm, None))
-    away = {module for module, kw in how.items() if "offload_policy" in kw}
+    away = {module for module, kwargs in settings.items() if "offload_policy" in kwargs}
     assert away == {ref, *ref.blocks, rm, rm.trunk, *rm.trunk.blocks}
-    assert set(how) - away == {policy, *policy.blocks}
-    assert all(isinstance(how[module]["offload_policy"], fsdp.CPUOffloadPolicy) for module in away)
+    assert set(settings) - away == {policy, *policy.blocks}
+    assert all(isinstance(settings[module]["offload_policy"], fsdp.CPUOffloadPolicy) for module in away)
     assert {p.device.type for p in ref.parameters()} == {"cpu"}, "before it is read"
 
 
@@ -251,8 +254,8 @@ def test_every_row_is_somebodys(lengths, size):
         dealt, cut, shared = [], [], []
         for rank in range(size):
             patch.setattr(dist, "rank", lambda rank=rank: rank)
-            dealt.append(dist.mine(lengths).tolist())
-            cut += list(range(len(lengths)))[dist.part(len(lengths))]
+            dealt.append(dist.my_rows(lengths).tolist())
+            cut += list(range(len(lengths)))[dist.my_part(len(lengths))]
             batch = dict(x=torch.tensor(lengths), y=lengths, denom=torch.tensor(3.0), n=(4,) * len(lengths))
             part = dist.share(batch, lengths)
             assert part["x"].tolist() == part["y"] and part["n"] == batch["n"] and part["denom"] == 3
@@ -265,11 +268,38 @@ def test_every_row_is_somebodys(lengths, size):
 
 def test_figures_are_added_up_but_for_the_largest(monkeypatch):
     """A rank without rows has no figures, and acc is None where none of its rows has one."""
-    parts = [(1.0, dict(ratio_max=1.5, gap=0.1, clip=0.25, acc=None)), (0.0, {}),
-             (2.0, dict(ratio_max=1.2, gap=0.3, clip=0.5, acc=None))]  # fmt: skip
+    parts = [dict(loss=1.0, ratio_max=1.5, gap=0.1, clip=0.25, acc=None), dict(loss=0.0),
+             dict(loss=2.0, ratio_max=1.2, gap=0.3, clip=0.5, acc=None)]  # fmt: skip
+    figures = Figures(loss="sum", clip="sum", acc="sum", ratio_max="max", gap="max")
+    figures.add(parts[0])
+    assert dist.whole_step(figures) is figures, "on one process"
     monkeypatch.setattr(dist, "size", lambda: 3)
     monkeypatch.setattr(dist, "gather", lambda x: parts)
-    assert dist.total(*parts[0]) == (3.0, dict(ratio_max=1.5, gap=0.3, clip=0.75, acc=None))
+    total = dict(loss=3.0, ratio_max=1.5, gap=0.3, clip=0.75, acc=None)
+    assert dist.whole_step(figures) == total
+
+
+def test_gradients_are_summed_over_the_same_parameters_on_every_rank(monkeypatch):
+    """A rank without rows adds zeros, or the others would wait for it. An unused head gets no gradient."""
+    calls, sent = [], []
+    monkeypatch.setattr(dist, "size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda x, rank: sent.append((x.data_ptr(), rank)))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: calls[-1].append(x.mul_(2).shape))
+    monkeypatch.setattr(dist, "gather", lambda x: [x])
+    for rows in (0, 1):
+        calls.append([])
+        critic = ScalarModel(tiny("llama-gqa-untied"))
+        dist.spread(train_grpo.Config(), critic)
+        tokens, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]])
+        if rows:
+            critic.values(tokens, mask).sum().backward()
+            want = {name: 2 * p.grad for name, p in critic.named_parameters() if p.grad is not None}
+        dist.whole_step(Figures(), critic)
+        assert critic.trunk.lm_head.weight.grad is None
+    weights = {(x.data_ptr(), 0) for x in (*critic.parameters(), critic.reward_bias)}
+    assert weights <= set(sent), "all start as rank 0 does"
+    assert calls[0] == calls[1] and len(want) == len(list(critic.parameters())) - 1
+    assert all(torch.equal(critic.get_parameter(name).grad, grad) for name, grad in want.items())
 
 
 def test_a_process_without_rows_scores_none(stages, monkeypatch):
@@ -388,11 +418,11 @@ def test_a_checkpoint_holds_no_other_pickle(tmp_path):
     owned = str(tmp_path / "owned").encode()
     (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + owned + b"'\ntR.")
     with pytest.raises(Exception, match="no place in a checkpoint"):
-        dist.read(str(tmp_path), {}, torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
+        sharding.read(str(tmp_path), {}, torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
     assert not (tmp_path / "owned").exists()
     (tmp_path / ".metadata").write_bytes(b"cxmlrpc.server\nMetadata\n.")  # a name that it has, elsewhere
     with pytest.raises(Exception, match="no place in a checkpoint"):
-        dist.read(str(tmp_path), {}, torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
+        sharding.read(str(tmp_path), {}, torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
     assert "xmlrpc.server" not in sys.modules
 
 

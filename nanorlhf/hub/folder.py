@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanorlhf import lora
 from nanorlhf.errors import UserError, blame, require
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
-from nanorlhf.run import dist
+from nanorlhf.run import dist, sharding
 from nanorlhf.run.device import to_device
 from nanorlhf.run.folders import tensor_bytes, write_folder
 from nanorlhf.tokenizer import FILE, Tokenizer, beside, stop_ids
@@ -304,13 +304,13 @@ def _fill(model, family, folder):
                 have, shape = tuple(tensor.shape), _shape(name, want[name])
                 require(have == shape, f"tensor {key} has shape {have}, config.json says {shape}")
                 for part, view in zip(want[name], _views(tensor, name, want[name], trunk.cfg)):
-                    dist.local(part).copy_(dist.piece(view.reshape(part.shape), part))
+                    sharding.local(part).copy_(sharding.piece(view.reshape(part.shape), part))
                 seen.add(name)
             require(said in (None, digest.hexdigest()), "wrong checksum: damaged after it was saved")
     for name in sorted(want.keys() - seen):
         raise UserError(f"{file}: tensor {name} is missing")
-    ours = dist.local(trunk.wte.weight)
-    if head is not None and not torch.equal(dist.piece(head, trunk.wte.weight).to(ours), ours):
+    ours = sharding.local(trunk.wte.weight)
+    if head is not None and not torch.equal(sharding.piece(head, trunk.wte.weight).to(ours), ours):
         raise UserError(f"{file}: the unembedding is not the embedding, although config.json says that it is")
 
 
@@ -385,11 +385,12 @@ def save(model, tok, folder):
     config, family = _write_config(model, tok, source, dtype)
     tensors = {}
     def merged(layer):
-        return lora.merge(dist.full(layer.weight), dist.full(layer.A), dist.full(layer.B), layer.scale)
+        weight, A, B = map(sharding.full, (layer.weight, layer.A, layer.B))
+        return lora.merge(weight, A, B, layer.scale)
 
     for name, parts in _tensors(model, family):
         # of a sharded model: by all processes together
-        parts = [merged(adapted[id(p)]) if id(p) in adapted else dist.full(p.detach()) for p in parts]
+        parts = [merged(adapted[id(p)]) if id(p) in adapted else sharding.full(p.detach()) for p in parts]
         if dist.rank() == 0:
             tensors[name] = _join(name, parts, trunk.cfg).to("cpu", dtype).contiguous()
     files = {"config.json": json.dumps(config, indent=2).encode(),
@@ -474,7 +475,8 @@ def load_models(cfg, device):
     frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
     if frozen and cfg.ref == cfg.init and not getattr(cfg, "ref_every", 0):
         ref = frozen
-    return *to_device(cfg, device, policy, ref, rm), tok
+    to_device(cfg, device, policy, ref, rm)
+    return policy, ref, rm, tok
 
 
 def _read(folder, dtype, shard):

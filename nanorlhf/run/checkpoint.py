@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
-from nanorlhf.run import dist, replay
+from nanorlhf.run import dist, replay, sharding
 from nanorlhf.run.folders import new_folder, restore, sync_folder, take_lock, tensor_bytes, verify
 from nanorlhf.run.log import Log, import_wandb
 
@@ -200,9 +200,9 @@ class Run:
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
         made_by = state["trainer"]
         require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
-        shards = folder / dist.SHARDS
+        shards = folder / sharding.SHARDS
         if shards.is_dir():
-            state |= dist.read(shards, self.models, self.optimizer)
+            state |= sharding.read(shards, self.models, self.optimizer)
         for key, model in self.models.items():
             self._fit(model, state["models"].get(key, {}), path, key)
         for was, now in zip(state["frozen"], self.frozen):
@@ -218,7 +218,7 @@ class Run:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = {}
         for i, tensors in saved.items():
-            moments[i] = {name: dist.like(x, params[i]) for name, x in tensors.items()}
+            moments[i] = {name: sharding.shard_like(x, params[i]) for name, x in tensors.items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _fit(self, model, saved, path, key):
@@ -232,7 +232,7 @@ class Run:
             hint = f"{self.changed or 'no flag differs'}; resume with the flags in config.json"
             raise UserError(f"--resume: {path} does not fit this {key}: {difference} "
                             f"({len(wrong)} tensors differ); {hint}")
-        model.load_state_dict({name: dist.like(saved[name], here[name]) for name in here})
+        model.load_state_dict({name: sharding.shard_like(saved[name], here[name]) for name in here})
 
     def _tidy(self):
         """Remove what a crash left half-written."""
@@ -294,8 +294,8 @@ class Run:
 
     def _require_finite(self, done):
         for name, model in self.models.items():
-            dist.reshard(model)
-            if not all(dist.local(p).isfinite().all() for p in model.parameters()):
+            sharding.reshard(model)
+            if not all(sharding.local(p).isfinite().all() for p in model.parameters()):
                 raise RunError(f"step {done - 1} left weights of the {name} not finite; lower --lr")
 
     def save(self, step, extra=None):
@@ -307,16 +307,16 @@ class Run:
         models = {name: model.state_dict() for name, model in self.models.items()}
         optimizer = self.optimizer.state_dict()
         folder = self._folder(step)
-        shards = f"{folder}.tmp/{dist.SHARDS}"
+        shards = f"{folder}.tmp/{sharding.SHARDS}"
         if not self.first:
             if self.cfg.shard:
-                dist.write(shards, models, optimizer)
+                sharding.write(shards, models, optimizer)
             return
         self.log.sync()  # the rows before this step must not be lost after it is saved
         size = tensor_bytes([state, models, optimizer])
         with new_folder(folder, manifest=True, size=size) as tmp:
             if self.cfg.shard:
-                dist.write(shards, models, optimizer)
+                sharding.write(shards, models, optimizer)
             else:
                 state |= {"models": models, "optimizer": optimizer}
             with open(f"{tmp}/state.pt", "wb") as f:
@@ -342,4 +342,4 @@ def _shape(tensors, name):
 def _checksum(model):
     """The sum of all weights of a model, in float64: enough to tell one reference from another."""
     sums = [p.detach().double().sum() for p in model.parameters()]
-    return sum(dist.full(x).item() for x in sums)
+    return sum(sharding.full(x).item() for x in sums)

@@ -1,22 +1,25 @@
-"""Where a run computes and in which precision: none of it moves a learning curve, but for rounding."""
+"""Where a run computes, and in which precision. Learning curves change by rounding at most."""
 
 import contextlib
 import os
 
 import torch
 
-from nanorlhf.errors import require
-from nanorlhf.run import dist
+from nanorlhf.errors import UserError, require
+from nanorlhf.run import dist, sharding
 
 
 def setup(cfg):
-    """Seeds torch; cfg.device → torch.device. `auto` takes CUDA, then Apple's mps, then the CPU.
+    """Seed torch, join the other processes of torchrun (if any) → torch.device.
 
-    With cfg.deterministic torch takes algorithms that repeat bit by bit, and warns where it has none. On the
-    CPU all of ours do so anyway.
+    --device auto takes CUDA, then Apple's mps, then the CPU. --deterministic makes torch take algorithms that
+    repeat bit by bit, and warn where it has none; on the CPU all of ours repeat without it. UserError for
+    flags that do not work here.
     """
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(d for d in has if has[d]) if cfg.device == "auto" else cfg.device
+    device = cfg.device
+    if device == "auto":
+        device = next(name for name in has if has[name])
     require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
     _join(cfg, device)
     torch.manual_seed(cfg.seed)
@@ -27,78 +30,91 @@ def setup(cfg):
 
 
 def _join(cfg, device):
-    """Join the other processes of torchrun; UserError for what does not work, or not with so many of them."""
+    """Under torchrun, join the other processes. UserError for flags that do not work with them."""
     shard = getattr(cfg, "shard", False)  # evaluate.py and sample.py have no such flag
     if not dist.launched():
-        how = "start with torchrun --standalone --nproc_per_node=8 in place of python"
-        require(not shard, f"--shard cuts the model over processes: {how}")
+        command = "torchrun --standalone --nproc_per_node=8"
+        require(not shard, f"--shard cuts the model over processes: start with {command} in place of python")
         return
     require(device != "mps", "--device mps: for one process only; use cpu or cuda with torchrun")
-    here, asked = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    require(device == "cpu" or asked <= here, f"--nproc_per_node={asked} of torchrun: here are {here} GPUs")
+    if device == "cuda":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        gpus = torch.cuda.device_count()
+        require(processes <= gpus, f"--nproc_per_node={processes} of torchrun: here are {gpus} GPUs")
     dist.start(device)
+    processes = dist.size()
     for flag in ("batch_size", "prompts_per_step"):
         n = getattr(cfg, flag, None)
-        say = f"--{flag} {n}: fewer than the {dist.size()} processes; some would have nothing to do"
-        require(n is None or n >= dist.size(), say)
-        if n is not None and n % dist.size():
-            more = "some have one row more than others"
-            print(f"--{flag} {n} does not divide by {dist.size()} processes: {more}")
+        if n is None:
+            continue
+        few = f"--{flag} {n}: fewer than the {processes} processes; some would have nothing to do"
+        require(n >= processes, few)
+        if n % processes:
+            uneven = f"--{flag} {n} does not divide by {processes} processes"
+            print(f"{uneven}: some have one row more than others")
     if shard:
-        older = getattr(cfg, "off_policy_steps", 0)
-        require(not older, "--off_policy_steps does not go together with --shard")
-        both = cfg.lora_rank and getattr(cfg, "ref_every", 0)
-        require(not both, "--ref_every does not go together with --lora_rank and --shard")
-        from torch.distributed.fsdp import FSDPModule  # two seconds
+        _check_shard(cfg)
 
-        new = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
-        require(new, f"--shard needs a newer torch than {torch.__version__}: pip install -U torch")
+
+def _check_shard(cfg):
+    older = getattr(cfg, "off_policy_steps", 0)
+    require(not older, "--off_policy_steps does not go together with --shard")
+    if cfg.lora_rank and getattr(cfg, "ref_every", 0):
+        raise UserError("--ref_every does not go together with --lora_rank and --shard")
+    from torch.distributed.fsdp import FSDPModule  # two seconds
+
+    new = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    require(new, f"--shard needs a newer torch than {torch.__version__}: pip install -U torch")
 
 
 THREADS = torch.get_num_threads()  # torch's own choice
 
 
 def to_device(cfg, device, *models):
-    """Move models (or None), set their dtypes and the number of threads → models.
+    """Move models (or None) to the device in place; set their dtypes and the number of threads.
 
-    bf16_weights: weights in bfloat16 and Adam's moments with them, so that a step smaller than half their
-    spacing is lost; activations in fp32. Otherwise weights are fp32, and logits always.
+    Weights are fp32, activations have --dtype, logits are always fp32. Only --dtype bf16_weights keeps the
+    weights, and so Adam's moments, in bfloat16, with activations in fp32. A step that is smaller than half
+    the spacing of bfloat16 numbers is then lost.
 
     Below a million parameters one thread is faster than two, and on a busy machine a hundred times faster:
-    the threads wait for each other at every small operation. The largest model decides.
+    the threads wait for each other at every small operation. The largest model decides, so give all in one
+    call.
     """
-    size, rounded = 0, cfg.dtype == "bf16_weights"
-    compute = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
-    home = None if getattr(cfg, "shard", False) else device  # FSDP2 moves a block at a time: all may not fit
+    compute_dtype = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
+    weight_dtype = torch.bfloat16 if cfg.dtype == "bf16_weights" else None  # None: as it is
+    home = None if getattr(cfg, "shard", False) else device  # the model may not fit; FSDP2 moves each block
+    largest = 0
     for model in filter(None, models):
-        model.to(home, torch.bfloat16 if rounded else None)
+        model.to(home, weight_dtype)
         trunk = getattr(model, "trunk", model)
-        trunk.compute_dtype = compute
+        trunk.compute_dtype = compute_dtype
         trunk.recompute = getattr(cfg, "save_memory", False)
-        size = max(size, sum(p.numel() for p in model.parameters()))
-    torch.set_num_threads(cfg.threads or (1 if size < 1_000_000 else THREADS))
-    return models
+        largest = max(largest, sum(p.numel() for p in model.parameters()))
+    torch.set_num_threads(cfg.threads or (1 if largest < 1_000_000 else THREADS))
 
 
 def freeze(cfg, *models, trained):
     """Let models (or None) that are only read take less memory: --dtype bfloat16 and --save_memory.
 
-    bfloat16 halves their matrices and changes no bit, as a weight is cast to the activations' dtype at its
-    use. Embeddings to which learned positions are added in fp32, and a reward model's head, stay in fp32. A
-    reference that shares the tensors of a `trained` model (LoRA) is left as it is. With --save_memory a model
-    moves to the CPU's memory until `at_work`; what --shard cuts FSDP2 moves itself (dist.spread).
+    bfloat16 halves the memory of their matrices and changes no bit, because a weight is cast to the dtype of
+    the activations whenever it is used. Embeddings to which learned positions are added in fp32, and a reward
+    model's head, stay in fp32. A reference that shares tensors with a `trained` model (LoRA) is left as it
+    is. With --save_memory a model stays in the CPU's memory until `at_work`; with --shard it is FSDP2 that
+    moves it (dist.spread).
     """
-    taken = {id(p) for model in trained for p in model.parameters()}
+    trained_ids = {id(p) for model in trained for p in model.parameters()}
+    offload = cfg.save_memory and not (dist.launched() and cfg.shard)
     for model in filter(None, models):
         trunk = getattr(model, "trunk", model)
-        if any(id(p) in taken for p in trunk.parameters()):
+        if any(id(p) in trained_ids for p in trunk.parameters()):
             continue
-        added = (trunk.wte.weight, trunk.wpe.weight) if trunk.wpe is not None else ()
-        for p in trunk.parameters():
-            if cfg.dtype == "bfloat16" and p.dim() > 1 and not any(p is x for x in added):
-                p.data = p.data.bfloat16()
-        sharded = dist.launched() and cfg.shard
-        if cfg.save_memory and model.device.type != "cpu" and not sharded:
+        if cfg.dtype == "bfloat16":
+            in_fp32 = [trunk.wte.weight, trunk.wpe.weight] if trunk.wpe is not None else []
+            for p in trunk.parameters():
+                if p.dim() > 1 and not any(p is x for x in in_fp32):
+                    p.data = p.data.bfloat16()
+        if offload and model.device.type != "cpu":
             model.home = model.device
             if model.device.type != "meta":  # --dry_run
                 model.to("cpu")
@@ -106,29 +122,34 @@ def freeze(cfg, *models, trained):
 
 @contextlib.contextmanager
 def at_work(model):
-    """Within, a model that `freeze` has offloaded is on its device; afterwards on the CPU again."""
+    """Inside, a model that `freeze` has offloaded is on its device; afterwards on the CPU again."""
     home = getattr(model, "home", None)
-    if home is not None:
-        model.to(home)
+    if home is None:
+        yield
+        return
+    model.to(home)
     try:
         yield
     finally:
-        if home is not None:
-            model.to("cpu")
+        model.to("cpu")
 
 
-def adamw(groups, device, **how):
-    """torch.optim.AdamW; on CUDA its fused form, one kernel for all weights."""
-    return torch.optim.AdamW(groups, fused=True if device.type == "cuda" else None, **how)
+def adamw(groups, device, **settings):
+    """torch.optim.AdamW, with its own settings (lr, betas, ...). On CUDA one kernel updates all weights."""
+    return torch.optim.AdamW(groups, fused=True if device.type == "cuda" else None, **settings)
 
 
 def clip_gradient(model, max_norm):
-    """Scale the model's gradient down to the norm max_norm, if it exceeds it → its norm before, a float."""
+    """Scale the model's gradient down to the norm max_norm if it is longer → its norm before, a float."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return dist.full(norm).item()
+    return sharding.full(norm).item()
 
 
 def lr_at(step, steps, peak):
-    """Learning rate: linear warm-up over the first 5% of the steps, then linear down to peak/10."""
+    """Learning rate: linear warm-up over the first 5% of the steps, then linear down to peak/10.
+
+    >>> [round(lr_at(step, 100, 1.0), 3) for step in (0, 4, 99)]
+    [0.2, 0.964, 0.109]
+    """
     warmup = max(1, round(0.05 * steps))
     return peak * min((step + 1) / warmup, 1 - 0.9 * step / steps)

@@ -1,39 +1,35 @@
-"""One run on many processes, started by torchrun: who does what, what is summed, who speaks.
+"""One run on many processes, started by torchrun. On one process all functions here change nothing.
 
-Every rank knows the whole step: prompts, minibatches, uniforms and seeds are those of one process. A rank
-samples and scores its share of the rows, then all ranks exchange the results, so that advantages, statistics
-and figures are computed from the whole step, on every rank alike. In the update each rank adds up the
-gradient of its rows, under the denominators of the whole step, and gradients are *summed*. So the number of
-ranks is no part of the algorithm, and the trainers need no `if` about it.
+Every process knows the whole step: prompts, minibatches, random numbers and seeds are those of one process. A
+process samples and scores its share of the rows. Then all exchange the results, so that advantages and
+statistics are computed from all rows, on every process alike. In the update each process adds up the gradient
+of its rows, divided by the denominators of the whole step, and the gradients are *summed*. So the number of
+processes is no part of the algorithm.
 
-    by default   DDP: every rank has all weights; the gradients are summed once an optimizer step
-    --shard      FSDP2: weights, gradients, optimizer states are cut over the ranks, gathered block by block
+    by default   every process has all weights; gradients are summed once an optimizer step (whole_step)
+    --shard      FSDP2: weights, gradients and optimizer states are cut over the processes (sharding.py)
 
-All ranks must make the same calls in the same order, or they wait for each other until TIMEOUT: a condition
-that differs between ranks may hold no forward pass of a sharded model and no function of this file that
-exchanges something. Without torchrun all functions here return what they are given.
+All processes must make the same exchanges in the same order. A process that makes another one waits for the
+rest until TIMEOUT. So code under `if rank() == 0`, or any condition that differs between processes, must not
+call a sharded model or a function of this file that exchanges something.
 """
 
 import contextlib
 import datetime
 import gc
 import os
-import pickle
 import sys
 import threading
 import time
 
 import torch
 import torch.distributed as torch_dist
-import torch.nn as nn
 
-from nanorlhf import lora
 from nanorlhf.metrics import Figures
+from nanorlhf.run import sharding
 
-SHARDS = "shards"  # subfolder of a checkpoint: the tensors of a sharded run
-TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange: longer than the slowest rank's rewards may take
-_device = torch.device("cpu")  # of this process, once it has joined the others
-_syncing = True  # whether the next backward pass is the optimizer step's last: then DDP exchanges gradients
+TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange: more than the slowest process's rewards may take
+_device = torch.device("cpu")  # of this process; `start` sets it once
 
 # ------------------------------------------------------------------------------------------------------------
 # the group of processes
@@ -45,36 +41,36 @@ def launched():
 
 
 def size():
+    """The number of processes, from `start` on."""
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
 def rank():
-    if torch_dist.is_initialized():
-        return torch_dist.get_rank()
+    """The number of this process: 0 for the first, or the only one."""
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def start(device):
-    """Under torchrun, join the others; only rank 0 goes on to print. device: "cpu" or "cuda"."""
+    """Under torchrun, join the other processes; from then on only rank 0 prints. device: "cpu" or "cuda"."""
     global _device
     if not launched() or torch_dist.is_initialized():
         return
+    backend = "gloo"
     if device == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
         _device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(_device)
-    how = {}
-    if _agent_store():
-        how = dict(rank=rank(), world_size=int(os.environ["WORLD_SIZE"]), store=_store())
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    torch_dist.init_process_group(backend, timeout=TIMEOUT, **how)
+    store = _store() if _agent_store() else None
+    world_size = int(os.environ["WORLD_SIZE"])
+    torch_dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank(), world_size=world_size)
     if rank():
         sys.stdout = open(os.devnull, "w")
     threading.Thread(target=_end_with_the_first, daemon=True).start()
 
 
 def leave(status):
-    """End this process, which failed, at once: the others are not waited for, and destroying the group would
-    wait for them (torchtitan issue 1342). Without torchrun nothing happens."""
+    """Under torchrun, end this process, which failed, at once: destroying the group would wait for the other
+    processes (torchtitan issue 1342)."""
     if launched():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -82,7 +78,7 @@ def leave(status):
 
 
 def finish():
-    """Leave together at the end of a run. Without the collection and the barrier a process that ends while
+    """End the group together, after a run. Without the collection and the barrier, a process that ends while
     another still talks to it is aborted now and then, after all work is done (pytorch issue 179291)."""
     if torch_dist.is_initialized():
         gc.collect()
@@ -91,38 +87,43 @@ def finish():
 
 
 def _agent_store():
-    """Whether torchrun has a key-value store of its own; else rank 0 has one."""
+    """Whether torchrun itself runs the key-value store; otherwise rank 0 runs it."""
     return os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
 
 
 def _store():
-    """That store, as this attempt (torchrun --max-restarts) sees it. It outlives the ranks: to the addresses
-    of those before, which it still holds, torch 2.13 would try to connect."""
-    at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    attempt = "attempt-" + os.environ["TORCHELASTIC_RESTART_COUNT"]
-    return torch_dist.PrefixStore(attempt, torch_dist.TCPStore(*at, is_master=False))
+    """The key-value store, under a prefix for this attempt (torchrun --max-restarts).
+
+    The store outlives the processes. Without the prefix torch 2.13 finds the addresses of the previous
+    attempt there, and tries to connect to processes that have ended.
+    """
+    port = int(os.environ["MASTER_PORT"])
+    store = torch_dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
+    return torch_dist.PrefixStore("attempt-" + os.environ["TORCHELASTIC_RESTART_COUNT"], store)
 
 
 def speaks_first():
-    """Whether this process, which must stop, is the one to say why. The errors of the others, "connection
-    closed", only follow from its end; a mistake in the flags is met by all of them."""
+    """Whether this failing process is the first that fails. Only the first prints its error.
+
+    The others fail because it ended ("connection closed"), or all meet the same mistake in the flags.
+    """
     if not launched():
         return True
     if not torch_dist.is_initialized() and not _agent_store():
-        return rank() == 0  # whose store is not there yet
+        return rank() == 0  # the store is not there yet
     return _store().add("failed", 1) == 1
 
 
 def _end_with_the_first():
-    """End this process when another one failed: in NCCL it would wait for it until TIMEOUT."""
-    with contextlib.suppress(RuntimeError):  # torchrun itself is gone
+    """End this process when another one failed. An exchange by NCCL would wait for that one until TIMEOUT."""
+    with contextlib.suppress(RuntimeError):  # torchrun itself has ended
         store = _store()
         while not store.check(["failed"]):
             time.sleep(0.5)
             if not torch_dist.is_initialized():
                 return
-    time.sleep(2)  # this process may be on its way out by itself
-    if torch_dist.is_initialized():  # else all is done, and it was only the store that ended with rank 0
+    time.sleep(2)  # this process may be ending by itself
+    if torch_dist.is_initialized():  # otherwise the run is over, and the store only ended with rank 0
         os._exit(1)
 
 
@@ -131,7 +132,7 @@ def _end_with_the_first():
 
 
 def gather(x):
-    """Every rank's x, anything that can be pickled and lies on the CPU → list, in the order of the ranks."""
+    """The x of every process → list, ordered by rank. x: anything on the CPU that can be pickled."""
     if size() == 1:
         return [x]
     everyone = [None] * size()
@@ -140,14 +141,14 @@ def gather(x):
 
 
 def summed(x):
-    """Tensor → its sum over the ranks, in place. Where each filled its rows of zeros, that is all rows."""
+    """Tensor → its sum over the processes, in place. Each may have filled in its rows of a zero tensor."""
     if size() > 1:
         torch_dist.all_reduce(x)
     return x
 
 
 def largest(number):
-    """The largest of every rank's whole number."""
+    """The largest of every process's integer."""
     x = torch.tensor(number)
     if size() > 1:
         torch_dist.all_reduce(x, torch_dist.ReduceOp.MAX)
@@ -155,103 +156,133 @@ def largest(number):
 
 
 def wait():
-    """Until every rank is here."""
+    """Wait until every process is here."""
     if size() > 1:
         torch_dist.barrier()
-
-
-def total(loss, stats):
-    """Loss and figures of this rank's rows → those of the whole step: sums; of ratio_max, gap the largest."""
-    if size() == 1:
-        return loss, stats
-    losses, parts = zip(*gather((loss, stats)))
-    whole = {}
-    for name in dict.fromkeys(name for part in parts for name in part):  # a rank without rows has none
-        values = [part[name] for part in parts if part.get(name) is not None]
-        whole[name] = (max(values) if name in ("ratio_max", "gap") else sum(values)) if values else None
-    return sum(losses), whole
 
 
 def whole_step(figures, *models):
     """Figures and gradients of this process's rows → those of the whole optimizer step, on every process.
 
-    figures: metrics.Figures, put together by their declared kinds. models: those whose gradients were formed.
-    On one process both are returned as they are.
+    figures: metrics.Figures of Python numbers, put together by their declared kinds. models: those whose
+    gradients were formed.
     """
     if size() == 1:
         return figures
-    whole = Figures(**figures.kinds)
+    for model in models:
+        if not sharding.sharded_modules(model):  # FSDP2 has summed them in the backward pass
+            _sum_gradients(model)
+    total = Figures(**figures.kinds)
     for part in gather(figures):
-        whole.add(part)
-    return whole
+        total.add(part)
+    return total
+
+
+def _sum_gradients(model):
+    for p in model.parameters():
+        if p.requires_grad:
+            if p.grad is None:  # no rows here, but maybe on another process: all must make this call
+                p.grad = torch.zeros_like(p)
+            torch_dist.all_reduce(p.grad)  # a sum: each is divided by the whole step's denominator already
 
 
 # ------------------------------------------------------------------------------------------------------------
 # who does what
 
 
-def part(n):
-    """The slice of n things that is this rank's: neighbours, so that a prompt's samples stay together."""
-    return slice(n * rank() // size(), n * (rank() + 1) // size()) if size() > 1 else slice(0, n)
+def my_part(n):
+    """The slice of n things that this process works on. Neighbours, so that a prompt's samples stay together.
+
+    5 things on 2 processes: slice(0, 2) and slice(2, 5).
+
+    >>> my_part(5)  # one process
+    slice(0, 5, None)
+    """
+    if size() == 1:
+        return slice(0, n)
+    return slice(n * rank() // size(), n * (rank() + 1) // size())
 
 
-def mine(lengths):
-    """lengths (B,) → this rank's indices. Rows are dealt out, longest first: all have as much to do."""
-    order = range(len(lengths))
+def my_rows(lengths):
+    """lengths (B,) → the indices of this process's rows.
+
+    Rows are dealt out like cards, longest first, so that all processes have as many tokens. Lengths 3, 9, 5
+    on 2 processes: rows [1, 0] and [2].
+
+    >>> my_rows([3, 9, 5])  # one process
+    tensor([0, 1, 2])
+    """
+    rows = range(len(lengths))
     if size() > 1:
-        lengths = torch.as_tensor(lengths).tolist()  # from a GPU in one copy, not one a row
-        order = sorted(order, key=lambda i: (-lengths[i], i))[rank() :: size()]
-    return torch.tensor(order, dtype=torch.int64)
+        lengths = torch.as_tensor(lengths).tolist()  # one copy from the GPU, not one a row
+        rows = sorted(rows, key=lambda i: (-lengths[i], i))[rank() :: size()]
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 def share(batch, lengths=None):
-    """The batch of an optimizer step → this rank's rows of its lists and tensors, and the rest as it is.
+    """The batch of an optimizer step → the same of this process's rows alone.
 
-    lengths (B,): tokens of each row, if not batch["lengths"]. What is neither a list nor a tensor with rows
-    belongs to the whole step: denominators, counts.
+    Lists, and tensors with rows, are cut. Other values, such as denominators and counts, belong to the whole
+    step and stay. lengths (B,): tokens of each row, if not batch["lengths"].
     """
     if size() == 1:
         return batch
-    rows, out = mine(batch["lengths"] if lengths is None else lengths), dict(batch)
+    rows = my_rows(batch["lengths"] if lengths is None else lengths)
+    part = dict(batch)
     for name, x in batch.items():
         if isinstance(x, list):
-            out[name] = [x[i] for i in rows.tolist()]
+            part[name] = [x[i] for i in rows.tolist()]
         elif isinstance(x, torch.Tensor) and x.dim():
-            out[name] = x[rows.to(x.device)]
-    return out
+            part[name] = x[rows.to(x.device)]
+    return part
 
 
 def paced(microbatches, *passes):
-    """The micro-batches of this rank, and an idle pass for each that another rank has more.
+    """The micro-batches of this process, then an idle pass for each micro-batch that another process has
+    more.
 
-    passes: the functions (tokens, mask) → tensor or tuple, through which a micro-batch goes, one per model. A
-    sharded model's weights are gathered in every pass, so that all ranks must make equally many; and what
-    DDP sums, in the last pass of an optimizer step, every rank must add to.
+    All processes must make equally many passes: a sharded model's weights are gathered in every pass, and all
+    take part in that. passes: for each model used, a function (tokens, mask) → tensor, or tuple of tensors.
     """
-    global _syncing
     if size() == 1:
-        yield from microbatches
-        return
-    microbatches = list(microbatches)
-    n = largest(len(microbatches))
-    try:
-        for i in range(n):
-            _syncing = i == n - 1
-            if i < len(microbatches):
-                yield microbatches[i]
-            else:
-                _idle(passes)
-    finally:
-        _syncing = True
+        return microbatches
+    return _paced(list(microbatches), passes)
+
+
+def _paced(microbatches, passes):
+    most = largest(len(microbatches))
+    yield from microbatches
+    for _ in range(most - len(microbatches)):
+        _idle(passes)
 
 
 def _idle(passes):
+    """Forward and backward pass of one row of two tokens, whose loss is 0."""
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=_device)
     mask = torch.tensor([[False, True]], device=_device)
-    outs = [fn(tokens, mask) for fn in passes]
-    nothing = sum(0 * (out[0] if isinstance(out, tuple) else out).sum() for out in outs)
-    if nothing.requires_grad:
-        nothing.backward()
+    loss = 0
+    for fn in passes:
+        out = fn(tokens, mask)
+        out = out[0] if isinstance(out, tuple) else out
+        loss = loss + 0 * out.sum()
+    if loss.requires_grad:
+        loss.backward()
+
+
+def generate_by_share(generate, model, prompts, n, **settings):
+    """Sample for this process's part of the prompts → Rollout of all prompts, on every process.
+
+    generate(model, prompts, n=n, first_row=..., **settings) samples on one process. Its random numbers are
+    rows of the whole step's table, from first_row on. prompts must not be empty; a process may get none of
+    them.
+    """
+    part = my_part(len(prompts))
+    roll = None
+    with sharding.gathered(model) as plain:
+        if prompts[part]:
+            roll = generate(plain, prompts[part], n=n, first_row=part.start * n, **settings).to("cpu")
+    rolls = [roll for roll in gather(roll) if roll is not None]
+    return type(rolls[0]).cat(rolls).to(model.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -259,217 +290,33 @@ def _idle(passes):
 
 
 def spread(cfg, *models, frozen=()):
-    """Make the models (or None) those of all ranks: DDP for those that are trained; --shard: FSDP2 for all.
+    """Give all processes the same models (or None); with --shard give each process a piece of each model.
 
-    To be called after the last copy.deepcopy of them and before the optimizer is built: one built before
-    would go on moving the whole weights, which nobody uses any more. With --shard and --save_memory the
-    pieces of frozen models lie in the host's memory, and go to the GPU block by block. What `hub.load` has
-    left unread is read now, so that UserError may come of it.
+    Call it after the last copy.deepcopy of the models and before the optimizer is built: an optimizer built
+    before would update the uncut weights, which nobody uses any more. With --shard and --save_memory the
+    pieces of frozen models lie in the host's memory. With --shard model files are read here: UserError for a
+    bad one.
     """
     if cfg.shard:
+        mesh = torch_dist.init_device_mesh(_device.type, (size(),))
         for model in filter(None, models):
-            _shard(model, cfg, offload=False)
+            sharding.shard(model, mesh, cfg.dtype, offload=False)
         for model in filter(None, frozen):
-            model.requires_grad_(False)  # of what is trained, FSDP2 wants one dtype; `freeze` makes two
-            _shard(model, cfg, offload=cfg.save_memory and _device.type == "cuda")
+            model.requires_grad_(False)  # FSDP2 wants one dtype of what is trained; `freeze` makes two
+            sharding.shard(model, mesh, cfg.dtype, offload=cfg.save_memory and _device.type == "cuda")
     elif size() > 1:
         for model in models:
-            _replicate(model)
+            _copy_of_rank_0(model)
 
 
-class _Replica(nn.Module):
-    """What DDP wraps. Its one forward is any method of the model: model.logprobs(...) stays the call."""
+def _copy_of_rank_0(model):
+    """Take over rank 0's weights, and leave an unused head out of training.
 
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, method, *args, **kw):
-        return method(self.model, *args, **kw)
-
-
-def _replicate(model):
+    Files and seed are the same for all, so the weights are equal already, unless a user's reward file has
+    drawn random numbers or set a seed when it was imported. A new head would then differ for the whole run.
+    """
+    for x in model.state_dict().values():
+        torch_dist.broadcast(x, 0)
     unused = getattr(getattr(model, "trunk", None), "lm_head", None)
-    if unused is not None:  # DDP would wait for its gradient
+    if unused is not None:  # it has no gradient, and with a gradient of zeros weight decay would shrink it
         unused.requires_grad_(False)
-    ddp = nn.parallel.DistributedDataParallel(_Replica(model), gradient_as_bucket_view=True)  # no second copy
-    ddp.register_comm_hook(None, _sum)
-    for name in model.PASSES:
-        setattr(model, name, _through(ddp, model, getattr(type(model), name)))
-
-
-def _through(ddp, model, method):
-    def call(*args, **kw):
-        if not torch.is_grad_enabled():
-            return method(model, *args, **kw)
-        with contextlib.nullcontext() if _syncing else ddp.no_sync():
-            return ddp(method, *args, **kw)
-
-    return call
-
-
-def _sum(_, bucket):
-    """DDP would average: here every rank's denominators are those of the whole step already."""
-    return torch_dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
-
-
-def _shard(model, cfg, offload):
-    """FSDP2: each block is gathered when it is used; what lies around them stays until the backward ends.
-
-    bfloat16: weights are kept, and gradients summed, in fp32, and gathered in bf16. Of weights on the meta
-    device pieces are made, which `model.fill`, left there by hub.load, then reads.
-    """
-    from torch.distributed import fsdp
-
-    how, home = {"mesh": torch_dist.init_device_mesh(_device.type, (size(),))}, _device
-    if offload:
-        how["offload_policy"], home = fsdp.CPUOffloadPolicy(), torch.device("cpu")
-    if cfg.dtype == "bfloat16":  # inputs stay as they are: rotary tables are fp32
-        policy = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        how["mp_policy"] = policy
-    trunk = getattr(model, "trunk", model)
-    for block in trunk.blocks:
-        fsdp.fully_shard(block, **how)
-    fsdp.fully_shard(trunk, reshard_after_forward=False, **how)  # the unembedding is used after its forward
-    if model is not trunk:  # the scalar head
-        fsdp.fully_shard(model, reshard_after_forward=False, **how)
-    model._apply(lambda x: torch.empty_like(x, device=home) if x.is_meta else x)
-    for module in (trunk, model):
-        if fill := vars(module).pop("fill", None):
-            fill(module)
-    for module in _sharded(model):
-        module.set_gradient_divide_factor(1.0)  # a sum, as in _sum
-        module.set_force_sum_reduction_for_comms(True)
-    for name in model.PASSES:
-        fsdp.register_fsdp_forward_method(model, name)
-
-
-def _sharded(model):
-    return [module for module in model.modules() if hasattr(module, "unshard")]
-
-
-@contextlib.contextmanager
-def whole(model):
-    """Inside, a sharded GPT's weights are gathered → a plain GPT of them, to be used as often as one likes:
-    responses end at different steps on different ranks. Any other model → itself."""
-    parts = _sharded(model)
-    if not parts:
-        yield model
-        return
-    for module in parts:
-        module.unshard()
-    try:
-        ranks = [len(p) for name, p in model.named_parameters() if name.endswith(".A")]
-        with torch.device("meta"):
-            plain = type(model)(model.cfg)
-            lora.add(plain, ranks[0] if ranks else 0)
-        plain.load_state_dict(dict(model.named_parameters()), assign=True)
-        for name in ("compute_dtype", "n_ids", "stop_ids"):
-            setattr(plain, name, getattr(model, name))
-        yield plain
-    finally:
-        reshard(model)
-
-
-def reshard(model):
-    """Drop what a sharded model still holds whole from its last pass without a backward pass."""
-    for module in _sharded(model):
-        module.reshard()
-
-
-def full(x):
-    """A tensor that is cut over the ranks → all of it, on every rank; any other tensor as it is."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def local(x):
-    """A tensor that is cut over the ranks → this rank's piece; any other tensor as it is."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def piece(whole, x):
-    """A whole tensor → the rows of it that this rank holds in x; all, if x is not cut."""
-    rows = -(-len(whole) // size())  # as torch.chunk, by which FSDP2 cuts
-    return whole[rank() * rows : (rank() + 1) * rows] if hasattr(x, "to_local") else whole
-
-
-def clip(parameters, max_norm):
-    """Scale gradients down to the norm max_norm, if they exceed it → their norm before, a float."""
-    return full(nn.utils.clip_grad_norm_(parameters, max_norm)).item()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# checkpoints of sharded runs: every rank writes its pieces, and any number of processes reads them
-
-
-def like(x, other):
-    """A whole tensor → cut over the ranks as `other` is; what is no tensor of its shape, or cut, as it is."""
-    if not hasattr(other, "device_mesh") or hasattr(x, "device_mesh") or x.shape != other.shape:
-        return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x.to(_device), other.device_mesh, other.placements)
-
-
-def write(folder, models, optimizer):
-    """State_dicts of models and optimizer → a folder of torch.distributed.checkpoint's, by all ranks.
-
-    OSError, on all of them, if one cannot write its pieces.
-    """
-    from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
-
-    wait()  # rank 0 makes what it stands in
-    tensors = {f"{key}/{name}": x for key, model in models.items() for name, x in model.items()}
-    tensors |= {f"/{i}/{name}": x for i, of in optimizer["state"].items() for name, x in of.items()}
-    try:
-        save(tensors, storage_writer=FileSystemWriter(folder, sync_files=False))
-    except CheckpointException as e:
-        causes = [error for error, _ in e.failures.values()]
-        raise next((error for error in causes if isinstance(error, OSError)), OSError(str(causes[0]))) from e
-
-
-class _Metadata(pickle.Unpickler):
-    """torch.distributed.checkpoint keeps a table of its pieces as a pickle: nothing else is read from it."""
-
-    NAMES = """Metadata MetadataIndex TensorStorageMetadata TensorProperties ChunkStorageMetadata StorageMeta
-        _MEM_FORMAT_ENCODING _StorageInfo PosixPath Size _get_layout""".split()
-
-    def find_class(self, module, name):
-        known = name in self.NAMES and module.partition(".")[0] in ("torch", "pathlib")
-        if known or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-
-
-def read(folder, models, optimizer):
-    """What `write` wrote, cut as the models are here → {"models", "optimizer"}, as state_dicts."""
-    from torch.distributed.checkpoint import FileSystemReader, load
-
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args, **kw):
-            with open(os.path.join(folder, ".metadata"), "rb") as f:
-                found = _Metadata(f).load()
-            found.storage_meta.load_id = self.load_id
-            return found
-
-    reader = Reader(folder)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = {}
-    for name, about in reader.read_metadata().state_dict_metadata.items():
-        key, _, rest = name.partition("/")
-        if key:
-            mine = models[key].state_dict().get(rest) if key in models else None
-        else:
-            mine = params[int(rest.split("/")[0])]
-        fits = mine is not None and mine.shape == about.size
-        tensors[name] = torch.zeros_like(mine) if fits else torch.zeros(about.size)
-    load(tensors, storage_reader=reader)
-    out = {"models": {key: {} for key in models}, "optimizer": {"state": {}}}
-    for name, x in tensors.items():
-        key, _, rest = name.partition("/")
-        if key:
-            out["models"].setdefault(key, {})[rest] = x
-        else:
-            i, _, which = rest.partition("/")
-            out["optimizer"]["state"].setdefault(int(i), {})[which] = x
-    return out

@@ -20,7 +20,7 @@ import torch
 from nanorlhf import lora
 from nanorlhf.errors import UserError, require
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
-from nanorlhf.run import dist
+from nanorlhf.run import dist, sharding
 from nanorlhf.run.device import setup, to_device
 
 
@@ -49,7 +49,7 @@ def _packed(model):
     trunk = getattr(model, "trunk", model)
     weights = {}
     for name, x in model.state_dict().items():  # one at a time: the whole of a sharded model may not fit
-        x = dist.full(x)
+        x = sharding.full(x)
         if dist.rank() == 0:
             weights[name] = x.cpu()
     return {
@@ -77,10 +77,9 @@ def load(path):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         print("this torch sees no GPU: on the CPU, where rounding differs")
         cfg.device = "cpu"
-    cfg.compile = False  # a compiled block would not call the hooks of first_not_finite
     device = setup(cfg)
     models = [_unpacked(saved, cfg.dtype) for saved in content["models"]]
-    models = to_device(cfg, device, *models)
+    to_device(cfg, device, *models)
     return trainer, models, _to(content["batch"], device), cfg
 
 
