@@ -48,7 +48,7 @@ class Config:
     model: str = "runs/reviews-sft/model"  # model folder
     against: str = ""  # a second model folder: win rate and KL
     task: str = "reviews"  # built-in task: reviews, chain or countdown; held-out prompts and the reward
-    data: str = ""  # file of prompts (formats: nanorlhf/hub/formats.py); held-out ones, if any
+    data: str = ""  # file of prompts (formats: docs/data.md); held-out ones, if any
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     rm: str = ""  # reward model folder, in place of a reward function
     pairs: str = ""  # JSONL of preference pairs, for the accuracy of --rm and of the model's own reward

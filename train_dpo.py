@@ -60,7 +60,7 @@ from nanorlhf.run.log import Clock
 @dataclass
 class Config(Flags):
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data or --online)
-    data: str = ""  # file of preferences (formats: nanorlhf/hub/formats.py); with kto also of labelled ones
+    data: str = ""  # file of preferences (formats: docs/data.md); with kto also of labelled ones
     reward: list[str] = field(default_factory=list)  # online: path/to/file.py:name, or :name*0.2; repeatable
     rm: str = ""  # online: reward model folder; without any judge: runs/TASK-rm/model, or the task's function
     judge: Literal["", "self"] = ""  # online: self ranks by the policy's own β log π/π_ref

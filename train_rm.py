@@ -2,31 +2,23 @@
 
     P(chosen ≻ rejected) = σ(r(x, y_w) − r(x, y_l))            L(θ) = −mean log σ(r_w − r_l)
 
-The trunk starts from the SFT model; the reward is a linear head on the hidden state of the last token, EOS
+The trunk starts from the SFT model. The reward is a linear head on the hidden state of the last token, EOS
 ("The N+ Implementation Details of RLHF with PPO", arXiv 2403.17031, detail 12). The head starts at
-N(0, 1/√(D+1)) (detail 11), and after training the bias is set so that reference responses score 0 on average
-(detail 15): no scaling.
+N(0, 1/√(D+1)) (detail 11). After training the bias is set so that reference responses score 0 on average
+(detail 15). The reward is shifted, never scaled.
 
 Without --data the pairs are made here, as a labelling team would make them: two samples of the SFT model per
 prompt, and a Bradley–Terry draw on the task's hidden gold score. They stay in the run folder (pairs.jsonl,
-pairs_heldout.jsonl); training reads nothing else. Held-out accuracy is against the exact order of gold,
-without label noise, and stands beside that of a judge that looks at the length only.
-
-Where right and wrong can be told, a reward model can learn that instead of preferences: of each step
-(--kind process) or of the whole response (--kind outcome), from --data. The reward is then a probability,
-
-    r(x, y) = Π_i p_i,   p_i = σ(head at the last token of step i)        L(θ) = −mean log P(label of a step)
-
-the mean over all labelled steps ("Let's verify step by step", arXiv 2305.20050; an outcome is one step).
+pairs_heldout.jsonl). Training reads nothing else. Held-out accuracy is measured against the exact order of
+gold, without label noise, and is printed beside the accuracy of a judge that looks at the length only.
 
 CPU   python train_rm.py                   34 s on one core; 82 to 89% right, by length alone 53%
 GPU   python train_rm.py --data pairs.jsonl --init runs/sft/model --dtype bfloat16        not measured yet
 """
 
-import math
 import sys
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +26,6 @@ import torch.nn.functional as F
 from nanorlhf import hub, lora, tasks
 from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, response_mask
 from nanorlhf.errors import derive_seed, require
-from nanorlhf.hub.files import read_jsonl
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.metrics import Figures
 from nanorlhf.model import ScalarModel
@@ -51,17 +42,16 @@ from nanorlhf.run.log import Clock
 
 @dataclass
 class Config(Flags):
+    # data
     task: str = "reviews"  # built-in task; only reviews has preferences (others need --data)
-    kind: Literal["preference", "process", "outcome"] = "preference"  # what it learns from
-    # JSONL of {"prompt", "response", "labels": [1, 0, null]} for these two: a label a step, null for none
-    data: str = ""  # file of preferences (formats: nanorlhf/hub/formats.py), in place of the task's own pairs
-    step_end: str = ""  # process: the characters that end a step; the end of the response always does
-    references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
+    data: str = ""  # file of preferences (formats: docs/data.md), in place of the task's own pairs
     pairs: int = 4000  # pairs to make for the built-in task
     tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
+    references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     out: str = ""  # run folder; empty: runs/TASK-rm
 
+    # optimisation
     steps: int | None = None  # optimizer steps
     batch_size: int = 48  # pairs a step
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
@@ -70,7 +60,10 @@ class Config(Flags):
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
+    # evaluation
     eval_every: int = 50  # steps between held-out measurements; 0: only at the end
+
+    # run
     save_every: int = 100  # steps between checkpoints; 0: only at the end
 
     BY_TASK: ClassVar = {
@@ -84,17 +77,22 @@ class Config(Flags):
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.out = self.out or f"runs/{self.task}-rm"
         check_ranges(self, ("pairs", "steps", "batch_size", "lr"))
-        require(not self.step_end or self.kind == "process", "--step_end: belongs to --kind process")
-        require(self.data or self.kind == "preference", f"--kind {self.kind}: give --data, with labels")
-        what = f"--task {self.task} has a reward function, no preferences"
-        require(self.data or self.task == "reviews", f"{what}; --task reviews has, or give --data")
+        require(
+            self.data or self.task == "reviews",
+            f"--task {self.task} has a reward function, no preferences; --task reviews has, or give --data",
+        )
 
 
 COLUMNS = (
     "step loss acc margin gnorm lr tok_s s eval/loss eval/acc eval/acc_len_only eval/reward_reference"
 ).split()
 SHOW = ["loss", "acc", "margin", "eval/acc", "gnorm", "lr", "s"]
-PANELS = [("loss", "eval/loss"), ("acc", "eval/acc", "eval/acc_len_only"), "margin", "gnorm"]
+PANELS = [
+    ("loss", "eval/loss"),
+    ("acc", "eval/acc", "eval/acc_len_only"),
+    "margin",
+    "gnorm",
+]
 
 # ------------------------------------------------------------------------------------------------------------
 # Loss
@@ -103,169 +101,166 @@ PANELS = [("loss", "eval/loss"), ("acc", "eval/acc", "eval/acc_len_only"), "marg
 def pairwise_loss(chosen, rejected):
     """Rewards of the chosen and the rejected responses (B,) → scalar, mean −log σ(chosen − rejected).
 
-    logsigmoid, and not the log of sigmoid: at a margin of −200 that would be infinite.
+    logsigmoid stays finite where the log of sigmoid is −inf: at a margin of −200 it is −200. Three pairs with
+    the margins 2, 0 and −2 lose 0.127, 0.693 and 2.127:
+
+    >>> chosen = torch.tensor([2.0, 0.5, 1.0])
+    >>> rejected = torch.tensor([0.0, 0.5, 3.0])
+    >>> round(pairwise_loss(chosen, rejected).item(), 3)
+    0.982
     """
     return -F.logsigmoid(chosen - rejected).mean()  # detail 10
 
 
-def step_loss(logit, label, denom):
-    """Logits (N,) at the ends of the labelled steps, labels (N,) 0 or 1 → scalar, −Σ log P(label) / denom."""
-    return F.binary_cross_entropy_with_logits(logit, label, reduction="sum") / denom
+def to_batch(model, rows, fill=0):
+    """Rows of ids → tokens (B, T), lengths (B,) on the model's device. `fill` pads the rows on the right.
 
-
-def batch_loss(model, rows, pad_id, denom):
-    """Pairs, or Judged → loss over denom, margins (n,): above 0 where a pair or a step is judged right."""
-    if isinstance(rows[0], Judged):
-        logit, label = step_logits(model, rows, pad_id)
-        return step_loss(logit, label, denom), (2 * label - 1) * logit
-    chosen, rejected = pair_rewards(model, rows, pad_id)
-    return pairwise_loss(chosen, rejected) * len(rows) / denom, chosen - rejected
-
-
-def step_logits(model, rows, pad_id):
-    """Judged rows → logits, labels (N,) of all their steps that have a label, row by row."""
-    tokens, lengths = pad([row.ids for row in rows], pad_id)
-    mask = response_mask([row.prompt for row in rows], lengths, tokens.shape[1])
-    tokens, mask = tokens.to(model.device), mask.to(model.device)
-    logit = model.logits(tokens)[model.step_ends(tokens, mask)]
-    label = [math.nan if x is None else x for row in rows for x in row.labels]
-    label = torch.tensor(label, dtype=logit.dtype, device=logit.device)
-    return logit[~label.isnan()], label[~label.isnan()]
-
-
-def pair_rewards(model, pairs, pad_id):
-    """(chosen ids, rejected ids) rows → two tensors of rewards (B,), from one forward pass."""
-    tokens, lengths = pad([w for w, _ in pairs] + [l for _, l in pairs], pad_id)  # detail 6
-    return model.rewards(tokens.to(model.device), lengths.to(model.device)).chunk(2)
-
-
-def gradient(rm, batch, cfg):
-    """Add up the gradient of one optimizer step, micro-batch by micro-batch → its loss, stats.
-
-    batch: rows (pairs of ids, or the fields of Judged), pad_id, and denom, the pairs or labelled steps of the
-    whole step: any part of its rows then gives its part of the gradient, and of acc and margin.
+    Any id will do, because attention is causal: no token sees a pad behind it.
     """
-    rows, denom = batch["rows"], batch["denom"]
-    if cfg.kind != "preference":
-        rows = [Judged(*row) for row in rows]
-    total = right = margin = 0.0
-    padded = [len(x) * max(x) for x in map(row_lengths, rows)]  # a pair: two rows of its longer side
-    for mb in dist.paced(microbatches(padded, cfg.tokens_per_microbatch), rm.values):
-        loss, margins = batch_loss(rm, [rows[i] for i in mb], batch["pad_id"], denom)
+    tokens, lengths = pad(rows, fill)  # detail 6
+    return tokens.to(model.device), lengths.to(model.device)
+
+
+def pair_rewards(model, rows):
+    """(prompt, chosen, rejected) ids → rewards (B,) of the chosen, (B,) of the rejected responses.
+
+    One forward pass: the batch of 2B rows holds all chosen responses, then all rejected ones.
+    """
+    chosen = [prompt + w for prompt, w, _ in rows]
+    rejected = [prompt + l for prompt, _, l in rows]
+    tokens, lengths = to_batch(model, chosen + rejected)  # (2B, T), (2B,)
+    return model.rewards(tokens, lengths).chunk(2)
+
+
+def pair_loss(model, rows, denom):
+    """(prompt, chosen, rejected) ids → the sum of the pairs' losses / denom, their margins r_w − r_l (B,)."""
+    chosen, rejected = pair_rewards(model, rows)
+    loss = pairwise_loss(chosen, rejected) * len(rows) / denom
+    return loss, chosen - rejected
+
+
+def gradient(rm, batch, cfg, batch_loss=pair_loss):
+    """Add up the gradient of one optimizer step, micro-batch by micro-batch → Figures of loss, acc, margin.
+
+    batch: "rows", (prompt, chosen, rejected) ids; "padded", the tokens that each row takes in a padded batch;
+    "denom", the number of pairs of the whole step. As denom is the step's, a part of the rows gives its part
+    of the gradient and of each figure. train_prm.py brings rows and a batch_loss of its own.
+    """
+    denom = batch["denom"]
+    figures = Figures(loss="sum", acc="sum", margin="sum")
+    cut = microbatches(batch["padded"], cfg.tokens_per_microbatch)
+    for mb in dist.paced(cut, rm.values):  # on one process: cut itself
+        rows = [batch["rows"][i] for i in mb]
+        loss, margin = batch_loss(rm, rows, denom)
         loss.backward()
-        total += loss.item()
-        right += (margins > 0).sum().item()
-        margin += margins.sum().item()
-    return total, {"acc": right / denom, "margin": margin / denom}
+        figures.add({
+            "loss": loss.item(),
+            "acc": (margin > 0).sum().item(),
+            "margin": margin.sum().item(),
+        })
+    figures["acc"] /= denom
+    figures["margin"] /= denom
+    return figures
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Data
 
 
-class Judged(NamedTuple):
-    """A response and what is right in it: ids with EOS, length of the prompt, a label for each step."""
-
-    ids: list[int]
-    prompt: int
-    labels: list
-
-
-def load_judged(cfg, tok, step_ids, max_len):
-    """→ training rows, held-out rows of --data."""
-    rows, parts = read_jsonl(cfg.data, ("prompt", "response"), nonempty=("prompt",)), ([], [])
-    for r in rows:
-        pair, labels = encode_pair(tok, r["prompt"], r["response"], max_len, r["_at"]), r.get("labels")
-        if pair:
-            p, y = pair
-            steps = 1 + sum(token in step_ids for token in y[:-1])
-            fits = isinstance(labels, list) and len(labels) == steps
-            fits = fits and all(x in (0, 1, None) for x in labels)
-            require(fits, f'--data: {r["_at"]}: "labels" is {labels!r:.80}, expected {steps} of 1, 0, null')
-            parts[tasks.held_out(r["prompt"])].append(Judged(p + y, len(p), labels))
-    long = len(rows) - sum(map(len, parts))
-    if long:
-        print(f"dropped {long} of {len(rows)} responses: longer than the context of {max_len} tokens")
-    left = [sum(map(units, part)) for part in parts]
-    require(all(left), f"--data {cfg.data}: {left[0]} labels are left to train on, {left[1]} are held out")
-    return parts
-
-
-def units(row):
-    """What a row adds to the loss's denominator: a pair is one, a judged response its labelled steps."""
-    return sum(x is not None for x in row.labels) if isinstance(row, Judged) else 1
-
-
-def row_lengths(row):
-    """Tokens of each of its sequences."""
-    return [len(row.ids)] if isinstance(row, Judged) else [len(side) for side in row]
-
-
-def encode(rows, tok, max_len, what):
-    """Rows → (prompt + chosen + EOS, prompt + rejected + EOS) ids; the unusable are dropped, and counted."""
-    return [(p + w, p + l) for p, w, l in encode_pairs(rows, tok, max_len, what)]
-
-
 def load_pairs(cfg, task, policy, tok):
-    """→ training pairs, held-out (prompt, chosen, rejected), references: lists of token ids."""
-    max_len = policy.cfg.max_len
-    train, test = load_rows(cfg, task, policy, tok)
-    train, test = encode(train, tok, max_len, "training"), encode_pairs(test, tok, max_len, "held-out")
+    """→ training and held-out (prompt ids, chosen ids, rejected ids); responses end with EOS."""
+    train_rows, test_rows = load_rows(cfg, task, policy, tok)
+    train = encode_pairs(train_rows, tok, policy.cfg.max_len, "training")
+    test = encode_pairs(test_rows, tok, policy.cfg.max_len, "held-out")
     require_both(cfg, train, test)
-    if cfg.data and not cfg.references:
-        return train, test, [chosen for chosen, _ in train[:1024]]
-    rows = task.demonstrations(1024, cfg.seed)
+    return train, test
+
+
+def load_references(cfg, task, train, tok, max_len):
+    """→ ids (prompt and response) of at most 1,024 responses that will score 0 on average.
+
+    From --references. Without it: the chosen responses of --data, or the task's demonstrations.
+    """
     if cfg.references:
         rows = read_rows(cfg.references, "demos", "--references")[:1024]
-    pairs = [encode_pair(tok, r["prompt"], r["response"], max_len, r.get("_at", "")) for r in rows]
-    references = [p + y for p, y in filter(None, pairs)]
+    elif cfg.data:
+        return [prompt + chosen for prompt, chosen, _ in train[:1024]]
+    else:
+        rows = task.demonstrations(1024, cfg.seed)
+    references = []
+    for row in rows:
+        at = row.get("_at", "")
+        pair = encode_pair(tok, row["prompt"], row["response"], max_len, at)
+        if pair:
+            references.append(pair[0] + pair[1])
     require(references, f"--references {cfg.references}: every row exceeds the context of {max_len} tokens")
-    return train, test, references
+    return references
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
 
 
+def longer_wins(rows):
+    """Share of (prompt, chosen, rejected) rows whose chosen response is the longer one; a tie counts half."""
+    longer = sum(len(chosen) > len(rejected) for _, chosen, rejected in rows)
+    equal = sum(len(chosen) == len(rejected) for _, chosen, rejected in rows)
+    return (longer + equal / 2) / len(rows)
+
+
 def length_only(train, test):
-    """Accuracy on `test` of the judge that prefers the longer response, or the shorter if `train` says so."""
+    """Accuracy on `test` of a judge that sees lengths only and learnt from `train` whether longer is better.
 
-    def longer_wins(pairs):
-        return sum((len(w) > len(l)) + 0.5 * (len(w) == len(l)) for w, l in pairs) / len(pairs)
+    In training the shorter one wins, so the judge prefers it, and is right about one of two:
 
-    return longer_wins(test) if longer_wins(train) >= 0.5 else 1 - longer_wins(test)
-
-
-@torch.no_grad()
-def evaluate(model, rows, tok):
-    denom = sum(map(units, rows))
-    parts = [batch_loss(model, rows[i : i + 32], tok.pad_id, denom) for i in range(0, len(rows), 32)]
-    losses, margins = zip(*parts)
-    acc = (torch.cat(margins) > 0).float().mean().item()  # detail 16
-    return {"eval/loss": sum(losses).item(), "eval/acc": acc}
+    >>> length_only(train=[([], [7], [8, 9])], test=[([], [7], [8, 9]), ([], [8, 9], [7])])
+    0.5
+    """
+    if longer_wins(train) >= 0.5:
+        return longer_wins(test)
+    return 1 - longer_wins(test)
 
 
 @torch.no_grad()
-def normalise(model, references, tok):
-    """Set the bias so that the references' mean reward is 0 (detail 15 of N+) → that mean, measured again."""
+def evaluate(model, rows, denom, batch_loss=pair_loss):
+    """Held-out rows → {"eval/loss", "eval/acc"}: mean loss, and share of the margins above 0."""
+    total = 0.0
+    margins = []
+    for start in range(0, len(rows), 32):
+        loss, margin = batch_loss(model, rows[start : start + 32], denom)
+        total += loss
+        margins.append(margin)
+    acc = (torch.cat(margins) > 0).float().mean()  # detail 16
+    return {"eval/loss": total.item(), "eval/acc": acc.item()}
 
-    def mean():
-        batches = (pad(references[i : i + 64], tok.pad_id) for i in range(0, len(references), 64))
-        parts = [model.rewards(*(t.to(model.device) for t in batch)) for batch in batches]
-        return torch.cat(parts).mean()
 
-    model.reward_bias -= mean()  # detail 15
-    return mean().item()
+def mean_reward(model, rows):
+    """Rows of ids, prompt and response → scalar tensor, their mean reward."""
+    rewards = []
+    for start in range(0, len(rows), 64):
+        tokens, lengths = to_batch(model, rows[start : start + 64])
+        rewards.append(model.rewards(tokens, lengths))
+    return torch.cat(rewards).mean()
+
+
+@torch.no_grad()
+def normalise(model, references):
+    """Set the bias so that the references' mean reward is 0 → that mean, measured again."""
+    model.reward_bias -= mean_reward(model, references)  # detail 15
+    return mean_reward(model, references).item()
 
 
 @torch.no_grad()
 def log_samples(log, step, model, answers, tok):
-    """The rewards of a few held-out (prompt ids, response ids) → samples.jsonl."""
-    tokens, lengths = pad([p + y for p, y in answers], tok.pad_id)
-    mask = response_mask([len(p) for p, _ in answers], lengths, tokens.shape[1])
-    tokens, lengths, mask = (t.to(model.device) for t in (tokens, lengths, mask))
-    rows, score = [{"prompt": tok.decode(p)} for p, _ in answers], model.scores(tokens, lengths, mask)
-    log.samples(step, rows, [tok.decode(y[:-1]) for _, y in answers], score)
+    """Write (prompt ids, response ids with EOS) and their rewards to samples.jsonl, as texts."""
+    ids = [prompt + response for prompt, response in answers]
+    prompt_lens = [len(prompt) for prompt, _ in answers]
+    tokens, lengths = to_batch(model, ids)
+    mask = response_mask(prompt_lens, lengths, tokens.shape[1]).to(model.device)
+    rewards = model.scores(tokens, lengths, mask)
+    rows = [{"prompt": tok.decode(prompt)} for prompt, _ in answers]
+    texts = [tok.decode(response[:-1]) for _, response in answers]
+    log.samples(step, rows, texts, rewards)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -274,62 +269,69 @@ def log_samples(log, step, model, answers, tok):
 
 def load_model(cfg, device):
     """→ reward model on the trunk of the SFT model, tokenizer."""
-    how = dict(kind="language model", shard=cfg.shard)
-    policy, tok = hub.load(cfg.init, hint=f"python train_sft.py --task {cfg.task}", **how)
+    policy, tok = hub.load(
+        cfg.init,
+        hint=f"python train_sft.py --task {cfg.task}",
+        kind="language model",
+        shard=cfg.shard,
+    )
     model = ScalarModel(policy)
     to_device(cfg, device, model)
     return model, tok
 
 
 def train(cfg):
-    """Train on pairs, or on labels; leaves the reward model in cfg.out/model → dict of the final metrics."""
+    """Train on pairs; leaves the reward model in cfg.out/model → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
     model, tok = load_model(cfg, device)
-    lora.add(model, cfg.lora_rank, cfg.dtype)  # as they begin, adapters change nothing of what is sampled
-    dist.spread(cfg, model)
+    lora.add(model, cfg.lora_rank, cfg.dtype)  # adapters start at 0, so pairs are sampled from the SFT model
+    dist.spread(cfg, model)  # on one process: nothing
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        if cfg.kind == "preference":
-            data, triples, references = load_pairs(cfg, task, model.trunk, tok)
-            test = [(p + w, p + l) for p, w, l in triples]
-            length_judge = {"eval/acc_len_only": length_only(data, test)}
-            shown = [(p, y) for p, *both in triples[:4] for y in both]  # chosen first
-        else:
-            ends = [i for i in range(tok.vocab_size) if set(tok.decode([i])[-1:]) & set(cfg.step_end)]
-            model.step_ids, length_judge = ends, {}
-            data, test = load_judged(cfg, tok, ends, model.cfg.max_len)
-            shown = [(row.ids[: row.prompt], row.ids[row.prompt :]) for row in test[:8]]
-        betas, decay = (0.9, 0.99), cfg.weight_decay
-        opt = adamw(model.parameters(), device, lr=cfg.lr, betas=betas, weight_decay=decay)
+        data, test = load_pairs(cfg, task, model.trunk, tok)
+        references = load_references(cfg, task, data, tok, model.cfg.max_len)
+        acc_len_only = length_only(data, test)
+        shown = [(prompt, response) for prompt, *pair in test[:4] for response in pair]  # chosen first
+        opt = adamw(
+            model.parameters(),
+            device,
+            lr=cfg.lr,
+            betas=(0.9, 0.99),
+            weight_decay=cfg.weight_decay,
+        )
         start, _ = run.start({"model": model}, opt)
+        seed = derive_seed(cfg.seed, "data")
         for step in range(start, cfg.steps):
             clock = Clock()
-            order = epoch_batches(len(data), cfg.batch_size, derive_seed(cfg.seed, "data"), step)
+            order = epoch_batches(len(data), cfg.batch_size, seed, step)
             rows = [data[i] for i in order]
-            denom = max(sum(map(units, rows)), 1)  # the denominator is the step's, however it is cut
+            sides = [(len(p + w), len(p + l)) for p, w, l in rows]
+            lengths = [sum(pair) for pair in sides]
+            padded = [2 * max(pair) for pair in sides]
+            batch = {
+                "rows": rows,
+                "padded": padded,
+                "denom": len(rows),
+            }
             opt.zero_grad()
-            batch = {"rows": [list(row) for row in rows], "denom": denom, "pad_id": tok.pad_id}
-            lengths = [sum(row_lengths(row)) for row in rows]
-            total, stats = gradient(model, dist.share(batch, lengths), cfg)
-            figures = Figures(loss="sum", acc="sum", margin="sum")
-            figures.add({"loss": total} | stats)
-            stats = dict(dist.whole_step(figures, model))
-            total = stats.pop("loss")
+            part = dist.share(batch, lengths)  # on one process: the batch
+            figures = dist.whole_step(gradient(model, part, cfg), model)  # on one process: the same figures
             gnorm = clip_gradient(model, cfg.max_grad_norm)
-            run.check(step, total, gnorm, f"a batch of {len(rows)} rows", batch, [model])
+            run.check(step, figures["loss"], gnorm, f"a batch of {len(rows)} pairs", batch, [model])
             lr = lr_at(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
             opt.step()
 
             done = step + 1
-            metrics = {"loss": total, "gnorm": gnorm, "lr": lr} | stats
-            metrics |= clock.columns(sum(lengths))
+            metrics = figures | clock.columns(sum(lengths))
+            metrics |= {"gnorm": gnorm, "lr": lr}
             due = done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0)
             if due:
-                metrics |= evaluate(model, test, tok) | length_judge
-            if done == cfg.steps and cfg.kind == "preference":
-                metrics["eval/reward_reference"] = normalise(model, references, tok)
+                metrics |= evaluate(model, test, len(test))
+                metrics["eval/acc_len_only"] = acc_len_only
+            if done == cfg.steps:
+                metrics["eval/reward_reference"] = normalise(model, references)
             if due:
                 log_samples(run.log, step, model, shown, tok)
             run.log.row(step, metrics)

@@ -3,7 +3,7 @@
 The problems are sums, their steps the running sums: `132031=` → `<14669A>|A`, one character each (A is 10). A
 policy that makes slips (one step in five is off by one or two, and the rest follows from it)
 writes solutions of six digits. The same solutions are labelled in two ways: each step right or wrong, nothing
-behind the first mistake (`train_rm.py --kind process`), or the answer alone (`--kind outcome`). Both reward
+behind the first mistake (`train_prm.py`), or the answer alone (`--kind outcome`). Both reward
 models choose the best of n and are GRPO's reward, at six digits and at eight, which they were never taught.
 """
 
@@ -15,7 +15,7 @@ import statistics
 import torch
 
 import train_grpo
-import train_rm
+import train_prm
 import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
@@ -125,7 +125,7 @@ def reward_model(kind, labels, sft, seed, smoke):
             for p, y in zip(asked, sample(sft, asked, 1, seed)[1])]
     how = dict(data=file(f"{kind}_{seed}_{len(rows)}", rows), init=f"{sft}/model", kind=kind)
     how |= dict(step_end=SUMS) if kind == "process" else {}
-    return common.trained(train_rm, seed=seed, **how, **(RM | dict(steps=2) if smoke else RM))
+    return common.trained(train_prm, seed=seed, **how, **(RM | dict(steps=2) if smoke else RM))
 
 
 @torch.no_grad()

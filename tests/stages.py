@@ -6,6 +6,7 @@ from pathlib import Path
 import train_dpo
 import train_grpo
 import train_ppo
+import train_prm
 import train_rm
 import train_sft
 from nanorlhf.hub.files import write_jsonl
@@ -75,7 +76,7 @@ class Stages:
             flags |= dict(n_layer=1, n_head=2, d_model=32, max_len=16, tokenizer="chars", batch_size=8)
         else:
             flags |= dict(init=f"{self.folder}/sft/model")
-        if trainer in (train_rm, train_dpo):
+        if trainer in (train_rm, train_prm, train_dpo):
             flags |= dict(batch_size=8)
         if trainer is train_dpo:
             flags |= dict(max_new_tokens=5, eval_prompts=4)

@@ -17,13 +17,14 @@ import sample
 import train_dpo
 import train_grpo
 import train_ppo
+import train_prm
 import train_rm
 import train_sft
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.run.cli import Flags, check_ranges, help_text, parse, run_cli
 
 ROOT = Path(__file__).parents[1]
-TRAINERS = [train_sft, train_rm, train_ppo, train_grpo, train_dpo]
+TRAINERS = [train_sft, train_rm, train_prm, train_ppo, train_grpo, train_dpo]
 PROGRAMS = pytest.mark.parametrize("module", [*TRAINERS, demo, evaluate, sample], ids=lambda m: m.__name__)
 
 
@@ -301,7 +302,7 @@ def state():
     numbers = random.getstate(), torch.get_rng_state().tolist(), str(numpy.random.get_state())
     return handlers, numbers, torch.get_num_threads(), torch.get_default_dtype(), os.listdir("."), os.getcwd()
 before = state()
-import train_sft, train_rm, train_ppo, train_grpo, train_dpo, demo, evaluate, sample
+import train_sft, train_rm, train_prm, train_ppo, train_grpo, train_dpo, demo, evaluate, sample
 assert state() == before
 """
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 
 import pytest
 import torch
@@ -11,12 +10,9 @@ from stages import jsonl, tastes
 import train_rm
 import train_sft
 from nanorlhf import hub, pairs, tasks
-from nanorlhf.data import pad, response_mask
 from nanorlhf.errors import UserError
 from nanorlhf.hub.files import read_jsonl
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.rewards import score_responses
-from nanorlhf.rollout import Rollout
 from nanorlhf.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -83,12 +79,13 @@ def test_reward_is_read_at_eos_and_padding_is_free(stages):
     """A pair beside a much longer one scores as it does alone, by hand, at its EOS."""
     model, tok = load(stages.folder / "rm")
     rows = [dict(prompt="ab=", chosen="ba", rejected=""), dict(prompt="c=", chosen="abcabcabc", rejected="d")]
-    pairs = train_rm.encode(rows, tok, 16, "training")
-    assert all(side[-1] == tok.eos_id and tok.eos_id not in side[:-1] for pair in pairs for side in pair)
-    together = torch.stack(train_rm.pair_rewards(model, pairs, tok.pad_id)).detach()
+    triples = pairs.encode_pairs(rows, tok, 16, "training")
+    sides = [p + y for p, *pair in triples for y in pair]
+    assert all(side[-1] == tok.eos_id and tok.eos_id not in side[:-1] for side in sides)
+    together = torch.stack(train_rm.pair_rewards(model, triples)).detach()
     for i, row in enumerate(rows):
         by_hand = [score(model, tok, row["prompt"], row[key]) for key in ("chosen", "rejected")]
-        alone = [r.item() for r in train_rm.pair_rewards(model, pairs[i : i + 1], tok.pad_id)]
+        alone = [r.item() for r in train_rm.pair_rewards(model, triples[i : i + 1])]
         assert together[:, i].tolist() == pytest.approx(by_hand, abs=1e-5)
         assert alone == pytest.approx(by_hand, abs=1e-5)
     assert together[0, 0] != together[1, 0]
@@ -111,10 +108,11 @@ def test_references_score_zero_on_average_and_the_folder_keeps_it(kind, stages, 
 
 def test_normalising_shifts_and_does_not_scale(stages):
     model, tok = load(stages.folder / "rm")
-    pairs = train_rm.encode([dict(prompt="ab=", chosen="ba", rejected="f")], tok, 16, "training")
-    before = torch.stack(train_rm.pair_rewards(model, pairs, tok.pad_id))
-    train_rm.normalise(model, [w for w, _ in pairs], tok)
-    shift = torch.stack(train_rm.pair_rewards(model, pairs, tok.pad_id)) - before
+    rows = [dict(prompt="ab=", chosen="ba", rejected="f")]
+    triples = pairs.encode_pairs(rows, tok, 16, "training")
+    before = torch.stack(train_rm.pair_rewards(model, triples))
+    train_rm.normalise(model, [p + w for p, w, _ in triples])
+    shift = torch.stack(train_rm.pair_rewards(model, triples)) - before
     assert torch.allclose(shift, -before[0].expand(2, 1), atol=1e-6)
 
 
@@ -137,8 +135,8 @@ def test_trunk_starts_from_the_sft_model(stages, tmp_path):
     ],
 )
 def test_length_only(train, test, accuracy):
-    pairs = [[([0] * w, [0] * l) for w, l in side] for side in (train, test)]
-    assert train_rm.length_only(*pairs) == accuracy
+    rows = [[([1], [0] * w, [0] * l) for w, l in part] for part in (train, test)]
+    assert train_rm.length_only(*rows) == accuracy
 
 
 def test_accuracy_is_that_of_the_saved_model(stages, tmp_path):
@@ -216,8 +214,8 @@ def test_unusable_pairs_are_dropped_and_counted(capsys):
     tok = Tokenizer.from_chars("ab=")
     texts = [("a", "b"), ("a", "a"), ("a", "bbbb"), ("aaaa", "b"), ("", "a"), ("aaaaa", "aaaaa")]
     rows = [dict(prompt="b=", chosen=w, rejected=l) for w, l in texts]
-    pairs = train_rm.encode(rows, tok, 6, "training")
-    assert pairs == [([1, 2, 0, 3], [1, 2, 1, 3]), ([1, 2, 3], [1, 2, 0, 3])]
+    triples = pairs.encode_pairs(rows, tok, 6, "training")
+    assert triples == [([1, 2], [0, 3], [1, 3]), ([1, 2], [3], [0, 3])]
     says = "dropped 4 of 6 training pairs: 2 with equal responses, 2 longer than the context of 6 tokens"
     assert says in capsys.readouterr().out
 
@@ -240,97 +238,6 @@ def test_learns_a_preference_that_depends_on_the_prompt(sign, low, high, tmp_pat
     assert low <= last["eval/acc"] <= high and abs(last["eval/acc_len_only"] - 0.5) < 0.1
 
 
-# labels of what is right
-
-
-JUDGED = [
-    dict(prompt="ab=", response="bcadbb", labels=[1, None, 0, 1, 0]),  # b, d, b, b, and EOS
-    dict(prompt="bd=", response="", labels=[0]),
-    dict(prompt="da=", response="acaaaaca", labels=[1]),
-    dict(prompt="abcdef=", response="db", labels=[None, None, None]),
-    dict(prompt="bed=", response="b", labels=[1, 0]),  # held out
-]
-
-
-def by_hand(model, tok, row, ends="bd"):
-    """The logits at the ends of the steps: the response alone in its batch, in float64."""
-    ids = tok.encode(row["prompt"] + row["response"]) + [tok.eos_id]
-    logit = model.double().trunk(torch.tensor([ids]))[0] @ model.score.weight[0]
-    places = [i for i, letter in enumerate(row["response"]) if letter in ends] + [len(row["response"])]
-    return logit[[len(row["prompt"]) + i for i in places]]
-
-
-@pytest.mark.parametrize("budget", [0, 1])
-def test_process_loss_is_that_of_every_labelled_step(budget, stages, tmp_path, gradients):
-    """−Σ log σ(±logit) over the labels that are not null, by their number; its gradient; what is logged."""
-    data = jsonl(tmp_path / "p.jsonl", JUDGED)
-    flags = dict(kind="process", step_end="bd", data=data, batch_size=4, steps=1, lr=1e-12)
-    last = train_rm.train(stages.config(train_rm, tmp_path / "run", tokens_per_microbatch=budget, **flags))
-    model, tok = load(tmp_path / "run")
-    model.double().zero_grad()
-    signed = {}
-    for row in JUDGED:
-        pairs = zip(by_hand(model, tok, row), row["labels"], strict=True)
-        signed[row["prompt"]] = [z if label else -z for z, label in pairs if label is not None]
-    held_out = torch.stack(signed.pop("bed="))
-    margins = torch.stack(sum(signed.values(), []))
-    loss = (1 + (-margins).exp()).log().mean()
-    loss.backward()
-    scale = max(p.grad.abs().max() for p in model.parameters())
-    assert all((g - p.grad).abs().max() < 1e-5 * scale for g, p in zip(gradients[0], model.parameters()))
-    assert len(margins) == 6 and last["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert last["acc"] == pytest.approx((margins > 0).double().mean().item())
-    assert last["margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
-    exact = (1 + (-held_out).exp()).log().mean().item()
-    assert last["eval/loss"] == pytest.approx(exact, rel=1e-5)
-    assert model.reward_bias == 0 and "eval/reward_reference" not in last
-
-
-@pytest.mark.parametrize("kind, ends", [("process", "bd"), ("outcome", "")])
-def test_reward_is_the_product_over_the_steps(kind, ends, stages, tmp_path):
-    """Of the saved model, in one batch; the prompt's letters end no step, the end of a cut response does."""
-    rows = [r if kind == "process" else r | {"labels": r["labels"][-1:]} for r in JUDGED]
-    data = jsonl(tmp_path / "p.jsonl", rows)
-    train_rm.train(stages.config(train_rm, tmp_path / "run", kind=kind, step_end=ends, data=data))
-    model, tok = load(tmp_path / "run")
-    assert model.step_ids == [tok.encode(letter)[0] for letter in ends]
-    ids = [tok.encode(r["prompt"] + r["response"]) + [tok.eos_id] for r in JUDGED] + [tok.encode("ab=bca")]
-    tokens, lengths = pad(ids, tok.pad_id)
-    prompt = torch.tensor([len(r["prompt"]) for r in JUDGED] + [3])
-    mask = response_mask(prompt, lengths, tokens.shape[1])
-    finished, group = torch.tensor([True] * 5 + [False]), torch.arange(6)
-    roll = Rollout(tokens, mask, torch.zeros(tokens.shape), finished, group, prompt)
-    found = score_responses(roll, model, None)
-    assert found.tolist() == model.process_rewards(tokens, mask).tolist()
-    logits = [by_hand(model, tok, row, ends) for row in JUDGED]
-    cut = model.trunk(tokens[5:, :6])[0] @ model.score.weight[0]
-    logits.append(cut[[3, 5] if ends else [5]])
-    assert found.tolist() == pytest.approx([z.sigmoid().prod().item() for z in logits], rel=1e-4)
-    assert len(set(found.tolist())) == 6
-    lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    assert lines[-1]["response"] == "b" and lines[-1]["reward"] == pytest.approx(found[4].item(), abs=1e-3)
-
-
-@pytest.mark.parametrize("sign, low, high", [(1, 0.9, 1), (-1, 0, 0.6)])
-def test_learns_which_step_is_wrong(sign, low, high, tmp_path, monkeypatch):
-    """A copy of the prompt with some letters replaced: a label is the prompt's and its own letter's."""
-    torch.manual_seed(0)
-    tok, rng, rows = Tokenizer.from_chars("abcd="), random.Random(0), []
-    for _ in range(1500):
-        word, other = ("".join(rng.choices("abcd", k=4)) for _ in range(2))
-        copy = "".join(rng.choice(pair) for pair in zip(word, other))
-        labels = [int(x == y) for x, y in zip(word, copy)]
-        rows.append(dict(prompt=f"{word}=", response=copy, labels=[*labels, int(word == copy)]))
-    hub.save(GPT(GPTConfig.gpt2(tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_len=16)), tok,
-             tmp_path / "init")
-    right = train_rm.step_loss
-    monkeypatch.setattr(train_rm, "step_loss", lambda *args: sign * right(*args))
-    flags = dict(kind="process", step_end="abcd", data=jsonl(tmp_path / "p.jsonl", rows), steps=100)
-    flags |= dict(batch_size=64, lr=5e-3, save_every=0, eval_every=0, threads=1, init=f"{tmp_path}/init")
-    last = train_rm.train(train_rm.Config(**flags, out=f"{tmp_path}/run"))
-    assert low <= last["eval/acc"] <= high
-
-
 # bad input
 
 
@@ -346,13 +253,6 @@ def test_learns_which_step_is_wrong(sign, low, high, tmp_path, monkeypatch):
         (dict(data=[dict(prompt="bed=", chosen="b", rejected="a")]), "0 training and 1 held-out pairs"),
         (dict(references=[dict(prompt="a=", response="b" * 20)]), "every row exceeds the context of 16"),
         (dict(references=[dict(prompt="a=")]), '--references: .*jsonl:1: missing key "response"'),
-        (dict(kind="outcome", data=""), "--kind outcome: give --data, with labels"),
-        (dict(step_end="b"), "--step_end: belongs to --kind process"),
-        (dict(kind="outcome", data=[dict(prompt="a=", response="b")]), '"labels" is None, expected 1 of 1'),
-        (dict(kind="process", step_end="b", data=[dict(prompt="a=", response="b", labels=[1])]),
-         r'jsonl:1: "labels" is \[1\], expected 2 of 1, 0, null'),
-        (dict(kind="outcome", data=[dict(prompt="a=", response="b", labels=[[2]])]), r"\[\[2\]\], exp"),
-        (dict(kind="outcome", data=[dict(prompt="a=", response="b", labels=[None])]), "0 labels are left"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(flags, says, stages, tmp_path):
