@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nanorlhf.errors import UserError, blame
+from nanorlhf.run import dist
 
 
 def read_jsonl(
@@ -209,6 +210,22 @@ def response_mask(prompt_lens, lengths, T: int) -> torch.Tensor:
     return (position >= prompt_lens[:, None]) & (position < lengths[:, None])  # (B, T)
 
 
+def pad_responses(rows, device):
+    """(prompt ids, response ids) → tokens (B, T), prompt and response together; mask (B, T) of the response.
+
+    The pads are 0, as would be any id: attention is causal, so no token sees a pad behind it.
+
+    >>> tokens, mask = pad_responses([([5, 6], [7]), ([5], [8, 9, 4])], "cpu")
+    >>> tokens.tolist()
+    [[5, 6, 7, 0], [5, 8, 9, 4]]
+    >>> mask.int().tolist()
+    [[0, 0, 1, 0], [0, 1, 1, 1]]
+    """
+    tokens, lengths = pad([prompt + response for prompt, response in rows], 0)
+    mask = response_mask([len(prompt) for prompt, _ in rows], lengths, tokens.shape[1])
+    return tokens.to(device), mask.to(device)
+
+
 def epoch_batches(n: int, batch: int, seed: int, step: int) -> list[int]:
     """Indices of batch number `step`, of `batch` rows out of n, walking a fresh permutation in every epoch.
 
@@ -247,6 +264,20 @@ def microbatches(lengths, tokens_per_microbatch: int) -> list[list[int]]:
             groups.append([i])
             longest = lengths[i]
     return groups
+
+
+def fill_rows(out, lengths, cut, compute, *passes):
+    """Compute the rows of `out` (B, ...), zeros before, in parts → out, on every process the same.
+
+    lengths  (B,) tensor: processes share the rows out by it
+    cut      lengths of the rows of this process → lists of indices into them
+    compute  indices (b,) of rows → their values (b, ...)
+    """
+    my_rows = dist.mine(lengths)
+    for part in dist.paced(cut(lengths[my_rows]), *passes):
+        rows = my_rows[part]
+        out[rows] = compute(rows)
+    return dist.summed(out)
 
 
 def pack(tokens, mask, lengths):

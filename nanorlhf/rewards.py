@@ -11,9 +11,14 @@ from nanorlhf.errors import blame, derive_seed, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.run import dist
 from nanorlhf.run.device import at_work
-from nanorlhf.run.worker import sum_rewards
+from nanorlhf.run.worker import load_reward, sum_rewards
 
 SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to bound memory
+
+
+def load_rewards(cfg):
+    """The functions of --reward, else the task's own → [(name, weight, function)], called in this process."""
+    return [load_reward(spec) for spec in cfg.reward] or [(cfg.task, 1.0, tasks.get(cfg.task).reward)]
 
 
 @torch.no_grad()
