@@ -37,7 +37,7 @@ from nanorlhf.pairs import encode_pairs
 from nanorlhf.rewards import score_responses
 from nanorlhf.run.cli import check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
-from nanorlhf.run.worker import RewardFunction, Rewards, load_reward
+from nanorlhf.run.worker import rewards_of
 
 ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, with or without a thought before it
 
@@ -249,11 +249,8 @@ def main(cfg):
     if cfg.rm:
         rm = hub.load(cfg.rm, "--rm", "", "reward model", like=tok)[0]
     to_device(cfg, device, model, other, rm)
-    functions = [load_reward(spec) for spec in cfg.reward]
-    if not functions and task.reward:
-        functions = [RewardFunction(cfg.task, 1.0, task.reward)]
-    rewards = Rewards(functions)
-    has_score = bool(rm or functions)
+    rewards = rewards_of(task, cfg.reward)
+    has_score = bool(rm or rewards.functions)
     require(has_score or other, "nothing to measure by: give --rm, --reward or --against")
     rows = load_rows(cfg, task)
     prompts = [row["prompt"] for row in rows]
@@ -274,7 +271,7 @@ def main(cfg):
         figures[f"{name}len"] = mean_se(by_prompt(lengths, cfg.n))
         finished = [roll.finished for roll in rolls]
         figures[f"{name}stop"] = mean_se(by_prompt(finished, cfg.n))
-        if functions and not rm:  # a function says what is right; no score of a reward model does
+        if rewards.functions and not rm:  # a function says what is right; no score of a reward model does
             for figure, value in answer_figures(texts, scores[name], cfg).items():
                 figures[name + figure] = value
         unfiltered = cfg.temperature > 0 and cfg.top_k == 0 and cfg.top_p == 1

@@ -432,7 +432,7 @@ def train(cfg):
     """Run GRPO; leaves cfg.out/model → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    rewards = rewards_of(cfg, task)
+    rewards = rewards_of(task, cfg.reward, cfg.reward_timeout)
     policy, ref, rm, tok = load_models(cfg, device)
     freeze(cfg, ref, rm, trained=(policy,))
     longest = cfg.limits[-1]

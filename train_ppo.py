@@ -317,7 +317,7 @@ def train(cfg):
     """Run PPO; leaves cfg.out/model (the policy) and cfg.out/critic → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    rewards = rewards_of(cfg, task)
+    rewards = rewards_of(task, cfg.reward, cfg.reward_timeout)
     policy, ref, rm, tok = load_models(cfg, device)
     critic = load_critic(cfg, device, tok)  # detail 22: the critic starts as the reward model
     freeze(cfg, ref, rm, trained=(policy, critic))

@@ -175,6 +175,22 @@ def microbatches(lengths, tokens_per_microbatch):
     return groups
 
 
+def pad_responses(rows, device):
+    """(prompt ids, response ids) → tokens (B, T), prompt and response together; mask (B, T) of the response.
+
+    The pads are 0, as would be any id: attention is causal, so no token sees a pad behind it.
+
+    >>> tokens, mask = pad_responses([([5, 6], [7]), ([5], [8, 9, 4])], "cpu")
+    >>> tokens.tolist()
+    [[5, 6, 7, 0], [5, 8, 9, 4]]
+    >>> mask.int().tolist()
+    [[0, 0, 1, 0], [0, 1, 1, 1]]
+    """
+    tokens, lengths = pad([prompt + response for prompt, response in rows], 0)
+    mask = response_mask([len(prompt) for prompt, _ in rows], lengths, tokens.shape[1])
+    return tokens.to(device), mask.to(device)
+
+
 def fill_rows(out, lengths, cut, compute, *passes):
     """Fill out[rows] = compute(rows) for all B rows, a micro-batch at a time → out.
 

@@ -4,6 +4,8 @@ import math
 from collections import defaultdict
 from functools import lru_cache
 
+import torch
+
 
 def pass_at_k(n, c, k):
     """Probability that at least one of k samples is right, where c of the n samples drawn are; k ≤ n.
@@ -95,6 +97,22 @@ def sample_figures(roll, n):
         "stop": roll.finished.float().mean().item(),
         "dead": dead,
     }
+
+
+def step_means(parts, counts):
+    """Values of a step's micro-batches, dicts {name: (b,)}, and the step's {name: count} → {name: mean}.
+
+    The mean is None where the whole step has no value. A process with a part of the rows gets a part of it.
+
+    >>> parts = [{"acc": torch.tensor([1.0, 0.0])}, {"acc": torch.tensor([1.0, 1.0])}]
+    >>> step_means(parts, {"acc": 4})
+    {'acc': 0.75}
+    """
+    means = {}
+    for name, count in counts.items():
+        total = torch.cat([values[name] for values in parts]).sum()
+        means[name] = (total / count).item() if count else None
+    return means
 
 
 class Figures(dict):

@@ -7,11 +7,14 @@ import os
 import random
 from typing import NamedTuple
 
+import torch
+
 from nanorlhf import generate, tasks
-from nanorlhf.data import encode_pair, microbatches, split_by_hash
+from nanorlhf.data import encode_pair, split_by_hash
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub.files import read_jsonl, write_jsonl
 from nanorlhf.hub.formats import read_rows
+from nanorlhf.rewards import load_prompts
 from nanorlhf.run import dist
 
 KEYS = ("prompt", "chosen", "rejected")
@@ -186,17 +189,50 @@ def load_examples(cfg, task, policy, tok, kto):
     return train, test, train_rows, test_rows[: cfg.eval_prompts]
 
 
-def by_budget(examples, tokens):
-    """Cut Examples into micro-batches of at most so many padded tokens → lists of indices.
+def load_data(cfg, policy, tok):
+    """DPO's data → labelled Examples, held-out Examples, training rows and held-out rows to sample for.
 
-    An example is two rows, as long as its longer response.
-
-    >>> short, long = Example([1], [2, 0], [3, 0]), Example([1], [2, 2, 2, 0], [3, 0])
-    >>> by_budget([short, long, short], tokens=12)  # 2 × 5 tokens; then twice 2 × 3
-    [[1], [0, 2]]
+    There are no Examples where a reward judges samples from the start.
     """
-    lengths = []
-    for example in examples:
-        longer = max(len(example.first), len(example.second))
-        lengths.append(2 * (len(example.prompt) + longer))
-    return microbatches(lengths, tokens)
+    task = tasks.get(cfg.task)
+    if cfg.uses_labels:
+        return load_examples(cfg, task, policy, tok, cfg.loss == "kto")
+    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, cfg.max_new_tokens)
+    return [], [], rows, test_rows
+
+
+def padded_lengths(examples):
+    """Tokens that each example takes in a padded batch: two rows, as long as the longer response → (N,).
+
+    >>> padded_lengths([Example([1], [2, 0], [3, 0]), Example([1], [2, 2, 2, 0], [3, 0])])
+    tensor([ 6, 10])
+    """
+    longest = [len(e.prompt) + max(len(e.first), len(e.second)) for e in examples]
+    return 2 * torch.tensor(longest, dtype=torch.int64)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the pairs of DPO's online rounds, kept in files for a run that is resumed
+
+
+def write_round(cfg, number, rows):
+    """Write the rows of a round. A round that found none takes those of the round before once more.
+
+    UserError for the first round that samples: with labelled pairs that is number 1.
+    """
+    if not rows:
+        first = 1 if cfg.uses_labels else 0
+        tie = "all samples of every prompt scored the same: no pair to learn from"
+        require(number > first, f"--online: {tie}")
+        rows = read_jsonl(round_path(cfg, number - 1), KEYS)
+    write_first(round_path(cfg, number), rows)
+
+
+def read_round(cfg, number, max_len):
+    """→ Examples of a round, by the ids that were sampled."""
+    ids = [row["ids"] for row in read_jsonl(round_path(cfg, number), KEYS)]
+    return to_examples(ids, cfg.loss == "kto", max_len)
+
+
+def round_path(cfg, number):
+    return f"{cfg.out}/pairs-round-{number}.jsonl"

@@ -81,7 +81,7 @@ def test_reward_is_the_product_over_the_steps(kind, ends, stages, tmp_path):
     mask = response_mask(prompt, lengths, tokens.shape[1])
     finished, group = torch.tensor([True] * 5 + [False]), torch.arange(6)
     roll = Rollout(tokens, mask, torch.zeros(tokens.shape), finished, group, prompt)
-    found = score_responses(roll, None, None, model, None)
+    found = score_responses(roll, model, None)
     assert found.tolist() == model.process_rewards(tokens, mask).tolist()
     logits = [by_hand(model, tok, row, ends) for row in JUDGED]
     cut = model.trunk(tokens[5:, :6])[0] @ model.score.weight[0]

@@ -106,7 +106,7 @@ def mischief(tmp_path):
 
     def make(timeout, *names):
         cfg = SimpleNamespace(reward=[f"{tmp_path}/r.py:{name}" for name in names], reward_timeout=timeout)
-        return rewards_of(cfg, tasks.get("chain"))
+        return rewards_of(tasks.get("chain"), cfg.reward, cfg.reward_timeout)
 
     make.score = lambda rewards, *texts: rewards.values(0, texts, [row] * len(texts))
     make.pids = lambda: {int(pid) for pid in Path(row["pids"]).read_text().split()}
@@ -169,7 +169,7 @@ def test_a_file_that_cannot_be_imported_there_is_a_run_error(tmp_path):
     (tmp_path / "r.py").write_text(source + "def f(prompt, response): return 1.0\n")
     cfg = SimpleNamespace(reward=[f"{tmp_path}/r.py:f"], reward_timeout=1.0)
     says = "the process that imports .*r.py:f ended"
-    with rewards_of(cfg, None) as rewards, pytest.raises(RunError, match=says):
+    with rewards_of(None, cfg.reward, cfg.reward_timeout) as rewards, pytest.raises(RunError, match=says):
         rewards.values(0, ["x"], [dict(prompt="ab")])
     assert multiprocessing.active_children() == []
 
@@ -180,7 +180,7 @@ def test_rewards_of_one_name_are_refused(tmp_path):
         (tmp_path / f"{name}.py").write_text("def f(p, r): return 1.0")
     cfg = SimpleNamespace(reward=[f"{tmp_path}/a.py:f", f"{tmp_path}/b.py:f*2"], reward_timeout=1.0)
     with pytest.raises(UserError, match="--reward: two are called f"):
-        rewards_of(cfg, None)
+        rewards_of(None, cfg.reward, cfg.reward_timeout)
 
 
 RUN = """

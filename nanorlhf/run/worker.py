@@ -61,12 +61,16 @@ def _number(returned):
     return value, ""
 
 
-def rewards_of(cfg, task):
-    """The reward functions of a run: those of --reward, in a process of their own, else the task's own."""
-    functions = [load_reward(spec) for spec in cfg.reward]  # here too, to report mistakes at once
-    if not functions:
-        return Rewards([RewardFunction(task.name, 1.0, task.reward)])
-    return Rewards(functions, cfg.reward, cfg.reward_timeout)
+def rewards_of(task, specs, timeout=0.0):
+    """The reward functions of a run: those of --reward (specs), else the task's own → Rewards.
+
+    With a timeout those of --reward run in a process of their own; they are loaded here too, to report
+    mistakes at once.
+    """
+    functions = [load_reward(spec) for spec in specs]
+    if not functions and task.reward:
+        functions = [RewardFunction(task.name, 1.0, task.reward)]
+    return Rewards(functions, specs, timeout)
 
 
 class Rewards:

@@ -290,8 +290,8 @@ def test_row_32_loss_that_is_not_finite(trainer, where, value, run, tmp_path, mo
     moments as saved before; the batch goes to bad-step-N.pt, which nanorlhf.run.replay reproduces"""
     loss, models, optimizers, start = getattr(trainer, LOSS[trainer]), {}, [], Run.start
 
-    def spoilt(*args):
-        out = loss(*args)
+    def spoilt(*args, **kw):
+        out = loss(*args, **kw)
         if not (tmp_path / "run/state/step-000002").exists():  # not yet step 2
             return out
         if where == "loss":
