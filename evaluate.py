@@ -28,7 +28,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import generate, hub, tasks
+from nanorlhf import generate, tasks
 from nanorlhf.data import microbatches, pad, response_mask
 from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.hub.formats import read_rows
@@ -39,6 +39,7 @@ from nanorlhf.rewards import score_responses
 from nanorlhf.run import worker
 from nanorlhf.run.cli import check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
+from nanorlhf.run.models import load_model
 
 ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, however it was found
 
@@ -123,9 +124,10 @@ def pairs_accuracy(pairs, tok, device, score):
 def main(cfg):
     """Measure what the flags ask for, print it, write it to --out → {name: mean, name_se: s.e.}."""
     device, task = setup(cfg), tasks.get(cfg.task)
-    model, tok = hub.load(cfg.model, "--model", f"python train_sft.py --task {cfg.task}", "language model")
-    other = hub.load(cfg.against, "--against", "", "language model", like=tok)[0] if cfg.against else None
-    rm = hub.load(cfg.rm, "--rm", "", "reward model", like=tok)[0] if cfg.rm else None
+    hint = f"python train_sft.py --task {cfg.task}"
+    model, tok = load_model("--model", cfg.model, hint, "language model")
+    other = load_model("--against", cfg.against, "", "language model", tok)[0] if cfg.against else None
+    rm = load_model("--rm", cfg.rm, "", "reward model", tok)[0] if cfg.rm else None
     model, other, rm = to_device(cfg, device, model, other, rm)
     rewards = [worker.load_reward(spec) for spec in cfg.reward]
     rewards = rewards or ([(cfg.task, 1.0, task.reward)] if task.reward else [])

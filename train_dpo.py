@@ -42,7 +42,6 @@ import torch.nn.functional as F
 from nanorlhf import generate, hub, tasks
 from nanorlhf.data import epoch_batches, pad, read_jsonl, response_mask
 from nanorlhf.errors import derive_seed, require
-from nanorlhf.hub import load_models
 from nanorlhf.metrics import mean_se
 from nanorlhf.pairs import KEYS, Example, by_budget, load_examples, to_examples, write_first
 from nanorlhf.rewards import fresh_samples, load_prompts, score_responses
@@ -51,6 +50,7 @@ from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, at_work, freeze, lr_at, setup
 from nanorlhf.run.log import Clock
+from nanorlhf.run.models import load_models
 
 # ------------------------------------------------------------------------------------------------------------
 # Config

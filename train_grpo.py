@@ -31,7 +31,6 @@ import torch
 from nanorlhf import generate, hub, lora, tasks
 from nanorlhf.data import epoch_batches, microbatches
 from nanorlhf.errors import derive_seed, require
-from nanorlhf.hub import load_models
 from nanorlhf.metrics import sample_figures
 from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses
 from nanorlhf.rollout import Rollout
@@ -40,6 +39,7 @@ from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, at_work, freeze, setup
 from nanorlhf.run.log import Clock
+from nanorlhf.run.models import load_models
 from nanorlhf.run.worker import Rewards
 
 # ------------------------------------------------------------------------------------------------------------

@@ -27,16 +27,16 @@ from typing import ClassVar
 
 import torch
 
-from nanorlhf import generate, hub, lora, tasks
+from nanorlhf import generate, hub, tasks
 from nanorlhf.data import epoch_batches, microbatches
 from nanorlhf.errors import derive_seed, require
-from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, at_work, freeze, setup, to_device
+from nanorlhf.run.device import adamw, at_work, freeze, setup
 from nanorlhf.run.log import Clock
+from nanorlhf.run.models import load_models_and_critic
 from nanorlhf.run.worker import Rewards
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,29 +240,13 @@ def adapt_beta(beta, kl, cfg, samples):
 # train
 
 
-def load_models(cfg, device):
-    """→ policy, reference, critic, reward model (or None), tokenizer. All must share one vocabulary."""
-    sft, pairs = f"python train_sft.py --task {cfg.task}", f"python train_rm.py --task {cfg.task}"
-    policy, tok = hub.load(cfg.init, "--init", sft, "language model", shard=cfg.shard)
-    how = dict(like=tok, shard=cfg.shard)
-    ref, _ = hub.load(cfg.ref, "--ref", sft, "language model", **how)
-    rm = hub.load(cfg.rm, "--rm", pairs, "reward model", **how)[0] if cfg.rm else None
-    # detail 22: the critic starts as the reward model
-    critic, _ = hub.load(cfg.critic_init, "--critic_init", pairs, **how)
-    if isinstance(critic, GPT):
-        critic = ScalarModel(critic)
-        torch.nn.init.zeros_(critic.score.weight)  # with no reward model behind it the best first guess is 0
-    frozen, _ = lora.add(policy, cfg.lora_rank, cfg.dtype), lora.add(critic, cfg.lora_rank, cfg.dtype)
-    ref = frozen if frozen and cfg.ref == cfg.init else ref
-    return *to_device(cfg, device, policy, ref, critic, rm), tok
-
-
 def train(cfg):
     """Run PPO; leaves cfg.out/model (the policy) and cfg.out/critic → dict of the final metrics."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
     rewards = Rewards(cfg, task)
-    policy, ref, critic, rm, tok = load_models(cfg, device)
+    # detail 22: the critic starts as the reward model
+    policy, ref, critic, rm, tok = load_models_and_critic(cfg, device)
     freeze(cfg, ref, rm, trained=(policy, critic))
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len)
 
@@ -376,7 +360,7 @@ def train(cfg):
 
 
 def main(argv=None):
-    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rl(cfg, load_models))
+    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rl(cfg, load_models_and_critic))
 
 
 if __name__ == "__main__":

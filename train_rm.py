@@ -37,7 +37,7 @@ from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.model import ScalarModel
 from nanorlhf.pairs import encode_pairs, load_rows, require_both
-from nanorlhf.run import dist, plan
+from nanorlhf.run import dist, models, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, lr_at, setup, to_device
@@ -272,8 +272,9 @@ def log_samples(log, step, model, answers, tok):
 
 def load_model(cfg, device):
     """→ reward model on the trunk of the SFT model, tokenizer."""
-    how = dict(kind="language model", shard=cfg.shard)
-    policy, tok = hub.load(cfg.init, hint=f"python train_sft.py --task {cfg.task}", **how)
+    options = dict(kind="language model", shard=cfg.shard, weights=device.type != "meta")
+    hint = f"python train_sft.py --task {cfg.task}"
+    policy, tok = models.load_model("--init", cfg.init, hint, **options)
     return *to_device(cfg, device, ScalarModel(policy)), tok
 
 

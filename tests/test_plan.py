@@ -18,6 +18,7 @@ from stages import TRAINERS
 from torch.utils import flop_counter
 
 from nanorlhf import generate, hub, lora
+from nanorlhf.hub import tokenizer_files
 from nanorlhf.kernels import slots
 from nanorlhf.model import ScalarModel
 from nanorlhf.run import plan, worker
@@ -218,7 +219,7 @@ QWEN = dict(  # Qwen2.5-1.5B, as published
 
 def qwen(folder, head):
     folder.mkdir()
-    files = Tokenizer.from_bytes().files() | {
+    files = tokenizer_files.files(Tokenizer.from_bytes()) | {
         "config.json": json.dumps(QWEN | {"architectures": [f"Qwen2For{head}"]}).encode()
     }
     for name, data in files.items():
