@@ -17,12 +17,12 @@ from nanorlhf.tokenizer import MARK, any_of
 class Template:
     """text: the Jinja program; names: its variables, such as eos_token; control: texts of control tokens."""
 
-    def __init__(self, text: str, names: dict[str, str], control):
+    def __init__(self, text, names, control):
         self.text = text
         self.names = names
         self.forbidden = any_of(control)
 
-    def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+    def render(self, messages, add_generation_prompt):
         """The text for these messages, as `apply_chat_template` of transformers has it, but for the MARKs.
 
         UserError for what the template refuses, or for any error in it.

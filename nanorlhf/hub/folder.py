@@ -43,6 +43,7 @@ class Source(NamedTuple):
         return self
 
 
+@torch.no_grad()
 def save(model, tok, folder):
     """Write a GPT or ScalarModel and its tokenizer (or None) as a Hugging Face folder, all or nothing.
 

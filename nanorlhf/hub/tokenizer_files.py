@@ -75,7 +75,7 @@ def _need(ok, reason):
 # a folder's tokenizer
 
 
-def load(folder) -> Tokenizer:
+def load(folder):
     """The tokenizer of a folder, from the first of the files in LOADERS that is there.
 
     UserError naming the file when it is missing or damaged, or when tiktoken could not give the same ids as
@@ -94,12 +94,12 @@ def load(folder) -> Tokenizer:
         raise UserError(f"{path}: damaged ({e!r:.200}); expected a tokenizer's file") from None
 
 
-def present(folder) -> bool:
+def present(folder):
     """Whether the folder holds any file that `load` would try to read."""
     return any((Path(folder) / name).is_file() for name in LOADERS)
 
 
-def save(tok: Tokenizer, folder) -> None:
+def save(tok, folder):
     """Write `files(tok)` into `folder`, which is made when it is not there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def save(tok: Tokenizer, folder) -> None:
         (folder / name).write_bytes(data)
 
 
-def files(tok: Tokenizer) -> dict[str, bytes]:
+def files(tok):
     """{file name: contents} of a saved tokenizer: the files that it was read from.
 
     Where tokenizer.json is not among them it is made, so that transformers and vLLM read the folder. Kind
@@ -133,13 +133,13 @@ def files(tok: Tokenizer) -> dict[str, bytes]:
     return out
 
 
-def beside(folder) -> dict[str, bytes]:
+def beside(folder):
     """{file name: contents} of the files that travel with a model, besides its weights and config.json."""
     paths = [Path(folder) / name for name in COPIED]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
-def stop_ids(folder) -> list[int]:
+def stop_ids(folder):
     """The ids that end a response; generation_config.json goes before config.json, as in transformers."""
     folder = Path(folder)
     settings = _read(folder / "config.json") | _read(folder / "generation_config.json")
@@ -404,8 +404,12 @@ def _added_tokens(tokens):
     return control, words, late
 
 
-def _derive(token: str, ranks: dict[str, int]) -> list[str]:
-    """The pieces that BPE cuts `token` into when it may use merges of lower rank only."""
+def _derive(token, ranks):
+    """The pieces that BPE cuts `token` into when it may use merges of lower rank only.
+
+    >>> _derive("abc", {"ab": 0, "bc": 1, "abc": 2})
+    ['ab', 'c']
+    """
     parts = list(token)
     while len(parts) > 2:
         pairs = enumerate(zip(parts, parts[1:]))
