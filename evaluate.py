@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import generate, hub, tasks
+from nanorlhf import generate, tasks
 from nanorlhf.data import microbatches, pad, response_mask
 from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.hub.formats import read_rows
@@ -37,6 +37,7 @@ from nanorlhf.pairs import encode_pairs
 from nanorlhf.rewards import score_responses
 from nanorlhf.run.cli import check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
+from nanorlhf.run.models import load_model
 from nanorlhf.run.worker import rewards_of
 
 ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, with or without a thought before it
@@ -242,12 +243,13 @@ def main(cfg):
     """Measure what the flags ask for, print it, write it to --out → {name: mean, name_se: s.e.}."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    model, tok = hub.load(cfg.model, "--model", f"python train_sft.py --task {cfg.task}", "language model")
+    hint = f"python train_sft.py --task {cfg.task}"
+    model, tok = load_model("--model", cfg.model, hint, "language model")
     other = rm = None
     if cfg.against:
-        other = hub.load(cfg.against, "--against", "", "language model", like=tok)[0]
+        other = load_model("--against", cfg.against, "", "language model", tok)[0]
     if cfg.rm:
-        rm = hub.load(cfg.rm, "--rm", "", "reward model", like=tok)[0]
+        rm = load_model("--rm", cfg.rm, "", "reward model", tok)[0]
     to_device(cfg, device, model, other, rm)
     rewards = rewards_of(task, cfg.reward)
     has_score = bool(rm or rewards.functions)

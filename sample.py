@@ -16,10 +16,11 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import generate, hub
+from nanorlhf import generate
 from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.run.cli import check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
+from nanorlhf.run.models import load_model
 from nanorlhf.tokenizer import Chat
 
 
@@ -117,7 +118,7 @@ def prompts(cfg):
 def main(cfg):
     """Answer every prompt --n times, on the terminal → a list of (ids, summed log-prob)."""
     device = setup(cfg)
-    model, tok = hub.load(cfg.model, "--model", "python train_sft.py", "language model")
+    model, tok = load_model("--model", cfg.model, "python train_sft.py", "language model")
     to_device(cfg, device, model)
     answers = []
     for number, prompt in enumerate(prompts(cfg)):

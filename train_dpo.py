@@ -44,7 +44,6 @@ import torch.nn.functional as F
 from nanorlhf import generate, hub, tasks
 from nanorlhf.data import epoch_batches, fill_rows, microbatches, pad_responses
 from nanorlhf.errors import derive_seed, require
-from nanorlhf.hub import load_models
 from nanorlhf.metrics import Figures, mean_se, step_means
 from nanorlhf.pairs import Example, load_data, padded_lengths, read_round, write_round
 from nanorlhf.rewards import fresh_samples, score_responses
@@ -53,6 +52,7 @@ from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, lr_at, setup
 from nanorlhf.run.log import Clock, due
+from nanorlhf.run.models import load_models
 from nanorlhf.run.worker import rewards_of
 
 # ------------------------------------------------------------------------------------------------------------

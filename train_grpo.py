@@ -31,7 +31,6 @@ from nanorlhf import hub, lora, tasks
 from nanorlhf.data import epoch_batches, microbatches, take_rows, trim
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.generate import sample_responses
-from nanorlhf.hub import load_models
 from nanorlhf.metrics import Figures, sample_figures
 from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses
 from nanorlhf.rollout import Rollout
@@ -40,6 +39,7 @@ from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, freeze, setup
 from nanorlhf.run.log import Clock, due
+from nanorlhf.run.models import load_models
 from nanorlhf.run.worker import rewards_of
 
 # ------------------------------------------------------------------------------------------------------------

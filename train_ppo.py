@@ -37,7 +37,7 @@ from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, freeze, setup
 from nanorlhf.run.log import Clock, due
-from nanorlhf.run.models import load_critic, load_models
+from nanorlhf.run.models import load_models_and_critic
 from nanorlhf.run.worker import rewards_of
 
 # ------------------------------------------------------------------------------------------------------------
@@ -318,8 +318,8 @@ def train(cfg):
     device = setup(cfg)
     task = tasks.get(cfg.task)
     rewards = rewards_of(task, cfg.reward, cfg.reward_timeout)
-    policy, ref, rm, tok = load_models(cfg, device)
-    critic = load_critic(cfg, device, tok)  # detail 22: the critic starts as the reward model
+    # detail 22: the critic starts as the reward model
+    policy, ref, critic, rm, tok = load_models_and_critic(cfg, device)
     freeze(cfg, ref, rm, trained=(policy, critic))
     longest = cfg.max_new_tokens
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest)
@@ -441,7 +441,7 @@ def train(cfg):
 
 
 def main(argv=None):
-    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rl(cfg, load_models))
+    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rl(cfg, load_models_and_critic))
 
 
 if __name__ == "__main__":

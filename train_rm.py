@@ -35,6 +35,7 @@ from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
 from nanorlhf.run.log import Clock
+from nanorlhf.run.models import load_model
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -269,12 +270,9 @@ def log_samples(log, step, model, answers, tok):
 
 def load_model(cfg, device):
     """→ reward model on the trunk of the SFT model, tokenizer."""
-    policy, tok = hub.load(
-        cfg.init,
-        hint=f"python train_sft.py --task {cfg.task}",
-        kind="language model",
-        shard=cfg.shard,
-    )
+    hint = f"python train_sft.py --task {cfg.task}"
+    read = device.type != "meta"  # --dry_run reads no weights
+    policy, tok = load_model("--init", cfg.init, hint, "language model", shard=cfg.shard, weights=read)
     model = ScalarModel(policy)
     to_device(cfg, device, model)
     return model, tok

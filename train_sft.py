@@ -40,6 +40,7 @@ from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
 from nanorlhf.run.log import Clock
+from nanorlhf.run.models import load_model
 from nanorlhf.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -262,7 +263,8 @@ def load(cfg, device):
     task = tasks.get(cfg.task)
     train_rows, test_rows = demonstrations(cfg, task)
     if cfg.init:
-        model, tok = hub.load(cfg.init, kind="language model", shard=cfg.shard)
+        read = device.type != "meta"  # --dry_run reads no weights
+        model, tok = load_model("--init", cfg.init, "", "language model", shard=cfg.shard, weights=read)
     else:
         tok = new_tokenizer(cfg, task, train_rows, test_rows)
         model = new_model(cfg, tok)

@@ -24,6 +24,7 @@ from nanorlhf.data import encode_pair, pad
 from nanorlhf.errors import derive_seed
 from nanorlhf.model import ScalarModel
 from nanorlhf.run.cli import run_cli
+from nanorlhf.run.models import load_model
 
 PAPER = "Revel, Cargnelutti, Eloundou, Leppert 2024, SEAL: systematic error analysis (2408.10270)"
 QUESTION = "What does a reward model learn from preferences besides what they are about?"
@@ -179,7 +180,7 @@ class Config:
 
 def on_data(cfg):
     """The imprint of length and words on a reward model, and its resistance, on given pairs."""
-    rm, tok = hub.load(cfg.reward, "--reward", "python train_rm.py --data pairs.jsonl", "reward model")
+    rm, tok = load_model("--reward", cfg.reward, "python train_rm.py --data pairs.jsonl", "reward model")
     rows, t = [], []
     for row in pairs.read_pairs(cfg.data):
         both = [row[key] for key in ("chosen", "rejected")]

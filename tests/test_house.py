@@ -18,10 +18,9 @@ UP = {
     "data": {"run.dist"},  # who computes which rows; one process: all of them
     "generate": {"kernels.slots", "run.dist"},  # a GPU's decode loop; many processes
     "model": {"kernels", "kernels.torch_backend"},  # log-probs without logits, attention of one token
-    "pairs": {"hub.formats", "run.dist"},  # files of preferences; who writes them
+    "pairs": {"hub.files", "hub.formats", "run.dist"},  # files of preferences; who writes them
     "rewards": {"hub.formats"},  # files of prompts
     "rollout": {"run.device"},  # --offload
-    "tokenizer": {"hub.chat"},  # chat templates
 }
 
 

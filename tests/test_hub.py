@@ -26,10 +26,12 @@ import train_rm
 import train_sft
 from nanorlhf import generate, hub
 from nanorlhf.errors import RunError, UserError
-from nanorlhf.hub import folder as hub_folder
+from nanorlhf.hub import families as hub_families
+from nanorlhf.hub import tokenizer_files, weights
+from nanorlhf.hub.tokenizer_files import FILE
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
-from nanorlhf.run import checkpoint
-from nanorlhf.tokenizer import FILE, Tokenizer
+from nanorlhf.run import folders, models
+from nanorlhf.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
@@ -228,7 +230,7 @@ def test_shards(name, tmp_path):
 def test_one_tensor_at_a_time(tmp_path, monkeypatch):
     """Loading never holds more than the model and a tensor: each is let go before the next is read."""
     hub.save(tiny("qwen3", d_model=64, d_ff=256), None, tmp_path / "m")
-    alive, largest, real = [], 0, hub_folder.safe_open
+    alive, largest, real = [], 0, weights.safe_open
 
     class Spy:
         def __init__(self, *args):
@@ -253,7 +255,7 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch):
             largest = max(largest, sum(ref() is not None for ref in alive))
             return tensor
 
-    monkeypatch.setattr(hub_folder, "safe_open", Spy)
+    monkeypatch.setattr(weights, "safe_open", Spy)
     hub.load(tmp_path / "m")
     assert len(alive) > 20 and largest <= 2  # the one that is read, and the last one's name for it
 
@@ -386,10 +388,10 @@ PUBLISHED = {  # number of parameters, and what config.json says of the shape
 def test_published_shapes(name):
     """Read, they have the published number of parameters; written, they are as they were."""
     count, raw = PUBLISHED[name]
-    cfg, _ = hub_folder._read_config({"model_type": "llama"} | raw)
+    cfg, _ = hub_families.read_config({"model_type": "llama"} | raw)
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(cfg).parameters()) == count
-    settings, _ = hub_folder._fit(cfg)
+    settings, _ = hub_families.fit(cfg)
     assert settings["model_type"] == raw.get("model_type", "llama")
     assert all(settings[key] == raw[key] for key in settings.keys() & raw.keys() - {"num_key_value_heads"})
 
@@ -692,7 +694,21 @@ FAULTS = [  # style, fault, file named, what the line says
     ("gpt2", fields(n_embd=2**70), CONFIG, f"d_model={2**70} is no size"),
     ("gpt2", fields(n_head=3), CONFIG, "n_head=3 must divide d_model=16"),
     ("gpt2", fields(n_embd="16"), CONFIG, "d_model='16'"),
+    ("gpt2", fields(n_layer=-1), CONFIG, "n_layer=-1 must be a positive whole number"),
+    ("gpt2", fields(n_layer=True), CONFIG, "n_layer=True must be a positive whole number"),
+    ("gpt2", fields(n_layer=2.0), CONFIG, "n_layer=2.0 must be a positive whole number"),
+    ("gpt2", fields(n_inner=-1), CONFIG, "d_ff=-1 must be a positive whole number"),
+    ("gpt2", fields(n_positions=0), CONFIG, "max_len=0"),
+    ("gpt2", fields(tie_word_embeddings=1), CONFIG, "tied=1 must be true or false"),
     ("gpt2", fields(layer_norm_epsilon="tiny"), CONFIG, "'tiny'"),
+    ("gpt2", fields(layer_norm_epsilon=0.0), CONFIG, "norm_eps=0.0 must be a positive number"),
+    ("gpt2", fields(layer_norm_epsilon=True), CONFIG, "norm_eps=True must be a positive number"),
+    ("llama", fields(rope_theta=float("nan"), rope_parameters=None), CONFIG, "rope_theta=nan must be"),
+    ("llama", fields(rope_theta=float("inf"), rope_parameters=None), CONFIG, "rope_theta=inf must be"),
+    ("llama3", fields(rope_parameters=L31 | dict(factor="8"), rope_scaling=None), CONFIG,
+     r"rope_scaling\[0\]='8' must be a positive number"),
+    ("llama3", fields(rope_parameters=L31 | dict(factor=8.0, low_freq_factor=4.0), rope_scaling=None), CONFIG,
+     "low < high"),
     ("gpt2", fields(activation_function="relu"), CONFIG, "activation_function='relu' is not supported"),
     ("gpt2", fields(scale_attn_by_inverse_layer_idx=True), CONFIG, "scale_attn_by_inverse_layer_idx=True"),
     ("gpt2", fields(scale_attn_weights=False), CONFIG, "scale_attn_weights=False"),
@@ -748,7 +764,8 @@ FAULTS = [  # style, fault, file named, what the line says
     ("reward", lambda folder: None, "", "is a reward model, must be a language model"),
     ("gpt2", remove(FILE), FILE, "no tokenizer"),
     ("gpt2", write(FILE, b"{}"), FILE, "damaged"),
-    ("gpt2", Tokenizer.from_bytes().save, "", "tokenizer has 258 ids, the model only 13"),
+    ("gpt2", lambda folder: tokenizer_files.save(Tokenizer.from_bytes(), folder), "",
+     "tokenizer has 258 ids, the model only 13"),
 ]  # fmt: skip
 
 
@@ -759,22 +776,57 @@ def test_bad_folder(style, fault, file, says, tmp_path):
     hub.save(scalar() if style == "reward" else tiny(style), TOK, folder)
     fault(folder)
     with pytest.raises(UserError, match=says) as error:
-        hub.load(folder, "--some_flag", "python x.py", "language model")
+        models.load_model("--some_flag", folder, "python x.py", "language model")
     line = str(error.value)
     assert line.startswith("--some_flag ") and str(folder) in line and file in line and "\n" not in line
 
 
 def test_missing_folder(tmp_path):
     with pytest.raises(UserError, match="--rm .*no does not exist; make it with: python train_rm.py"):
-        hub.load(tmp_path / "no", "--rm", "python train_rm.py")
+        models.load_model("--rm", tmp_path / "no", "python train_rm.py")
     with pytest.raises(UserError, match="--rm .*no does not exist$"):
-        hub.load(tmp_path / "no", "--rm")
+        models.load_model("--rm", tmp_path / "no")
 
 
 def test_wrong_kind_the_other_way_round(tmp_path):
     hub.save(tiny(), TOK, tmp_path / "m")
     with pytest.raises(UserError, match="--rm .*is a language model, must be a reward model"):
-        hub.load(tmp_path / "m", "--rm", kind="reward model")
+        models.load_model("--rm", tmp_path / "m", kind="reward model")
+
+
+def test_without_a_flag_an_error_begins_with_the_folder(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}/no does not exist$"):
+        hub.load(tmp_path / "no")
+    hub.save(tiny(), TOK, tmp_path / "m")
+    with pytest.raises(UserError, match=f"^{tmp_path}/m: not the vocabulary of the other models"):
+        hub.load(tmp_path / "m", like=Tokenizer.from_bytes())
+    (tmp_path / "m" / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"^{tmp_path}/m/{WEIGHTS}: "):
+        hub.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("reward", [False, True])
+@pytest.mark.parametrize("shard", [False, True])
+def test_without_weights(shard, reward, tmp_path):
+    """The same model on the meta device, although there is no weight file."""
+    model = scalar() if reward else tiny()
+    hub.save(model, TOK, tmp_path / "m")
+    (tmp_path / "m" / WEIGHTS).unlink()
+    again, tok = hub.load(tmp_path / "m", shard=shard, weights=False)
+    assert tok == TOK and type(again) is type(model) and not hasattr(again, "fill")
+    assert {name: x.shape for name, x in again.state_dict().items()} == {
+        name: x.shape for name, x in model.state_dict().items()
+    }
+    assert all(x.is_meta for x in again.state_dict().values())
+
+
+def test_the_flag_of_a_model_that_is_read_later(tmp_path):
+    """With --shard the files are read when the model has been cut; the error has its flag then too."""
+    hub.save(tiny(), TOK, tmp_path / "m")
+    (tmp_path / "m" / WEIGHTS).unlink()
+    model, _ = models.load_model("--init", tmp_path / "m", shard=True)
+    with pytest.raises(UserError, match=f"^--init {tmp_path}/m/{WEIGHTS}: No such file"):
+        model.fill(model)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -795,7 +847,7 @@ def fail(monkeypatch, owner, name, call, error):
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-SAVES = [(os, "makedirs", 0), *((owner, name, i) for owner, name in ((checkpoint, "open"), (os, "fsync"))
+SAVES = [(os, "makedirs", 0), *((owner, name, i) for owner, name in ((folders, "open"), (os, "fsync"))
                                 for i in range(3))]  # fmt: skip
 RENAMES = [(os, "rename", 0), (os, "rename", 1)]
 LAST = [(os, "fsync", 4)] * hasattr(os, "O_DIRECTORY")  # of the parent folder, where there is such a thing

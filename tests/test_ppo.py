@@ -627,10 +627,9 @@ def test_eos_is_scored_and_the_prompt_is_not(lab):
 
 def test_only_policy_and_critic_learn(lab, spy):
     """Reference and reward model get no gradient and end as they began; the critic is its own copy."""
-    models, critics = spy(train_ppo, "load_models"), spy(train_ppo, "load_critic")
+    models = spy(train_ppo, "load_models_and_critic")
     train(config(lab, rm=f"{lab}/rm", steps=2))
-    policy, ref, rm, _ = models[0][1]
-    critic = critics[0][1]
+    policy, ref, critic, rm, _ = models[0][1]
     assert critic is not rm
     for model, folder, learns in ((policy, "policy", True), (ref, "policy", False), (critic, "rm", True),
                                   (rm, "rm", False)):  # fmt: skip

@@ -12,6 +12,7 @@ from test_tokenizer import CHATML, TALK, folder_of
 import train_sft
 from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import UserError
+from nanorlhf.hub import tokenizer_files
 from nanorlhf.hub.files import write_jsonl
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.run.device import lr_at
@@ -202,7 +203,7 @@ def test_builtin_task_ends_with_sampled_and_greedy_accuracy(tmp_path, capsys):
 
 def test_conversations_by_the_template_of_a_folder(stages, tmp_path, gradients):
     """A folder's own tokenizer and template, saved with the model; every answer of a dialogue counts."""
-    tok = Tokenizer.load(folder_of("qwen", tmp_path / "tok", {"chat_template": CHATML}))
+    tok = tokenizer_files.load(folder_of("qwen", tmp_path / "tok", {"chat_template": CHATML}))
     model = GPT(GPTConfig.llama(tok.vocab_size, n_layer=1, n_head=2, d_model=16, max_len=128))
     hub.save(model, tok, tmp_path / "init")
     talks = [[dict(TALK[0], content=f"{n}+{n}?"), *TALK[1:]] for n in range(12)]
@@ -212,7 +213,7 @@ def test_conversations_by_the_template_of_a_folder(stages, tmp_path, gradients):
     train_sft.train(stages.config(train_sft, tmp_path / "run", **flags))
     assert close(gradients[0], oracle(model, rows)[1]) and sum(map(sum, (m for _, m in rows))) > 100
     again = hub.load(tmp_path / "run/model")[1]
-    assert again == tok and again.template == CHATML and again.source == tok.source
+    assert again == tok and again.template.text == CHATML and again.source == tok.source
 
 
 def test_too_long_demonstrations_are_dropped_and_counted(capsys):

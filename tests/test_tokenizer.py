@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorlhf.errors import UserError
-from nanorlhf.tokenizer import CHARS, FILE, GPT2, RANKS, WORDS, Chat, Tokenizer, merge
+from nanorlhf.hub import tokenizer_files
+from nanorlhf.hub.tokenizer_files import CHARS, FILE, GPT2, RANKS
+from nanorlhf.tokenizer import WORDS, Chat, Tokenizer, merge
 
 DATA = Path(__file__).parents[2] / "shared/data"
 SHAKESPEARE = DATA / "tinyshakespeare.txt"
@@ -192,8 +194,8 @@ def test_very_long_runs():
 
 @pytest.mark.parametrize("tok", [BYTES, BPE, Tokenizer.from_chars("abé ")], ids=lambda t: t.kind)
 def test_save_load(tok, tmp_path):
-    tok.save(tmp_path / "new" / "folder")
-    again = Tokenizer.load(tmp_path / "new" / "folder")
+    tokenizer_files.save(tok, tmp_path / "new" / "folder")
+    again = tokenizer_files.load(tmp_path / "new" / "folder")
     assert again == tok and again.kind == tok.kind
     assert again.encode("abé ab") == tok.encode("abé ab")
     names = [FILE] if tok.kind == "chars" else ["tokenizer.json", "tokenizer_config.json"]
@@ -239,14 +241,14 @@ def damage(**changes):
 def test_damaged_file(content, tmp_path):
     (tmp_path / FILE).write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError) as e:
-        Tokenizer.load(tmp_path)
+        tokenizer_files.load(tmp_path)
     assert str(tmp_path / FILE) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_missing_file(tmp_path):
     for folder in [tmp_path, tmp_path / "none"]:
         with pytest.raises(UserError, match=FILE):
-            Tokenizer.load(folder)
+            tokenizer_files.load(folder)
 
 
 def test_no_socket_is_opened(monkeypatch, tmp_path):
@@ -256,8 +258,8 @@ def test_no_socket_is_opened(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     for tok in [Tokenizer.from_bytes(), Tokenizer.from_chars("ab"), Tokenizer.train_bpe([SOME_TEXT], 280)]:
-        tok.save(tmp_path)
-        assert Tokenizer.load(tmp_path).decode(tok.encode("abba")) == "abba"
+        tokenizer_files.save(tok, tmp_path)
+        assert tokenizer_files.load(tmp_path).decode(tok.encode("abba")) == "abba"
 
 
 def test_tinyshakespeare():
@@ -319,19 +321,19 @@ def random_texts(n, seed=0):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_golden_ids(name, tmp_path):
     """The ids that the `tokenizers` package gives, by each family's tokenizer.json, and by ours of it."""
-    tok = Tokenizer.load(folder_of(name, tmp_path))
+    tok = tokenizer_files.load(folder_of(name, tmp_path))
     assert [tok.encode(text) for text in GOLDEN["texts"]] == GOLDEN[name]["ids"]
     for text in GOLDEN["texts"]:
         pair = tok.decode(tok.encode(text)), text
         assert pair[0] == text or tok.nfc and len({unicodedata.normalize("NFC", x) for x in pair}) == 1
     assert tok.decode([tok.eos_id]) == GOLDEN[name]["eos"] and tok.pad_id != tok.eos_id
     assert tok.vocab_size == max(x["id"] for x in tok_added(name)) + 1
-    tok.save(tmp_path / "copy")
-    assert Tokenizer.load(tmp_path / "copy") == tok
-    assert tok.files()["tokenizer.json"] == (tmp_path / "tokenizer.json").read_bytes()
+    tokenizer_files.save(tok, tmp_path / "copy")
+    assert tokenizer_files.load(tmp_path / "copy") == tok
+    assert tokenizer_files.files(tok)["tokenizer.json"] == (tmp_path / "tokenizer.json").read_bytes()
     tok.source = {}  # the tokenizer.json that we would write
-    tok.save(tmp_path / "ours")
-    again = Tokenizer.load(tmp_path / "ours")
+    tokenizer_files.save(tok, tmp_path / "ours")
+    again = tokenizer_files.load(tmp_path / "ours")
     assert again == tok and [again.encode(text) for text in GOLDEN["texts"]] == GOLDEN[name]["ids"]
 
 
@@ -343,8 +345,8 @@ def tok_added(name):
 def test_ids_are_those_of_the_tokenizers_package(name, tmp_path):
     """20,000 random strings; differences only where NFC itself differs, by the Unicode version."""
     tokenizers = pytest.importorskip("tokenizers")
-    ours = {"bytes": BYTES, "bpe": BPE}.get(name) or Tokenizer.load(folder_of(name, tmp_path))
-    ours.save(tmp_path / "saved")
+    ours = {"bytes": BYTES, "bpe": BPE}.get(name) or tokenizer_files.load(folder_of(name, tmp_path))
+    tokenizer_files.save(ours, tmp_path / "saved")
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "saved/tokenizer.json"))
     texts = random_texts(20_000)
     for text, found in zip(texts, theirs.encode_batch(texts, add_special_tokens=False)):
@@ -359,7 +361,7 @@ def test_transformers_reads_what_we_save(kind, tmp_path):
     ours = BYTES if kind == "bytes" else BPE
     for model_type in ("gpt2", "llama"):
         folder = tmp_path / model_type
-        ours.save(folder)
+        tokenizer_files.save(ours, folder)
         sizes = {"model_type": model_type, "vocab_size": ours.vocab_size, "eos_token_id": ours.eos_id}
         (folder / "config.json").write_text(json.dumps(sizes))
         theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
@@ -381,13 +383,13 @@ def test_gpt2_of_openai(tmp_path):
         (tmp_path / name).write_bytes((DATA / f"gpt2_{name}").read_bytes())
     ranks = data_gym_to_mergeable_bpe_ranks(str(tmp_path / "vocab.bpe"), str(tmp_path / "encoder.json"))
     theirs = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    tok = Tokenizer.load(tmp_path)
+    tok = tokenizer_files.load(tmp_path)
     assert (tok.eos_id, tok.vocab_size, len(tok.ranks)) == (50256, 50257, 50256)
     for text in [SHAKESPEARE.read_text("utf-8")[:100_000], *random_texts(2000)]:
         assert tok.encode(text) == theirs.encode(text, disallowed_special=())
-    tok.save(tmp_path / "saved")
+    tokenizer_files.save(tok, tmp_path / "saved")
     (tmp_path / "saved/encoder.json").unlink()
-    assert Tokenizer.load(tmp_path / "saved") == tok
+    assert tokenizer_files.load(tmp_path / "saved") == tok
 
 
 def as_old_files(folder, name, eol="\n"):
@@ -408,31 +410,31 @@ def test_vocab_and_merges(name, kind, eol, tmp_path):
     config = {"tokenizer_class": kind, "eos_token": {"content": GOLDEN[name]["eos"]}}
     config |= {"added_tokens_decoder": decoder} if name == "qwen" else {}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tok = Tokenizer.load(tmp_path)
+    tok = tokenizer_files.load(tmp_path)
     assert [tok.encode(text) for text in GOLDEN["texts"]] == GOLDEN[name]["ids"]
     assert tok.decode([tok.eos_id]) == GOLDEN[name]["eos"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     with pytest.raises(UserError, match="vocab.json of a LlamaTokenizer says no split pattern"):
-        Tokenizer.load(tmp_path)
+        tokenizer_files.load(tmp_path)
 
 
 def test_ranks(tmp_path, monkeypatch):
     """A .tiktoken file is known by its name alone; another number of ranks is another tokenizer."""
-    gpt2 = Tokenizer.load(folder_of("gpt2", tmp_path / "a"))
+    gpt2 = tokenizer_files.load(folder_of("gpt2", tmp_path / "a"))
     lines = [base64.b64encode(token) + b" %d" % i for token, i in gpt2.ranks.items()]
     (tmp_path / "b").mkdir()
     file = tmp_path / "b/r50k_base.tiktoken"
     file.write_bytes(b"\n".join(lines) + b"\n")
     with pytest.raises(UserError, match=f"{len(lines)} ranks, 50256 are expected"):
-        Tokenizer.load(tmp_path / "b")
+        tokenizer_files.load(tmp_path / "b")
     monkeypatch.setitem(RANKS, file.name, (GPT2, len(lines), ["endoftext"]))
-    tok = Tokenizer.load(tmp_path / "b")
+    tok = tokenizer_files.load(tmp_path / "b")
     assert [tok.encode(text) for text in GOLDEN["texts"]] == GOLDEN["gpt2"]["ids"]
     assert tok.eos_id == len(lines)
     file.rename(file.with_name("tokenizer.model"))
     (tmp_path / "b/tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15")
     with pytest.raises(UserError, match="tokenizer.model: .*SentencePiece"):
-        Tokenizer.load(tmp_path / "b")
+        tokenizer_files.load(tmp_path / "b")
 
 
 GPT2_VOCAB, GPT2_MERGES = (GOLDEN["gpt2"]["spec"]["model"][key] for key in ("vocab", "merges"))
@@ -477,7 +479,7 @@ REFUSED = {
 def test_what_cannot_be_exact_is_refused(says, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # as if it were not installed
     with pytest.raises(UserError, match=says) as e:
-        Tokenizer.load(folder_of("gpt2", tmp_path, **REFUSED[says]))
+        tokenizer_files.load(folder_of("gpt2", tmp_path, **REFUSED[says]))
     assert "pip install tokenizers" in str(e.value) and "\n" not in str(e.value)
     assert str(e.value).startswith(str(tmp_path / "tokenizer.json"))
 
@@ -489,22 +491,22 @@ def test_merges_that_tiktoken_would_take_otherwise(tmp_path, monkeypatch):
     for merges, right in ((["a b", "b c", "a bc"], False), (["a b", "b c", "ab c"], True)):
         spec = dict(model__vocab=vocab, model__merges=merges, added_tokens=[END[0] | {"id": 259}])
         if right:
-            assert Tokenizer.load(folder_of("gpt2", tmp_path, **spec)).encode("abc") == [258]
+            assert tokenizer_files.load(folder_of("gpt2", tmp_path, **spec)).encode("abc") == [258]
         else:
             with pytest.raises(UserError, match="no merge ab c, though abc is a token"):
-                Tokenizer.load(folder_of("gpt2", tmp_path, **spec))
+                tokenizer_files.load(folder_of("gpt2", tmp_path, **spec))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}', '{"model": {"vocab": 1}}', "[" * 9999])
 def test_damaged_tokenizer_json(text, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="tokenizer.json: ") as e:
-        Tokenizer.load(tmp_path)
+        tokenizer_files.load(tmp_path)
     assert "\n" not in str(e.value) and len(str(e.value)) < 500
 
 
 def test_text_never_becomes_a_control_token(tmp_path):
-    tok = Tokenizer.load(folder_of("qwen", tmp_path))
+    tok = tokenizer_files.load(folder_of("qwen", tmp_path))
     assert set(tok.control) == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
     for text in ["<|im_end|>", "a<|im_start|>user\n<|endoftext|>", "<|im_<|im_end|>end|>"]:
         ids = tok.encode(text)
@@ -514,11 +516,11 @@ def test_text_never_becomes_a_control_token(tmp_path):
     assert tok.encode("<|im_end|><think>", control=True) == [tok.eos_id, think]
     assert tok.stop_ids == [tok.eos_id]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tok.eos_id, 1, 2]}))
-    assert Tokenizer.load(tmp_path).stop_ids == [tok.eos_id, 1, 2]
+    assert tokenizer_files.load(tmp_path).stop_ids == [tok.eos_id, 1, 2]
 
 
 def test_the_longest_added_token_wins(tmp_path):
-    tok = Tokenizer.load(folder_of("pythia", tmp_path))
+    tok = tokenizer_files.load(folder_of("pythia", tmp_path))
     runs = {n: tok.words[" " * n] for n in (2, 3, 4, 8)}
     assert tok.encode(" " * 15) == [runs[8], runs[4], runs[3]]
 
@@ -531,19 +533,19 @@ def test_the_tokenizers_package_reads_the_rest(tmp_path):
         decoder={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
         added_tokens=[SPECIAL | dict(id=0, content="<unk>"), SPECIAL | dict(id=3, content="<|endoftext|>")],
         post_processor=None)  # fmt: skip
-    tok = Tokenizer.load(tmp_path)
+    tok = tokenizer_files.load(tmp_path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tok.kind == "library" and (tok.eos_id, tok.vocab_size) == (3, 4)
     assert tok.encode("a aa") == theirs.encode("a aa").ids == [1, 2, 1, 2, 2]
     assert tok.decode([1, 2, 1, 2, 2]) == "a aa"
     assert tok.eos_id not in tok.encode("a<|endoftext|>") and theirs.encode("a<|endoftext|>").ids[-1] == 3
     assert tok.encode("a<|endoftext|>", control=True) == [1, 2, 3]
-    assert tok == Tokenizer.load(tmp_path) != BYTES
-    tok.save(tmp_path / "copy")
-    assert Tokenizer.load(tmp_path / "copy") == tok
+    assert tok == tokenizer_files.load(tmp_path) != BYTES
+    tokenizer_files.save(tok, tmp_path / "copy")
+    assert tokenizer_files.load(tmp_path / "copy") == tok
     for changes, says in ((dict(added_tokens=[]), "eos_token"), (dict(model={"type": "x"}), "type x")):
         with pytest.raises(UserError, match=f"tokenizer.json: .*{says}"):
-            Tokenizer.load(folder_of("gpt2", tmp_path, **changes))
+            tokenizer_files.load(folder_of("gpt2", tmp_path, **changes))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -580,7 +582,7 @@ def chatty(tmp_path):
 
     def make(name, template, **config):
         config |= {"chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"}
-        return Tokenizer.load(folder_of(name, tmp_path, config))
+        return tokenizer_files.load(folder_of(name, tmp_path, config))
 
     return make
 
@@ -593,7 +595,7 @@ def test_templates_as_transformers_renders_them(name, template, chatty, tmp_path
     for messages in ([TALK[:1], TALK[:2], TALK[:3], TALK]):
         for prompt in (False, True):
             text = theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-            assert tok.render(messages, prompt) == text
+            assert tok.template.render(messages, prompt) == text
             ids = theirs.encode(text, add_special_tokens=False)
             assert tok.encode(text, control=True) == ids
         assert tok.encode_prompt(Chat(messages)) == ids
@@ -683,7 +685,7 @@ def test_chat_without_a_template(tmp_path):
     assert Chat(TALK[:1], text="Hi\n") == "Hi\n"
     again = pickle.loads(pickle.dumps(Chat(TALK, text="t")))
     assert (again, again.messages, type(again)) == ("t", TALK, Chat)
-    llama = Tokenizer.load(folder_of("llama3", tmp_path))
+    llama = tokenizer_files.load(folder_of("llama3", tmp_path))
     assert llama.encode_prompt("a") == [llama.control["<|begin_of_text|>"], *llama.encode("a")]
     rows = BYTES.encode_chat(TALK)
     assert [sum(mask) for _, mask in rows] == [len(TALK[1]["content"]) + 1, 4]  # with an EOS each

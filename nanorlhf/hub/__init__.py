@@ -4,6 +4,6 @@ Leave it closed to understand an algorithm: the built-in tasks and tokenizers ne
 Open it when a folder or a data file of yours is refused, or to add a family of models.
 """
 
-from nanorlhf.hub.folder import load, load_models, save
+from nanorlhf.hub.folder import Missing, load, save
 
-__all__ = ["load", "load_models", "save"]
+__all__ = ["Missing", "load", "save"]

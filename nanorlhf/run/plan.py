@@ -7,7 +7,6 @@ Recomputation in Large Transformer Models" (arXiv 2205.05198), from what our mod
 pass. Sizes are bytes on one GPU, for a run of one process. Memory lost to fragmentation is not counted.
 """
 
-import contextlib
 import os
 import sys
 from typing import NamedTuple
@@ -15,7 +14,6 @@ from typing import NamedTuple
 import torch
 
 from nanorlhf import lora, tasks
-from nanorlhf.hub import folder as hub_folder
 from nanorlhf.kernels.slots import PREFILL, SLOTS, that_fit
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.pairs import encode_pairs, load_examples, load_rows, require_both
@@ -29,24 +27,6 @@ TILES = 96 << 20  # bytes of logits that the Triton backend holds at once; the t
 STORED = GIB  # at most so many bytes where it forms a loss in one pass (triton_backend.STORED_BYTES)
 SIZES = 8, 12, 16, 24, 40, 48, 80, 139  # GiB of GPUs
 CONTEXT = GIB // 2  # bytes that CUDA and its libraries take, about
-
-
-@contextlib.contextmanager
-def without_weights():
-    """Inside, hub.load builds its models on the meta device and reads no weights.
-
-    This replaces two names of hub. It leaves as soon as hub.load can be asked not to read weights.
-    """
-    fill = hub_folder._fill
-    drawing = hub_folder._Drawing
-    hub_folder._fill = lambda model, family, folder: None
-    hub_folder._Drawing = contextlib.nullcontext
-    try:
-        with META:
-            yield
-    finally:
-        hub_folder._fill = fill
-        hub_folder._Drawing = drawing
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -254,7 +234,6 @@ def _supervised(about, cfg, model, rows, lengths, sampled=None):
     report(about, {"model": model}, ["model"], phases, sampled)
 
 
-@without_weights()
 def sft(cfg, load):
     model, _, data, _ = load(cfg, META)
     lengths = [len(ids) for ids, _ in data]
@@ -263,7 +242,6 @@ def sft(cfg, load):
     _supervised("demonstrations", cfg, model, cfg.batch_size, lengths, sampled)
 
 
-@without_weights()
 def rm(cfg, load):
     model, tok = load(cfg, META)
     lora.add(model, cfg.lora_rank, cfg.dtype)
@@ -291,7 +269,6 @@ def _made_lengths(cfg, model, tok):
     return lengths
 
 
-@without_weights()
 def dpo(cfg, load):
     policy, ref, rm, tok = load(cfg, META)
     freeze(cfg, ref, rm, trained=(policy,))
@@ -323,7 +300,6 @@ def dpo(cfg, load):
     report(about, models, ["policy"], phases, sampled, copies)
 
 
-@without_weights()
 def rl(cfg, load):
     """PPO and GRPO. Only PPO's loader returns a critic."""
     policy, ref, *critic, rm, tok = load(cfg, META)

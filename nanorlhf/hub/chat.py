@@ -1,0 +1,79 @@
+"""Chat templates of published models: Jinja programs of strangers, run in a sandbox.
+
+A template writes a conversation as one text, control tokens and all. A user's message must not hold one, so
+every control token in a message is broken by a MARK, which `Tokenizer.encode` takes out again.
+"""
+
+import functools
+import json
+from datetime import datetime
+
+import regex
+
+from nanorlhf.errors import UserError
+from nanorlhf.tokenizer import MARK, any_of
+
+
+class Template:
+    """text: the Jinja program; names: its variables, such as eos_token; control: texts of control tokens."""
+
+    def __init__(self, text, names, control):
+        self.text = text
+        self.names = names
+        self.forbidden = any_of(control)
+
+    def render(self, messages, add_generation_prompt):
+        """The text for these messages, as `apply_chat_template` of transformers has it, but for the MARKs.
+
+        UserError for what the template refuses, or for any error in it.
+        """
+        try:
+            return _compile(self.text).render(
+                messages=self._disarm(messages),
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.names,
+            )
+        except Exception as e:  # a stranger's program may raise anything
+            reason = " ".join(f"{e or type(e).__name__}".split())
+            raise UserError(f"chat template: {reason}") from None
+
+    def _disarm(self, x):
+        """Messages with a MARK behind the first character of every control token in them."""
+        if isinstance(x, (list, tuple)):
+            return [self._disarm(item) for item in x]
+        if isinstance(x, dict):
+            return {key: self._disarm(item) for key, item in x.items()}
+        if isinstance(x, str):
+            x = regex.sub("[\ud800-\udfff]", "\ufffd", x)
+            while self.forbidden.search(x):  # again where two of them overlap
+                x = self.forbidden.sub(lambda found: found[0][0] + MARK + found[0][1:], x)
+        return x
+
+
+@functools.lru_cache(4)
+def _compile(text):
+    import jinja2  # here: not every run has a chat template
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):  # {% generation %} marks answers of the assistant
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, **options):
+        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
+
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    env.filters["tojson"] = tojson  # jinja2's own escapes HTML
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return env.from_string(text)

@@ -1,0 +1,174 @@
+"""Tensors of published models, in and out of safetensors files.
+
+`_views` gives the parts of a tensor of theirs that are ours. Reading copies the tensor into our parameters
+through them, writing copies our parameters into the tensor.
+"""
+
+import hashlib
+import json
+import os
+import re
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors
+
+from nanorlhf.errors import UserError, blame, require
+from nanorlhf.model import ScalarModel
+from nanorlhf.run import sharding
+
+DAMAGE = ValueError, OSError, SafetensorError  # raised by the libraries that read a damaged file
+REDUNDANT = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # constants
+
+
+def tensors_of(model, family):
+    """Pairs (their name, our parameters in it) for every tensor of this model."""
+    trunk = getattr(model, "trunk", model)
+    scalar = isinstance(model, ScalarModel)
+    ours = dict(trunk.named_parameters())
+    for module, theirs in family.tensors.items():
+        if scalar and module == "lm_head":
+            continue
+        modules = [module]
+        if module.endswith("qkv"):
+            modules = [module.removesuffix("qkv") + letter for letter in "qkv"]
+        for i in range(trunk.cfg.n_layer if "{i}" in module else 1):
+            for kind in ("weight", "bias"):
+                names = [f"{module}.{kind}".format(i=i) for module in modules]
+                if names[0] in ours:
+                    yield f"{theirs}.{kind}".format(i=i), [ours[name] for name in names]
+    if scalar:
+        yield "score.weight", [model.score.weight]
+
+
+def _transposed(name, parts):
+    return ".c_" in name and parts[0].dim() == 2  # GPT-2 stores these as (in, out)
+
+
+def _shape(name, parts):
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    return shape[::-1] if _transposed(name, parts) else shape
+
+
+def _views(tensor, name, parts, cfg):
+    """A tensor of theirs → its views that are ours, one for each of `parts`."""
+    if _transposed(name, parts):
+        tensor = tensor.T
+    if "query_key_value" in name:  # GPT-NeoX goes head by head: q, k, v of the first, q, k, v of the next
+        return tensor.view(cfg.n_head, 3, cfg.head_dim, *tensor.shape[1:]).unbind(1)
+    return tensor.chunk(len(parts))
+
+
+def join(name, parts, cfg):
+    """Our parameters → the tensor of theirs that they make up."""
+    if len(parts) == 1 and not _transposed(name, parts):
+        return parts[0]
+    tensor = parts[0].new_empty(_shape(name, parts))
+    for part, view in zip(parts, _views(tensor, name, parts, cfg)):
+        view.copy_(part.view(view.shape))
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------------------
+# files
+
+
+@torch.no_grad()
+def fill(model, family, folder):
+    """Copy a folder's tensors into the model, one at a time. UserError unless every one has its place."""
+    trunk = getattr(model, "trunk", model)
+    want = dict(tensors_of(model, family))
+    lm_head = family.tensors["lm_head"] + ".weight"
+    unembedding = None
+    seen = set()
+    files = _files(folder)
+    for file in files:
+        with blame(file, *DAMAGE), safe_open(file, "pt") as f:
+            checksum = (f.metadata() or {}).get("sha256")
+            digest = hashlib.sha256()
+            for key in sorted(f.keys()):
+                tensor = f.get_tensor(key)
+                if checksum:
+                    _add(digest, key, tensor)
+                name = key
+                if key not in want and not key.startswith(family.prefix):
+                    name = family.prefix + key
+                if name not in want and key == lm_head and trunk.cfg.tied:
+                    unembedding = tensor  # some files hold the embedding twice
+                    continue
+                if name not in want and REDUNDANT.search(key):
+                    continue
+                require(name in want, f"tensor {key} is unknown to this model")
+                require(name not in seen, f"tensor {key} is there twice")
+                seen.add(name)
+                _copy(tensor, key, name, want[name], trunk.cfg)
+            require(checksum in (None, digest.hexdigest()), "wrong checksum: damaged after it was saved")
+    for name in sorted(want.keys() - seen):
+        raise UserError(f"{files[-1]}: tensor {name} is missing")
+    if unembedding is not None:
+        embedding = sharding.local(trunk.wte.weight)
+        same = torch.equal(sharding.piece(unembedding, trunk.wte.weight).to(embedding), embedding)
+        message = "the unembedding is not the embedding, although config.json says that it is"
+        require(same, f"{files[-1]}: {message}")
+
+
+def _copy(tensor, key, name, parts, cfg):
+    """Copy a tensor of theirs into our parameters. UserError for another shape, or for a quantised tensor."""
+    exact = tensor.is_floating_point() and tensor.element_size() > 1
+    require(exact, f"tensor {key} is quantised ({tensor.dtype})")
+    found = tuple(tensor.shape)
+    shape = _shape(name, parts)
+    require(found == shape, f"tensor {key} has shape {found}, config.json says {shape}")
+    for part, view in zip(parts, _views(tensor, name, parts, cfg)):
+        sharding.local(part).copy_(sharding.piece(view.reshape(part.shape), part))
+
+
+def write(tensors, path):
+    """A safetensors file with a checksum in its header, which other programs ignore."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        _add(digest, name, tensors[name])
+    metadata = {"format": "pt", "sha256": digest.hexdigest()}
+    safetensors.save_file(tensors, path, metadata)
+    # The library orders the two by chance; written again, a saved model is the same bytes every time.
+    with open(path, "rb+") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size)) | {"__metadata__": metadata}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        f.seek(8)
+        f.write(text.encode().ljust(size))
+
+
+def _add(digest, name, tensor):
+    """Hash a tensor and its name: safetensors itself loads a file with a flipped bit without an error."""
+    digest.update(name.encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy())
+
+
+def _files(folder):
+    """The weight files of a folder: model.safetensors, or the shards that its index names."""
+    single = os.path.join(folder, "model.safetensors")
+    index = f"{single}.index.json"
+    if os.path.exists(single):
+        return [single]
+    if os.path.exists(index):
+        return [os.path.join(folder, name) for name in _shards(index)]
+    pickle = os.path.join(folder, "pytorch_model.bin")
+    if os.path.exists(pickle) or os.path.exists(f"{pickle}.index.json"):
+        convert = "make it safetensors (in transformers: from_pretrained, then save_pretrained)"
+        raise UserError(f"{pickle}: a pickle can run any code and is not read; {convert}")
+    return [single]  # opening it says that it is missing
+
+
+def _shards(index):
+    """The sorted file names in model.safetensors.index.json. UserError for one that leaves the folder."""
+    with blame(index, *DAMAGE):
+        with open(index, encoding="utf-8") as f:
+            table = json.load(f)
+        names = table.get("weight_map") if isinstance(table, dict) else None
+        require(isinstance(names, dict) and names, "damaged: it has no weight_map")
+        shards = sorted(set(map(str, names.values())))
+        for name in shards:
+            plain = re.fullmatch(r"[\w.-]+\.safetensors", name)
+            require(plain, f"shard {name!r} must be the plain name of a .safetensors file")
+    return shards
