@@ -30,12 +30,11 @@ from nanorlhf.hub.formats import read_rows
 from nanorlhf.metrics import Figures
 from nanorlhf.model import ScalarModel
 from nanorlhf.pairs import encode_pairs, load_rows, require_both
-from nanorlhf.run import dist, plan
+from nanorlhf.run import dist, models, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
 from nanorlhf.run.log import Clock
-from nanorlhf.run.models import load_model
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -272,7 +271,7 @@ def load_model(cfg, device):
     """→ reward model on the trunk of the SFT model, tokenizer."""
     hint = f"python train_sft.py --task {cfg.task}"
     read = device.type != "meta"  # --dry_run reads no weights
-    policy, tok = load_model("--init", cfg.init, hint, "language model", shard=cfg.shard, weights=read)
+    policy, tok = models.load_model("--init", cfg.init, hint, "language model", shard=cfg.shard, weights=read)
     model = ScalarModel(policy)
     to_device(cfg, device, model)
     return model, tok
