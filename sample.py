@@ -16,11 +16,11 @@ from typing import Literal
 
 import torch
 
-from nanorlhf import generate
 from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.run.cli import check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
 from nanorlhf.run.models import load_model
+from nanorlhf.sampling import Sampling, sample
 from nanorlhf.tokenizer import Chat
 
 
@@ -61,10 +61,11 @@ def stream(model, prompt, max_new_tokens, eos_id, seed, temperature=1.0, top_k=0
         max_new_tokens = room
     generator = torch.Generator().manual_seed(seed % 2**63)
     u = torch.rand(1, max_new_tokens, generator=generator).to(model.device)
+    sampling = Sampling(temperature, top_k, top_p)
     cache = model.new_cache(1, len(prompt) + max_new_tokens)
     hidden = model(torch.tensor([prompt], device=model.device), cache)[:, -1]  # prefill: (1, D)
     for t in range(max_new_tokens):
-        token, logp = generate.sample(model.head_logits(hidden), u[:, t], temperature, top_k, top_p)
+        token, logp = sample(model.head_logits(hidden), u[:, t], sampling)
         yield token.item(), logp.item()
         if token.item() in (eos_id, *model.stop_ids):
             return

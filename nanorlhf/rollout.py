@@ -139,7 +139,7 @@ class Rollout:
         def logp(tokens, mask):
             return model.logprobs(tokens, mask, temperature)[0]
 
-        with at_work(model):  # --offload brings it to the GPU and back; otherwise nothing happens
+        with at_work(model):  # --save_memory brings it to the GPU and back; otherwise nothing happens
             return self.per_token(logp, budget)
 
     def batch(self):

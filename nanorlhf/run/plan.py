@@ -375,7 +375,7 @@ def report(about, models, trained, phases, sampled=None, copies=0):
         n = sum(p.numel() for p in model.parameters())
         print(f"  {name:<14}{n:>16,} parameters, {_role(name, models, trained)}")
 
-    away = [model for model in models.values() if getattr(model, "home", None)]  # --offload
+    away = [model for model in models.values() if getattr(model, "home", None)]  # --save_memory
     if away:
         phases["scoring"]["largest offloaded model"] = max(n_bytes([model]) for model in away)
     gradients = trained_bytes([models[name] for name in trained])
