@@ -154,7 +154,7 @@ def generate(
         seed=seed,
         slots=slots,
     )
-    if dist.size() > 1 and prompts:
+    if dist.launched() and prompts:
         return dist.generate_by_share(decode, model, prompts, n, **settings)
     return decode(model, prompts, n, **settings)
 
