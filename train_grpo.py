@@ -23,6 +23,7 @@ GPU   python train_grpo.py --init runs/sft/model --data prompts.jsonl --reward m
 import copy
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -122,8 +123,7 @@ class Config(Flags):
     clip_high: float | None = None  # ε_high; above ε_low: clip-higher (DAPO)
     agg: Literal["seq_mean", "token", "seq_sum_const", "prompt_mean"] | None = None  # weights of the tokens
     kl: Literal["none", "k1", "k2", "k3"] | None = None  # estimator of KL(policy‖reference)
-    kl_in: Literal["loss", "reward"] | None = None  # where it enters
-    kl_unbiased: bool = False  # multiply the estimator in the loss by the ratio: k3's gradient is then exact
+    kl_in: Literal["loss", "loss_unbiased", "reward"] | None = None  # where it enters; unbiased: times the ratio
     beta: float | None = None  # KL coefficient
     ref_every: int | None = None  # steps after which the reference becomes the policy; 0: never
 
@@ -132,7 +132,6 @@ class Config(Flags):
     epochs: int = 1  # passes over each rollout
     minibatches: int | None = None  # optimizer steps in each pass
     lr: float | None = None  # learning rate: 5 steps of warm-up, then linear to 0
-    lr_decay: float = 1.0  # share of lr that is gone at the end; 0: constant, so that more steps only add
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     tokens_per_microbatch: int = 4096  # padded tokens at once, to bound memory; 0: all. Never moves the curve
@@ -193,7 +192,6 @@ class Config(Flags):
         rows = self.prompts_per_step * G
         require(rows >= self.minibatches, f"--minibatches {self.minibatches}: a step has {rows} samples only")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
-        require(self.lr_decay <= 1, f"--lr_decay {self.lr_decay}: must not be above 1")
         if self.kl != "none" or self.ref_every:
             require(self.ref != "none", "--kl and --ref_every need a reference, --ref is none")
         self.limits = length_schedule(self.max_new_tokens, self.lengthen_at)
@@ -318,9 +316,9 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
         is_clipped = torch.zeros_like(mask)
 
     stats = {"clip": (w * is_clipped).sum(), "ratio_max": (ratio.detach() * mask).max()}
-    if cfg.kl != "none" and cfg.kl_in == "loss":
+    if cfg.kl != "none" and cfg.kl_in != "reward":
         k = kl_estimate(logp, ref_logp, cfg.kl)
-        if cfg.kl_unbiased:
+        if cfg.kl_in == "loss_unbiased":
             k = k * token_ratio
         loss = loss + cfg.beta * k
     return (w * torch.where(mask, loss, 0.0)).sum(), stats
@@ -364,6 +362,11 @@ def gradient(policy, batch, cfg):
             }
         )
     return figures
+
+
+def learning_rate(step, cfg):
+    """5 steps of warm-up, then linear to 0."""
+    return cfg.lr * min((step + 1) / 5, 1 - step / cfg.steps)
 
 
 def overlong(length, limit, share):
@@ -445,13 +448,13 @@ def train(cfg):
     if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
         print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
 
-    def score(roll):
-        return score_responses(roll, rm, rewards)
+    score = partial(score_responses, rm=rm, rewards=rewards)
 
     def export():
         hub.save(policy, tok, f"{cfg.out}/model")
 
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
+        measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, run.log.say)
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, longest, derive_seed(cfg.seed, "gate"))
         saved = {"policy": policy}
@@ -466,7 +469,7 @@ def train(cfg):
             limit = cfg.limits[sum(step >= at for at in cfg.lengthen_at)]
             # ---- the same in train_ppo.py and train_grpo.py
             if test_rows and due(step, cfg.eval_every):
-                metrics |= evaluate(policy, tok, cfg, test_rows, score, run.log.say, limit)
+                metrics |= measure(limit)
             clock = Clock()
             # ---- end
             if cfg.ref_every and step and step % cfg.ref_every == 0:
@@ -496,7 +499,7 @@ def train(cfg):
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             for group in opt.param_groups:
-                group["lr"] = cfg.lr * min((step + 1) / 5, 1 - cfg.lr_decay * step / cfg.steps)
+                group["lr"] = learning_rate(step, cfg)
             figures = Figures(clip="sum", entropy="sum", gnorm="sum", ratio_max="max", gap="first")
             updates = 0
             # ---- the same in train_ppo.py and train_grpo.py
@@ -545,7 +548,7 @@ def train(cfg):
             if due(step, cfg.sample_every) or done == cfg.steps:
                 run.log.samples(step, roll.rows, roll.texts, roll.reward)
             if test_rows and done == cfg.steps:
-                metrics |= evaluate(policy, tok, cfg, test_rows, score, run.log.say, longest)
+                metrics |= measure(longest)
             run.log.row(step, metrics)
             # ---- end
             run.checkpoint(done, export, progress)

@@ -22,6 +22,7 @@ GPU   python train_ppo.py --init runs/sft/model --rm runs/rm/model --data prompt
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -43,6 +44,8 @@ from nanorlhf.run.worker import rewards_of
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
+VALUE_CLIP = 0.2  # ε_v of the critic's move
+VF_COEF = 0.1  # c; with a learning rate of its own, the critic feels it through the gradient's clipping only
 KL_HORIZON = 1000  # samples over which the adaptive beta moves
 
 
@@ -65,8 +68,6 @@ class Config(Flags):
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's λ
     clip: float = 0.2  # ε of the policy ratio
-    value_clip: float = 0.2  # ε_v of the critic's move
-    vf_coef: float = 0.1  # c
     no_eos_score: float | None = None  # score of a response that never ends (detail 23.3)
     whiten_advantages: bool = True  # advantages get mean 0 and variance 1 over the rollout
     whiten_rewards: bool = False  # divide rewards by their standard deviation (detail 24)
@@ -280,8 +281,8 @@ def gradient(policy, critic, batch, cfg):
         mb = trim(take_rows(batch, rows))
         pg_loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg)
         value = critic.values(mb["tokens"], mb["mask"])
-        vf_loss, _ = value_loss(value, mb["old_value"], mb["ret"], mb["mask"], cfg.value_clip, denom)
-        loss = pg_loss + cfg.vf_coef * vf_loss
+        vf_loss, _ = value_loss(value, mb["old_value"], mb["ret"], mb["mask"], VALUE_CLIP, denom)
+        loss = pg_loss + VF_COEF * vf_loss
         loss.backward()
         figures.add(
             {
@@ -331,14 +332,14 @@ def train(cfg):
     # detail 20: Adam's eps is 1e-5; with PyTorch's 1e-8 the first step is about a fifth longer
     opt = adamw(groups, device, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
 
-    def score(roll):
-        return score_responses(roll, rm, rewards)
+    score = partial(score_responses, rm=rm, rewards=rewards)
 
     def export():
         hub.save(policy, tok, f"{cfg.out}/model")
         hub.save(critic, tok, f"{cfg.out}/critic")
 
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
+        measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, run.log.say)
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, longest, derive_seed(cfg.seed, "gate"))
         start, extra = run.start({"policy": policy, "critic": critic}, opt, frozen=[ref])
@@ -351,7 +352,7 @@ def train(cfg):
             limit = longest
             # ---- the same in train_ppo.py and train_grpo.py
             if test_rows and due(step, cfg.eval_every):
-                metrics |= evaluate(policy, tok, cfg, test_rows, score, run.log.say, limit)
+                metrics |= measure(limit)
             clock = Clock()
             # ---- end
 
@@ -431,7 +432,7 @@ def train(cfg):
             if due(step, cfg.sample_every) or done == cfg.steps:
                 run.log.samples(step, roll.rows, roll.texts, roll.reward)
             if test_rows and done == cfg.steps:
-                metrics |= evaluate(policy, tok, cfg, test_rows, score, run.log.say, longest)
+                metrics |= measure(longest)
             run.log.row(step, metrics)
             # ---- end
             if cfg.kl_target:

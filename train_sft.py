@@ -15,32 +15,34 @@ GPU   python train_sft.py --data demos.jsonl --n_layer 12 --n_head 12 --d_model 
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 
 from nanorlhf import hub, lora, tasks
 from nanorlhf.data import (
-    encode_demonstration,
+    encode_demonstrations,
     epoch_batches,
+    load_demonstrations,
     microbatches,
     pack,
-    pad,
-    split_by_hash,
+    pad_demonstrations,
     take_rows,
     trim,
 )
-from nanorlhf.errors import derive_seed, require
-from nanorlhf.generate import generate, respond
-from nanorlhf.hub.formats import read_rows
+from nanorlhf.errors import derive_seed
+from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.rewards import evaluate, gate_problem, score_responses
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
 from nanorlhf.run.log import Clock
 from nanorlhf.run.models import load_model
+from nanorlhf.run.worker import rewards_of
 from nanorlhf.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ class Config(Flags):
         check_ranges(self, "demos n_layer n_head d_model max_len vocab_size steps batch_size lr".split())
 
 
-COLUMNS = ["step", "loss", "len", "gnorm", "lr", "tok_s", "s", "eval/loss", "eval/reward", "eval/greedy"]
+COLUMNS = "step loss len gnorm lr tok_s s eval/loss eval/reward eval/greedy".split()
 SHOW = ["loss", "eval/loss", "gnorm", "lr", "tok_s", "s"]
 PANELS = [("loss", "eval/loss"), "gnorm", "lr"]
 
@@ -125,8 +127,7 @@ def microbatch_loss(model, batch):
         """chunk (B, T) marks the tokens whose logits are at hand: their part of the loss needs no others."""
         return sft_loss(logp, chunk, batch["denom"]), {}
 
-    loss, _, _, _ = model.logprobs(batch["tokens"], batch["mask"], loss=chunk_loss, doc=batch["doc"])
-    return loss
+    return model.logprobs(batch["tokens"], batch["mask"], loss=chunk_loss, doc=batch.get("doc"))[0]
 
 
 def gradient(model, batch, cfg):
@@ -136,66 +137,15 @@ def gradient(model, batch, cfg):
     part of the step's rows gives its part of the gradient.
     """
     figures = Figures(loss="sum")
-    batch = batch | {"doc": None}
     if cfg.pack:
         tokens, mask, lengths, doc = pack(batch["tokens"], batch["mask"], batch["lengths"])
-        batch |= {"tokens": tokens, "mask": mask, "lengths": lengths, "doc": doc}
+        batch = batch | {"tokens": tokens, "mask": mask, "lengths": lengths, "doc": doc}
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
     for rows in dist.paced(cut, model.logprobs):  # one process: the micro-batches as they are
         loss = microbatch_loss(model, trim(take_rows(batch, rows)))
         loss.backward()
         figures.add({"loss": loss.item()})
     return figures
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def demonstrations(cfg, task):
-    """→ training rows, held-out rows of {"prompt", "response"}; a prompt's text alone decides which it is."""
-    if not cfg.data:
-        return task.demonstrations(cfg.demos, cfg.seed), task.demonstrations(256, cfg.seed, split="test")
-    rows = read_rows(cfg.data, "demos", skip_bad=cfg.skip_bad_rows)
-    train, test = split_by_hash(rows, tasks.held_out)
-    require(train, f"--data {cfg.data}: every prompt falls into the held-out 15%; give more distinct prompts")
-    return train, test
-
-
-def new_tokenizer(cfg, task, rows, test_rows):
-    kind = cfg.tokenizer
-    if not kind:
-        kind = "bpe" if cfg.data else task.tokenizer
-    if kind == "bytes":
-        return Tokenizer.from_bytes()
-    texts = [row[key] for row in rows for key in ("prompt", "response")]
-    if kind == "bpe":
-        return Tokenizer.train_bpe(texts, cfg.vocab_size)
-    # An alphabet is no knowledge: the characters of the held-out rows belong to it, or they had no ids.
-    texts += [row[key] for row in test_rows for key in ("prompt", "response")]
-    alphabet = set("".join(texts)) | set(task.alphabet)
-    return Tokenizer.from_chars("".join(sorted(alphabet)))
-
-
-def encode(rows, tok, max_len):
-    """Rows → (ids with EOS, mask of the response's); those beyond the context are dropped, and counted."""
-    found = [pair for row in rows for pair in encode_demonstration(tok, row, max_len)]
-    kept = [pair for pair in found if pair]
-    why = f"longer than the context of {max_len} tokens (--max_len)"
-    require(kept or not rows, f"all {len(found)} demonstrations are {why}")
-    if len(kept) < len(found):
-        print(f"dropped {len(found) - len(kept)} of {len(found)} demonstrations: {why}")
-    return kept
-
-
-def batch_tensors(rows, tok, device, loss_on_prompt=False):
-    """Rows of (ids, mask of the response) → tokens (B, T), mask (B, T) bool of the tokens the loss counts."""
-    tokens, _ = pad([ids for ids, _ in rows], tok.pad_id)  # detail 5
-    masks = [mask for _, mask in rows]
-    if loss_on_prompt:  # all but the first token, which has nothing before it
-        masks = [[False] + [True] * (len(ids) - 1) for ids, _ in rows]
-    mask, _ = pad(masks, False)
-    return tokens.to(device), mask.bool().to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,7 +158,7 @@ def held_out_loss(model, rows, tok, cfg):
     total = 0.0
     count = 0
     for i in range(0, len(rows), 64):
-        tokens, mask = batch_tensors(rows[i : i + 64], tok, model.device, cfg.loss_on_prompt)
+        tokens, mask = pad_demonstrations(rows[i : i + 64], tok, model.device, cfg.loss_on_prompt)
         logp, _ = model.logprobs(tokens, mask)
         total += sft_loss(logp, mask, 1).item()
         count += mask.sum().item()
@@ -220,48 +170,47 @@ def log_samples(model, rows, tok, cfg, log, step):
     prompts = [ids[: mask.index(True)] for ids, mask in rows]
     longest_response = max(sum(mask) for _, mask in rows)
     room = model.cfg.max_len - max(map(len, prompts))
+    rows = [{"prompt": tok.decode(ids), "_ids": ids} for ids in prompts]
     seed = derive_seed(cfg.seed, "samples")
-    roll = generate(model, prompts, 1, min(room, longest_response), 1.0, tok.eos_id, seed)
-    texts = [tok.decode(ids) for ids in roll.responses()]
-    log.samples(step, [{"prompt": tok.decode(prompt)} for prompt in prompts], texts, None)
+    roll = sample_responses(model, tok, rows, 1, min(room, longest_response), 1.0, seed)
+    log.samples(step, rows, roll.texts, None)
 
 
 def accuracy(model, tok, task, cfg, say):
-    """Share of right answers on held-out prompts, where the task has a checker → metrics."""
+    """Share of right answers on held-out prompts, and whether RL could start from here → metrics."""
     rows = task.prompts("test", 512, cfg.seed)
-    prompts = [row["prompt"] for row in rows]
-    seed = derive_seed(cfg.seed, "eval")
-    out = {}
-    for name, temperature in (("eval/reward", 1.0), ("eval/greedy", 0.0)):
-        _, texts = respond(model, tok, prompts, 1, task.max_new_tokens, temperature, seed)
-        out[name] = sum(map(task.reward, prompts, texts, rows)) / len(rows)
-        if temperature and (why := task.gate(prompts, texts)):
-            say(why)
-    say(f"held out ({len(rows)} prompts): sampled {out['eval/reward']:.3f}, greedy {out['eval/greedy']:.3f}")
-    return out
+    score = partial(score_responses, rm=None, rewards=rewards_of(task, []))
+    metrics = evaluate(model, tok, rows, score, 1.0, cfg.seed, say, task.max_new_tokens)
+    problem = gate_problem(model, tok, task, task.max_new_tokens, derive_seed(cfg.seed, "gate"))
+    if problem:
+        say(problem)
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------------------------
 # train
 
 
+def new_tokenizer(cfg, task, rows, test_rows):
+    kind = cfg.tokenizer
+    if not kind:
+        kind = "bpe" if cfg.data else task.tokenizer
+    if kind == "chars":  # the characters of the held-out rows belong to the alphabet, or they had no ids
+        rows = rows + test_rows
+    texts = [row[key] for row in rows for key in ("prompt", "response")]
+    return Tokenizer.learn(kind, texts, task.alphabet, cfg.vocab_size)
+
+
 def new_model(cfg, tok):
     style = GPTConfig.gpt2 if cfg.arch == "gpt2" else GPTConfig.llama
-    return GPT(
-        style(
-            tok.vocab_size,
-            n_layer=cfg.n_layer,
-            n_head=cfg.n_head,
-            d_model=cfg.d_model,
-            max_len=cfg.max_len,
-        )
-    )
+    size = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "d_model", "max_len")}
+    return GPT(style(tok.vocab_size, **size))
 
 
 def load(cfg, device):
     """→ model, tokenizer, training rows and held-out rows of (ids, mask)."""
     task = tasks.get(cfg.task)
-    train_rows, test_rows = demonstrations(cfg, task)
+    train_rows, test_rows = load_demonstrations(cfg, task)
     if cfg.init:
         read = device.type != "meta"  # --dry_run reads no weights
         model, tok = load_model("--init", cfg.init, "", "language model", shard=cfg.shard, weights=read)
@@ -269,8 +218,8 @@ def load(cfg, device):
         tok = new_tokenizer(cfg, task, train_rows, test_rows)
         model = new_model(cfg, tok)
     lora.add(model, cfg.lora_rank, cfg.dtype)
-    data = encode(train_rows, tok, model.cfg.max_len)
-    test = encode(test_rows, tok, model.cfg.max_len)
+    data = encode_demonstrations(train_rows, tok, model.cfg.max_len)
+    test = encode_demonstrations(test_rows, tok, model.cfg.max_len)
     to_device(cfg, device, model)
     return model, tok, data, test[:256]
 
@@ -296,7 +245,7 @@ def train(cfg):
             clock = Clock()
             order = epoch_batches(len(data), cfg.batch_size, derive_seed(cfg.seed, "data"), step)
             rows = [data[i] for i in order]
-            tokens, mask = batch_tensors(rows, tok, device, cfg.loss_on_prompt)  # (B, T)
+            tokens, mask = pad_demonstrations(rows, tok, device, cfg.loss_on_prompt)  # (B, T)
             lengths = torch.tensor([len(ids) for ids, _ in rows])
             denom = mask.sum()  # of the whole step: how it is cut into micro-batches must not matter
             batch = {"tokens": tokens, "mask": mask, "lengths": lengths, "denom": denom}

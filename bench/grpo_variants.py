@@ -24,7 +24,7 @@ VARIANTS = {
     "dapo, limit 11": "--recipe dapo",  # its soft penalty then costs a thought all its reward
     "clip-higher": "--clip_high 0.28",
     "k2 in the loss": "--kl k2 --beta 0.05",
-    "k3 × ratio": "--kl k3 --kl_unbiased --beta 0.05",
+    "k3 × ratio": "--kl k3 --kl_in loss_unbiased --beta 0.05",
     "k1 in the reward": "--kl k1 --kl_in reward --beta 0.05",
     "two epochs": "--epochs 2 --minibatches 2",
     "4 steps stale": "--off_policy_steps 4",

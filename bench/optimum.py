@@ -85,7 +85,7 @@ ALGORITHMS = {
     "grpo_k1_reward": (train_grpo, LARGE | dict(norm="group_std", kl="k1", kl_in="reward"), pi_star),
     "dpo": (None, {}, pi_star),
     "k2_loss": (train_grpo, IN_LOSS | dict(kl="k2"), reverse_kl),
-    "k3_ratio_loss": (train_grpo, IN_LOSS | dict(kl="k3", kl_unbiased=True), reverse_kl),
+    "k3_ratio_loss": (train_grpo, IN_LOSS | dict(kl="k3", kl_in="loss_unbiased"), reverse_kl),
     "k3_loss": (train_grpo, IN_LOSS | dict(kl="k3"), forward_kl),
     "grpo_k2_loss": (train_grpo, IN_LOSS | dict(kl="k2", norm="group_std"), over_sigma),
     "k1_loss": (train_grpo, IN_LOSS | dict(kl="k1"), None),

@@ -34,11 +34,11 @@ def main(path=FILE):
     rows = read_rows(path, "demos")[: (STEPS + 1) * BATCH]
     tok = Tokenizer.train_bpe([r[key] for r in rows for key in ("prompt", "response")], 1000)
     model = GPT(GPTConfig.llama(tok.vocab_size, n_layer=2, d_model=128, max_len=CONTEXT))
-    data, table = train_sft.encode(rows, tok, CONTEXT), []
+    data, table = train_sft.encode_demonstrations(rows, tok, CONTEXT), []
     for budget in (1024, 4096, 0):
         seconds, pads = {False: [], True: []}, {False: [], True: []}
         for i in range(0, len(data) - BATCH + 1, BATCH):
-            tokens, mask = train_sft.batch_tensors(data[i : i + BATCH], tok, "cpu")
+            tokens, mask = train_sft.pad_demonstrations(data[i : i + BATCH], tok, "cpu")
             lengths = torch.tensor([len(ids) for ids, _ in data[i : i + BATCH]])
             batch = dict(tokens=tokens, mask=mask, lengths=lengths, denom=mask.sum())
             losses = []

@@ -6,7 +6,9 @@ Files of rows are read by `nanorlhf/hub/files.py`, and in other people's formats
 import numpy as np
 import torch
 
-from nanorlhf.errors import UserError, blame
+from nanorlhf import tasks
+from nanorlhf.errors import UserError, blame, require
+from nanorlhf.hub.formats import read_rows
 from nanorlhf.run import dist
 
 
@@ -23,6 +25,17 @@ def split_by_hash(rows, held_out):
             test.append(row)
         else:
             train.append(row)
+    return train, test
+
+
+def load_demonstrations(cfg, task):
+    """→ training rows, held-out rows of {"prompt", "response"}; a prompt's text alone decides which it is."""
+    if not cfg.data:
+        train = task.demonstrations(cfg.demos, cfg.seed)
+        return train, task.demonstrations(256, cfg.seed, split="test")
+    rows = read_rows(cfg.data, "demos", skip_bad=cfg.skip_bad_rows)
+    train, test = split_by_hash(rows, tasks.held_out)
+    require(train, f"--data {cfg.data}: every prompt falls into the held-out 15%; give more distinct prompts")
     return train, test
 
 
@@ -90,6 +103,27 @@ def encode_demonstration(tok, row, max_len):
     prompt_ids, response_ids = pair
     mask = [False] * len(prompt_ids) + [True] * len(response_ids)
     return [(prompt_ids + response_ids, mask)]
+
+
+def encode_demonstrations(rows, tok, max_len):
+    """Rows → [(ids with EOS, mask of the response's)]; those beyond max_len are dropped, and counted."""
+    found = [pair for row in rows for pair in encode_demonstration(tok, row, max_len)]
+    kept = [pair for pair in found if pair]
+    why = f"longer than the context of {max_len} tokens (--max_len)"
+    require(kept or not rows, f"all {len(found)} demonstrations are {why}")
+    if len(kept) < len(found):
+        print(f"dropped {len(found) - len(kept)} of {len(found)} demonstrations: {why}")
+    return kept
+
+
+def pad_demonstrations(rows, tok, device, loss_on_prompt=False):
+    """Rows of (ids, mask of the response) → tokens (B, T), mask (B, T) bool of the tokens the loss counts."""
+    tokens, _ = pad([ids for ids, _ in rows], tok.pad_id)  # detail 5
+    masks = [mask for _, mask in rows]
+    if loss_on_prompt:  # all but the first token, which has nothing before it
+        masks = [[False] + [True] * (len(ids) - 1) for ids, _ in rows]
+    mask, _ = pad(masks, False)
+    return tokens.to(device), mask.bool().to(device)
 
 
 def response_mask(prompt_lens, lengths, T):

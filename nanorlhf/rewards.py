@@ -58,24 +58,29 @@ def call_rewards(texts, rows, rewards):
     return fill_rows(torch.zeros(len(texts), n), torch.ones(len(texts)), cut, compute)
 
 
-def pass_gate(policy, tok, task, limit, seed):
-    """UserError, saying why, if 256 held-out samples of the policy hold nothing that RL could select."""
+def gate_problem(policy, tok, task, limit, seed):
+    """Why 256 held-out samples of the policy hold nothing that RL could select; None if they do."""
     prompts = [row["prompt"] for row in task.prompts("test", 256, seed)]
     _, texts = generate.respond(policy, tok, prompts, 1, limit, seed=seed)
-    problem = task.gate(prompts, texts)
+    return task.gate(prompts, texts)
+
+
+def pass_gate(policy, tok, task, limit, seed):
+    """UserError with the `gate_problem`, if there is one: RL would be in vain."""
+    problem = gate_problem(policy, tok, task, limit, seed)
     require(problem is None, problem)
 
 
-def evaluate(policy, tok, cfg, rows, score, say, limit):
+def evaluate(policy, tok, rows, score, temperature, seed, say, limit):
     """Mean score on held-out prompts → {"eval/reward": sampled, "eval/greedy": greedy}: two figures.
 
-    score(roll) → (B,); limit: longest response in tokens.
+    score(roll) → (B,); temperature: of the sampled ones; limit: longest response in tokens.
     """
     prompts = [row["prompt"] for row in rows]
-    seed = derive_seed(cfg.seed, "eval")
+    seed = derive_seed(seed, "eval")
     out = {}
-    for name, temperature in (("eval/reward", cfg.temperature), ("eval/greedy", 0.0)):
-        rolls, _ = generate.respond(policy, tok, prompts, 1, limit, temperature, seed)
+    for name, heat in (("eval/reward", temperature), ("eval/greedy", 0.0)):
+        rolls, _ = generate.respond(policy, tok, prompts, 1, limit, heat, seed)
         scores = []
         start = 0
         for roll in rolls:

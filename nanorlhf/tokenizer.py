@@ -131,6 +131,15 @@ class Tokenizer:
         return tiktoken.Encoding(name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={})
 
     @classmethod
+    def learn(cls, kind, texts, alphabet="", vocab_size=576):
+        """A new tokenizer for these texts: "bytes", "chars" (of texts and alphabet), "bpe" of vocab_size."""
+        if kind == "bytes":
+            return cls.from_bytes()
+        if kind == "bpe":
+            return cls.train_bpe(texts, vocab_size)
+        return cls.from_chars("".join(sorted(set("".join(texts)) | set(alphabet))))
+
+    @classmethod
     def from_bytes(cls) -> "Tokenizer":
         """One id per byte, id = byte value.
 

@@ -41,6 +41,6 @@ python train_rm.py --data data/tldr_pairs.jsonl --init "$RUN-sft/model" --refere
 python train_ppo.py --data data/tldr_sft.jsonl --init "$RUN-sft/model" --rm "$RUN-rm/model" \
     --out "$RUN-ppo" --steps $((1000000 / PROMPTS)) --prompts_per_step $PROMPTS --max_new_tokens 53 \
     --temperature 0.7 --epochs 4 --minibatches 1 --lr $LR --critic_lr $LR --max_grad_norm 1e6 \
-    --beta 0.05 --gamma 1 --lam 0.95 --clip 0.2 --value_clip 0.2 --eval_prompts 128 \
-    --vf_coef 0.1 --no_eos_score -1 $LORA \
+    --beta 0.05 --gamma 1 --lam 0.95 --clip 0.2 --eval_prompts 128 \
+    --no_eos_score -1 $LORA \
     --tokens_per_microbatch 2048 --dtype bfloat16 "$@"

@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 WINGS = ("kernels", "hub", "run", "look")
 # Arrows from the floor up into a wing, which a reader of the floor meets. A new one needs a reason.
 UP = {
-    "data": {"run.dist"},  # who computes which rows; one process: all of them
+    "data": {"hub.formats", "run.dist"},  # files of demonstrations; who computes which rows
     "generate": {"kernels.slots", "run.dist"},  # a GPU's decode loop; many processes
     "model": {"kernels", "kernels.torch_backend"},  # log-probs without logits, attention of one token
     "pairs": {"hub.files", "hub.formats", "run.dist"},  # files of preferences; who writes them
-    "rewards": {"hub.formats"},  # files of prompts
-    "rollout": {"run.device"},  # --offload
+    "rewards": {"hub.formats", "run.device"},  # files of prompts; --save_memory
+    "rollout": {"run.device"},  # --save_memory
 }
 
 

@@ -145,9 +145,9 @@ def fixed_point(ref, reward, rule, beta=1.0):
 
 @pytest.mark.parametrize("kw, fixed", [
     (dict(kl="k1", kl_in="reward"), lambda ref, r: TREE.from_logp(exact.optimum(TREE.logp(ref), r, 1.0))),
-    (dict(kl="k1", kl_unbiased=True), lambda ref, r: fixed_point(ref, r, exact.reverse_kl_rule)),
+    (dict(kl="k1", kl_in="loss_unbiased"), lambda ref, r: fixed_point(ref, r, exact.reverse_kl_rule)),
     (dict(kl="k2"), lambda ref, r: fixed_point(ref, r, exact.reverse_kl_rule)),
-    (dict(kl="k3", kl_unbiased=True), lambda ref, r: fixed_point(ref, r, exact.reverse_kl_rule)),
+    (dict(kl="k3", kl_in="loss_unbiased"), lambda ref, r: fixed_point(ref, r, exact.reverse_kl_rule)),
     (dict(kl="k3"), lambda ref, r: fixed_point(ref, r, exact.forward_kl_rule)),
     (dict(kl="k2", norm="group_std"), lambda ref, r: exact.normalised(TREE, ref, r, 1.0)[0]),
     (dict(kl="k3", norm="group_std"),

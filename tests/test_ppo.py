@@ -480,7 +480,7 @@ def step_oracle(cfg, roll):
     figures = {"kl": np.mean(k1), "entropy": np.mean(entropy), "len": N / len(rows), "value_loss": vf.item(),
                "explained_var": 1 - every.var() / torch.cat(ret).numpy().var()}  # fmt: skip
     return (torch.autograd.grad(pg, list(policy.parameters())),
-            torch.autograd.grad(cfg.vf_coef * vf, list(critic.parameters())), figures)  # fmt: skip
+            torch.autograd.grad(train_ppo.VF_COEF * vf, list(critic.parameters())), figures)  # fmt: skip
 
 
 @pytest.mark.parametrize("kw", [
@@ -533,11 +533,12 @@ def test_old_logp_is_the_samplers(lab, spy, monkeypatch):
     assert out["gap"] == pytest.approx(0.1, abs=1e-5)
 
 
-def test_every_row_is_in_one_minibatch_and_its_own(lab, spy):
+def test_every_row_is_in_one_minibatch_and_its_own(lab, spy, monkeypatch):
     """Each epoch deals all rows out anew, each once, with the tensors of one row staying together."""
     rolls, returns, whites = spy(generate, "generate"), spy(train_ppo, "gae"), spy(train_ppo, "whiten")
     policy, critic = spy(train_ppo, "policy_loss"), spy(train_ppo, "value_loss")
-    train(config(lab, epochs=2, minibatches=3, lr=1e-12, critic_lr=1e-12, clip=0.1, value_clip=0.3))
+    monkeypatch.setattr(train_ppo, "VALUE_CLIP", 0.3)
+    train(config(lab, epochs=2, minibatches=3, lr=1e-12, critic_lr=1e-12, clip=0.1))
     roll, adv, ((_, old_value, *_), (_, ret)) = rolls[0][1], whites[0][1], returns[0]
 
     def rows(*columns):  # each row as one tuple; a micro-batch may be narrower than the rollout
@@ -638,10 +639,12 @@ def test_only_policy_and_critic_learn(lab, spy):
         assert all((p.grad is not None) == learns for p in model.parameters())
 
 
-def test_the_critic_learns(lab):
+def test_the_critic_learns(lab, monkeypatch):
     """A frozen policy, a reward known from the prompt: value loss falls, most variance is explained."""
     cfg = config(lab, reward=[reward_of(by_prompt)], max_new_tokens=3, beta=0.0, lam=1.0, steps=40, lr=1e-12,
-                 critic_lr=2e-2, vf_coef=1.0, value_clip=10.0)  # fmt: skip
+                 critic_lr=2e-2)  # fmt: skip
+    monkeypatch.setattr(train_ppo, "VF_COEF", 1.0)
+    monkeypatch.setattr(train_ppo, "VALUE_CLIP", 10.0)
     cfg.no_eos_score = None  # whether a row ends is not known from the prompt
     train(cfg)
     rows = table(cfg.out)

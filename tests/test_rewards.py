@@ -302,12 +302,14 @@ def test_evaluate_means_over_all_prompts_whatever_the_batches(models):
         seen.append((prompt, text))
         return sum(map(ord, text)) / 100
 
-    cfg = SimpleNamespace(temperature=0.7, seed=0)
     rows = words(600)
     rewards = Rewards([RewardFunction("f", 1.0, reward)])
 
     def measure():
-        return evaluate(policy, tok, cfg, rows, lambda roll: score_responses(roll, None, rewards), print, 5)
+        def score(roll):
+            return score_responses(roll, None, rewards)
+
+        return evaluate(policy, tok, rows, score, 0.7, 0, print, 5)
 
     out = measure()
     sampled, best = seen[:600], seen[600:]

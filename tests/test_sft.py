@@ -50,7 +50,7 @@ def close(gradients, exact):
 def test_loss_and_gradient_are_those_of_float64(on_prompt):
     torch.manual_seed(0)
     model = GPT(GPTConfig.gpt2(TOK.vocab_size, n_layer=1, n_head=2, d_model=16, max_len=8))
-    tokens, mask = train_sft.batch_tensors(ROWS, TOK, "cpu", on_prompt)
+    tokens, mask = train_sft.pad_demonstrations(ROWS, TOK, "cpu", on_prompt)
     loss = train_sft.sft_loss(model.logprobs(tokens, mask)[0], mask, mask.sum())
     loss.backward()
     exact, gradients = oracle(model, ROWS, on_prompt)
@@ -62,10 +62,10 @@ def test_loss_and_gradient_are_those_of_float64(on_prompt):
 
 def test_mask_comes_from_lengths():
     """The response with its EOS counts and nothing else, though the third prompt holds EOS and pad ids."""
-    tokens, mask = train_sft.batch_tensors(ROWS, TOK, "cpu")
+    tokens, mask = train_sft.pad_demonstrations(ROWS, TOK, "cpu")
     assert tokens.tolist() == [[0, 1, 2, 1, 0, 3], [1, 2, 3, 4, 4, 4], [0, 3, 4, 2, 1, 3]]
     assert mask.int().tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1]]
-    _, mask = train_sft.batch_tensors(ROWS, TOK, "cpu", loss_on_prompt=True)
+    _, mask = train_sft.pad_demonstrations(ROWS, TOK, "cpu", loss_on_prompt=True)
     assert mask.int().tolist() == [[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
 
 
@@ -83,7 +83,7 @@ def test_step_is_one_step_however_it_is_cut(budget, pack, stages, tmp_path, grad
     train_sft.train(stages.config(train_sft, tmp_path / "run", **flags))
     assert len(packed) == 2 * pack and all(len(used) < len(rows) for _, (_, _, used, _) in packed)
     model, tok = hub.load(tmp_path / "run" / "model")
-    _, exact = oracle(model, train_sft.encode(rows, tok, 16))
+    _, exact = oracle(model, train_sft.encode_demonstrations(rows, tok, 16))
     assert len(gradients) == 2 and all(close(step, exact) for step in gradients)
 
 
@@ -94,7 +94,7 @@ def test_packing_moves_nothing(style, on_prompt, budget):
     """Loss and gradient of a step, in float64, with rows packed and not."""
     model, found = tiny(style, dtype=torch.float64, n_layer=1), []
     rows = [(x[:n], y[:n]) for x, y in 3 * ROWS for n in range(3, 7)]
-    tokens, mask = train_sft.batch_tensors(rows, TOK, "cpu", on_prompt)
+    tokens, mask = train_sft.pad_demonstrations(rows, TOK, "cpu", on_prompt)
     batch = dict(tokens=tokens, mask=mask, lengths=torch.tensor([len(x) for x, _ in rows]), denom=mask.sum())
     for pack in (False, True):
         model.zero_grad()
@@ -123,7 +123,7 @@ def test_a_packed_run_is_the_run(stages, tmp_path):
 
 def test_batches_follow_seed_and_step_alone(stages, tmp_path, monkeypatch):
     """Neither the global generators nor anything else that changes between two runs can move the order."""
-    build = train_sft.batch_tensors
+    build = train_sft.pad_demonstrations
 
     def order(name, **flags):
         batches = []
@@ -133,7 +133,7 @@ def test_batches_follow_seed_and_step_alone(stages, tmp_path, monkeypatch):
             torch.rand(len(name))  # a different number of draws in every run
             return build(rows, *args)
 
-        monkeypatch.setattr(train_sft, "batch_tensors", record)
+        monkeypatch.setattr(train_sft, "pad_demonstrations", record)
         train_sft.train(stages.config(train_sft, tmp_path / name, **flags))
         return batches[:6]
 
@@ -181,7 +181,8 @@ def test_new_models_of_every_kind(arch, kind, vocab, stages, tmp_path):
     assert cfg.norm == {"gpt2": "layer", "llama": "rms"}[arch]
     assert (cfg.n_layer, cfg.n_head, cfg.d_model, cfg.max_len) == (1, 2, 32, 16)
     rows = [r for r in words(64) if tasks.held_out(r["prompt"])]
-    assert last["eval/loss"] == pytest.approx(oracle(model, train_sft.encode(rows, tok, 16))[0], rel=1e-5)
+    loss, _ = oracle(model, train_sft.encode_demonstrations(rows, tok, 16))
+    assert last["eval/loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_init_goes_on_from_a_model(stages, tmp_path):
@@ -218,9 +219,10 @@ def test_conversations_by_the_template_of_a_folder(stages, tmp_path, gradients):
 
 def test_too_long_demonstrations_are_dropped_and_counted(capsys):
     rows = [{"prompt": "ab=", "response": "a" * n} for n in (0, 2, 3, 9)]
-    assert [len(ids) for ids, _ in train_sft.encode(rows, TOK, 6)] == [4, 6]  # EOS needs room as well
+    kept = train_sft.encode_demonstrations(rows, TOK, 6)
+    assert [len(ids) for ids, _ in kept] == [4, 6]  # EOS needs room as well
     assert "dropped 2 of 4 demonstrations: longer than the context of 6" in capsys.readouterr().out
-    assert train_sft.encode([], TOK, 6) == []
+    assert train_sft.encode_demonstrations([], TOK, 6) == []
 
 
 @pytest.mark.parametrize(
