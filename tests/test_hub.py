@@ -24,7 +24,7 @@ import train_grpo
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import generate, hub
+from nanorlhf import generate, hub, lora
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.hub import families as hub_families
 from nanorlhf.hub import tokenizer_files, weights
@@ -564,6 +564,18 @@ def test_dtype_of_the_weights(tmp_path):
             for a, b in zip(model.parameters(), again.parameters()):
                 assert b.dtype == want and torch.equal(a.to(stored).to(want), b)
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("style", ["gpt2", "pythia"])
+def test_adapters_in_fused_heads(style, tmp_path):
+    """Adapted q, k, v that require gradients are merged into the one tensor of theirs."""
+    model = tiny(style)
+    lora.add(model, 2)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.attn.k.B)
+    hub.save(model, None, tmp_path / "m")
+    tokens = randint(V, 2, 6)
+    assert (hub.load(tmp_path / "m")[0].logits(tokens) - model.logits(tokens)).abs().max() < 1e-4
 
 
 def test_untied_head_is_left_out_of_a_reward_model(tmp_path):

@@ -373,7 +373,7 @@ def _pattern_of(steps):
     _need(kinds == "Split+ByteLevel", f"pre-tokenizer {kinds} is unknown")
     behavior = first["behavior"]
     isolated = behavior == "Isolated" and not first.get("invert") and "Regex" in first["pattern"]
-    _need(isolated, f"a split of behavior {behavior}, invert {first.get('invert', False)}")
+    _need(isolated, f"a split of behavior {behavior} is not supported")
     return first["pattern"]["Regex"]
 
 

@@ -6,7 +6,7 @@ import os
 import torch
 
 from nanorlhf import hub, lora
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import UserError
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run.device import to_device
 
@@ -28,11 +28,11 @@ def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=T
         try:
             model, tok = hub.load(folder, kind, like=like, shard=shard, weights=weights)
         except hub.Missing as error:
+            if not hint:
+                raise
             run, name = os.path.split(os.path.normpath(folder))
-            if hint and run and name == "model":
-                hint = f"{hint} --out {run}"
-            make = f"; make it with: {hint}" if hint else ""
-            raise UserError(f"{error}{make}") from None
+            out = f" --out {run}" if run and name == "model" else ""
+            raise UserError(f"{error}; make it with: {hint}{out}") from None
     if hasattr(model, "fill"):  # --shard: the files are read later, by dist.spread
         read = model.fill
 
@@ -51,9 +51,7 @@ def load_models(cfg, device):
     unless that is another folder or is to follow the policy (cfg.ref_every). On the meta device (--dry_run)
     no weights are read.
     """
-    policy, ref, rm, tok = _load(cfg, device)
-    ref = _adapt(cfg, policy, ref)
-    to_device(cfg, device, policy, ref, rm)
+    policy, ref, _, rm, tok = load_models_and_critic(cfg, device)
     return policy, ref, rm, tok
 
 
@@ -62,41 +60,27 @@ def load_models_and_critic(cfg, device):
 
     A critic that starts from a language model gets a head of zeros: the best first guess of a return.
     """
-    require(cfg.ref != "none", "--ref none: PPO's reward holds the KL to a reference; name its folder")
-    policy, ref, rm, tok = _load(cfg, device)
-    hint = f"python train_rm.py --task {cfg.task}"
-    critic, _ = load_model("--critic_init", cfg.critic_init, hint, **_options(cfg, device, tok))
-    if isinstance(critic, GPT):
-        critic = ScalarModel(critic)
-        torch.nn.init.zeros_(critic.score.weight)
-    # Adapters come after all models: their random numbers are drawn last.
-    ref = _adapt(cfg, policy, ref)
-    lora.add(critic, cfg.lora_rank, cfg.dtype)
-    to_device(cfg, device, policy, ref, critic, rm)
-    return policy, ref, critic, rm, tok
-
-
-def _load(cfg, device):
+    ppo = hasattr(cfg, "critic_init")
     sft = f"python train_sft.py --task {cfg.task}"
     pairs = f"python train_rm.py --task {cfg.task}"
-    ref = None
-    rm = None
-    policy, tok = load_model("--init", cfg.init, sft, "language model", **_options(cfg, device))
-    options = _options(cfg, device, tok)
-    if cfg.ref != "none":
-        ref, _ = load_model("--ref", cfg.ref, sft, "language model", **options)
+    options = dict(shard=cfg.shard, weights=device.type != "meta")
+    policy, tok = load_model("--init", cfg.init, sft, "language model", **options)
+    options["like"] = tok
+    ref = rm = critic = None
+    if cfg.ref != "none" or ppo:
+        ref = load_model("--ref", cfg.ref, sft, "language model", **options)[0]
     if cfg.rm:
-        rm, _ = load_model("--rm", cfg.rm, pairs, "reward model", **options)
-    return policy, ref, rm, tok
-
-
-def _options(cfg, device, tok=None):
-    return dict(like=tok, shard=cfg.shard, weights=device.type != "meta")
-
-
-def _adapt(cfg, policy, ref):
-    """Add adapters to the policy → the reference, which is its frozen self where --ref is --init."""
+        rm = load_model("--rm", cfg.rm, pairs, "reward model", **options)[0]
+    if ppo:
+        critic = load_model("--critic_init", cfg.critic_init, pairs, **options)[0]
+        if isinstance(critic, GPT):
+            critic = ScalarModel(critic)
+            torch.nn.init.zeros_(critic.score.weight)
+    # Adapters come after all models: their random numbers are drawn last.
     frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
     if frozen and cfg.ref == cfg.init and not getattr(cfg, "ref_every", 0):
-        return frozen
-    return ref
+        ref = frozen
+    if ppo:
+        lora.add(critic, cfg.lora_rank, cfg.dtype)
+    to_device(cfg, device, policy, ref, critic, rm)
+    return policy, ref, critic, rm, tok
