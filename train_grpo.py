@@ -123,7 +123,7 @@ class Config(Flags):
     clip_high: float | None = None  # ε_high; above ε_low: clip-higher (DAPO)
     agg: Literal["seq_mean", "token", "seq_sum_const", "prompt_mean"] | None = None  # weights of the tokens
     kl: Literal["none", "k1", "k2", "k3"] | None = None  # estimator of KL(policy‖reference)
-    kl_in: Literal["loss", "loss_unbiased", "reward"] | None = None  # where it enters; unbiased: times the ratio
+    kl_in: Literal["loss", "loss_unbiased", "reward"] | None = None  # where; unbiased: times the ratio
     beta: float | None = None  # KL coefficient
     ref_every: int | None = None  # steps after which the reference becomes the policy; 0: never
 
