@@ -2,9 +2,9 @@
 
     tokens (B, T) → embedding → n_layer × [x + attention(norm(x)); x + mlp(norm(x))] → norm → hidden (B, T, D)
 
-The model returns *hidden states*; log-probs come from `GPT.logprobs`, which sends only the positions that are
-asked for through the unembedding (`nanorlhf.kernels.linear_logprob`), so that B×T×V logits are never stored
-in training.
+The model returns *hidden states*. Log-probs come from `GPT.logprobs`, which sends only the positions that are
+asked for through the unembedding (`nanorlhf.kernels.linear_logprob`), so that training never stores B×T×V
+logits.
 
 There is no dropout anywhere. In RL the same token is scored by the sampler, by the update and by the
 reference; with dropout those three would be different random networks, the importance ratio would not be 1 on
@@ -19,7 +19,7 @@ queries and keys (Qwen3, arXiv 2505.09388), attention and MLP side by side (GPT-
 
 import copy
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -27,11 +27,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import require
 from nanorlhf.kernels import decode_attention, linear_logprob
-from nanorlhf.kernels.torch_backend import spans
+from nanorlhf.kernels.torch_backend import spans, widen
 
-CACHED = 1024  # rows of the unembedding at once: they stay in a CPU's cache, a third faster
+HEAD_ROWS = 1024  # rows of the unembedding multiplied at once: they stay in a CPU's cache, a third faster
 MM_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # torch 2.8 and later, on CUDA
 
 
@@ -49,52 +49,32 @@ class GPTConfig:
     norm_eps: float = 1e-5
     pos: str = "learned"  # learned | rope
     rope_theta: float = 10000.0
-    rope_share: float = 1.0  # of a head's channels, the share that rotates (Pythia: a quarter)
+    rope_share: float = 1.0  # share of a head's channels that rotates (Pythia: a quarter)
     rope_scaling: tuple = ()  # Llama 3.1: (factor, low_freq_factor, high_freq_factor, original max_len)
     qk_norm: bool = False  # norms of each head's queries and keys (Qwen3)
     mlp: str = "gelu"  # gelu (tanh form, as GPT-2) | gelu_exact (Pythia) | swiglu
     parallel: bool = False  # x + attention + mlp of the same x (Pythia)
-    qkv_bias: bool = True  # biases on the linear layers (the norms follow their own kind)
+    qkv_bias: bool = True  # biases on the linear layers (a LayerNorm has one, an RMSNorm has none)
     o_bias: bool = True
     mlp_bias: bool = True
     tied: bool = True  # the unembedding is the embedding
 
     def __post_init__(self):
-        kinds = dict(norm=("layer", "rms"), pos=("learned", "rope"), mlp=("gelu", "gelu_exact", "swiglu"))
-        optional = ("n_kv_head", "head_dim", "d_ff")  # 0: see above
-        self.rope_scaling = tuple(self.rope_scaling)
-        numbers = {f"rope_scaling[{i}]": x for i, x in enumerate(self.rope_scaling)}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if f.type is str and value not in kinds[f.name]:
-                raise UserError(f"{f.name}={value!r} must be {' or '.join(kinds[f.name])}")
-            if f.type is int and not (whole and value >= (f.name not in optional)):
-                raise UserError(f"{f.name}={value!r} must be a positive whole number")
-            if f.type is bool and not isinstance(value, bool):
-                raise UserError(f"{f.name}={value!r} must be true or false")
-            if f.type is float:
-                numbers[f.name] = value
-        for name, value in numbers.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 0 < value < math.inf):
-                raise UserError(f"{name}={value!r} must be a positive number")
-        if not self.head_dim and self.d_model % self.n_head:
-            raise UserError(f"n_head={self.n_head} must divide d_model={self.d_model}")
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.head_dim = self.head_dim or self.d_model // self.n_head
-        if not self.d_ff:
+        if self.n_kv_head == 0:
+            self.n_kv_head = self.n_head
+        kv_fits = self.n_head % self.n_kv_head == 0
+        require(kv_fits, f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
+        if self.head_dim == 0:
+            head_fits = self.d_model % self.n_head == 0
+            require(head_fits, f"n_head={self.n_head} must divide d_model={self.d_model}")
+            self.head_dim = self.d_model // self.n_head
+        if self.d_ff == 0:
             self.d_ff = 4 * self.d_model
             if self.mlp == "swiglu":
                 self.d_ff = 16 * math.ceil(8 * self.d_model / 3 / 16)
-        if self.n_head % self.n_kv_head:
-            raise UserError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}")
-        if self.pos == "rope" and (self.rope_dim % 2 or not 0 < self.rope_dim <= self.head_dim):
-            share = "" if self.rope_share == 1 else f" of which {self.rope_dim} rotate"
-            raise UserError(f"rotary positions need an even head_dim, got {self.head_dim}{share}")
-        scaling = self.rope_scaling
-        if scaling and not (len(scaling) == 4 and scaling[1] < scaling[2]):
-            raise UserError(f"rope_scaling={scaling} must be (factor, low, high, original) with low < high")
+        if self.pos == "rope":  # channels rotate in pairs
+            rotating = f"{self.head_dim} of which {self.rope_dim} rotate"
+            require(self.rope_dim % 2 == 0, f"rotary positions need an even head_dim, got {rotating}")
 
     @property
     def rope_dim(self):
@@ -102,38 +82,48 @@ class GPTConfig:
         return int(self.head_dim * self.rope_share)
 
     @classmethod
-    def gpt2(cls, vocab_size, **kw):
-        return cls(vocab_size, **kw)
+    def gpt2(cls, vocab_size, **settings):
+        return cls(vocab_size, **settings)
 
     @classmethod
-    def llama(cls, vocab_size, **kw):
+    def llama(cls, vocab_size, **settings):
         no_bias = dict(qkv_bias=False, o_bias=False, mlp_bias=False)
-        return cls(vocab_size, **{**dict(norm="rms", pos="rope", mlp="swiglu"), **no_bias, **kw})
+        llama = dict(norm="rms", pos="rope", mlp="swiglu")
+        return cls(vocab_size, **llama | no_bias | settings)
 
 
 class Linear(nn.Linear):
     """Weights stay in their own (master) precision and are cast to the activations' dtype at use."""
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        weight = self.weight.to(x.dtype)
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        return F.linear(x, weight, bias)
 
 
 class Norm(nn.Module):
     """LayerNorm (mean and variance) or RMSNorm (root mean square, no bias), computed in at least fp32."""
 
-    def __init__(self, cfg, width=0):
+    def __init__(self, cfg, width=None):
         super().__init__()
-        self.eps, width = cfg.norm_eps, width or cfg.d_model
+        width = width or cfg.d_model
+        self.eps = cfg.norm_eps
         self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if cfg.norm == "layer" else None
+        self.bias = None
+        if cfg.norm == "layer":
+            self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x):
-        y = x if x.dtype == torch.float64 else x.float()
+        y = widen(x)
+        weight = self.weight.to(y.dtype)
         if self.bias is not None:
-            y = F.layer_norm(y, y.shape[-1:], self.weight.to(y.dtype), self.bias.to(y.dtype), self.eps)
+            bias = self.bias.to(y.dtype)
+            y = F.layer_norm(y, y.shape[-1:], weight, bias, self.eps)
         else:
-            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight.to(y.dtype)
+            mean_square = y.pow(2).mean(-1, keepdim=True)
+            y = y * torch.rsqrt(mean_square + self.eps) * weight
         return y.to(x.dtype)
 
 
@@ -141,25 +131,43 @@ class Norm(nn.Module):
 def rope_table(dim, max_len, theta, device, scaling=()):
     """(max_len, dim/2) cosines and sines. No buffer: `model.bfloat16()` must not round them.
 
-    scaling (factor, low, high, original): what turns less than `low` times within the original context turns
-    `factor` times slower, what turns more than `high` times stays, and between the two it is interpolated.
+    scaling (factor, low, high, original): channels that turn less than `low` times within the original
+    context turn `factor` times slower, those that turn more than `high` times stay as they are, and the speed
+    of those between is interpolated.
     """
-    # Rounded as where the models were trained: at position 10,000 the last bit is 1e-3 of the angle
-    freq = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    # In fp32, as where the models were trained: at position 10,000 the last bit is 1e-3 of the angle
+    channel = torch.arange(0, dim, 2, dtype=torch.float32)
+    freq = 1.0 / theta ** (channel / dim)
     if scaling:
         factor, low, high, original = scaling
         turns = original * freq / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        keep = (turns - low) / (high - low)
+        keep = keep.clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / factor
-    angle = torch.arange(max_len, dtype=torch.float32)[:, None] * freq
-    return angle.cos().to(device), angle.sin().to(device)
+    position = torch.arange(max_len, dtype=torch.float32)
+    angle = position[:, None] * freq
+    cos = angle.cos().to(device)
+    sin = angle.sin().to(device)
+    return cos, sin
 
 
 def rotate(x, cos, sin):
-    """Rotary positions for x (B, H, T, hd); cos, sin (B or 1, 1, T, r/2). Pairs are (i, i + r/2), i < r/2."""
-    r = cos.shape[-1]
-    a, b, rest = x.to(torch.promote_types(x.dtype, cos.dtype)).split((r, r, x.shape[-1] - 2 * r), dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
+    """Rotary positions for x (B, H, T, hd); cos, sin (B or 1, 1, T, r/2). Channels i and i + r/2 are a pair.
+
+    >>> x = torch.tensor([1.0, 0.0, 5.0]).view(1, 1, 1, 3)  # r = 2: one pair, and a channel that stays
+    >>> cos, sin = torch.tensor([0.0]), torch.tensor([1.0])  # a quarter turn
+    >>> rotate(x, cos, sin).flatten()
+    tensor([0., 1., 5.])
+    """
+    half = cos.shape[-1]
+    wide = widen(x)
+    a = wide[..., :half]
+    b = wide[..., half : 2 * half]
+    rest = wide[..., 2 * half :]
+    new_a = a * cos - b * sin
+    new_b = b * cos + a * sin
+    rotated = torch.cat((new_a, new_b, rest), dim=-1)
+    return rotated.to(x.dtype)
 
 
 class KVCache:
@@ -170,160 +178,243 @@ class KVCache:
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
 
     def fill(self, to, source, rows, live):
-        """Rows `to` take over the first `live` positions of rows `rows` of another cache, or of this one."""
-        self.kv[:, :, to, :, :live] = source.kv[:, :, rows, :, :live]
+        """Copy the first `live` positions of rows `rows` of `source`, a cache (or this one), to rows `to`."""
+        copied = source.kv[:, :, rows, :, :live]
+        self.kv[:, :, to, :, :live] = copied
 
     def first(self, batch):
-        """The first rows alone, as a cache that shares their memory."""
+        """The first `batch` rows as a cache that shares their memory."""
         part = copy.copy(self)
         part.kv = self.kv[:, :, :batch]
         return part
 
     def keep(self, rows, live):
-        """Only the given rows stay, in ascending order. Copied in place: nothing new is allocated."""
+        """Drop all rows but these, given in ascending order. Copied in place: nothing new is allocated."""
         for new, old in enumerate(rows.tolist()):
             if new != old:
                 self.kv[:, :, new, :, :live] = self.kv[:, :, old, :, :live]
-        self.kv = self.first(len(rows)).kv
+        self.kv = self.kv[:, :, : len(rows)]
 
 
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, q, kv = cfg, cfg.n_head * cfg.head_dim, cfg.n_kv_head * cfg.head_dim
-        self.q = Linear(cfg.d_model, q, bias=cfg.qkv_bias)
-        self.k = Linear(cfg.d_model, kv, bias=cfg.qkv_bias)
-        self.v = Linear(cfg.d_model, kv, bias=cfg.qkv_bias)
-        self.o = Linear(q, cfg.d_model, bias=cfg.o_bias)
-        self.q_norm, self.k_norm = (Norm(cfg, cfg.head_dim) if cfg.qk_norm else None for _ in "qk")
+        self.cfg = cfg
+        D = cfg.d_model
+        q_width = cfg.n_head * cfg.head_dim
+        kv_width = cfg.n_kv_head * cfg.head_dim
+        self.q = Linear(D, q_width, bias=cfg.qkv_bias)
+        self.k = Linear(D, kv_width, bias=cfg.qkv_bias)
+        self.v = Linear(D, kv_width, bias=cfg.qkv_bias)
+        self.o = Linear(q_width, D, bias=cfg.o_bias)
+        self.q_norm = None
+        self.k_norm = None
+        if cfg.qk_norm:
+            self.q_norm = Norm(cfg, cfg.head_dim)
+            self.k_norm = Norm(cfg, cfg.head_dim)
+
+    def split_heads(self, x):
+        """(B, T, heads · hd) → (B, heads, T, hd)."""
+        B, T, _ = x.shape
+        heads = x.view(B, T, -1, self.cfg.head_dim)
+        return heads.transpose(1, 2)
 
     def forward(self, x, rope, layer_cache, step, mask):
-        B, T, _ = x.shape
-        parts = (f(x).view(B, T, -1, self.cfg.head_dim) for f in (self.q, self.k, self.v))
-        q, k, v = (part.transpose(1, 2) for part in parts)  # (B, H, T, hd)
+        """x (B, T, D) → (B, T, D).
+
+        GPT.forward makes the other arguments; each may be None: rope (cos, sin) of each position, layer_cache
+        (2, B, n_kv_head, max_len, hd) in prefill and decode, step (pos, live) in decode, mask (B, 1, T, T).
+        """
+        q = self.split_heads(self.q(x))  # (B, n_head, T, hd)
+        k = self.split_heads(self.k(x))  # (B, n_kv_head, T, hd)
+        v = self.split_heads(self.v(x))  # (B, n_kv_head, T, hd)
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        if step is None:
-            gqa = dict(enable_gqa=True) if self.cfg.n_kv_head != self.cfg.n_head else {}
-            if layer_cache is not None:  # prefill: positions 0 … T-1 of every row
-                layer_cache[0, :, :, :T], layer_cache[1, :, :, :T] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **gqa)
-        else:  # decode: one new token per row, each written at its row's own position
-            q, k, v = (x[:, :, 0] for x in (q, k, v))  # (B, H, hd)
-            y = decode_attention(q, k, v, layer_cache[0], layer_cache[1], *step)[:, :, None]
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+            cos, sin = rope
+            q = rotate(q, cos, sin)
+            k = rotate(k, cos, sin)
+        T = x.shape[1]
+        if step is not None:  # decode, T = 1: this token's k and v enter the cache at the row's own position
+            q = q[:, :, 0]  # (B, n_head, hd)
+            k = k[:, :, 0]  # (B, n_kv_head, hd)
+            v = v[:, :, 0]
+            pos, live = step
+            y = decode_attention(q, k, v, layer_cache[0], layer_cache[1], pos, live)  # (B, n_head, hd)
+            return self.o(y.flatten(1)[:, None])
+        if layer_cache is not None:  # prefill: positions 0 … T-1 of every row enter the cache
+            layer_cache[0, :, :, :T] = k
+            layer_cache[1, :, :, :T] = v
+        grouped = self.cfg.n_kv_head != self.cfg.n_head
+        causal = mask is None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        y = y.transpose(1, 2)  # (B, T, n_head, hd)
+        return self.o(y.flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.up = Linear(cfg.d_model, cfg.d_ff, bias=cfg.mlp_bias)
-        self.down = Linear(cfg.d_ff, cfg.d_model, bias=cfg.mlp_bias)
-        self.gate = Linear(cfg.d_model, cfg.d_ff, bias=cfg.mlp_bias) if cfg.mlp == "swiglu" else None
+        D = cfg.d_model
+        self.up = Linear(D, cfg.d_ff, bias=cfg.mlp_bias)
+        self.down = Linear(cfg.d_ff, D, bias=cfg.mlp_bias)
+        self.gate = None
+        if cfg.mlp == "swiglu":
+            self.gate = Linear(D, cfg.d_ff, bias=cfg.mlp_bias)
         self.approximate = "tanh" if cfg.mlp == "gelu" else "none"
 
     def forward(self, x):
+        up = self.up(x)  # (B, T, d_ff)
         if self.gate is not None:
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+            hidden = F.silu(self.gate(x)) * up
+        else:
+            hidden = F.gelu(up, approximate=self.approximate)
+        return self.down(hidden)
 
 
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = Norm(cfg), Attention(cfg), Norm(cfg), MLP(cfg)
+        self.norm1 = Norm(cfg)
+        self.attn = Attention(cfg)
+        self.norm2 = Norm(cfg)
+        self.mlp = MLP(cfg)
         self.parallel = cfg.parallel
 
     def forward(self, x, rope, layer_cache, step, mask):
-        attended = x + self.attn(self.norm1(x), rope, layer_cache, step, mask)  # detail 7: no dropout
-        return attended + self.mlp(self.norm2(x if self.parallel else attended))
+        normed = self.norm1(x)
+        attended = x + self.attn(normed, rope, layer_cache, step, mask)  # detail 7: no dropout
+        mlp_input = x if self.parallel else attended
+        return attended + self.mlp(self.norm2(mlp_input))
+
+
+def document_begins(doc):
+    """doc (B, T), the number of each token's document → (B, T) bool, True at each document's first token.
+
+    >>> document_begins(torch.tensor([[5, 5, 7]]))
+    tensor([[ True, False,  True]])
+    """
+    changes = doc[:, 1:] != doc[:, :-1]
+    return F.pad(changes, (1, 0), value=True)
+
+
+def document_mask(start, dtype):
+    """start (B, T), where each token's document begins → mask (B, 1, T, T) to be added to attention scores.
+
+    0 where query t may see key s, which is in its document and not to its right; else −∞. One mask of numbers
+    serves all layers: attention would turn a mask of bools into numbers in each of them.
+    """
+    same = start[:, :, None] == start[:, None]  # (B, T, T)
+    seen = same.tril()[:, None]  # (B, 1, T, T)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, -torch.inf)
 
 
 class GPT(nn.Module):
     """A decoder-only transformer. Right padding only: a pad can then never touch a real token."""
 
-    PASSES = ("logprobs",)  # the methods, besides forward, that other processes may have to take part in
+    PASSES = ("logprobs",)  # methods, besides forward, that need the weights of all processes (run/dist.py)
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+        V = cfg.vocab_size
+        D = cfg.d_model
         self.compute_dtype = None  # dtype of the activations; None: that of the weights
         self.recompute = False  # --checkpoint_activations
         self.run_block = Block.__call__  # in training and scoring; with --compile, its compiled form
-        self.n_ids = cfg.vocab_size  # ids that exist: published models pad their matrices beyond them
+        self.n_ids = V  # ids that exist: published models pad their matrices beyond them
         self.stop_ids = ()  # ids that end a response besides the tokenizer's EOS (chat models have several)
         self.source = None  # what hub.load keeps of a folder for hub.save
-        self.wte = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.wpe = nn.Embedding(cfg.max_len, cfg.d_model) if cfg.pos == "learned" else None
+        self.wte = nn.Embedding(V, D)
+        self.wpe = None
+        if cfg.pos == "learned":
+            self.wpe = nn.Embedding(cfg.max_len, D)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = Norm(cfg)
-        self.lm_head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.lm_head = None
+        if not cfg.tied:
+            self.lm_head = Linear(D, V, bias=False)
         # Every matrix starts at N(0, 1/√fan_in), whatever the width (0.02 suits GPT-2's 768 and is far too
         # small for 64); the embedding is the unembedding, so D is its fan-in too. Residual outputs start
         # smaller, so that depth does not add variance (GPT-2).
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                residual = name.endswith(("attn.o.weight", "mlp.down.weight"))
-                nn.init.normal_(p, std=p.shape[1] ** -0.5 * ((2 * cfg.n_layer) ** -0.5 if residual else 1))
+                std = p.shape[1] ** -0.5
+                if name.endswith(("attn.o.weight", "mlp.down.weight")):
+                    std *= (2 * cfg.n_layer) ** -0.5
+                nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     @property
     def unembedding(self):
-        """The (V, D) matrix from hidden states to logits, in the dtype of the activations. V = n_ids: what is
-        no id has no probability."""
-        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
-        weight = weight if self.n_ids == len(weight) else weight[: self.n_ids]
+        """The (n_ids, D) matrix from hidden states to logits, in the dtype of the activations.
+
+        Only the first n_ids rows: published models pad the vocabulary, and padding ids must never be sampled.
+        """
+        head = self.lm_head or self.wte
+        weight = head.weight
+        if self.n_ids < len(weight):
+            weight = weight[: self.n_ids]
         return weight.to(self.compute_dtype or weight.dtype)
 
     @property
     def device(self):
-        mesh = getattr(self.wte.weight, "device_mesh", None)  # with --offload pieces lie elsewhere
-        return torch.device(mesh.device_type) if mesh else self.wte.weight.device
+        mesh = getattr(self.wte.weight, "device_mesh", None)
+        if mesh:  # --shard: with --offload the weight itself lies on the CPU
+            return torch.device(mesh.device_type)
+        return self.wte.weight.device
 
     def new_cache(self, batch, max_len):
-        return KVCache(self.cfg, batch, max_len, self.device, self.compute_dtype or self.wte.weight.dtype)
+        dtype = self.compute_dtype or self.wte.weight.dtype
+        return KVCache(self.cfg, batch, max_len, self.device, dtype)
 
     def forward(self, tokens, cache=None, pos=None, live=None, doc=None):
         """tokens (B, T) int64 → hidden states (B, T, D), after the last norm.
 
-        With a cache and no `pos`: prefill, positions 0 … T-1. With `pos` (B,) and T = 1: decode, each row's
-        token stands at its own position, and `live` bounds them all: pos < live. Without `live` the host
-        asks for the largest, and a GPU has to wait. With `doc` (B, T) int64, and no cache: rows hold several
-        documents, one after the other (`data.pack`); where the number changes another begins, which sees
-        nothing to its left and whose positions start at 0. Raises UserError past `max_len`: rotary positions
-        would extrapolate in silence.
+        Training and scoring: tokens alone. Prefill: with a cache, which then holds positions 0 … T-1. Decode:
+        with a cache, T = 1 and pos (B,), the position of each row's token; `live` is a number above them all
+        (without it the host asks for the largest, and a GPU has to wait).
+
+        doc (B, T) int64, in training: rows hold several documents, one after the other (`data.pack`). A new
+        one begins where the number changes; it sees nothing to its left, and its positions start at 0.
+        Raises UserError past `max_len`: rotary positions would extrapolate in silence.
         """
+        cfg = self.cfg
         T = tokens.shape[1]
-        if T > self.cfg.max_len:
-            raise UserError(f"a sequence of {T} tokens exceeds the model's context of {self.cfg.max_len}")
-        where = torch.arange(T, device=tokens.device)[None] if pos is None else pos[:, None]  # (1 or B, T)
+        require(T <= cfg.max_len, f"a sequence of {T} tokens exceeds the model's context of {cfg.max_len}")
+        place = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        step = None
+        if pos is not None:  # decode
+            place = pos[:, None]  # (B, 1)
+            step = (pos, live or int(pos.max()) + 1)
         if doc is not None:
-            begins = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0))
-            start = (where * begins).cummax(1).values  # (B, T), where the document of a token begins
-            where = where - start
-        x = self.wte(tokens)
+            begins = place * document_begins(doc)  # (B, T)
+            start = begins.cummax(1).values  # (B, T): where each token's document begins
+            place = place - start
+
+        x = self.wte(tokens)  # (B, T, D)
         if self.wpe is not None:
-            x = x + self.wpe(where)
+            x = x + self.wpe(place)
         x = x.to(self.compute_dtype or x.dtype)
-        rope = step = mask = None  # no mask: causal
-        if self.cfg.pos == "rope":
-            cfg = self.cfg
-            table = rope_table(cfg.rope_dim, cfg.max_len, cfg.rope_theta, tokens.device, cfg.rope_scaling)
-            rope = [f[where][:, None] for f in table]  # (1 or B, 1, T, rope_dim/2)
-        if pos is not None:
-            step = pos, live or int(pos.max()) + 1  # attend over the filled part of the cache only
-        if doc is not None:  # 0 or −∞, made once: of a mask of bools attention makes this in every layer
-            seen = (start[:, :, None] == start[:, None]).tril()[:, None]
-            mask = x.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)  # (B, 1, T, T)
+        rope = None
+        if cfg.pos == "rope":
+            cos, sin = rope_table(
+                cfg.rope_dim, cfg.max_len, cfg.rope_theta, tokens.device, cfg.rope_scaling
+            )
+            rope = (cos[place][:, None], sin[place][:, None])  # (1 or B, 1, T, rope_dim/2) each
+        mask = None if doc is None else document_mask(start, x.dtype)  # None: causal
+
         for i, block in enumerate(self.blocks):
-            if cache is not None:
+            if cache is not None:  # prefill or decode
                 x = block(x, rope, cache.kv[i], step, mask)
             elif self.recompute and torch.is_grad_enabled():
-                args = block, x, rope, None, None, mask
-                x = checkpoint(self.run_block, *args, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(
+                    self.run_block, block, x, rope, None, None, mask,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
             else:
                 x = self.run_block(block, x, rope, None, None, mask)
         return self.norm(x)
@@ -331,18 +422,22 @@ class GPT(nn.Module):
     def head_logits(self, hidden, weight=None):
         """hidden (..., D) → fp32 logits (..., V): bf16 operands are widened, sums never rounded back.
 
-        weight: the unembedding, for a caller that keeps it at hand.
+        weight: the unembedding, for a caller that has it already.
         """
-        weight = self.unembedding if weight is None else weight
-        if MM_FP32 and hidden.is_cuda and hidden.dim() == 2 and hidden.dtype.itemsize == 2:
-            return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # nothing is cast, half is read
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        hidden, weight = hidden.to(wide), weight.to(wide)
-        if hidden.device.type != "cpu" or hidden.dim() != 2 or torch.is_grad_enabled():
+        if weight is None:
+            weight = self.unembedding
+        half = hidden.dtype.itemsize == 2
+        if MM_FP32 and hidden.is_cuda and hidden.dim() == 2 and half:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # without a widened copy of the weight
+        hidden = widen(hidden)
+        weight = widen(weight)
+        sampling = hidden.dim() == 2 and not torch.is_grad_enabled()
+        if hidden.device.type != "cpu" or not sampling:
             return F.linear(hidden, weight)
         logits = hidden.new_empty(len(hidden), len(weight))
-        for c in spans(len(weight), CACHED):
-            torch.mm(hidden, weight[c].T, out=logits[:, c])
+        for rows in spans(len(weight), HEAD_ROWS):
+            part = logits[:, rows]
+            torch.mm(hidden, weight[rows].T, out=part)
         return logits
 
     def logits(self, tokens):
@@ -352,26 +447,50 @@ class GPT(nn.Module):
     def logprobs(self, tokens, mask, temperature=1.0, loss=None, doc=None):
         """→ logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]), and the entropy of that distribution.
 
-        Indexed by the token they describe and 0 where mask is 0; masked positions never enter the head.
-        Nothing stands before the first token of a row, or of a document (doc, see `forward`): the mask must
-        be 0 there (ValueError otherwise).
+        Both are indexed by the token they describe and 0 where mask is 0; masked positions never enter the
+        head. The mask must be 0 at the first token of a row, and of a document (doc, see `forward`), as
+        nothing stands before it to predict it from (ValueError otherwise).
 
-        With `loss`, for losses that are sums over tokens, in one pass → total, logp, entropy. It is called as
-        loss(logp (n,), entropy (n,), at) for one chunk of tokens after the other, `at` = (row (n,), column
-        (n,)) being their places in (B, T). Of what is returned only `total`, their sum, is differentiable.
+        With `loss`, in one pass → total, stats, logp, entropy, where only `total` is differentiable, once.
+        The tokens are scored in chunks, and loss(logp, entropy, chunk) is called for each: chunk (B, T) bool
+        marks its tokens, and logp and entropy (B, T) are 0 outside of it. It returns a scalar and stats, a
+        dict of scalars. The loss must be a sum over tokens, so that a sum over `chunk` is the chunk's part:
+
+            def loss(logp, entropy, chunk):
+                return -(logp * chunk).sum() / denom, {"entropy": (entropy * chunk).sum() / denom}
+
+        total is the sum over the chunks; stats {name: (chunks,)} leaves sum or maximum to the caller.
         """
         mask = mask.bool()
-        if mask[:, 0].any() or (doc is not None and (mask[:, 1:] & (doc[:, 1:] != doc[:, :-1])).any()):
-            what = "mask[:, 0], and the mask where a document begins, must be 0"
-            raise ValueError(f"{what}: a first token has no distribution to be scored under")
+        begins = document_begins(torch.zeros_like(tokens) if doc is None else doc)
+        if (mask & begins).any():
+            raise ValueError(
+                "mask[:, 0], and the mask where a document begins, must be 0: "
+                "a first token has no distribution to be scored under"
+            )
         doc = None if doc is None else doc[:, :-1]
         hidden = self(tokens[:, :-1], doc=doc)  # hidden[t-1] predicts token t: the one shift in the code base
-        where = row, col = mask.nonzero(as_tuple=True)
-        part = loss and (lambda logp, entropy, r: loss(logp, entropy, (row[r], col[r])))
-        operands = hidden[row, col - 1], self.unembedding, tokens[where], temperature
-        *total, logp, entropy = linear_logprob(*operands, loss=part)
-        zeros = logp.new_zeros(mask.shape)
-        return *total, zeros.index_put(where, logp), zeros.index_put(where, entropy)
+        row, column = mask.nonzero(as_tuple=True)  # (n,) each: the tokens to be scored
+        before = hidden[row, column - 1]  # (n, D)
+        targets = tokens[row, column]  # (n,)
+
+        def scatter(values, part=slice(None)):
+            """(n,) values of the scored tokens, or of some of them → (B, T), 0 elsewhere."""
+            zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+            return zeros.index_put((row[part], column[part]), values)
+
+        if loss is None:
+            logp, entropy = linear_logprob(before, self.unembedding, targets, temperature)
+            return scatter(logp), scatter(entropy)
+
+        def loss_of_chunk(logp, entropy, part):
+            chunk = scatter(torch.ones_like(logp, dtype=torch.bool), part)
+            return loss(scatter(logp, part), scatter(entropy, part), chunk)
+
+        total, stats, logp, entropy = linear_logprob(
+            before, self.unembedding, targets, temperature, loss=loss_of_chunk
+        )
+        return total, stats, scatter(logp), scatter(entropy)
 
 
 class ScalarModel(nn.Module):
@@ -379,7 +498,7 @@ class ScalarModel(nn.Module):
 
     The head starts at N(0, 1/√(D+1)) (detail 11 of N+). `reward_bias` is added to every output; train_rm sets
     it so that reference responses score 0 on average (detail 15 of N+). `step_ids`, the tokens that end a
-    step, is None unless the model learnt what is right (train_rm --kind process, outcome).
+    step, belongs to process reward models and is None elsewhere.
     """
 
     PASSES = ("rewards", "values", "logits", "process_rewards")
@@ -387,8 +506,10 @@ class ScalarModel(nn.Module):
     def __init__(self, trunk):
         super().__init__()
         self.trunk = trunk
-        self.score = Linear(trunk.cfg.d_model, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=1 / math.sqrt(trunk.cfg.d_model + 1))  # detail 11
+        D = trunk.cfg.d_model
+        self.score = Linear(D, 1, bias=False)
+        std = 1 / math.sqrt(D + 1)
+        nn.init.normal_(self.score.weight, std=std)  # detail 11
         self.register_buffer("reward_bias", torch.zeros((), dtype=torch.float32))
         self.step_ids = None
 
@@ -401,8 +522,9 @@ class ScalarModel(nn.Module):
         return self.trunk.device
 
     def head(self, hidden):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        return self.score(hidden.to(wide)).squeeze(-1) + self.reward_bias
+        """hidden (..., D) → (...,), in fp32 also where the trunk computes in bf16."""
+        score = self.score(widen(hidden))  # (..., 1)
+        return score.squeeze(-1) + self.reward_bias
 
     def logits(self, tokens):
         """tokens (B, T) → (B, T): the number at every position."""
@@ -411,23 +533,31 @@ class ScalarModel(nn.Module):
     def rewards(self, tokens, lengths):
         """tokens (B, T), lengths (B,) → (B,): read at each row's last token (detail 12 of N+)."""
         hidden = self.trunk(tokens)
-        return self.head(hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1])  # detail 12
-
-    def step_ends(self, tokens, mask):
-        """tokens (B, T), mask of the response → (B, T) bool, ends of steps; the last token always is one."""
-        last = mask & ~F.pad(mask[:, 1:], (0, 1))
-        return last | (mask & torch.isin(tokens, torch.tensor(self.step_ids, device=tokens.device)))
-
-    def scores(self, tokens, lengths, mask):
-        """tokens, mask (B, T), lengths (B,) → (B,), each model's own way: by steps, or at the last token."""
-        return self.rewards(tokens, lengths) if self.step_ids is None else self.process_rewards(tokens, mask)
-
-    def process_rewards(self, tokens, mask):
-        """tokens, mask (B, T) → (B,): the product of P(step is right) over the steps (arXiv 2305.20050)."""
-        logp = F.logsigmoid(self.head(self.trunk(tokens)))
-        return (logp * self.step_ends(tokens, mask)).sum(1).exp()
+        rows = torch.arange(len(tokens), device=tokens.device)
+        return self.head(hidden[rows, lengths - 1])  # detail 12
 
     def values(self, tokens, mask):
         """(B, T): the estimate *before* each token, from the hidden state to its left; 0 outside."""
         value = self.head(self.trunk(tokens[:, :-1]))
         return F.pad(value, (1, 0)) * mask
+
+    # Process reward models: train_prm teaches the number at a step's last token to be the logit of "right".
+
+    def scores(self, tokens, lengths, mask):
+        """tokens, mask (B, T), lengths (B,) → (B,): by steps from a process reward model, else `rewards`."""
+        if self.step_ids is None:
+            return self.rewards(tokens, lengths)
+        return self.process_rewards(tokens, mask)
+
+    def process_rewards(self, tokens, mask):
+        """tokens, mask (B, T) → (B,): the product of P(step is right) over the steps (arXiv 2305.20050)."""
+        logp = F.logsigmoid(self.logits(tokens))
+        per_step = logp * self.step_ends(tokens, mask)  # (B, T)
+        return per_step.sum(1).exp()
+
+    def step_ends(self, tokens, mask):
+        """tokens, mask of the response (B, T) → (B, T) bool: tokens that end a step; the last always does."""
+        goes_on = F.pad(mask[:, 1:], (0, 1))
+        last = mask & ~goes_on
+        step_ids = torch.tensor(self.step_ids, device=tokens.device)
+        return last | (mask & torch.isin(tokens, step_ids))

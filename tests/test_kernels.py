@@ -91,12 +91,13 @@ def test_kl_gradcheck(reverse, with_bias):
 
 
 def some_loss(N, part, module=None, seed=4, dtype=torch.float64):
-    """A loss per row of logp and entropy, neither linear nor the same in any two rows."""
+    """A loss per row of logp and entropy, neither linear nor the same in any two rows → its sum, stats."""
     a, b = torch.randn(2, N, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     def loss(logp, entropy, rows):
         on_logp, on_entropy = a[rows] * torch.tanh(logp / 9), b[rows] * entropy.square()
-        return {"logp": on_logp, "entropy": on_entropy, "both": on_logp + on_entropy}[part].sum()
+        total = {"logp": on_logp, "entropy": on_entropy, "both": on_logp + on_entropy}[part].sum()
+        return total, {"logp": logp.sum(), "rows": torch.tensor(len(logp))}
 
     return loss
 
@@ -111,12 +112,14 @@ def test_one_pass_is_the_oracle_float64(N, V, chunk, temperature, std, seed, sto
 
     def naive(h, w, b=None):
         logp, entropy = reference.linear_logprob(h, w, targets, temperature, b)
-        return 1.7 * loss(logp, entropy, slice(None)), logp.detach(), entropy.detach()
+        return 1.7 * loss(logp, entropy, slice(None))[0], logp.detach(), entropy.detach()
 
     def one_pass(h, w, b=None):
-        total, *figures = linear_logprob(h, w, targets, temperature, b, loss=loss)
-        assert not any(x.requires_grad for x in figures)
-        return 1.7 * total, *figures
+        total, stats, logp, entropy = linear_logprob(h, w, targets, temperature, b, loss=loss)
+        assert not any(x.requires_grad for x in (*stats.values(), logp, entropy))
+        assert stats["rows"].sum() == N and stats["rows"].shape == stats["logp"].shape  # one value a chunk
+        close([stats["logp"].sum()], [logp.sum()], 1e-10)
+        return 1.7 * total, logp, entropy
 
     leaves, wants = ([x.clone().requires_grad_() for x in inputs] for _ in "ab")
     with mock.patch.object(torch_backend, "TILE", chunk), mock.patch.object(torch_backend, "STORED", stored):
@@ -141,10 +144,10 @@ def test_one_pass_has_the_bits_of_two(N, V, dtype, part):
         h, w, b = leaves
         with mock.patch.object(torch_backend, "TILE", 1 << 17):
             if with_loss:
-                total, logp, entropy = linear_logprob(h, w, targets, 0.7, b, loss=loss)
+                total, _, logp, entropy = linear_logprob(h, w, targets, 0.7, b, loss=loss)
             else:
                 logp, entropy = linear_logprob(h, w, targets, 0.7, b)
-                total = loss(logp, entropy, slice(None))
+                total, _ = loss(logp, entropy, slice(None))
             total.backward()
         results.append([logp, entropy, *(x.grad for x in leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -173,10 +176,28 @@ def test_one_pass_does_no_work_that_nobody_asked_for():
 def test_one_pass_can_be_differentiated_once():
     """Its gradients are handed over, not copied: a second time is refused, and not answered with zeros."""
     hidden, weight, targets, _ = operands(6, 11)
-    total, _, _ = linear_logprob(hidden, weight.requires_grad_(), targets, loss=some_loss(6, "both"))
+    total, *_ = linear_logprob(hidden, weight.requires_grad_(), targets, loss=some_loss(6, "both"))
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         total.backward()
+
+
+@pytest.mark.parametrize("chunks, rows", [(1, [6]), (3, [2, 2, 2]), (6, [1] * 6)])
+def test_one_value_of_each_figure_a_chunk(chunks, rows):
+    """What the loss returns beside its value, whatever its name: the caller sums it or takes the maximum."""
+    hidden, weight, targets, _ = operands(6, 11)
+
+    def loss(logp, entropy, rows):
+        assert len(logp) == rows.stop - rows.start
+        return logp.sum(), {"any name": logp.max(), "rows": torch.tensor(len(logp))}
+
+    with mock.patch.object(torch_backend, "STORED", 11 * 6 // chunks):
+        _, stats, logp, _ = linear_logprob(hidden, weight.requires_grad_(), targets, loss=loss)
+    assert stats["rows"].tolist() == rows
+    assert torch.equal(stats["any name"], logp.view(chunks, -1).amax(1))
+    with torch.no_grad():  # one call with all rows
+        _, stats, logp, _ = linear_logprob(hidden, weight, targets, loss=loss)
+    assert stats["rows"].tolist() == [6] and torch.equal(stats["any name"], logp.max()[None])
 
 
 @settings(max_examples=60, deadline=None)
@@ -228,7 +249,7 @@ def test_minus_infinity_in_the_bias():
     leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
     h, w, b = leaves
     for part in ("logp", "both"):
-        total, *figures = linear_logprob(h, w, targets, 0.8, b, loss=some_loss(6, part))
+        total, _, *figures = linear_logprob(h, w, targets, 0.8, b, loss=some_loss(6, part))
         close(figures, got, 1e-12)
         total.backward()
         assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in leaves)

@@ -108,12 +108,15 @@ def test_one_pass_is_the_oracle(N, V, D, temperature, std, seed, with_bias, entr
         a, b = weights
 
         def loss(logp, entropy, rows):
-            return (a[rows] * torch.tanh(logp / 9) + entropy_too * b[rows] * torch.sin(entropy)).sum()
+            terms = a[rows] * torch.tanh(logp / 9) + entropy_too * b[rows] * torch.sin(entropy)
+            return terms.sum(), {"logp": logp.sum()}
 
         def f(h, w, bias=None):
             if fn is linear_logprob:
-                return fn(h, w, t, temperature, bias=bias, loss=loss)[0]
-            return loss(*fn(h, w, t, temperature, bias=bias), slice(None))
+                total, stats, logp, _ = fn(h, w, t, temperature, bias=bias, loss=loss)
+                close([stats["logp"].sum()], [logp.sum()], 1e-5)
+                return total
+            return loss(*fn(h, w, t, temperature, bias=bias), slice(None))[0]
 
         return f
 
@@ -131,7 +134,7 @@ def test_one_pass_has_the_gradients_of_two(dtype):
     a = torch.randn(37, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     results = []
     for frozen in ("", "w"):
-        for loss in (None, lambda logp, entropy, rows: (a[rows] * (logp + 0.3 * entropy)).sum()):
+        for loss in (None, lambda logp, entropy, rows: ((a[rows] * (logp + 0.3 * entropy)).sum(), {})):
             h, w = (x.to(DEVICE, copy=True).requires_grad_() for x in (hidden, weight))
             w.requires_grad_(not frozen)
             with small("stored"):

@@ -1,9 +1,9 @@
-"""From hidden states and the unembedding straight to per-token log-prob, entropy and exact KL; attention
-of one new token per row.
+"""The same numbers, faster: log-prob, entropy and KL straight from hidden states; attention in decoding.
 
-One function per quantity, two backends behind it: Triton on a GPU (`triton_backend.py`), tiles in plain
-torch elsewhere (`torch_backend.py`), both checked against ten-line oracles (`reference.py`). docs/kernels.md
-derives them.
+One function per quantity, two backends behind it: Triton on a GPU (`triton_backend.py`, `triton_decode.py`),
+tiles in plain torch elsewhere (`torch_backend.py`). Tests check both against ten-line oracles
+(`reference.py`). `slots.py` is the sampling loop of a GPU. docs/kernels.md derives the kernels. A reader of
+the trainers may leave this folder closed: `log_softmax` and `gather` give the same numbers.
 """
 
 import functools
@@ -19,15 +19,17 @@ def _say_once(line):
 
 
 def _backend(name, hidden, *others):
+    """The module that computes: the one named, or by default Triton on a GPU and torch elsewhere."""
     if name not in (None, "torch", "triton"):
         raise ValueError(f'backend={name!r} must be "torch" or "triton"')
     double = torch.float64 in [x.dtype for x in (hidden, *others)]
-    if name == "torch" or name is None and (not hidden.is_cuda or double):
+    by_default = name is None and (double or not hidden.is_cuda)
+    if name == "torch" or by_default:
         return torch_backend
     if double:
         raise ValueError('backend="triton" takes fp32, bf16 and fp16; float64 is for backend="torch"')
     try:
-        from nanorlhf.kernels import triton_backend  # 0.2 s, and only where it is used
+        from nanorlhf.kernels import triton_backend  # here: importing it takes 0.2 s, and CPUs never need it
     except ImportError:
         if name == "triton":
             raise ValueError('backend="triton" needs the package triton (pip install triton)') from None
@@ -40,36 +42,60 @@ def _backend(name, hidden, *others):
     return triton_backend
 
 
-def _check(temperature, **shapes):
+def _check_shape(name, tensor, *want):
+    if tensor is not None and tensor.shape != want:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {want}")
+
+
+def _check_temperature(temperature):
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature} (greedy is scored at 1)")
-    for name, (tensor, want) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) != want:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {want}")
 
 
 def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None, backend=None, loss=None):
     """Log-prob of each target, and entropy, under softmax((hidden·weightᵀ + bias) / temperature), row by row.
 
     hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) or None → logp (N,), entropy (N,), both fp32
-    and differentiable in hidden, weight and bias. Logits are fp32 whatever the operands' dtype and are never
-    stored whole. backend: "triton", "torch", or None: Triton on a GPU, else torch. Raises ValueError on
-    shapes that do not fit, on temperature ≤ 0 and on a backend that cannot run here.
+    and differentiable in hidden, weight and bias. Logits are fp32 whatever the operands' dtype, and N×V
+    logits are never stored. backend: "triton", "torch", or None: Triton on a GPU, else torch. Raises
+    ValueError on shapes that do not fit, on temperature ≤ 0 and on a backend that cannot run here.
 
-    With `loss`, in one pass of 3 matmuls in place of 4 → total, logp, entropy. It is called for one chunk of
-    rows after the other, as loss(logp (n,), entropy (n,), rows: slice), and returns a scalar: a sum over
-    these rows, in which nothing but the two is differentiated. `total`, the sum of these sums, can be
-    differentiated once; logp and entropy cannot.
+    >>> hidden = torch.tensor([[1.0], [2.0]])
+    >>> weight = torch.tensor([[0.0], [1.0]])  # logits [0, 1] and [0, 2]
+    >>> logp, entropy = linear_logprob(hidden, weight, torch.tensor([1, 0]))
+    >>> logp
+    tensor([-0.3133, -2.1269])
+
+    With a loss that is a sum over rows: one pass of 3 matmuls instead of 4 → total, stats, logp, entropy.
+    loss(logp (n,), entropy (n,), rows: slice) is called for one chunk of rows after the other and returns
+    its value, a scalar, and stats, a dict {name: scalar tensor}. `total`, the sum of the values, can be
+    differentiated once; logp and entropy cannot. stats is {name: (chunks,)}, to be summed by the caller, or
+    reduced to their maximum, as the figure asks. With N = 0 the loss is called once, with no rows, for its
+    stats, and total is 0.
+
+    >>> def loss(logp, entropy, rows):
+    ...     return -logp.sum(), {"least": logp.min()}
+    >>> total, stats, logp, entropy = linear_logprob(hidden, weight, torch.tensor([1, 0]), loss=loss)
+    >>> total, stats
+    (tensor(2.4402), {'least': tensor([-2.1269])})
     """
-    (N, D), V = hidden.shape, len(weight)
-    _check(temperature, weight=(weight, (V, D)), targets=(targets, (N,)), bias=(bias, (V,)))
-    backend, inputs = _backend(backend, hidden, weight), (hidden, weight, bias, targets, temperature)
+    N, D = hidden.shape
+    V = len(weight)
+    _check_temperature(temperature)
+    _check_shape("weight", weight, V, D)
+    _check_shape("targets", targets, N)
+    _check_shape("bias", bias, V)
+    module = _backend(backend, hidden, weight)
+    needs_grad = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if loss is not None and N > 0 and needs_grad and torch.is_grad_enabled():
+        return module.LinearLoss.apply(hidden, weight, bias, targets, temperature, loss)
+    logp, entropy = module.LinearLogprob.apply(hidden, weight, bias, targets, temperature)
     if loss is None:
-        return backend.LinearLogprob.apply(*inputs)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias) if x is not None):
-        return backend.LinearLoss.apply(*inputs, loss)
-    logp, entropy = backend.LinearLogprob.apply(*inputs)
-    return loss(logp, entropy, slice(0, N)) if N else logp.sum(), logp, entropy
+        return logp, entropy
+    total, stats = loss(logp.detach(), entropy.detach(), slice(0, N))
+    if N == 0:
+        total = logp.sum()  # 0, with a gradient, so that `backward` can be called
+    return total, torch_backend.stack_stats([stats]), logp.detach(), entropy.detach()
 
 
 def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None,
@@ -77,13 +103,24 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
     """Exact KL(policy‖reference) over the vocabulary, per position (N,); with reverse KL(reference‖policy).
 
     hidden (N, D), weight (V, D); ref_hidden (N, D'), ref_weight (V, D'). Differentiable in the policy's
-    hidden, weight and bias only: the reference is a constant. fp32 logits, never stored whole. Backends and
-    ValueErrors as in linear_logprob.
+    hidden, weight and bias only: the reference is a constant. Logits are fp32 and N×V of them are never
+    stored. Backends and ValueErrors as in linear_logprob.
+
+    >>> weight = torch.tensor([[0.0], [1.0]])
+    >>> linear_kl(torch.tensor([[1.0], [2.0]]), weight, torch.tensor([[1.0], [1.0]]), weight)
+    tensor([0.0000, 0.0671])
     """
-    (N, D), V, ref_d = hidden.shape, len(weight), ref_hidden.shape[-1]
-    _check(temperature, weight=(weight, (V, D)), ref_hidden=(ref_hidden, (N, ref_d)),
-           ref_weight=(ref_weight, (V, ref_d)), bias=(bias, (V,)), ref_bias=(ref_bias, (V,)))
-    return _backend(backend, hidden, weight, ref_hidden, ref_weight).LinearKL.apply(
+    N, D = hidden.shape
+    V = len(weight)
+    ref_D = ref_hidden.shape[-1]
+    _check_temperature(temperature)
+    _check_shape("weight", weight, V, D)
+    _check_shape("ref_hidden", ref_hidden, N, ref_D)
+    _check_shape("ref_weight", ref_weight, V, ref_D)
+    _check_shape("bias", bias, V)
+    _check_shape("ref_bias", ref_bias, V)
+    module = _backend(backend, hidden, weight, ref_hidden, ref_weight)
+    return module.LinearKL.apply(
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, reverse
     )
 
@@ -94,7 +131,7 @@ def decode_attention(q, k, v, cache_k, cache_v, pos, live, backend=None):
     q (B, H, hd), k and v (B, n_kv_head, hd), caches (B, n_kv_head, max_len, hd), pos (B,) int64, all below
     the number `live` → (B, H, hd). Nothing here is differentiable. backend: as in linear_logprob.
     """
-    run = torch_backend.decode_attention
+    attend = torch_backend.decode_attention
     if _backend(backend, q.flatten(1)) is not torch_backend:
-        from nanorlhf.kernels.triton_decode import decode_attention as run
-    return run(q, k, v, cache_k, cache_v, pos, live)
+        from nanorlhf.kernels.triton_decode import decode_attention as attend
+    return attend(q, k, v, cache_k, cache_v, pos, live)

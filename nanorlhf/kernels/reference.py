@@ -11,13 +11,15 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None):
     logp = torch.log_softmax(logits / temperature, dim=-1)  # (N, V)
     p = logp.exp()
     entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)  # 0 · log 0 = 0
-    return logp.gather(1, targets[:, None]).squeeze(1), entropy
+    at_target = logp.gather(1, targets[:, None]).squeeze(1)
+    return at_target, entropy
 
 
 def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None,
               ref_bias=None):
     """Exact KL(policy‖reference) per position (N,), or KL(reference‖policy); builds N×V logits twice."""
-    logits, ref_logits = hidden @ weight.T, ref_hidden @ ref_weight.T
+    logits = hidden @ weight.T
+    ref_logits = ref_hidden @ ref_weight.T
     if bias is not None:
         logits = logits + bias
     if ref_bias is not None:
@@ -26,17 +28,20 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
     logq = torch.log_softmax(ref_logits / temperature, dim=-1)
     if reverse:
         logp, logq = logq, logp
-    return torch.where(logp > -torch.inf, logp.exp() * (logp - logq), 0.0).sum(-1)
+    terms = logp.exp() * (logp - logq)  # (N, V)
+    return torch.where(logp > -torch.inf, terms, 0.0).sum(-1)
 
 
 def decode_attention(q, k, v, cache_k, cache_v, pos):
     """q (B, H, hd), k, v (B, KV, hd), caches (B, KV, T, hd), pos (B,) → (B, H, hd); one head at a time."""
+    _, H, hd = q.shape
+    group = H // k.shape[1]  # query heads that share a key head
     out = torch.zeros_like(q)
     for b, n in enumerate(pos.tolist()):
-        for h in range(q.shape[1]):
-            kv = h * k.shape[1] // q.shape[1]
-            past, new = slice(0, n), slice(kv, kv + 1)
-            keys = torch.cat((cache_k[b, kv, past], k[b, new]))
-            values = torch.cat((cache_v[b, kv, past], v[b, new]))
-            out[b, h] = (keys @ q[b, h] / q.shape[2] ** 0.5).softmax(0) @ values
+        for h in range(H):
+            kv = h // group
+            keys = torch.cat((cache_k[b, kv, :n], k[b, kv : kv + 1]))  # (n + 1, hd)
+            values = torch.cat((cache_v[b, kv, :n], v[b, kv : kv + 1]))
+            scores = keys @ q[b, h] / hd**0.5
+            out[b, h] = scores.softmax(0) @ values
     return out

@@ -2,16 +2,17 @@
 
 docs/kernels.md derives all of it for a reader who has never seen Triton. In short: a program owns BLOCK_N
 rows and walks over the vocabulary, BLOCK_V columns at a time. A tile of logits lives in registers, in fp32,
-and leaves them as a few numbers per row. The formulas stand in torch_backend.py, which also merges those.
+and is folded there into a few numbers per row. The formulas, and the merging of these numbers, are those of
+torch_backend.py.
 
-The logits of a tile come about in one of two designs:
+There are two designs for the logits of a tile:
 - "fused": the kernel multiplies x·wᵀ itself, and no logit ever leaves the chip;
-- "stored": cuBLAS writes a bounded tile of fp32 logits, which the same kernels then read.
+- "stored": cuBLAS writes a bounded tile of fp32 logits to memory, and the same kernels read it.
 
 The backward pass computes each tile again, writes ∂loss/∂logits into a bounded buffer and leaves the two
 matmuls that follow to cuBLAS, which sums in fp32. There are no locks and no atomic sums: the order of every
 sum follows from the shapes and the blocks alone. Recomputed tiles are the idea of Cut Cross-Entropy (arXiv
-2411.09009); it merges its log-sum-exps under locks, where these kernels store one per slice, as verl's do.
+2411.09009); it merges its log-sum-exps under locks, while these kernels store one per slice, as verl's do.
 """
 
 import functools
@@ -22,15 +23,15 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from nanorlhf.kernels import torch_backend
-from nanorlhf.kernels.torch_backend import differentiate, hand_over, like, merge, merge_kl, spans
+from nanorlhf.kernels.torch_backend import cast, dtypes_of, spans
 
 ADDMM_FP32 = torch.__version__ >= (2, 10)  # before, out_dtype refused an fp32 summand (pytorch#167931)
-DESIGN = None  # "fused" or "stored" by hand; None: by shape, see design()
-COLS = 8192  # columns of a tile in memory. Its row stride is even, so no odd vocabulary reaches cuBLAS
-TILE_BYTES = 96 << 20  # all tiles in memory together
-STORED_BYTES = 1 << 30  # logits and their gradients in LinearLoss: fewer rows, and dW is read too often
+DESIGN = None  # "fused" or "stored", set by tests and benchmarks; None: by shape, see design()
+COLS = 8192  # columns of a tile in memory; its row stride is even, so that cuBLAS never meets an odd one
+TILE_BYTES = 96 << 20  # of all tiles in memory together
+STORED_BYTES = 1 << 30  # of logits and their gradients in LinearLoss; with fewer, dW is read too often
 ROWS = 4096  # rows of a tile in memory, at most
-WIDTH = 256  # the vocabulary is dealt out to programs in multiples of this; tuned BLOCK_Vs divide it
+WIDTH = 256  # a program's share of the vocabulary is a multiple of this; tuned BLOCK_Vs divide it
 
 
 def _config(block_n, block_v, block_d, warps, stages):
@@ -38,7 +39,7 @@ def _config(block_n, block_v, block_d, warps, stages):
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
-SAFE = _config(64, 128, 32, 4, 3)  # fits every GPU; the choice where runs must be equal bit by bit
+SAFE = _config(64, 128, 32, 4, 3)  # fits every GPU; always taken where runs must be equal bit by bit
 TUNED = [  # timed on the first call of at least 1,024 rows, once for each kernel, D and dtype
     SAFE,
     _config(128, 256, 64, 8, 3),
@@ -56,14 +57,18 @@ STORED = _config(4, 1024, 16, 8, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the kernels. N rows; columns col0 ≤ v < end of the vocabulary; x (N, D), w (·, D) with row strides sx, sw;
-# `logits` (None in the fused design) and `out` hold the columns from col0 on, with row stride ld.
+# The kernels. N rows; columns col0 ≤ v < end of the vocabulary; x (N, D), w (V, D) with row strides sx, sw;
+# `logits` (None in the fused design) and `out` hold the columns from col0 on, with row stride ld. scale is
+# 1 / temperature. Names ending in 2, and r for z, are the reference's.
 
 
 @triton.jit
 def _order(col_blocks, row_blocks):
-    """This program's row block and column block. Eight row blocks take turns: programs that run at the same
-    time then share their tiles of x and w in the L2 cache."""
+    """This program's row block and column block.
+
+    Neighbouring programs take eight row blocks of one column block, then of the next: programs that run at
+    the same time then share their tiles of x and w in the L2 cache.
+    """
     pid = tl.program_id(0)
     group = pid // (8 * col_blocks)
     size = tl.minimum(row_blocks - group * 8, 8)
@@ -72,18 +77,23 @@ def _order(col_blocks, row_blocks):
 
 
 INTERPRETED = not isinstance(_order, triton.JITFunction)
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bf16 arithmetic is wrong without a warning
+UPCAST = tl.constexpr(INTERPRETED)  # the interpreter computes bf16 wrongly, without a warning
 
 
 @triton.jit
-def _tile(x, w, bias, logits, rows, cols, N, sx, sw, col0, end, ld, scale, D: tl.constexpr,
-          BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+def _tile(
+    x, w, bias, logits, rows, cols,
+    N, sx, sw, col0, end, ld, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """fp32 logits / temperature, (BLOCK_N, BLOCK_V); −inf in columns from `end` on."""
-    # Past the edges the last row and column are read again: cheaper than a mask, and thrown away afterwards.
+    # Past the edges the last row and column are read again: cheaper than a mask, and thrown away afterwards
     row = tl.minimum(rows, N - 1)[:, None].to(tl.int64)  # int64: N·V may pass 2³¹
     col = tl.minimum(cols, end - 1).to(tl.int64)
-    if logits is not None:  # masked by ld, not by `end`: only a multiple of 16 keeps the loads wide
-        z = tl.load(logits + row * ld + (cols - col0)[None, :], mask=(cols - col0 < ld)[None, :], other=0.0)
+    if logits is not None:
+        at = (cols - col0)[None, :]
+        # Masked by ld, not by `end`: only a multiple of 16 lets the compiler load several numbers at a time
+        z = tl.load(logits + row * ld + at, mask=at < ld, other=0.0)
     else:
         z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
         k = tl.arange(0, BLOCK_D)
@@ -107,8 +117,10 @@ def _tile(x, w, bias, logits, rows, cols, N, sx, sw, col0, end, ld, scale, D: tl
 
 @triton.jit
 def _raise(m, z):
-    """Running maximum m and a tile z → the new maximum, z without it, how far it moved, its factor for older
-    sums. While every logit so far is −inf nothing is subtracted, and the older sums are 0."""
+    """Running maximum m and a tile z → the new maximum, z minus it, m minus it, and the exp of that.
+
+    The last two correct older sums. While every logit so far is −inf nothing is subtracted.
+    """
     top = tl.maximum(m, tl.max(z, 1))
     finite = tl.where(top == -float("inf"), 0.0, top)
     moved = tl.where(m == -float("inf"), 0.0, m - finite)
@@ -116,11 +128,32 @@ def _raise(m, z):
 
 
 @triton.jit
-def logprob_forward(x, w, bias, logits, targets, stats, N, sx, sw, col0, end, ld, width, n_all, scale,
-                    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Folds `width` columns into stats (slices, 4, n_all): the maximum m, Σ exp(z−m), Σ exp(z−m)·(z−m), and
-    the target's z (0 where the target is in another slice)."""
-    row_block, slice = _order(tl.cdiv(end - col0, width), tl.cdiv(N, BLOCK_N))
+def _column(values, rows, inside):
+    """One number per row, as a column (BLOCK_N, 1)."""
+    return tl.load(values + rows, mask=inside, other=0.0)[:, None]
+
+
+@triton.jit
+def _store(out, dz, rows, cols, inside, col0, ld):
+    """Write a tile of ∂loss/∂(x·wᵀ) to the buffer `out`; columns from `end` up to ld are written too."""
+    row = rows[:, None].to(tl.int64)
+    at = (cols - col0)[None, :]
+    mask = inside[:, None] & (at < ld)
+    tl.store(out + row * ld + at, dz.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def logprob_forward(
+    x, w, bias, logits, targets, stats,
+    N, sx, sw, col0, end, ld, width, n_all, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Folds slices of `width` columns into stats (slices, 4, n_all), as torch_backend._fold does.
+
+    The four: maximum m, Σ exp(z−m), Σ exp(z−m)·(z−m), the target's z (0 where it is in another slice).
+    """
+    slices = tl.cdiv(end - col0, width)
+    row_block, slice = _order(slices, tl.cdiv(N, BLOCK_N))
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
@@ -129,14 +162,19 @@ def logprob_forward(x, w, bias, logits, targets, stats, N, sx, sw, col0, end, ld
     t = tl.zeros((BLOCK_N,), dtype=tl.float32)
     y = tl.zeros((BLOCK_N,), dtype=tl.float32)
     start = col0 + slice * width
-    for v in range(start, tl.minimum(start + width, end), BLOCK_V):
+    stop = tl.minimum(start + width, end)
+    for v in range(start, stop, BLOCK_V):
         cols = v + tl.arange(0, BLOCK_V)
-        z = _tile(x, w, bias, logits, rows, cols, N, sx, sw, col0, end, ld, scale, D,
-                  BLOCK_N, BLOCK_V, BLOCK_D)
-        y += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
+        z = _tile(
+            x, w, bias, logits, rows, cols,
+            N, sx, sw, col0, end, ld, scale, D, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        at_target = cols[None, :] == target[:, None]
+        y += tl.sum(tl.where(at_target, z, 0.0), 1)
         m, z, moved, factor = _raise(m, z)
         e = tl.exp(z)
-        t = factor * (t + s * moved) + tl.sum(e * tl.where(e > 0, z, 0.0), 1)
+        weighted = e * tl.where(e > 0, z, 0.0)
+        t = factor * (t + s * moved) + tl.sum(weighted, 1)
         s = factor * s + tl.sum(e, 1)
     out = stats + slice.to(tl.int64) * 4 * n_all + rows
     tl.store(out, m, mask=inside)
@@ -146,34 +184,48 @@ def logprob_forward(x, w, bias, logits, targets, stats, N, sx, sw, col0, end, ld
 
 
 @triton.jit
-def logprob_backward(x, w, bias, logits, targets, lse, entropy, g, h, out, N, sx, sw, col0, end, ld, scale,
-                     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+def logprob_backward(
+    x, w, bias, logits, targets, lse, entropy, g, h, out,
+    N, sx, sw, col0, end, ld, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """out[n, v − col0] = ∂loss/∂(x·wᵀ)[n, v], given ∂loss/∂logp = g and ∂loss/∂entropy = h."""
-    row_block, col_block = _order(tl.cdiv(end - col0, BLOCK_V), tl.cdiv(N, BLOCK_N))
+    col_blocks = tl.cdiv(end - col0, BLOCK_V)
+    row_block, col_block = _order(col_blocks, tl.cdiv(N, BLOCK_N))
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = col0 + col_block * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = rows < N
-    z = _tile(x, w, bias, logits, rows, cols, N, sx, sw, col0, end, ld, scale, D,
-              BLOCK_N, BLOCK_V, BLOCK_D)
-    logp = z - tl.load(lse + rows, mask=inside, other=0.0)[:, None]
+    z = _tile(
+        x, w, bias, logits, rows, cols,
+        N, sx, sw, col0, end, ld, scale, D, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    logp = z - _column(lse, rows, inside)
     p = tl.exp(logp)
-    up = tl.load(g + rows, mask=inside, other=0.0)[:, None]
-    up_entropy = tl.load(h + rows, mask=inside, other=0.0)[:, None]
-    ent = tl.load(entropy + rows, mask=inside, other=0.0)[:, None]
-    dz = -p * (up + up_entropy * (tl.where(p > 0, logp, 0.0) + ent))
-    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)[:, None]
-    dz = scale * tl.where(cols[None, :] == target, dz + up, dz)
-    at = out + rows[:, None].to(tl.int64) * ld + (cols - col0)[None, :]
-    tl.store(at, dz.to(out.dtype.element_ty), mask=inside[:, None] & (cols - col0 < ld)[None, :])
+    up = _column(g, rows, inside)
+    up_entropy = _column(h, rows, inside)
+    finite = tl.where(p > 0, logp, 0.0)
+    dz = -p * (up + up_entropy * (finite + _column(entropy, rows, inside)))
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
+    at_target = cols[None, :] == target[:, None]
+    dz = scale * tl.where(at_target, dz + up, dz)
+    _store(out, dz, rows, cols, inside, col0, ld)
 
 
 @triton.jit
-def kl_forward(x, w, bias, logits, x2, w2, bias2, logits2, stats, N, sx, sw, sx2, sw2, col0, end, ld, width,
-               n_all, scale, D: tl.constexpr, D2: tl.constexpr,
-               BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """For KL(z‖r), z from x·wᵀ and r from x2·w2ᵀ: folds `width` columns into stats (slices, 5, n_all): m and
-    Σ exp(z−m), then Σ exp(z−m)·((z−m) − (r−m')), then m' and Σ exp(r−m')."""
-    row_block, slice = _order(tl.cdiv(end - col0, width), tl.cdiv(N, BLOCK_N))
+def kl_forward(
+    x, w, bias, logits,
+    x2, w2, bias2, logits2, stats,
+    N, sx, sw, sx2, sw2, col0, end, ld, width, n_all, scale,
+    D: tl.constexpr, D2: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Folds slices of `width` columns into stats (slices, 5, n_all) for KL(z‖r), as torch_backend._fold_kl.
+
+    z comes from x·wᵀ and r from x2·w2ᵀ. The five: maximum m of z, Σ exp(z−m), Σ exp(z−m)·((z−m) − (r−m')),
+    maximum m' of r, Σ exp(r−m').
+    """
+    slices = tl.cdiv(end - col0, width)
+    row_block, slice = _order(slices, tl.cdiv(N, BLOCK_N))
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     m = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
@@ -182,17 +234,23 @@ def kl_forward(x, w, bias, logits, x2, w2, bias2, logits2, stats, N, sx, sw, sx2
     s2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
     u = tl.zeros((BLOCK_N,), dtype=tl.float32)
     start = col0 + slice * width
-    for v in range(start, tl.minimum(start + width, end), BLOCK_V):
+    stop = tl.minimum(start + width, end)
+    for v in range(start, stop, BLOCK_V):
         cols = v + tl.arange(0, BLOCK_V)
-        z = _tile(x, w, bias, logits, rows, cols, N, sx, sw, col0, end, ld, scale, D,
-                  BLOCK_N, BLOCK_V, BLOCK_D)
-        r = _tile(x2, w2, bias2, logits2, rows, cols, N, sx2, sw2, col0, end, ld, scale, D2,
-                  BLOCK_N, BLOCK_V, BLOCK_D)
+        z = _tile(
+            x, w, bias, logits, rows, cols,
+            N, sx, sw, col0, end, ld, scale, D, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        r = _tile(
+            x2, w2, bias2, logits2, rows, cols,
+            N, sx2, sw2, col0, end, ld, scale, D2, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
         m, z, moved, factor = _raise(m, z)
         m2, r, moved2, factor2 = _raise(m2, r)
         e = tl.exp(z)
-        older = tl.where(factor * s > 0, factor * (u + s * (moved - moved2)), 0.0)
-        u = older + tl.sum(e * tl.where(e > 0, z - r, 0.0), 1)
+        older = factor * (u + s * (moved - moved2))
+        weighted = e * tl.where(e > 0, z - r, 0.0)
+        u = tl.where(factor * s > 0, older, 0.0) + tl.sum(weighted, 1)
         s = factor * s + tl.sum(e, 1)
         s2 = factor2 * s2 + tl.sum(tl.exp(r), 1)
     out = stats + slice.to(tl.int64) * 5 * n_all + rows
@@ -204,86 +262,134 @@ def kl_forward(x, w, bias, logits, x2, w2, bias2, logits2, stats, N, sx, sw, sx2
 
 
 @triton.jit
-def kl_backward(x, w, bias, logits, x2, w2, bias2, logits2, lse, lse2, kl, g, out, N, sx, sw, sx2, sw2, col0,
-                end, ld, scale, D: tl.constexpr, D2: tl.constexpr, REVERSE: tl.constexpr,
-                BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+def kl_backward(
+    x, w, bias, logits,
+    x2, w2, bias2, logits2, lse, lse2, kl, g, out,
+    N, sx, sw, sx2, sw2, col0, end, ld, scale,
+    D: tl.constexpr, D2: tl.constexpr, REVERSE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """out[n, v − col0] = ∂loss/∂(x·wᵀ)[n, v], given ∂loss/∂KL(z‖r) = g; with REVERSE ∂loss/∂KL(r‖z) = g."""
-    row_block, col_block = _order(tl.cdiv(end - col0, BLOCK_V), tl.cdiv(N, BLOCK_N))
+    col_blocks = tl.cdiv(end - col0, BLOCK_V)
+    row_block, col_block = _order(col_blocks, tl.cdiv(N, BLOCK_N))
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = col0 + col_block * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = rows < N
-    z = _tile(x, w, bias, logits, rows, cols, N, sx, sw, col0, end, ld, scale, D,
-              BLOCK_N, BLOCK_V, BLOCK_D)
-    r = _tile(x2, w2, bias2, logits2, rows, cols, N, sx2, sw2, col0, end, ld, scale, D2,
-              BLOCK_N, BLOCK_V, BLOCK_D)
-    logp = z - tl.load(lse + rows, mask=inside, other=0.0)[:, None]
-    logq = r - tl.load(lse2 + rows, mask=inside, other=0.0)[:, None]
+    z = _tile(
+        x, w, bias, logits, rows, cols,
+        N, sx, sw, col0, end, ld, scale, D, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    r = _tile(
+        x2, w2, bias2, logits2, rows, cols,
+        N, sx2, sw2, col0, end, ld, scale, D2, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    logp = z - _column(lse, rows, inside)
+    logq = r - _column(lse2, rows, inside)
     p = tl.exp(logp)
     if REVERSE:
         dz = p - tl.exp(logq)
     else:
-        dz = p * (tl.where(p > 0, logp - logq, 0.0) - tl.load(kl + rows, mask=inside, other=0.0)[:, None])
-    dz *= scale * tl.load(g + rows, mask=inside, other=0.0)[:, None]
-    at = out + rows[:, None].to(tl.int64) * ld + (cols - col0)[None, :]
-    tl.store(at, dz.to(out.dtype.element_ty), mask=inside[:, None] & (cols - col0 < ld)[None, :])
+        dz = p * (tl.where(p > 0, logp - logq, 0.0) - _column(kl, rows, inside))
+    dz *= scale * _column(g, rows, inside)
+    _store(out, dz, rows, cols, inside, col0, ld)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# around the kernels. `models`: [(hidden, weight, bias)] of the policy or of both; `per_row`: (N,) tensors.
+# Around the kernels. `models`: a list of (hidden, weight, bias), of the policy, or of policy and reference;
+# `per_row`: a list of (N,) tensors; r, c: the slices of rows and columns of a tile.
 
 
 def design(models):
     """Which design serves these widths and dtypes; the table behind the rule is in docs/kernels.md."""
-    small = all(x.shape[1] <= 1024 and x.dtype != torch.float32 for x, _, _ in models)
-    return DESIGN or ("fused" if small else "stored")
+    if DESIGN is not None:
+        return DESIGN
+    for hidden, _, _ in models:
+        if hidden.shape[1] > 1024 or hidden.dtype == torch.float32:
+            return "stored"
+    return "fused"
 
 
 @functools.cache
 def _tuned(kernel):
-    return triton.autotune(TUNED if "logprob" in kernel.__name__ else TUNED_KL, key=["D"])(kernel)
+    configs = TUNED if "logprob" in kernel.__name__ else TUNED_KL
+    return triton.autotune(configs, key=["D"])(kernel)
 
 
 def _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width=None, n_all=None, **flags):
-    """Run a kernel over rows r and columns c; `width` columns a program in a forward kernel, BLOCK_V else."""
+    """Run a kernel over rows r and columns c.
+
+    logits: a tile per model, or None in the fused design. Forward kernels take `width` columns a program and
+    n_all, the rows of `out`; in backward kernels both are None, and a program takes BLOCK_V columns.
+    """
     n = r.stop - r.start
-    config = STORED if logits else SAFE
-    fixed = INTERPRETED or torch.are_deterministic_algorithms_enabled()  # tuning depends on a stopwatch
-    tuned = not logits and not fixed and n >= 1024
-    args = [a for (x, w, bias), z in zip(models, logits or (None, None)) for a in (x[r], w, bias, z)]
-    args += [a[r] for a in per_row] + [out, n]
-    args += [stride for x, w, _ in models for stride in (x.stride(0), w.stride(0))]
-    args += [c.start, c.stop, ld] + ([width, n_all] if width else []) + [scale]
-    flags |= {name: x.shape[1] for name, (x, _, _) in zip(("D", "D2"), models)}
-    if not tuned:
-        flags |= config.all_kwargs()
+    args = []
+    for i, (x, w, bias) in enumerate(models):
+        args += [x[r], w, bias, logits[i] if logits else None]
+        flags["D2" if i else "D"] = x.shape[1]
+    args += [values[r] for values in per_row]
+    args += [out, n]
+    for x, w, _ in models:
+        args += [x.stride(0), w.stride(0)]
+    args += [c.start, c.stop, ld]
+    if width is not None:
+        args += [width, n_all]
+    args.append(scale)
+
+    deterministic = torch.are_deterministic_algorithms_enabled()  # tuning would depend on a stopwatch
+    if logits:
+        flags |= STORED.all_kwargs()
+    elif n < 1024 or INTERPRETED or deterministic:
+        flags |= SAFE.all_kwargs()
+    else:
+        kernel = _tuned(kernel)
 
     def grid(meta):
-        return (triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(c.stop - c.start, width or meta["BLOCK_V"]),)
+        row_blocks = triton.cdiv(n, meta["BLOCK_N"])
+        col_blocks = triton.cdiv(c.stop - c.start, width or meta["BLOCK_V"])
+        return (row_blocks * col_blocks,)
 
     with torch.cuda.device_of(out):
-        (_tuned(kernel) if tuned else kernel)[grid](*args, **flags)
+        kernel[grid](*args, **flags)
 
 
 def _tiles(models, dz_bytes, stored):
-    """Row slices and column slices of the tiles in memory, and the tiles' row stride."""
-    N, V = len(models[0][0]), len(models[0][1])
+    """Row slices and column slices of the tiles in memory, and the tiles' row stride.
+
+    dz_bytes: bytes of a gradient, 0 in the forward pass. stored: the logits are in memory, too.
+    """
+    hidden, weight, _ = models[0]
+    N = len(hidden)
+    V = len(weight)
     ld = WIDTH * triton.cdiv(V, WIDTH * triton.cdiv(V, COLS))
-    rows = min(ROWS, TILE_BYTES // (ld * (dz_bytes + (4 * len(models) if stored else 0))))
-    return spans(N, 1 << (rows.bit_length() - 1)), spans(V, ld), ld
+    logit_bytes = 4 * len(models) if stored else 0
+    rows = min(ROWS, TILE_BYTES // (ld * (dz_bytes + logit_bytes)))
+    rows = 1 << (rows.bit_length() - 1)  # rounded down to a power of two
+    return spans(N, rows), spans(V, ld), ld
 
 
 def _slices(N, V, device):
-    """Columns of a program's slice of the vocabulary: that by which N × V tiles keep all processors busy.
+    """Columns of a program's slice of the vocabulary, so that N × V tiles keep all processors busy.
 
-    One program walks the whole vocabulary where there are rows enough; otherwise more share it. The time, in
-    tiles, is rounds of programs × tiles of a slice.
+    With many rows one program walks the whole vocabulary; with few rows several share it. The number of
+    slices is the one with the least time, counted in tiles: rounds of programs × tiles of a slice.
     """
-    gpu = device.type == "cuda"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 4
-    rows, tiles = triton.cdiv(N, 128), triton.cdiv(V, WIDTH)
-    count = min(range(1, min(tiles, 32) + 1),
-                key=lambda s: triton.cdiv(rows * s, processors) * triton.cdiv(tiles, s))
-    return WIDTH * triton.cdiv(tiles, count)
+    processors = _processors(device)
+    row_blocks = triton.cdiv(N, 128)
+    tiles = triton.cdiv(V, WIDTH)
+
+    def time(slices):
+        rounds = triton.cdiv(row_blocks * slices, processors)
+        return rounds * triton.cdiv(tiles, slices)
+
+    slices = min(range(1, min(tiles, 32) + 1), key=time)
+    return WIDTH * triton.cdiv(tiles, slices)
+
+
+def _processors(device):
+    """Multiprocessors of a GPU; 4 under the interpreter, so that tests see more than one slice."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _fp32_out(a, b):
@@ -299,7 +405,7 @@ def _matmul(a, b, out):
 
 
 def _add_matmul(out, a, b):
-    """out += a·b, in fp32: gradients summed in bf16 lose what is small."""
+    """out += a·b, in fp32: summed in bf16, small gradients would be lost."""
     if not _fp32_out(a, b):
         out.addmm_(a.float(), b.float())
     elif ADDMM_FP32:
@@ -309,14 +415,19 @@ def _add_matmul(out, a, b):
 
 
 def _stored_logits(models, buffers, r, c):
-    return [_matmul(x[r], w[c].T, z[: r.stop - r.start, : c.stop - c.start])
-            for (x, w, _), z in zip(models, buffers)]
+    """Write the logits x·wᵀ of a tile of each model to its buffer → the written parts."""
+    logits = []
+    for (x, w, _), buffer in zip(models, buffers):
+        part = buffer[: r.stop - r.start, : c.stop - c.start]
+        logits.append(_matmul(x[r], w[c].T, part))
+    return logits
 
 
 def _fold(kernel, fields, models, per_row, scale):
     """The forward kernel over all rows and columns → its statistics (slices, fields, N)."""
     x, w, _ = models[0]
-    N, V = len(x), len(w)
+    N = len(x)
+    V = len(w)
     if design(models) == "fused":
         width = _slices(N, V, x.device)
         stats = x.new_empty((triton.cdiv(V, width), fields, N), dtype=torch.float32)
@@ -328,39 +439,53 @@ def _fold(kernel, fields, models, per_row, scale):
     for r in rows:
         for i, c in enumerate(cols):
             logits = _stored_logits(models, buffers, r, c)
-            _launch(kernel, models, logits, per_row, stats[i, :, r.start :], r, c, ld, scale, ld, N)
+            out = stats[i, :, r.start :]
+            _launch(kernel, models, logits, per_row, out, r, c, ld, scale, ld, N)
     return stats
 
 
 def _gradients(kernel, models, per_row, scale, needs, **flags):
-    """Gradients of the policy's hidden, weight and bias, those that `needs` asks for; else None."""
+    """Gradients of the policy's hidden, weight and bias; None where `needs` does not ask for one."""
     x, w, bias = models[0]
-    stored = design(models) == "stored"
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32  # in fp16 small gradients vanish
-    dx, dw, db = (None if t is None or not need else torch.zeros_like(t, dtype=d) for t, need, d in
-                  zip((x, w, bias), needs, (x.dtype, torch.float32, torch.float32)))
-    if not len(x):
+    dtype = _dlogits_dtype(x)
+    dx = torch.zeros_like(x) if needs[0] else None
+    dw = torch.zeros_like(w, dtype=torch.float32) if needs[1] else None
+    db = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
+    if len(x) == 0:
         return dx, dw, db
+    stored = design(models) == "stored"
     rows, cols, ld = _tiles(models, dtype.itemsize, stored)
-    buffers = x.new_empty((len(models), rows[0].stop, ld), dtype=torch.float32) if stored else None
+    buffers = None
+    if stored:
+        buffers = x.new_empty((len(models), rows[0].stop, ld), dtype=torch.float32)
     out = x.new_empty((rows[0].stop, ld), dtype=dtype)
     for r in rows:
+        dx_rows = None
         if dx is not None:
-            total = x.new_zeros((r.stop - r.start, x.shape[1]), dtype=torch.float32)
+            dx_rows = x.new_zeros((r.stop - r.start, x.shape[1]), dtype=torch.float32)
         for c in cols:
             logits = _stored_logits(models, buffers, r, c) if stored else None
             _launch(kernel, models, logits, per_row, out, r, c, ld, scale, **flags)
-            _add((total if dx is not None else None, dw, db), out, models[0], r, c)
+            _add(dx_rows, dw, db, out, models[0], r, c)
         if dx is not None:
-            dx[r] = total
+            dx[r] = dx_rows
     return dx, dw, db
 
 
-def _add(grads, out, model, r, c):
-    """∂loss/∂(x·wᵀ) of a tile, added to the gradients: (dx of these rows, dw, db), in fp32, or None."""
-    (dx, dw, db), (x, w, _), dz = grads, model, out[: r.stop - r.start, : c.stop - c.start]
-    if dx is not None:
-        _add_matmul(dx, dz, w[c])
+def _dlogits_dtype(x):
+    """bf16 for bf16 operands, else fp32: in fp16 small gradients vanish."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+
+
+def _add(dx_rows, dw, db, out, model, r, c):
+    """Add what a tile's ∂loss/∂(x·wᵀ) gives to the gradients of these rows, the weight and the bias.
+
+    All are fp32, or None where no gradient is asked for. out: the buffer with the tile.
+    """
+    x, w, _ = model
+    dz = out[: r.stop - r.start, : c.stop - c.start]
+    if dx_rows is not None:
+        _add_matmul(dx_rows, dz, w[c])
     if dw is not None:
         _add_matmul(dw[c], dz.T, x[r])
     if db is not None:
@@ -368,22 +493,29 @@ def _add(grads, out, model, r, c):
 
 
 def _operands(hidden, weight, bias):
-    """Same dtype, and the D numbers of a row side by side; a view that is neither is copied."""
+    """(x, w, bias) of the same dtype, with the D numbers of a row side by side; other views are copied."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    x, w = (t.to(dtype) for t in (hidden, weight))
-    x, w = (t if t.stride(1) == 1 else t.contiguous() for t in (x, w))
+    x = hidden.to(dtype)
+    w = weight.to(dtype)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if w.stride(1) != 1:
+        w = w.contiguous()
     return x, w, None if bias is None else bias.contiguous()
 
 
 class LinearLogprob(torch.autograd.Function):
+    """As torch_backend.LinearLogprob."""
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
         targets = targets.contiguous()
-        if len(hidden):
-            stats = _fold(logprob_forward, 4, [_operands(hidden, weight, bias)], (targets,), 1 / temperature)
-            logp, entropy, lse = merge(stats)
-        else:
+        if len(hidden) == 0:
             logp, entropy, lse = hidden.new_empty((3, 0), dtype=torch.float32)
+        else:
+            models = [_operands(hidden, weight, bias)]
+            stats = _fold(logprob_forward, 4, models, [targets], 1 / temperature)
+            logp, entropy, lse = torch_backend.merge(stats)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.temperature = temperature
         return logp, entropy
@@ -392,56 +524,79 @@ class LinearLogprob(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, h):
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
-        per_row = targets, lse, entropy, g.contiguous(), h.contiguous()
         models = [_operands(hidden, weight, bias)]
+        per_row = [targets, lse, entropy, g.contiguous(), h.contiguous()]
         grads = _gradients(logprob_backward, models, per_row, 1 / ctx.temperature, ctx.needs_input_grad)
-        return *like(grads, (hidden, weight, bias)), None, None
+        return (*cast(grads, dtypes_of(hidden, weight, bias)), None, None)
 
 
 class LinearLoss(torch_backend.LinearLoss):
-    """In the stored design, and one tile is all columns of a chunk of rows. `backward` is inherited."""
+    """As torch_backend.LinearLoss, whose `backward` it inherits; a tile is all columns of a chunk of rows.
+
+    Always in the stored design, as the logits must wait for the loss.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, loss):
-        N, V, scale, targets = len(hidden), len(weight), 1 / temperature, targets.contiguous()
+        N = len(hidden)
+        V = len(weight)
+        scale = 1 / temperature
+        targets = targets.contiguous()
+        models = [_operands(hidden, weight, bias)]
         logp, entropy, lse, g, h = hidden.new_empty((5, N), dtype=torch.float32)
-        total, inputs = logp.new_zeros(()), (hidden, weight, bias)
-        grads = [torch.zeros_like(x, dtype=torch.float32) if need else None
-                 for x, need in zip(inputs, ctx.needs_input_grad)]  # fmt: skip
-        models = [_operands(*inputs)]
-        dtype = torch.bfloat16 if models[0][0].dtype == torch.bfloat16 else torch.float32
-        cols, ld = slice(0, V), WIDTH * triton.cdiv(V, WIDTH)
+        total = logp.new_zeros(())
+        chunk_stats = []
+        grads = []
+        for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad):
+            grads.append(torch.zeros_like(x, dtype=torch.float32) if needed else None)
+        dx, dw, db = grads
+
+        dtype = _dlogits_dtype(models[0][0])
+        cols = slice(0, V)
+        ld = WIDTH * triton.cdiv(V, WIDTH)
         n = max(1, min(N, ROWS, STORED_BYTES // (ld * (4 + dtype.itemsize))))
         buffers = hidden.new_empty((1, n, ld), dtype=torch.float32)
-        out = buffers[0]  # in place, where the dtype allows it: a program reads what it writes, and no more
-        if dtype != torch.float32:
+        if dtype == torch.float32:
+            out = buffers[0]  # in place: a program reads the very numbers that it overwrites
+        else:
             out = hidden.new_empty((n, ld), dtype=dtype)
-        stats = hidden.new_empty((triton.cdiv(V, COLS), 4, N), dtype=torch.float32)
+        folded = hidden.new_empty((triton.cdiv(V, COLS), 4, N), dtype=torch.float32)
         for r in spans(N, n):
             logits = _stored_logits(models, buffers, r, cols)
-            of_rows = stats[:, :, r.start :]
-            _launch(logprob_forward, models, logits, (targets,), of_rows, r, cols, ld, scale, COLS, N)
-            logp[r], entropy[r], lse[r] = merge(stats[:, :, r])
-            part, g[r], h[r] = differentiate(loss, logp[r], entropy[r], r)
-            total += part
-            per_row = targets, lse, entropy, g, h
+            of_rows = folded[:, :, r.start :]
+            _launch(logprob_forward, models, logits, [targets], of_rows, r, cols, ld, scale, COLS, N)
+            logp[r], entropy[r], lse[r] = torch_backend.merge(folded[:, :, r])
+            value, stats, g[r], h[r] = torch_backend.differentiate(loss, logp[r], entropy[r], r)
+            total += value
+            chunk_stats.append(stats)
+            per_row = [targets, lse, entropy, g, h]
             _launch(logprob_backward, models, logits, per_row, out, r, cols, ld, scale)
-            _add((None if grads[0] is None else grads[0][r], *grads[1:]), out, models[0], r, cols)
-        return hand_over(ctx, grads, inputs, total, logp, entropy)
+            dx_rows = None if dx is None else dx[r]
+            _add(dx_rows, dw, db, out, models[0], r, cols)
+        ctx.grads = grads
+        ctx.dtypes = dtypes_of(hidden, weight, bias)
+        ctx.mark_non_differentiable(logp, entropy)
+        return total, torch_backend.stack_stats(chunk_stats), logp, entropy
 
 
 class LinearKL(torch.autograd.Function):
+    """As torch_backend.LinearKL."""
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, temperature, reverse):
-        models = [_operands(hidden, weight, bias), _operands(ref_hidden, ref_weight, ref_bias)]
-        if len(hidden):
-            order = models[::-1] if reverse else models
-            kl, *lse = merge_kl(_fold(kl_forward, 5, order, (), 1 / temperature))
+        policy = _operands(hidden, weight, bias)
+        reference = _operands(ref_hidden, ref_weight, ref_bias)
+        models = [reference, policy] if reverse else [policy, reference]
+        if len(hidden) == 0:
+            kl, lse, lse_ref = hidden.new_empty((3, 0), dtype=torch.float32)
         else:
-            kl, *lse = hidden.new_empty((3, 0), dtype=torch.float32)
-        lse, lse_ref = lse[::-1] if reverse else lse
+            stats = _fold(kl_forward, 5, models, [], 1 / temperature)
+            kl, lse, lse_ref = torch_backend.merge_kl(stats)
+        if reverse:  # then merge_kl's first model is the reference
+            lse, lse_ref = lse_ref, lse
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, lse, lse_ref)
-        ctx.temperature, ctx.reverse = temperature, reverse
+        ctx.temperature = temperature
+        ctx.reverse = reverse
         return kl
 
     @staticmethod
@@ -449,7 +604,8 @@ class LinearKL(torch.autograd.Function):
     def backward(ctx, g):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, lse, lse_ref = ctx.saved_tensors
         models = [_operands(hidden, weight, bias), _operands(ref_hidden, ref_weight, ref_bias)]
-        per_row = lse, lse_ref, kl, g.contiguous()
-        grads = _gradients(kl_backward, models, per_row, 1 / ctx.temperature, ctx.needs_input_grad,
-                           REVERSE=ctx.reverse)
-        return *like(grads, (hidden, weight, bias)), None, None, None, None, None
+        per_row = [lse, lse_ref, kl, g.contiguous()]
+        grads = _gradients(
+            kl_backward, models, per_row, 1 / ctx.temperature, ctx.needs_input_grad, REVERSE=ctx.reverse
+        )
+        return (*cast(grads, dtypes_of(hidden, weight, bias)), None, None, None, None, None)
