@@ -58,8 +58,9 @@ def stream(model, prompt, max_new_tokens, eos_id, seed, temperature=1.0, top_k=0
     u = torch.rand(1, max_new_tokens, generator=torch.Generator().manual_seed(seed % 2**63)).to(model.device)
     cache = model.new_cache(1, len(prompt) + max_new_tokens)
     last = model(torch.tensor([prompt], device=model.device), cache)[:, -1]  # (1, D)
+    sampling = generate.Sampling(temperature, top_k, top_p)
     for t in range(max_new_tokens):
-        token, logp = generate.sample(model.head_logits(last), u[:, t], temperature, top_k, top_p)
+        token, logp = generate.sample(model.head_logits(last), u[:, t], sampling)
         yield token.item(), logp.item()
         if token.item() in (eos_id, *model.stop_ids):
             return

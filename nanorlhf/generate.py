@@ -6,13 +6,15 @@ leave the batch. The uniform random numbers are one table (row × position) draw
 sample does not depend on which other rows are still in the batch.
 """
 
+from types import SimpleNamespace
+
 import torch
 from tqdm import tqdm
 
 from nanorlhf.errors import UserError
 from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist
-from nanorlhf.sampling import sample
+from nanorlhf.sampling import Sampling, sample
 
 LEAVE = 1 / 8  # share of ended rows at which the batch is compacted: at every one, copying costs more
 
@@ -86,8 +88,10 @@ def _generate(model, prompts, n, max_new_tokens, temperature, eos_id, seed, top_
         from nanorlhf.kernels import slots as engine  # which needs `draw`
 
         size = slots or engine.how_many(model, len(group), tokens.shape[1])
-        how = temperature, top_k, top_p
-        parts = engine.decode(model, min(size, len(group)), tokens, plen, u, stop, how, first, of_row)
+        batch = SimpleNamespace(tokens=tokens, prompt_len=plen, uniforms=u, stop_ids=stop, first_rows=first,
+                                distinct=of_row)  # fmt: skip
+        sampling = Sampling(temperature, top_k, top_p)
+        parts = engine.decode(model, batch, sampling, min(size, len(group)))
         return _finish(*parts, plen, group)
 
     first, of_row = (torch.tensor(x, device=tokens.device) for x in (first, of_row))
@@ -107,7 +111,7 @@ def _generate(model, prompts, n, max_new_tokens, temperature, eos_id, seed, top_
     rows = torch.arange(len(group), device=tokens.device)  # those still in the batch
     alive = torch.ones_like(finished)
     for t in range(max_new_tokens):
-        token, lp = sample(model.head_logits(last), u[rows, t], temperature, top_k, top_p)
+        token, lp = sample(model.head_logits(last), u[rows, t], Sampling(temperature, top_k, top_p))
         write = rows[alive]
         tokens[write, plen[write] + t] = token[alive]
         logp[write, plen[write] + t] = lp[alive].to(logp.dtype)
@@ -140,7 +144,8 @@ def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=No
     new, finished = torch.zeros_like(plen), torch.zeros_like(plen, dtype=torch.bool)
     for t in range(max_new_tokens):
         hidden = model(tokens[:, : int(plen.max()) + t])  # what stands right of a row's end cannot touch it
-        token, lp = sample(model.head_logits(hidden[rows, plen + t - 1]), u[:, t], temperature, top_k, top_p)
+        logits = model.head_logits(hidden[rows, plen + t - 1])
+        token, lp = sample(logits, u[:, t], Sampling(temperature, top_k, top_p))
         live = rows[~finished]
         tokens[live, plen[live] + t] = token[live]
         logp[live, plen[live] + t] = lp[live].to(logp.dtype)

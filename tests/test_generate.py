@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nanorlhf import generate as module
 from nanorlhf.errors import UserError
 from nanorlhf.generate import generate, reference, respond
-from nanorlhf.sampling import filter_logits, sample
+from nanorlhf.sampling import Sampling, filter_logits, sample
 from nanorlhf.tokenizer import Tokenizer
 
 F64, INF = torch.float64, float("inf")
@@ -231,7 +231,7 @@ def test_sample_has_the_right_frequencies(how):
         z = logits / how.get("temperature", 1.0)
         want = filter_logits(z[None], how.get("top_k", 0), how.get("top_p", 1.0)).softmax(-1)[0]
         u = (torch.arange(M, dtype=F64) + 0.5) / M
-        token, logp = sample(logits.expand(M, V), u, **how)
+        token, logp = sample(logits.expand(M, V), u, Sampling(**how))
         assert (token.bincount(minlength=V) - M * want).abs().max() <= 1 + 1e-6
         assert (logp - want[token].log()).abs().max() < 1e-12
         assert (token.diff() >= 0).all()  # the inverse CDF rises
@@ -242,7 +242,7 @@ def test_sample_by_hand():
     logits = torch.tensor([2.0, 0.0, 1.0, 1.0]).log()
     below = 1 - 2**-24  # torch.rand's largest fp32
     u = torch.tensor([0.0, 0.4999, 0.5, 0.7499, 0.75, below])
-    assert sample(logits.expand(6, 4), u)[0].tolist() == [0, 0, 2, 2, 3, 3]
+    assert sample(logits.expand(6, 4), u, Sampling())[0].tolist() == [0, 0, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -256,14 +256,14 @@ def test_impossible_tokens_are_never_drawn(dtype):
         for low in (-INF, -1e4):  # masked out, or so low that exp underflows
             z = logits.masked_fill(forbidden, low)
             for u in (0.0, 1e-9, 0.5, 1 - 2**-24, math.nextafter(1, 0)):
-                token, logp = sample(z, torch.full((40,), u, dtype=dtype))
+                token, logp = sample(z, torch.full((40,), u, dtype=dtype), Sampling())
                 assert not forbidden.gather(1, token[:, None]).any() and logp.isfinite().all()
 
 
 def test_extreme_logits_and_ties():
     """Logits of ±300, all equal, one possible token: no NaN, and the right log-probs."""
     z = torch.tensor([[300.0, -300, 299, 0], [5, 5, 5, 5], [-INF, -INF, 1, -INF]])
-    token, logp = sample(z, torch.tensor([0.5, 0.6, 0.999]))
+    token, logp = sample(z, torch.tensor([0.5, 0.6, 0.999]), Sampling())
     assert token.tolist() == [0, 2, 2]
     assert logp.tolist() == pytest.approx([-math.log(1 + math.exp(-1)), -math.log(4), 0], abs=1e-6)
 
@@ -271,10 +271,11 @@ def test_extreme_logits_and_ties():
 def test_greedy():
     """Temperature 0: the largest logit whatever u (the first of equals), its log-prob at temperature 1."""
     z = torch.tensor([[1.0, 3, 2], [2, 2, 1], [0, -1, 0]]).repeat(3, 1)
-    token, logp = sample(z, torch.tensor([0.0, 0.5, 0.999]).repeat_interleave(3), temperature=0)
+    u = torch.tensor([0.0, 0.5, 0.999]).repeat_interleave(3)
+    token, logp = sample(z, u, Sampling(temperature=0))
     assert token.tolist() == [1, 0, 0] * 3
     assert (logp - z.log_softmax(-1).gather(1, token[:, None]).squeeze(1)).abs().max() < 1e-6
-    cold, _ = sample(z[:1].expand(9, 3), torch.arange(9) / 9, temperature=1e-4)
+    cold, _ = sample(z[:1].expand(9, 3), torch.arange(9) / 9, Sampling(temperature=1e-4))
     assert cold.tolist() == [1] * 9
 
 

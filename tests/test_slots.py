@@ -1,5 +1,6 @@
 """Slot refill: row by row the samples of the plain loop, whatever the slots; a step that a graph can hold."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from nanorlhf import lora
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.generate import generate
 from nanorlhf.kernels import slots
+from nanorlhf.sampling import Sampling
 
 F64, BF16 = torch.float64, torch.bfloat16
 EOS = 3
@@ -83,7 +85,8 @@ def test_how_much_is_computed(size, together):
     model, prefilled, steps = tiny(), [], []
 
     def watch(_, args):
-        (prefilled if len(args) == 2 else steps).append(args[0])
+        tokens, _, pos, _ = args
+        (prefilled if pos is None else steps).append(tokens)
 
     hook = model.register_forward_pre_hook(watch)
     roll = generate(model, PROMPTS, n=16, max_new_tokens=12, eos_id=EOS, seed=1, slots=size)
@@ -115,9 +118,17 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("how", [(1.0, 0, 1.0), (0.0, 0, 1.0), (0.7, 3, 0.8)])
+def hand_made(prompt_len, tokens, max_new, stop_ids=()):
+    """A batch for `Slots` whose prompts are all distinct."""
+    rows = list(range(len(tokens)))
+    uniforms = torch.rand(len(tokens), max_new)
+    return SimpleNamespace(tokens=tokens, prompt_len=prompt_len, uniforms=uniforms,
+                           stop_ids=torch.tensor(stop_ids), first_rows=rows, distinct=rows)  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.0), Sampling(0.7, 3, 0.8)])
 @pytest.mark.parametrize("compute", [None, BF16])
-def test_a_step_is_one_fixed_sequence(how, compute):
+def test_a_step_is_one_fixed_sequence(sampling, compute):
     """A graph can replay it: no value reaches the host, and whatever the state, the same operations on the
     same buffers. At (b, live) = (4, 16) and then (2, 16)."""
     model = tiny("llama-gqa-untied")
@@ -125,15 +136,14 @@ def test_a_step_is_one_fixed_sequence(how, compute):
     B, tokens = 6, randint(V, 6, 20)
     plen = torch.tensor([5, 2, 7, 5, 4, 6])
     with torch.no_grad():
-        engine = slots.Slots(model, 4, tokens, plen, torch.rand(B, 8), torch.tensor([EOS]), how)
-        cache = model.new_cache(B, 7)
-        last = engine.forward(tokens[:, :7], cache)[range(B), plen - 1]
-        engine.admit([0, 1, 2, 3], [0, 1, 2, 3], cache, [0, 1, 2, 3], last, 7)
+        engine = slots.Slots(model, hand_made(plen, tokens, 8, [EOS]), sampling, 4)
+        prompts = engine.prefill(range(B))
+        engine.admit([0, 1, 2, 3], [0, 1, 2, 3], prompts)
         runs, buffers = [], [engine.cache.kv, engine.last, engine.row, engine.pos, engine.t, engine.flags]
         before = [x.data_ptr() for x in buffers]
         for i, b in enumerate([4] * 9 + [2] * 2):
             if i == 4:
-                engine.admit([1], [5], cache, [5], last, 7)
+                engine.admit([1], [5], prompts)
             with Recorder() as recorder:
                 engine.step(b, 16)
             runs.append([(name, shape) for name, shape, _ in recorder.seen])
@@ -153,7 +163,7 @@ def test_weights_are_cast_once(style, rank):
         for p in model.parameters():
             p += 0.1
         tokens = randint(V, 3, 9)
-        engine = slots.Slots(model, 2, tokens, torch.ones(3).long(), torch.rand(3, 2), torch.tensor([]), ())
+        engine = slots.Slots(model, hand_made(torch.ones(3).long(), tokens, 2), Sampling(), 2)
         assert torch.equal(engine.forward(tokens), model(tokens))
         matrices = {f"blocks.{n}" for n, p in model.blocks.named_parameters() if p.dim() == 2}
         frozen = {n for n in matrices if rank and n.endswith("weight")}  # they have that dtype already
