@@ -166,8 +166,8 @@ def held_out_loss(model, rows, tok, cfg):
 
 
 def log_samples(model, rows, tok, cfg, log, step):
-    """One response to each of these held-out rows → samples.jsonl."""
-    prompts = [ids[: mask.index(True)] for ids, mask in rows]
+    """One response to each of the first eight held-out rows → samples.jsonl."""
+    prompts = [ids[: mask.index(True)] for ids, mask in rows[:8]]
     longest_response = max(sum(mask) for _, mask in rows)
     room = model.cfg.max_len - max(map(len, prompts))
     rows = [{"prompt": tok.decode(ids), "_ids": ids} for ids in prompts]
@@ -268,7 +268,7 @@ def train(cfg):
             last = done == cfg.steps
             if test and (last or (cfg.eval_every and done % cfg.eval_every == 0)):
                 metrics["eval/loss"] = held_out_loss(model, test, tok, cfg)
-                log_samples(model, test[:8], tok, cfg, run.log, step)
+                log_samples(model, test, tok, cfg, run.log, step)
             if last and task.reward and not cfg.data:
                 metrics |= accuracy(model, tok, task, cfg, run.log.say)
             run.log.row(step, metrics)

@@ -67,7 +67,7 @@ def ours_torch(x, w, targets):
 
 def ours_one_pass(x, w, targets, g):
     """The same for a loss that is a sum over rows, here Σ g·logp: gradients are formed with the logits."""
-    return kernels.linear_logprob(x, w, targets, loss=lambda logp, entropy, rows: (g[rows] * logp).sum())
+    return kernels.linear_logprob(x, w, targets, loss=lambda logp, _, rows: ((g[rows] * logp).sum(), {}))
 
 
 def naive(x, w, targets):
@@ -146,7 +146,7 @@ def clock(fn, device):
 def call(f, x, w, targets, g):
     """→ (logp, perhaps entropy), what is to be differentiated, the upstream gradient of that."""
     if f is ours_one_pass:
-        total, *out = f(x, w, targets, g)
+        total, _, *out = f(x, w, targets, g)
         return out, total, None
     out = f(x, w, targets)
     out = out if isinstance(out, tuple) else (out,)

@@ -86,12 +86,12 @@ def sample_figures(roll, n):
     the share of prompts whose samples all scored the same. A figure that cannot be measured is None.
     """
     groups = roll.reward.view(-1, n)  # (prompts, n)
-    mean, se = mean_se(groups)
+    _, se = mean_se(groups)
     dead = None
     if n > 1:
         dead = (groups.amax(1) == groups.amin(1)).float().mean().item()
     return {
-        "reward": mean,
+        "reward": roll.reward.mean().item(),
         "reward_se": None if math.isnan(se) else se,
         "len": roll.response_len.float().mean().item(),
         "stop": roll.finished.float().mean().item(),
