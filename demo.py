@@ -7,16 +7,18 @@
     PPO    once more without the penalty: the proxy climbs on while the text falls apart        --beta 0
     report report.png, report.json, a table, and five answers before and after
 
-`gold` is the hidden scorer that the preferences come from. The trainers never see it: it is read here, after
-training, from the samples that the runs wrote.
+The proxy is the reward model's score. Gold is the hidden score that the preferences come from. No trainer
+sees gold: this file computes it after training, from the samples that the runs wrote.
 
-CPU   python demo.py            about 2 minutes on one core
+CPU   python demo.py            about 2 minutes on one core, less on two
 """
 
 import csv
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
 import textwrap
 import time
@@ -28,13 +30,14 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import generate, hub, tasks
-from nanorlhf.errors import Interrupted, derive_seed, require
-from nanorlhf.hub.files import write_jsonl
+from nanorlhf.data import read_jsonl, write_jsonl
+from nanorlhf.errors import Interrupted, RunError, derive_seed, require
 from nanorlhf.look.plots import pyplot, save_figure
 from nanorlhf.metrics import mean_se
 from nanorlhf.run.cli import run_cli
+from nanorlhf.run.device import setup
 
-STAGES = ("sft", "rm", "ppo", "ppo_nokl")  # the run folders within --out
+POLICIES = {"sft": "SFT", "ppo": "PPO", "ppo_nokl": "PPO, β = 0"}  # run folder: name in tables and figures
 
 
 @dataclass
@@ -44,57 +47,156 @@ class Config:
     overwrite: bool = False  # replace what --out holds
     smoke: bool = False  # the smallest size, to see that everything runs; learns nothing
     samples: int = 512  # held-out prompts to judge on
-    threads: int = 0  # CPU threads; 0: one, which is fastest for models of this size
+    threads: int = 0  # CPU threads of each run; 0: one, which is fastest for models of this size
 
 
 # ------------------------------------------------------------------------------------------------------------
-# judging: the only reader of gold
+# training
 
 
-@dataclass
-class Judged:
-    """What one policy wrote on the held-out prompts; figures are mean and standard error over the prompts."""
+def train_models(cfg, prompt, seed, start):
+    """SFT → RM → PPO with and without the KL penalty → the last metrics of the reward model.
 
-    responses: list[str]
-    gold: tuple[float, float]
-    proxy: tuple[float, float]
-    kl: tuple[float, float]  # nats per sequence: Σ_t log π − log π_SFT over the response
-    length: tuple[float, float]  # tokens
-    unique: float  # share of distinct responses: a policy can win by one template
+    The untrained model and the SFT model answer `prompt`, sampled from `seed`. `start` is the time at which
+    the demo began, in seconds of time.perf_counter.
+    """
+    common = dict(seed=cfg.seed, threads=cfg.threads, device="cpu", overwrite=True, save_every=0)
+    sft = common | {"out": f"{cfg.out}/sft"}
+    rm = common | {"out": f"{cfg.out}/rm", "init": f"{cfg.out}/sft/model"}
+    ppo = rm | {"out": f"{cfg.out}/ppo", "rm": f"{cfg.out}/rm/model", "sample_every": 2}
+    if cfg.smoke:
+        sft |= {"demos": 300, "steps": 20}
+        rm |= {"pairs": 100, "steps": 8}
+        ppo |= {"steps": 3, "prompts_per_step": 16, "eval_prompts": 16}
+    ppo_nokl = ppo | {"out": f"{cfg.out}/ppo_nokl", "beta": 0.0}
+
+    print_title("1/4  SFT: learn to write reviews", start)
+    sft_config = train_sft.Config(**sft)
+    device = setup(sft_config)
+    model, tok, _, _ = train_sft.load(sft_config, device)  # the weights that SFT starts from; about a second
+    first_look("untrained", model, tok, prompt, seed)
+    train_sft.train(sft_config)
+    model, tok = hub.load(f"{cfg.out}/sft/model")
+    first_look("SFT", model, tok, prompt, seed)
+
+    print_title("2/4  RM: learn what people prefer", start)
+    rm_metrics = train_rm.train(train_rm.Config(**rm))
+
+    print_title("3/4  PPO: climb the reward model, held by the KL penalty", start)
+    last_title = "4/4  PPO with β = 0: the same without the penalty"
+    if free_cores() < 2 * max(1, cfg.threads):
+        train_ppo.train(train_ppo.Config(**ppo))
+        print_title(last_title, start)
+        train_ppo.train(train_ppo.Config(**ppo_nokl))
+        return rm_metrics
+    print("4/4 runs at the same time, in a second process.", flush=True)
+    printed = ppo_side_by_side(ppo, ppo_nokl)
+    print_title(last_title, start)
+    print("The last lines that it printed, in the columns of 3/4:")
+    print("\n".join(printed.splitlines()[-6:]))
+    return rm_metrics
+
+
+def print_title(title, start):
+    print(f"\n── {title}  ({time.perf_counter() - start:.0f} s so far)", flush=True)
+
+
+def first_look(name, model, tok, prompt, seed):
+    roll = answer(model, tok, [prompt], seed)
+    print(f"\n{prompt}")
+    print_answer(name, roll.texts[0])
+
+
+def free_cores():
+    """CPU cores that this process may use; under taskset or in a batch job fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def ppo_side_by_side(ppo, ppo_nokl):
+    """Run PPO with the flags `ppo` here and with `ppo_nokl` in a child process → what the child printed.
+
+    A run derives its random numbers from its seed alone, so both write the same numbers as one after the
+    other. Raises RunError with the child's message if the child fails.
+    """
+    command = [sys.executable, train_ppo.__file__]
+    command += [f"--{flag}={value}" for flag, value in ppo_nokl.items()]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace")
+    try:
+        train_ppo.train(train_ppo.Config(**ppo))
+        printed, errors = child.communicate()
+    finally:  # after Ctrl-C or an error here the child would train on
+        child.terminate()
+        child.wait()
+    if child.returncode != 0:
+        lines = errors.strip().splitlines() or [f"exit status {child.returncode}"]
+        raise RunError(f"PPO with β = 0 failed: {lines[-1]}")
+    return printed
+
+
+# ------------------------------------------------------------------------------------------------------------
+# judging: gold is read only here
+
+
+def answer(policy, tok, prompts, seed):
+    """One sample for each prompt → Rollout with texts. The first does not depend on the others."""
+    longest = tasks.get("reviews").max_new_tokens
+    batch = len(prompts)  # all in one Rollout
+    rolls, _ = generate.respond(policy, tok, prompts, 1, longest, seed=seed, batch=batch)
+    return rolls[0]
 
 
 @torch.no_grad()
-def judge(folder, sft, rm, prompts, seed):
-    """Fresh samples of the policy in `folder`, scored by gold and the reward model, and their KL to SFT."""
-    policy, tok = hub.load(folder)
-    task = tasks.get("reviews")
-    seed = derive_seed(seed, "judge")
-    rolls, texts = generate.respond(policy, tok, prompts, 1, task.max_new_tokens, seed=seed, desc="judging")
-    gold = torch.tensor([tasks.gold(p, t) for p, t in zip(prompts, texts)])
-    proxy = torch.cat([rm.rewards(roll.tokens, roll.lengths) for roll in rolls])
-    k1 = torch.cat([(roll.logp - sft.logprobs(roll.tokens, roll.mask)[0]).sum(1) for roll in rolls])
-    length = torch.cat([roll.response_len for roll in rolls]).float()
-    unique = len(set(texts)) / len(texts)
-    return Judged(texts, mean_se(gold), mean_se(proxy), mean_se(k1), mean_se(length), unique)
+def judge(out, name, sft, rm, prompts, seed):
+    """Fresh samples of the policy in the run folder `name` → texts, their figures for report.json.
+
+    Figures are means over the prompts and standard errors, `gold_ppo` and `gold_ppo_se`: gold, proxy, len in
+    tokens, and kl, which is Σ_t log π − log π_SFT over a response, in nats. `unique_ppo` is the share of
+    distinct responses: a policy can win by one template.
+    """
+    policy, tok = hub.load(f"{out}/{name}/model")
+    roll = answer(policy, tok, prompts, seed)
+    sft_logp = sft.logprobs(roll.tokens, roll.mask)[0]  # (B, T)
+    values = {  # (B,) each
+        "gold": torch.tensor(list(map(tasks.gold, prompts, roll.texts))),
+        "proxy": rm.rewards(roll.tokens, roll.lengths),
+        "kl": (roll.logp - sft_logp).sum(1),
+        "len": roll.response_len.float(),
+    }
+    figures = {f"unique_{name}": len(set(roll.texts)) / len(prompts)}
+    for figure, value in values.items():
+        mean, se = mean_se(value)
+        figures[f"{figure}_{name}"] = mean
+        figures[f"{figure}_{name}_se"] = se
+    return roll.texts, figures
 
 
-def gold_along(out):
-    """Gold of the rollouts that PPO logged while it ran: samples.jsonl → steps, mean gold."""
-    scores = {}
-    with open(f"{out}/samples.jsonl", encoding="utf-8") as f:
-        for row in map(json.loads, f):
-            scores.setdefault(row["step"], []).append(tasks.gold(row["prompt"], row["response"]))
-    return list(scores), [sum(s) / len(s) for s in scores.values()]
+def gold_along(folder):
+    """The rollouts that a PPO run logged in samples.jsonl → {step: mean gold}."""
+    golds = {}
+    for row in read_jsonl(f"{folder}/samples.jsonl", ("prompt", "response")):
+        gold = tasks.gold(row["prompt"], row["response"])
+        golds.setdefault(row["step"], []).append(gold)
+    return {step: sum(values) / len(values) for step, values in golds.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # the report
 
 
-def column(out, name):
-    with open(f"{out}/metrics.csv", newline="") as f:
-        points = [(int(r["step"]), float(r[name])) for r in csv.DictReader(f) if r[name]]
-    return list(zip(*points)) or [(), ()]
+def column(folder, name):
+    """One column of a run's metrics.csv → {step: value}, the steps at which it was measured."""
+    with open(f"{folder}/metrics.csv", newline="") as f:
+        rows = [row for row in csv.DictReader(f) if row[name]]
+    return {int(row["step"]): float(row[name]) for row in rows}
+
+
+def curve(ax, value_at, label, colour, line="-"):
+    """Draw {step: value} as one line."""
+    values = list(value_at.values())
+    ax.plot(list(value_at), values, line, color=colour, label=label)
 
 
 def draw(out):
@@ -102,24 +204,29 @@ def draw(out):
     plt = pyplot()
     if plt is None:
         return
-    runs = ((f"{out}/ppo", "PPO", "tab:blue"), (f"{out}/ppo_nokl", "PPO, β = 0", "tab:red"))
     fig, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
-    a = axes.flat
-    for run, name, colour in runs:
-        a[0].plot(*column(run, "reward"), color=colour, label=name)
-        steps, gold = gold_along(run)
-        a[1].plot(*column(run, "reward"), color=colour, ls="--", alpha=0.6, label=f"{name}: proxy")
-        a[1].plot(steps, gold, color=colour, label=f"{name}: gold")
-        for ax, metric in zip(a[2:5], ("kl", "entropy", "len")):
-            ax.plot(*column(run, metric), color=colour, label=name)
-        kl = dict(zip(*column(run, "kl")))
-        a[5].plot([math.sqrt(max(kl[s], 0.0)) for s in steps], gold, ".-", color=colour, label=name)
-    a[6].plot(*column(f"{out}/sft", "loss"), color="tab:gray", alpha=0.5, label="training")
-    a[6].plot(*column(f"{out}/sft", "eval/loss"), "o-", color="tab:green", label="held out")
-    a[7].plot(*column(f"{out}/rm", "acc"), color="tab:gray", alpha=0.5, label="training, noisy labels")
-    a[7].plot(*column(f"{out}/rm", "eval/acc"), "o-", color="tab:green", label="held out, no noise")
-    a[7].axhline(column(f"{out}/rm", "eval/acc_len_only")[1][-1], color="black", ls=":", label="length only")
-    titles = (
+    proxy, both, kl, entropy, length, frontier, sft, rm = axes.flat
+
+    for run, colour in {"ppo": "tab:blue", "ppo_nokl": "tab:red"}.items():
+        folder = f"{out}/{run}"
+        name = POLICIES[run]
+        gold_at = gold_along(folder)
+        kl_at = column(folder, "kl")
+        root_kl = [math.sqrt(max(kl_at[step], 0.0)) for step in gold_at]
+        curve(proxy, column(folder, "reward"), name, colour)
+        curve(both, column(folder, "reward"), f"{name}: proxy", colour, "--")
+        curve(both, gold_at, f"{name}: gold", colour)
+        curve(kl, kl_at, name, colour)
+        curve(entropy, column(folder, "entropy"), name, colour)
+        curve(length, column(folder, "len"), name, colour)
+        golds = list(gold_at.values())
+        frontier.plot(root_kl, golds, ".-", color=colour, label=name)
+    curve(sft, column(f"{out}/sft", "loss"), "training", "silver")
+    curve(sft, column(f"{out}/sft", "eval/loss"), "held out", "tab:green", "o-")
+    curve(rm, column(f"{out}/rm", "acc"), "training, noisy labels", "silver")
+    curve(rm, column(f"{out}/rm", "eval/acc"), "held out, no noise", "tab:green", "o-")
+    curve(rm, column(f"{out}/rm", "eval/acc_len_only"), "held out, by length only", "black", ":")
+    titles = [
         "reward model's score (proxy)",
         "over-optimisation: proxy and gold",
         "KL to the SFT model, nats",
@@ -128,102 +235,121 @@ def draw(out):
         "gold against √KL",
         "SFT loss, nats per token",
         "reward model accuracy",
-    )
-    for ax, title in zip(a, titles):
-        ax.set_title(title)
-        ax.set_xlabel("step")
+    ]
+    for ax, title in zip(axes.flat, titles):
+        ax.set(title=title, xlabel="step")
         ax.legend(fontsize=8)
-    a[1].legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))  # the corners are full of curves
-    if a[2].get_ylim()[1] > 10:
-        a[2].set_yscale("symlog", linthresh=10)
-    a[5].set_xlabel("√KL")
+    both.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))  # the corners are full of curves
+    frontier.set_xlabel("√KL")
+    if kl.get_ylim()[1] > 10:
+        kl.set_yscale("symlog", linthresh=10)
     save_figure(fig, f"{out}/report.png")
 
 
-def print_report(judged, prompts, report):
-    print("\nOn held-out prompts, mean ± standard error; KL in nats per sequence:\n")
+def print_answer(name, text):
+    """A policy's answer beside its name, in 80 columns. An untrained model samples control characters too."""
+    printable = "".join(c if c.isprintable() else "\ufffd" for c in text.strip())
+    for line in textwrap.wrap(printable, 68) or ["(nothing)"]:
+        print(f"{name:>9} │ {line}")
+        name = ""
+
+
+def print_report(report, rows):
+    """The table, and five rows of before_after.jsonl with different prompts."""
+    print("\nOn held-out prompts, mean ± standard error; KL in nats per sequence.")
+    print("gold: the hidden score behind the preferences; proxy: the reward model's score.\n")
     print(f"{'':10}{'gold':>14}{'proxy':>14}{'KL to SFT':>15}{'length':>14}{'unique':>8}")
-    for name, j in judged.items():
-        columns = ((7, j.gold), (7, j.proxy), (8, j.kl), (7, j.length))
-        cells = "".join(f"{round(m, 2) + 0.0:{w}.2f} ± {se:.2f}" for w, (m, se) in columns)
-        print(f"{name:10}{cells}{j.unique:>8.2f}")
+    for name, title in POLICIES.items():
+        row = f"{title:10}"
+        for figure, width in {"gold": 7, "proxy": 7, "kl": 8, "len": 7}.items():
+            mean = round(report[f"{figure}_{name}"], 2) + 0.0  # −0.0 + 0.0 is 0.0, which prints no minus
+            se = report[f"{figure}_{name}_se"]
+            row += f"{mean:{width}.2f} ± {se:.2f}"
+        print(f"{row}{report[f'unique_{name}']:8.2f}")
     print(f"\nReward model: {report['rm_acc']:.1%} of held-out pairs in gold's order "
           f"(by length alone: {report['rm_acc_len_only']:.1%})")
-    before, after, nokl = judged.values()
-    for prompt in list(dict.fromkeys(prompts))[:5]:
-        i = prompts.index(prompt)
+    first_with = {}
+    for row in rows:
+        first_with.setdefault(row["prompt"], row)
+    for prompt, row in list(first_with.items())[:5]:
         print(f"\n{prompt}")
-        for name, j in (("SFT", before), ("PPO", after), ("β = 0", nokl)):
-            text = textwrap.wrap(j.responses[i].strip(), 72) or ["(nothing)"]
-            print("\n".join(f"{head:>5} │ {line}" for head, line in zip([name] + [""] * len(text), text)))
+        print_answer("SFT", row["sft"])
+        print_answer("PPO", row["ppo"])
+        print_answer("β = 0", row["ppo_nokl"])
+
+
+def next_commands(out):
+    """Commands that go on with the models of this demo, as one types them in the folder of this file."""
+    python = ".venv/bin/python"
+    here = os.path.realpath(".venv") == os.path.realpath(sys.prefix)
+    if not here or not os.path.exists(python):  # on Windows there is no bin
+        python = "python"
+    out = shlex.quote(out)
+    return f"""Go on with these models:
+
+  {python} train_dpo.py --init {out}/sft/model
+  {python} train_grpo.py --task reviews --init {out}/sft/model \\
+      --rm {out}/rm/model
+  {python} sample.py --model {out}/ppo/model \\
+      --prompt "Film: The plot was dull."
+  {python} evaluate.py --model {out}/ppo/model \\
+      --against {out}/sft/model --rm {out}/rm/model"""
 
 
 def peak_rss_mb():
-    """Largest resident memory of this process so far, in MB; 0 where the system does not say (Windows)."""
+    """Peak resident memory in MB, of this process plus its largest child; 0 on Windows."""
     try:
         import resource
     except ImportError:
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return (here + child) / unit
 
 
 def train(cfg):
     """SFT → RM → PPO, with and without KL, and the report → the dict that report.json holds."""
-    clock = time.perf_counter()
+    start = time.perf_counter()
     require(cfg.samples >= 5, f"--samples {cfg.samples}: must be at least 5")
-    held = [x for x in (*STAGES, "report.json") if os.path.exists(f"{cfg.out}/{x}")]
-    require(cfg.overwrite or not held, f"--out {cfg.out} holds {', '.join(held)} already: add --overwrite to "
-                                       "replace all of it, or name another folder")
-    out, smoke = cfg.out, cfg.smoke
-    common = dict(seed=cfg.seed, threads=cfg.threads, overwrite=True, device="cpu", save_every=0)
-    stages = (
-        ("SFT: learn to write reviews", train_sft, "sft", dict(demos=300, steps=20) if smoke else {}),
-        ("RM: learn what people prefer", train_rm, "rm", dict(pairs=100, steps=8) if smoke else {}),
-        ("PPO: climb the reward model, held by the KL penalty", train_ppo, "ppo", {}),
-        ("PPO with β = 0: the same without the penalty", train_ppo, "ppo_nokl", dict(beta=0.0)),
-    )
-    finals = {}
-    for i, (title, trainer, name, flags) in enumerate(stages, start=1):
-        print(f"\n── {i}/4  {title}  ({time.perf_counter() - clock:.0f} s so far)", flush=True)
-        if trainer is not train_sft:
-            flags = flags | {"init": f"{out}/sft/model"}
-        if trainer is train_ppo:
-            flags = flags | {"rm": f"{out}/rm/model", "sample_every": 2}
-            flags |= dict(steps=3, prompts_per_step=16, eval_prompts=16) if smoke else {}
-        try:
-            finals[name] = trainer.train(trainer.Config(out=f"{out}/{name}", **flags, **common))
-        except Interrupted as e:
-            e.args = ("interrupted; the demo does not resume: run it again with --overwrite",)
-            raise
+    names = ["sft", "rm", "ppo", "ppo_nokl", "report.json"]
+    held = ", ".join(name for name in names if os.path.exists(f"{cfg.out}/{name}"))
+    advice = "add --overwrite to replace all of it, or name another folder"
+    require(cfg.overwrite or not held, f"--out {cfg.out} holds {held} already: {advice}")
+    samples = 32 if cfg.smoke else cfg.samples
+    seed = derive_seed(cfg.seed, "judge")
+    rows = tasks.get("reviews").prompts("test", samples, seed)
+    prompts = [row["prompt"] for row in rows]
+    try:
+        rm_metrics = train_models(cfg, prompts[0], seed, start)
+    except Interrupted as e:
+        e.args = ("interrupted; the demo does not resume: run it again with --overwrite",)
+        raise
 
-    samples = 32 if smoke else cfg.samples
-    rows = tasks.get("reviews").prompts("test", samples, derive_seed(cfg.seed, "judge"))
-    prompts = [r["prompt"] for r in rows]
-    sft, rm = hub.load(f"{out}/sft/model")[0], hub.load(f"{out}/rm/model")[0]
-    judged = {title: judge(f"{out}/{name}/model", sft, rm, prompts, cfg.seed)
-              for title, name in (("SFT", "sft"), ("PPO", "ppo"), ("PPO, β = 0", "ppo_nokl"))}
-    report = {"rm_acc": finals["rm"]["eval/acc"], "rm_acc_len_only": finals["rm"]["eval/acc_len_only"]}
-    for name, j in zip(("sft", "ppo", "ppo_nokl"), judged.values()):
-        report |= {f"gold_{name}": j.gold[0], f"gold_{name}_se": j.gold[1], f"proxy_{name}": j.proxy[0],
-                   f"proxy_{name}_se": j.proxy[1], f"kl_{name}": j.kl[0], f"kl_{name}_se": j.kl[1],
-                   f"len_{name}": j.length[0], f"len_{name}_se": j.length[1], f"unique_{name}": j.unique}
-    write_jsonl(f"{out}/before_after.jsonl", [dict(zip(("prompt", "sft", "ppo", "ppo_nokl"), row)) for row in
-                                              zip(prompts, *(j.responses for j in judged.values()))])
-    draw(out)
-    print_report(judged, prompts, report)
+    report = {"rm_acc": rm_metrics["eval/acc"], "rm_acc_len_only": rm_metrics["eval/acc_len_only"]}
+    sft = hub.load(f"{cfg.out}/sft/model")[0]
+    rm = hub.load(f"{cfg.out}/rm/model")[0]
+    for name in POLICIES:
+        texts, figures = judge(cfg.out, name, sft, rm, prompts, seed)
+        report |= figures
+        for row, text in zip(rows, texts):
+            row[name] = text
+    write_jsonl(f"{cfg.out}/before_after.jsonl", rows)
+    draw(cfg.out)
+    print_report(report, rows)
+
     t = os.times()
-    report |= {
-        "cpu_seconds": t.user + t.system + t.children_user + t.children_system,
-        "wall_seconds": time.perf_counter() - clock,
-        "peak_rss_mb": peak_rss_mb(),
-        "seed": float(cfg.seed),
-    }
-    with open(f"{out}/report.json.tmp", "w") as f:
+    report["cpu_seconds"] = t.user + t.system + t.children_user + t.children_system
+    report["wall_seconds"] = time.perf_counter() - start
+    report["peak_rss_mb"] = peak_rss_mb()
+    report["seed"] = float(cfg.seed)
+    with open(f"{cfg.out}/report.json.tmp", "w") as f:
         json.dump(report, f, indent=2)
-    os.replace(f"{out}/report.json.tmp", f"{out}/report.json")
-    print(f"\n{report['cpu_seconds']:.0f} CPU-seconds, {report['wall_seconds']:.0f} s wall, "
-          f"{report['peak_rss_mb']:.0f} MB at most.\n"
-          f"Written: {out}/report.png, {out}/report.json")
+    os.replace(f"{cfg.out}/report.json.tmp", f"{cfg.out}/report.json")
+    cost = f"{report['cpu_seconds']:.0f} CPU-seconds, {report['wall_seconds']:.0f} s wall"
+    print(f"\n{cost}, {report['peak_rss_mb']:.0f} MB at most.")
+    print(f"Written: {cfg.out}/report.png, {cfg.out}/report.json\n")
+    print(next_commands(cfg.out))
     return report
 
 

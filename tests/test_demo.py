@@ -5,24 +5,38 @@ import csv
 import io
 import json
 import math
+import os
+import shlex
+import signal
 import statistics
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 import demo
+import evaluate
+import sample
+import train_dpo
+import train_grpo
 import train_ppo
+import train_rm
+import train_sft
 from nanorlhf import generate, hub, tasks
-from nanorlhf.errors import UserError, derive_seed
+from nanorlhf.errors import Interrupted, RunError, UserError, derive_seed
+from nanorlhf.run.cli import parse
 
 POLICIES = {"sft": "SFT", "ppo": "PPO", "ppo_nokl": "PPO, β = 0"}
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """→ folder, the dict that train returned, what it printed."""
+    """With two cores → folder, the dict that train returned, what it printed."""
     out, printed = tmp_path_factory.mktemp("demo") / "out", io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(demo, "free_cores", lambda: 2)
         report = demo.train(demo.Config(smoke=True, seed=3, out=str(out)))
     return out, report, printed.getvalue()
 
@@ -128,10 +142,10 @@ def test_reward_model_accuracy_is_against_gold_without_noise(ran):
 
 
 def test_gold_along_the_run_is_that_of_the_logged_samples(ran):
-    steps, gold = demo.gold_along(f"{ran[0]}/ppo")
+    gold_at = demo.gold_along(f"{ran[0]}/ppo")
     rows = [json.loads(line) for line in (ran[0] / "ppo/samples.jsonl").read_text().splitlines()]
-    assert steps == sorted({r["step"] for r in rows}) and len(steps) >= 2
-    for step, mean in zip(steps, gold):
+    assert list(gold_at) == sorted({r["step"] for r in rows}) and len(gold_at) >= 2
+    for step, mean in gold_at.items():
         scores = [tasks.gold(r["prompt"], r["response"]) for r in rows if r["step"] == step]
         assert len(scores) == 16 and mean == pytest.approx(statistics.fmean(scores))
 
@@ -141,7 +155,9 @@ def test_the_terminal_shows_the_table_and_five_prompts(ran):
     lines = printed.splitlines()
     head = next(i for i, line in enumerate(lines) if "gold" in line and "KL to SFT" in line)
     table = {line[:12].strip(): line for line in lines[head + 1 : head + 4]}
-    assert set(table) == set(POLICIES.values()) and max(map(len, lines[head:-1])) <= 80  # but for the paths
+    assert set(table) == set(POLICIES.values())
+    end = next(i for i, line in enumerate(lines) if line.startswith("Written:"))  # behind it are paths
+    assert max(map(len, lines[head - 2 : end])) <= 80 and lines[head - 2].startswith("gold: ")
     for name, title in POLICIES.items():
         for figure in ("gold", "proxy", "kl"):
             mean, se = (round(report[f"{figure}_{name}{end}"], 2) + 0.0 for end in ("", "_se"))
@@ -149,8 +165,150 @@ def test_the_terminal_shows_the_table_and_five_prompts(ran):
         assert table[title].split()[-1] == f"{report[f'unique_{name}']:.2f}"
     shown = [line for line in lines[head:] if line.split(":")[0] in tasks.TOPICS]
     assert len(shown) == 5 == len(set(shown)) and all(map(tasks.held_out, shown))
-    assert [line.split(" │ ")[0].strip() for line in lines if " │ " in line][0] == "SFT"
     assert all(printed.count(f"── {i}/4") == 1 for i in range(1, 5))
+
+
+def test_first_look_is_before_and_after_sft_and_of_the_first_prompt(ran, samples):
+    """The SFT model's answer is the one in the table; the untrained weights are those SFT starts from."""
+    out, _, printed = ran
+    lines = printed.splitlines()
+    named = [i for i, line in enumerate(lines) if " │ " in line and line[:9].strip()]
+    untrained, sft = named[:2]
+    written = next(i for i, line in enumerate(lines) if line.startswith("written:"))
+    assert lines[untrained].startswith("untrained │ ") and lines[sft].startswith("      SFT │ ")
+    assert untrained < written < sft < next(i for i, line in enumerate(lines) if "── 2/4" in line)
+    prompt, text = samples["sft"][0][:2]
+    assert lines[untrained - 1] == lines[sft - 1] == prompt
+    assert text.split()[0] in lines[sft]
+    torch.manual_seed(3)
+    saved = json.loads((out / "sft/config.json").read_text())
+    model, tok, *_ = train_sft.load(train_sft.Config(**saved), torch.device("cpu"))
+    roll = generate.reference(model, [tok.encode(prompt)], 1, 40, 1.0, tok.eos_id, derive_seed(3, "judge"))
+    shown = "".join(line.split(" │ ")[1] for line in lines[untrained:written] if " │ " in line)
+    answer = tok.decode(roll.responses()[0])
+    assert [c for c in answer if c.isalnum()] == [c for c in shown if c.isalnum()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# two PPO runs at once
+
+
+def test_the_child_writes_the_numbers_of_a_run_in_this_process(ran, tmp_path):
+    """Its flags differ from those of the run here in beta and folder alone; the curve is equal as text."""
+    out = ran[0]
+    flags = [json.loads((out / name / "config.json").read_text()) for name in ("ppo", "ppo_nokl")]
+    assert {k for k in flags[0] if flags[0][k] != flags[1][k]} == {"out", "beta"}
+    assert flags[1]["out"] == f"{out}/ppo_nokl"
+    train_ppo.train(train_ppo.Config(**flags[1] | {"out": f"{tmp_path}/again"}))
+    rows = []
+    for folder in (out / "ppo_nokl", tmp_path / "again"):
+        with open(folder / "metrics.csv", newline="") as f:
+            rows.append([row | {"s": "", "tok_s": ""} for row in csv.DictReader(f)])
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+    names = ("samples.jsonl", "model/model.safetensors", "critic/model.safetensors")
+    assert all((out / "ppo_nokl" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
+
+
+def test_the_child_counts_in_cpu_seconds_and_memory(ran):
+    """Python with torch alone takes above 100 MB and half a second, in each of the two processes."""
+    import resource
+
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    assert usage[1].ru_maxrss / unit > 100 and usage[1].ru_utime > 0.5
+    assert demo.peak_rss_mb() == pytest.approx(sum(u.ru_maxrss for u in usage) / unit, rel=0.05)
+    assert 200 < ran[1]["peak_rss_mb"] <= demo.peak_rss_mb()
+
+
+@pytest.mark.parametrize("cores, threads, beside", [(1, 0, 0), (2, 0, 1), (2, 1, 1), (2, 2, 0), (4, 2, 1)])
+def test_side_by_side_only_where_each_run_has_its_cores(monkeypatch, tmp_path, cores, threads, beside):
+    """Sequential or not, all four runs get the same flags."""
+    here, child = [], []
+    for trainer in (train_sft, train_rm, train_ppo):
+        monkeypatch.setattr(trainer, "train", lambda cfg: here.append(cfg))
+    monkeypatch.setattr(train_sft, "load", lambda cfg, device: [None] * 4)
+    monkeypatch.setattr(hub, "load", lambda folder: [None] * 2)
+    monkeypatch.setattr(demo, "first_look", lambda *args: None)
+    monkeypatch.setattr(demo, "free_cores", lambda: cores)
+    monkeypatch.setattr(demo, "ppo_side_by_side", lambda a, b: child.append((a, b)) or "")
+    demo.train_models(demo.Config(out="d", threads=threads, seed=5), "a prompt", 0, 0.0)
+    ppo = dict(seed=5, threads=threads, device="cpu", overwrite=True, save_every=0, init="d/sft/model",
+               rm="d/rm/model", sample_every=2, out="d/ppo")
+    both = [train_ppo.Config(**ppo), train_ppo.Config(**ppo | {"out": "d/ppo_nokl", "beta": 0.0})]
+    assert len(child) == beside and len(here) == (2 if beside else 4)
+    assert both == ([train_ppo.Config(**flags) for flags in child[0]] if beside else here[2:])
+
+
+def test_free_cores_are_those_this_process_may_use():
+    if hasattr(os, "sched_setaffinity"):
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(before)})
+        assert demo.free_cores() == 1
+        os.sched_setaffinity(0, before)
+        assert demo.free_cores() == len(before)
+    assert 1 <= demo.free_cores() <= os.cpu_count()
+
+
+@pytest.fixture
+def child(monkeypatch):
+    """→ the processes that were started."""
+    started, popen = [], subprocess.Popen
+
+    def start(*args, **kw):
+        started.append(popen(*args, **kw))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return started
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted(signal.SIGINT), RunError("loss is nan")])
+def test_an_error_here_leaves_no_child_behind(monkeypatch, tmp_path, child, error):
+    def stop(cfg):
+        raise error
+
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(train_ppo, "__file__", f"{tmp_path}/sleeper.py")
+    monkeypatch.setattr(train_ppo, "train", stop)
+    start = time.monotonic()
+    with pytest.raises(type(error)) as e:
+        demo.ppo_side_by_side({}, {"seed": 1})
+    assert e.value is error and child[0].returncode is not None and time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("program, message", [
+    ("import sys; print('x' * 9000); sys.exit('warning\\ntrain_ppo.py: stopped: the loss is nan')",
+     "train_ppo.py: stopped: the loss is nan"),
+    ("import os; os._exit(7)", "exit status 7"),
+])
+def test_a_failing_child_stops_the_demo_with_its_message(monkeypatch, tmp_path, child, program, message):
+    (tmp_path / "fails.py").write_text(program)
+    monkeypatch.setattr(train_ppo, "__file__", f"{tmp_path}/fails.py")
+    monkeypatch.setattr(train_ppo, "train", lambda cfg: None)
+    with pytest.raises(RunError) as e:
+        demo.ppo_side_by_side({}, {})
+    assert str(e.value) == f"PPO with β = 0 failed: {message}" and child[0].returncode
+
+
+def test_next_commands_have_flags_that_exist_and_fit_into_80_columns(ran, monkeypatch, tmp_path):
+    """The models they name are there; `.venv/bin/python` only where that is the interpreter."""
+    programs = {m.__name__: m for m in (train_dpo, train_grpo, sample, evaluate)}
+    commands = ran[2].split("Go on with these models:")[1].replace("\\\n", "").strip().splitlines()
+    assert [shlex.split(c)[1] for c in commands] == [f"{name}.py" for name in programs]
+    for command in commands:
+        python, script, *flags = shlex.split(command)
+        cfg = parse(programs[script[:-3]].Config, flags)
+        folders = [flag for flag in flags if flag.endswith("/model")]
+        assert python == "python" and folders and all(os.path.isdir(f) for f in folders)
+        assert cfg.task == "reviews" if hasattr(cfg, "task") else cfg.prompt
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").touch()
+    assert "  python train_dpo.py" in demo.next_commands("runs/demo")
+    monkeypatch.setattr(sys, "prefix", f"{tmp_path}/.venv")
+    text = demo.next_commands("runs/demo")
+    assert text.count("  .venv/bin/python ") == 4 and max(map(len, text.splitlines())) <= 80
+    assert "--init 'my runs/sft/model'" not in text and "'my runs'/sft/model" in demo.next_commands("my runs")
 
 
 def test_a_second_demo_is_refused_and_touches_nothing(ran):
@@ -170,4 +328,4 @@ def test_too_few_samples(tmp_path):
 def test_column_skips_what_was_not_measured(tmp_path):
     with open(tmp_path / "metrics.csv", "w", newline="") as f:
         csv.writer(f).writerows([["step", "x", "y"], [0, 1.5, ""], [1, "", ""], [2, 2.5, ""]])
-    assert demo.column(tmp_path, "x") == [(0, 2), (1.5, 2.5)] and demo.column(tmp_path, "y") == [(), ()]
+    assert demo.column(tmp_path, "x") == {0: 1.5, 2: 2.5} and demo.column(tmp_path, "y") == {}
