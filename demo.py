@@ -30,8 +30,8 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import generate, hub, tasks
-from nanorlhf.data import read_jsonl, write_jsonl
 from nanorlhf.errors import Interrupted, RunError, derive_seed, require
+from nanorlhf.hub.files import read_jsonl, write_jsonl
 from nanorlhf.look.plots import pyplot, save_figure
 from nanorlhf.metrics import mean_se
 from nanorlhf.run.cli import run_cli
