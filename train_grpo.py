@@ -171,15 +171,15 @@ class Config(Flags):
 
     def __post_init__(self):
         require(self.recipe in RECIPES, f"--recipe {self.recipe}: must be one of {', '.join(RECIPES)[2:]}")
-        kl_given = self.kl not in (None, "none")
-        beta_given = self.beta is not None
+        kl = self.kl  # as given
+        beta = self.beta
         self.fill_by_task(RECIPES[self.recipe], self.DEFAULTS)
         if self.kl == "none":
             remedy = "add --kl k3 (in the loss), or --kl k1 --kl_in reward"
-            require(not self.beta, f"--beta {self.beta}: there is no KL that it could weigh; {remedy}")
-        if kl_given and not beta_given:
+            require(not beta, f"--beta {beta}: there is no KL that it could weigh; {remedy}")
+        if kl and beta is None and self.kl != "none":
             remedy = "has no effect without --beta; give one, such as --beta 0.04"
-            require(self.beta, f"--kl {self.kl}: {remedy}")
+            require(self.beta, f"--kl {kl}: {remedy}")
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.ref = self.ref or self.init
         if not (self.rm or self.reward or tasks.get(self.task).reward):
@@ -454,7 +454,6 @@ def train(cfg):
         hub.save(policy, tok, f"{cfg.out}/model")
 
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
-        measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, run.log.say)
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, longest, derive_seed(cfg.seed, "gate"))
         saved = {"policy": policy}
@@ -463,6 +462,7 @@ def train(cfg):
             saved["ref"] = frozen.pop()
         start, extra = run.start(saved, opt, frozen)
         progress = {"drawn": 0, "mastered": {}, "past": []} | extra
+        measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, run.log.say)
 
         for step in range(start, cfg.steps):
             metrics = {}

@@ -339,13 +339,13 @@ def train(cfg):
         hub.save(critic, tok, f"{cfg.out}/critic")
 
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
-        measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, run.log.say)
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, longest, derive_seed(cfg.seed, "gate"))
         start, extra = run.start({"policy": policy, "critic": critic}, opt, frozen=[ref])
         beta = cfg.beta
         if cfg.kl_target:
             beta = extra.get("beta", cfg.beta)
+        measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, run.log.say)
 
         for step in range(start, cfg.steps):
             metrics = {}
