@@ -301,19 +301,18 @@ def objective(policy, examples, ref_logp, z0, cfg):
         logp_l = logp[~liked]
     else:
         logp_w, logp_l = pair_logps(policy, examples).unbind(1)  # (B,), (B,)
-        ref_w, ref_l = ref_logp.unbind(1)
-        lengths = [(len(e.first), len(e.second)) for e in examples]
-        lengths = torch.tensor(lengths, device=logp_w.device)  # (B, 2)
+        len_w = [len(e.first) for e in examples]
+        len_l = [len(e.second) for e in examples]
         losses, chosen, rejected = preference_loss(
             logp_w,
             logp_l,
-            ref_w,
-            ref_l,
+            ref_logp[:, 0],
+            ref_logp[:, 1],
             cfg.beta,
             cfg.loss,
             label_smoothing=cfg.label_smoothing,
-            len_w=lengths[:, 0],
-            len_l=lengths[:, 1],
+            len_w=torch.tensor(len_w, device=logp_w.device),
+            len_l=torch.tensor(len_l, device=logp_l.device),
             ipo_mean=cfg.ipo_mean,
             simpo_ratio=cfg.simpo_ratio,
         )
@@ -413,7 +412,8 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
     """
     G = cfg.group_size
     seed = derive_seed(cfg.seed, "prompts")
-    order = epoch_batches(len(rows), cfg.pairs // cfg.online, seed, number)
+    per_round = cfg.pairs // cfg.online
+    order = epoch_batches(len(rows), per_round, seed, number)
     rows = [rows[i] for i in order]
     seed = derive_seed(cfg.seed, "round", number)
     prompts = [row["prompt"] for row in rows]
