@@ -74,11 +74,13 @@ class Extras(NamedTuple):
 class Tokenizer:
     """`ranks` are the bytes of each id; `pattern` cuts text into pieces, which no merge crosses.
 
-    kind       "bytes", "chars" or "bpe"; all but "chars" need every single byte among their tokens
-    tokens     the bytes of ids 0 … R-1, then eos_id = R and pad_id = R+1; or {bytes: id}, with `control`
+    kind       "bytes", "chars" or "bpe"; all but "chars" need every single byte among their tokens, or some
+               text has no ids
+    tokens     the bytes of ids 0 … R-1, all different, then eos_id = R and pad_id = R+1; or {bytes: id}, with
+               `control`
     control    {text: id} of tokens that no text encodes to
 
-    Raises UserError for tokens that tiktoken could not use, ValueError for a pattern that is no regex.
+    Raises ValueError for a pattern that is no regex.
     """
 
     def __init__(self, kind, pattern, tokens, control=None, extras=None):
@@ -90,7 +92,7 @@ class Tokenizer:
         else:
             self.ranks = {token: i for i, token in enumerate(tokens)}
         self.tokens = list(self.ranks)
-        self.encoding = self._make_encoding(tokens)
+        self.encoding = self._make_encoding()
         size = len(self.ranks)
         self.control = control or {extras.eos: size, extras.pad: size + 1}  # detail 3: pad is not EOS
         self.eos_id = self.control[extras.eos]
@@ -116,17 +118,7 @@ class Tokenizer:
             self._bytes[i] = text.encode()
         self.vocab_size = 1 + max(self._bytes)
 
-    def _make_encoding(self, tokens):
-        distinct = b"" not in self.ranks and len(self.ranks) == len(tokens)
-        require(tokens and distinct, "tokenizer: tokens must be present, non-empty and all different")
-        if self.kind == "chars":
-            one = all(token.decode(errors="replace")[:1].encode() == token for token in tokens)
-            require(one, "tokenizer: every token of kind chars must be one character")
-        elif self.kind in ("bytes", "bpe"):
-            every = all(bytes([b]) in self.ranks for b in range(256))
-            require(every, "tokenizer: all 256 single bytes must be tokens, or some text has no ids")
-        else:
-            raise UserError(f"tokenizer: unknown kind {self.kind!r}, expected bytes, chars or bpe")
+    def _make_encoding(self):
         name = f"nanorlhf-{self.kind}"
         return tiktoken.Encoding(name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={})
 
@@ -151,7 +143,8 @@ class Tokenizer:
 
     @classmethod
     def from_chars(cls, alphabet: str) -> "Tokenizer":
-        """One id per character, in the order of `alphabet`. UserError when it is empty or repeats one.
+        """One id per character, in the order of `alphabet`. UserError when it is empty, repeats one or has a
+        lone surrogate.
 
         >>> tok = Tokenizer.from_chars("ab=")
         >>> tok.encode("b=a"), tok.eos_id, tok.pad_id
@@ -160,7 +153,9 @@ class Tokenizer:
         require(alphabet, "tokenizer: the alphabet is empty; give every character once")
         char, n = Counter(alphabet).most_common(1)[0]
         require(n == 1, f"tokenizer: the alphabet repeats {char!r}; give every character once")
-        return cls("chars", ONE_CHAR, [c.encode(errors="surrogatepass") for c in alphabet])
+        surrogate = regex.search("[\ud800-\udfff]", alphabet)
+        require(not surrogate, "tokenizer: a lone surrogate in the alphabet is no character")
+        return cls("chars", ONE_CHAR, [c.encode() for c in alphabet])
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -207,7 +202,7 @@ class Tokenizer:
         """
         ids = []
         pattern = self._early_or_control if control else self._early
-        for i, part in enumerate(_split(pattern, text)):
+        for i, part in enumerate(pattern.split(text)):
             if i % 2:
                 ids.append(self.added[part])
                 continue
@@ -215,7 +210,7 @@ class Tokenizer:
                 part = part.replace(MARK, "")
             if self.nfc:
                 part = unicodedata.normalize("NFC", part)
-            for j, piece in enumerate(_split(self._late, part)):
+            for j, piece in enumerate(self._late.split(part)):
                 if j % 2:
                     ids.append(self.words[piece])
                 else:
@@ -309,16 +304,13 @@ class Tokenizer:
 
 
 def any_of(texts):
-    """A pattern that finds and captures the longest of `texts` at the leftmost place; None for no texts."""
-    if not texts:
-        return None
+    """A pattern that finds and captures the longest of `texts` at the leftmost place; for none it finds none.
+
+    So pattern.split(text) has ordinary text at the even places and matches at the odd ones.
+    """
     longest = sorted(texts, key=lambda text: (-len(text), text))
-    return regex.compile(f"({'|'.join(map(regex.escape, longest))})")
-
-
-def _split(pattern, text):
-    """`text` cut at every match: ordinary text at the even places, matches at the odd ones."""
-    return pattern.split(text) if pattern else [text]
+    either = "|".join(map(regex.escape, longest)) or "(?!)"  # without a text: what matches nowhere
+    return regex.compile(f"({either})")
 
 
 # ------------------------------------------------------------------------------------------------------------

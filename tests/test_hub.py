@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import STYLES, V, randint, tiny
+from helpers import STYLES, V, randint, save_tokenizer, tiny
 from safetensors.torch import load_file, save_file
 
 import train_dpo
@@ -27,7 +27,7 @@ import train_sft
 from nanorlhf import generate, hub, lora
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.hub import families as hub_families
-from nanorlhf.hub import tokenizer_files, weights
+from nanorlhf.hub import weights
 from nanorlhf.hub.tokenizer_files import FILE
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.run import folders, models
@@ -776,7 +776,7 @@ FAULTS = [  # style, fault, file named, what the line says
     ("reward", lambda folder: None, "", "is a reward model, must be a language model"),
     ("gpt2", remove(FILE), FILE, "no tokenizer"),
     ("gpt2", write(FILE, b"{}"), FILE, "damaged"),
-    ("gpt2", lambda folder: tokenizer_files.save(Tokenizer.from_bytes(), folder), "",
+    ("gpt2", lambda folder: (remove(FILE)(folder), save_tokenizer(Tokenizer.from_bytes(), folder)), "",
      "tokenizer has 258 ids, the model only 13"),
 ]  # fmt: skip
 

@@ -153,7 +153,10 @@ def _build(folder, dtype, shard, weights):
     scalar = "ForSequenceClassification" in str(raw.get("architectures"))
     if scalar:
         cfg.tied = True  # no unembedding of its own: `score` is the head
-    tok = tokenizer_files.load(folder) if tokenizer_files.present(folder) else None
+    tok = tokenizer_files.load(folder)
+    with blame(folder, OSError):
+        beside = tokenizer_files.beside(folder)
+        stop_ids = tokenizer_files.stop_ids(folder)
     n_ids = tok.vocab_size if tok else cfg.vocab_size
     if n_ids > cfg.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {n_ids} ids, the model only {cfg.vocab_size}")
@@ -176,7 +179,6 @@ def _build(folder, dtype, shard, weights):
     if not weights:
         model.to("meta")
     trunk.n_ids = n_ids
-    with blame(folder, OSError):
-        trunk.stop_ids = tuple(tokenizer_files.stop_ids(folder))
-        trunk.source = Source(raw, tokenizer_files.beside(folder), tok)
+    trunk.stop_ids = tuple(stop_ids)
+    trunk.source = Source(raw, beside, tok)
     return model, tok, family
