@@ -11,8 +11,9 @@ from pathlib import Path
 
 import regex
 
-from nanorlhf.errors import UserError, blame, require
+from nanorlhf.errors import UserError, require
 from nanorlhf.hub.chat import Template
+from nanorlhf.hub.files import read_json
 from nanorlhf.tokenizer import Extras, Tokenizer
 
 FILE = "nanorlhf_tokenizer.json"  # of kind "chars"; the others are saved as tokenizer.json
@@ -103,26 +104,16 @@ def beside(folder):
 def stop_ids(folder):
     """The ids that end a response; generation_config.json goes before config.json, as in transformers."""
     folder = Path(folder)
-    settings = _read(folder / "config.json") | _read(folder / "generation_config.json")
+    settings = read_json(folder / "config.json") | read_json(folder / "generation_config.json")
     ids = settings.get("eos_token_id")
     if not isinstance(ids, list):
         ids = [ids]
     return [i for i in ids if isinstance(i, int)]
 
 
-def _read(path):
-    """The object of a JSON file; {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    with blame(path, ValueError):
-        found = json.loads(path.read_text("utf-8"))
-        require(isinstance(found, dict), "is not a JSON object")
-    return found
-
-
 def _roles(folder, control):
     """Extras of a folder: which control token ends a text, which pads; the chat template."""
-    config = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
+    config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     names = {}
     for key, token in config.items():
         if key[3:] == "_token" and token:
@@ -166,7 +157,7 @@ def _load_gpt2(path):
     They do not name their pattern, and the added tokens stand in other files.
     """
     folder = path.parent
-    config = _read(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     kind = str(config.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
     _need(kind in ("GPT2Tokenizer", "Qwen2Tokenizer"), f"vocab.json of a {kind} says no split pattern")
     qwen = kind == "Qwen2Tokenizer"
@@ -175,7 +166,7 @@ def _load_gpt2(path):
     merges = [line for line in lines if line and not line.startswith("#version")]
     tokens = config.get("added_tokens_decoder")
     if not tokens:
-        texts = _read(folder / "added_tokens.json") or {"<|endoftext|>": None}
+        texts = read_json(folder / "added_tokens.json") or {"<|endoftext|>": None}
         tokens = {i: {"content": text, "special": True} for text, i in texts.items()}
     plain = dict(lstrip=False, rstrip=False, single_word=False, normalized=False, special=False)
     added = []

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 
 from nanorlhf.errors import UserError, blame, require
+from nanorlhf.hub.files import read_json
 from nanorlhf.model import ScalarModel
 from nanorlhf.run import sharding
 
@@ -80,7 +81,6 @@ def fill(model, family, folder):
     want = dict(tensors_of(model, family))
     lm_head = family.tensors["lm_head"] + ".weight"
     unembedding = None
-    seen = set()
     files = _files(folder)
     for file in files:
         with blame(file, *DAMAGE), safe_open(file, "pt") as f:
@@ -98,12 +98,10 @@ def fill(model, family, folder):
                     continue
                 if name not in want and REDUNDANT.search(key):
                     continue
-                require(name in want, f"tensor {key} is unknown to this model")
-                require(name not in seen, f"tensor {key} is there twice")
-                seen.add(name)
-                _copy(tensor, key, name, want[name], trunk.cfg)
+                require(name in want, f"tensor {key} is unknown to this model, or is there twice")
+                _copy(tensor, key, name, want.pop(name), trunk.cfg)
             require(checksum in (None, digest.hexdigest()), "wrong checksum: damaged after it was saved")
-    for name in sorted(want.keys() - seen):
+    for name in sorted(want):
         raise UserError(f"{files[-1]}: tensor {name} is missing")
     if unembedding is not None:
         embedding = sharding.local(trunk.wte.weight)
@@ -162,10 +160,8 @@ def _files(folder):
 
 def _shards(index):
     """The sorted file names in model.safetensors.index.json. UserError for one that leaves the folder."""
-    with blame(index, *DAMAGE):
-        with open(index, encoding="utf-8") as f:
-            table = json.load(f)
-        names = table.get("weight_map") if isinstance(table, dict) else None
+    names = read_json(index).get("weight_map")
+    with blame(index):
         require(isinstance(names, dict) and names, "damaged: it has no weight_map")
         shards = sorted(set(map(str, names.values())))
         for name in shards:
