@@ -11,7 +11,6 @@ ordinary ids. Only code that appends `tok.eos_id`, and a chat template, write co
 import heapq
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import regex
@@ -34,7 +33,7 @@ class Chat(str):
     for those without one.
     """
 
-    def __new__(cls, messages: list[dict], text: str | None = None):
+    def __new__(cls, messages, text=None):
         if text is None:
             # It ends in no space: that one belongs to the first token of the answer.
             turns = [f"{m['role'].capitalize()}:\n{m['content']}\n\n" for m in messages]
@@ -132,7 +131,7 @@ class Tokenizer:
         return cls.from_chars("".join(sorted(set("".join(texts)) | set(alphabet))))
 
     @classmethod
-    def from_bytes(cls) -> "Tokenizer":
+    def from_bytes(cls):
         """One id per byte, id = byte value.
 
         >>> tok = Tokenizer.from_bytes()
@@ -142,7 +141,7 @@ class Tokenizer:
         return cls("bytes", ONE_CHAR, [bytes([b]) for b in range(256)])
 
     @classmethod
-    def from_chars(cls, alphabet: str) -> "Tokenizer":
+    def from_chars(cls, alphabet):
         """One id per character, in the order of `alphabet`. UserError when it is empty, repeats one or has a
         lone surrogate.
 
@@ -158,7 +157,7 @@ class Tokenizer:
         return cls("chars", ONE_CHAR, [c.encode() for c in alphabet])
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train_bpe(cls, texts, vocab_size):
         """Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2) on `texts`.
 
         vocab_size counts the ranks, the 256 bytes included; eos and pad come on top. Fewer are learnt,
@@ -181,7 +180,7 @@ class Tokenizer:
                 words.append((list(word.encode(errors="replace")), n))
         return cls("bpe", WORDS, learn_bpe(words, vocab_size))
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other):
         """Same pattern, ranks and added tokens, hence the same ids for every text."""
         return isinstance(other, Tokenizer) and self._parts() == other._parts()
 
@@ -191,8 +190,8 @@ class Tokenizer:
     # --------------------------------------------------------------------------------------------------------
     # ids
 
-    def encode(self, text: str, control: bool = False) -> list[int]:
-        """Ids of `text`; a lone surrogate is read as U+FFFD.
+    def encode(self, text, control=False):
+        """Text → list of ids; a lone surrogate is read as U+FFFD.
 
         control   whether control tokens in the text become their ids: True for the output of a chat template,
                   never for a user's text. Without it the ids hold no control token, not even BOS.
@@ -229,8 +228,8 @@ class Tokenizer:
         except ValueError as e:
             raise UserError(f"tokenizer: {len(text)} characters of text are too many ({e}); cut it") from None
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; control tokens are shown, as <|eos|>.
+    def decode(self, ids):
+        """Ids, in any iterable → their text; control tokens are shown, as <|eos|>.
 
         Bytes that are not UTF-8 become U+FFFD, and so do ids without a token: a model's vocabulary is often
         padded beyond the tokenizer's.
@@ -239,8 +238,8 @@ class Tokenizer:
         pieces = [self._bytes.get(i, unknown) for i in ids]
         return b"".join(pieces).decode(errors="replace")
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a prompt, which the policy is to answer.
+    def encode_prompt(self, prompt):
+        """A prompt, which the policy is to answer → list of ids.
 
         A `Chat` goes through the chat template, if there is one. Any other prompt is BOS and the text; most
         tokenizers have no BOS.
@@ -250,8 +249,8 @@ class Tokenizer:
             return self.encode(text, control=True)
         return self.bos_ids + self.encode(prompt)
 
-    def encode_response(self, prompt: str, response: str) -> list[int]:
-        """Ids of `response` to `prompt`, with the EOS: what the policy would have to sample.
+    def encode_response(self, prompt, response):
+        """The response to a prompt → list of its ids, with the EOS: what the policy would have to sample.
 
         It is tokenized apart from the prompt, because no policy can sample a merge across the boundary. The
         response to a Chat is what the template writes behind its own generation prompt, up to the end of the
@@ -272,8 +271,10 @@ class Tokenizer:
                 return [*ids, self.eos_id]
         return [*self.encode(response), self.eos_id]
 
-    def encode_chat(self, messages: list[dict]) -> list[tuple]:
-        """A conversation → rows (ids, mask); the mask is True on the tokens that the assistant is to sample.
+    def encode_chat(self, messages):
+        """A conversation, [{"role", "content"}] → list of rows (ids, mask).
+
+        The mask is True on the tokens that the assistant is to sample.
 
         It is one row if every turn's prompt begins with the ids of the turns before. If a template rewrites
         earlier turns (Qwen3 drops their thoughts), or ends none with EOS, such a turn gets a row of its own:

@@ -242,6 +242,10 @@ def _check_types(settings):
         elif expected is float:
             good = type(value) in (int, float) and 0 < value < math.inf
             require(good, f"{name}={value!r} must be a positive number")
+    scaling = settings.get("rope_scaling")
+    if scaling:
+        _, low, high, _ = scaling
+        require(low < high, f"rope_scaling={scaling} must be (factor, low, high, original) with low < high")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ COPIED = [
     "generation_config.json",
 ]
 # tokenizer.json spells a byte as one character: printable bytes as they are, the others from U+0100 on.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [b for b in range(256) if b not in PRINTABLE]
-CHARS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+UNPRINTABLE = [*range(33), *range(127, 161), 173]
+CHARS = {b: chr(b) for b in range(256)}
+CHARS |= {b: chr(256 + i) for i, b in enumerate(UNPRINTABLE)}
 BYTES = {char: b for b, char in CHARS.items()}
 
 
@@ -78,7 +78,8 @@ def files(tok):
     """
     if tok.kind == "chars":
         tokens = [base64.b64encode(token).decode() for token in tok.tokens]
-        return {FILE: json.dumps({"kind": "chars", "tokens": tokens}).encode()}
+        content = json.dumps({"kind": "chars", "tokens": tokens})
+        return {FILE: content.encode()}
     if tok.source:
         return tok.source
     texts = {i: text for text, i in tok.control.items()}
@@ -124,8 +125,9 @@ def _roles(folder, control):
     _need(eos, "neither eos_token nor eos_token_id names a control token")
     names["eos_token"] = eos
     template = config.get("chat_template")
-    if isinstance(template, list):
-        template = next((x["template"] for x in template if x["name"] == "default"), None)
+    if isinstance(template, list):  # several, each with a name
+        named = {x["name"]: x["template"] for x in template}
+        template = named.get("default")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
     if template:
@@ -140,9 +142,12 @@ def _roles(folder, control):
 
 def _from_ours(data):
     require(data["kind"] == "chars", "its kind must be chars")
-    alphabet = [base64.b64decode(token, validate=True).decode() for token in data["tokens"]]
-    require(all(len(char) == 1 for char in alphabet), "every token must be one character")
-    return Tokenizer.from_chars("".join(alphabet))
+    alphabet = ""
+    for token in data["tokens"]:
+        char = base64.b64decode(token, validate=True).decode()
+        require(len(char) == 1, "every token must be one character")
+        alphabet += char
+    return Tokenizer.from_chars(alphabet)
 
 
 class LibraryTokenizer(Tokenizer):
@@ -203,11 +208,11 @@ def _from_json(spec, folder):
     added = control | words
     vocab = {text: i for text, i in model["vocab"].items() if added.get(text) != i}
     _need(BYTES.keys() <= vocab.keys(), "not every single byte is a token: text would be lost")
-    unspelt = [text for text in vocab if not text or not BYTES.keys() >= set(text)]
-    if unspelt:
-        raise Inexact(f"the token {unspelt[0]!r} is not spelt in bytes")
+    ranks = {}
+    for text, i in vocab.items():
+        _need(text and BYTES.keys() >= set(text), f"the token {text!r} is not spelt in bytes")
+        ranks[bytes(BYTES[char] for char in text)] = i
     _check_merges(vocab, model["merges"], model.get("ignore_merges", False))
-    ranks = {bytes(BYTES[char] for char in text): i for text, i in vocab.items()}
     _check_pattern(pattern)
     bos = []
     for step in _steps(spec.get("post_processor")):
@@ -305,7 +310,11 @@ def _check_merges(vocab, merges, ignore_merges):
     pair is a listed merge, for every token; other pairs listed for s never meet. A token that `_derive`
     leaves in more than two pieces is never merged, only found as a whole piece: by ignore_merges (Llama 3).
     """
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+    pairs = []
+    for pair in merges:
+        if isinstance(pair, str):
+            pair = pair.split(" ")
+        pairs.append(tuple(pair))
     made = [vocab["".join(pair)] for pair in pairs]
     _need(made == sorted(made), "its merges are not in the order of the ids")
     listed = set(pairs)
@@ -329,9 +338,12 @@ def _to_json(tok):
             merges.append(" ".join(parts))
     added = []
     for text in sorted(tok.added, key=tok.added.get):
-        token = dict(id=tok.added[text], content=text, single_word=False, lstrip=False, rstrip=False)
-        added.append(token | dict(normalized=text in tok.late, special=text in tok.control))
-    split = dict(type="Split", pattern={"Regex": tok.pattern}, behavior="Isolated", invert=False)
+        token = dict(id=tok.added[text], content=text, single_word=False)
+        token |= dict(lstrip=False, rstrip=False)
+        token |= dict(normalized=text in tok.late, special=text in tok.control)
+        added.append(token)
+    pattern = {"Regex": tok.pattern}
+    split = dict(type="Split", pattern=pattern, behavior="Isolated", invert=False)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     return {
         "version": "1.0",
