@@ -1,7 +1,7 @@
 """Tensors of published models, in and out of safetensors files.
 
-`_views` gives the parts of a tensor of theirs that are ours. Reading copies the tensor into our parameters
-through them, writing copies our parameters into the tensor.
+Reading copies a tensor of theirs into our parameters, through the views that `_views` gives. Writing goes the
+other way, by `join`.
 """
 
 import hashlib
@@ -46,28 +46,22 @@ def _transposed(name, parts):
     return ".c_" in name and parts[0].dim() == 2  # GPT-2 stores these as (in, out)
 
 
-def _shape(name, parts):
-    shape = (sum(map(len, parts)), *parts[0].shape[1:])
-    return shape[::-1] if _transposed(name, parts) else shape
-
-
 def _views(tensor, name, parts, cfg):
     """A tensor of theirs → its views that are ours, one for each of `parts`."""
     if _transposed(name, parts):
         tensor = tensor.T
     if "query_key_value" in name:  # GPT-NeoX goes head by head: q, k, v of the first, q, k, v of the next
-        return tensor.view(cfg.n_head, 3, cfg.head_dim, *tensor.shape[1:]).unbind(1)
+        return tensor.unflatten(0, (cfg.n_head, 3, cfg.head_dim)).unbind(1)
     return tensor.chunk(len(parts))
 
 
 def join(name, parts, cfg):
     """Our parameters → the tensor of theirs that they make up."""
-    if len(parts) == 1 and not _transposed(name, parts):
-        return parts[0]
-    tensor = parts[0].new_empty(_shape(name, parts))
-    for part, view in zip(parts, _views(tensor, name, parts, cfg)):
-        view.copy_(part.view(view.shape))
-    return tensor
+    if "query_key_value" in name:
+        heads = [part.unflatten(0, (cfg.n_head, cfg.head_dim)) for part in parts]
+        return torch.stack(heads, dim=1).flatten(0, 2)
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensor.T if _transposed(name, parts) else tensor
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,7 +109,8 @@ def _copy(tensor, key, name, parts, cfg):
     exact = tensor.is_floating_point() and tensor.element_size() > 1
     require(exact, f"tensor {key} is quantised ({tensor.dtype})")
     found = tuple(tensor.shape)
-    shape = _shape(name, parts)
+    sizes = [torch.empty(part.shape, device="meta") for part in parts]
+    shape = tuple(join(name, sizes, cfg).shape)
     require(found == shape, f"tensor {key} has shape {found}, config.json says {shape}")
     for part, view in zip(parts, _views(tensor, name, parts, cfg)):
         sharding.local(part).copy_(sharding.piece(view.reshape(part.shape), part))
