@@ -83,9 +83,9 @@ def test_read_refuses(content, line, says, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as e:
-        read_jsonl(path, KEYS, flag="--pairs", nonempty=("prompt",))
+        read_jsonl(path, KEYS, nonempty=("prompt",))
     message = str(e.value)
-    assert message.startswith(f"--pairs: {path}:" + (f"{line}:" if line else ""))
+    assert message.startswith(f"--data: {path}:" + (f"{line}:" if line else ""))
     assert says in message and "\n" not in message and len(message) < 400
 
 

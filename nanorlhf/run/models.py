@@ -1,22 +1,13 @@
 """The models of a run, read from the folders that its flags name; an error begins with the flag."""
 
-import contextlib
 import os
 
 import torch
 
 from nanorlhf import hub, lora
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, blame
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run.device import to_device
-
-
-@contextlib.contextmanager
-def _named(flag):
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{flag} {error}") from None
 
 
 def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=True):
@@ -24,7 +15,7 @@ def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=T
 
     hint: the command that makes such a folder; an error says it where there is none.
     """
-    with _named(flag):
+    with blame(flag):
         try:
             model, tok = hub.load(folder, kind, like=like, shard=shard, weights=weights)
         except hub.Missing as error:
@@ -33,14 +24,8 @@ def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=T
             run, name = os.path.split(os.path.normpath(folder))
             out = f" --out {run}" if run and name == "model" else ""
             raise UserError(f"{error}; make it with: {hint}{out}") from None
-    if hasattr(model, "fill"):  # --shard: the files are read later, by dist.spread
-        read = model.fill
-
-        def fill(model):
-            with _named(flag):
-                read(model)
-
-        model.fill = fill
+    if hasattr(model, "fill"):  # --shard: dist.spread reads the files later; its errors name the flag too
+        model.fill = blame(flag)(model.fill)
     return model, tok
 
 
@@ -78,7 +63,8 @@ def load_models_and_critic(cfg, device):
             torch.nn.init.zeros_(critic.score.weight)
     # Adapters come after all models: their random numbers are drawn last.
     frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
-    if frozen and cfg.ref == cfg.init and not getattr(cfg, "ref_every", 0):
+    fixed = cfg.ref == cfg.init and not getattr(cfg, "ref_every", 0)
+    if frozen and fixed:
         ref = frozen
     if ppo:
         lora.add(critic, cfg.lora_rank, cfg.dtype)
