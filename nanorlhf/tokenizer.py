@@ -101,7 +101,7 @@ class Tokenizer:
         self.pad_id = next(i for i in ids if i != self.eos_id)
         more = [i for i in extras.stop if i != self.eos_id]
         self.stop_ids = [self.eos_id, *more]
-        self.bos_ids = extras.bos
+        self.bos_ids = list(extras.bos)
         self.template = extras.template
         self.source = extras.source
         self.words = extras.words
@@ -122,7 +122,7 @@ class Tokenizer:
         return tiktoken.Encoding(name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={})
 
     @classmethod
-    def learn(cls, kind, texts, alphabet, vocab_size):
+    def learn(cls, kind, texts, alphabet="", vocab_size=576):
         """A new tokenizer for these texts: "bytes", "chars" (of texts and alphabet), "bpe" of vocab_size."""
         if kind == "bytes":
             return cls.from_bytes()

@@ -795,19 +795,19 @@ def test_bad_folder(style, fault, file, says, tmp_path):
     with pytest.raises(UserError, match=says) as error:
         models.load_model("--some_flag", folder, "python x.py", "language model")
     line = str(error.value)
-    assert line.startswith("--some_flag: ") and str(folder) in line and file in line and "\n" not in line
+    assert line.startswith("--some_flag ") and str(folder) in line and file in line and "\n" not in line
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(UserError, match="--rm: .*no does not exist; make it with: python train_rm.py"):
+    with pytest.raises(UserError, match="--rm .*no does not exist; make it with: python train_rm.py"):
         models.load_model("--rm", tmp_path / "no", "python train_rm.py")
-    with pytest.raises(UserError, match="--rm: .*no does not exist$"):
+    with pytest.raises(UserError, match="--rm .*no does not exist$"):
         models.load_model("--rm", tmp_path / "no")
 
 
 def test_wrong_kind_the_other_way_round(tmp_path):
     hub.save(tiny(), TOK, tmp_path / "m")
-    with pytest.raises(UserError, match="--rm: .*is a language model, must be a reward model"):
+    with pytest.raises(UserError, match="--rm .*is a language model, must be a reward model"):
         models.load_model("--rm", tmp_path / "m", kind="reward model")
 
 
@@ -842,7 +842,7 @@ def test_the_flag_of_a_model_that_is_read_later(tmp_path):
     hub.save(tiny(), TOK, tmp_path / "m")
     (tmp_path / "m" / WEIGHTS).unlink()
     model, _ = models.load_model("--init", tmp_path / "m", shard=True)
-    with pytest.raises(UserError, match=f"^--init: {tmp_path}/m/{WEIGHTS}: No such file"):
+    with pytest.raises(UserError, match=f"^--init {tmp_path}/m/{WEIGHTS}: No such file"):
         model.fill(model)
 
 

@@ -353,25 +353,50 @@ def test_transformers_reads_what_we_save(kind, tmp_path):
 
 
 def test_gpt2_of_openai(tmp_path):
-    """A tokenizer.json of OpenAI's own files gives tiktoken's own ids, and so does the one that we write."""
+    """encoder.json + vocab.bpe give tiktoken's own ids, and so does the tokenizer.json made of them."""
     if not (DATA / "gpt2_vocab.bpe").exists():
         pytest.skip("gpt2_vocab.bpe is not there")
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    bpe, encoder = DATA / "gpt2_vocab.bpe", DATA / "gpt2_encoder.json"
-    ranks = data_gym_to_mergeable_bpe_ranks(str(bpe), str(encoder))
+    for name in ("encoder.json", "vocab.bpe"):
+        (tmp_path / name).write_bytes((DATA / f"gpt2_{name}").read_bytes())
+    ranks = data_gym_to_mergeable_bpe_ranks(str(tmp_path / "vocab.bpe"), str(tmp_path / "encoder.json"))
     theirs = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    merges = bpe.read_text("utf-8").splitlines()[1:]  # the first line is a version
-    parts = dict(model__vocab=json.loads(encoder.read_text("utf-8")), model__merges=merges)
-    tok = tokenizer_files.load(folder_of("gpt2", tmp_path, added_tokens=[END[0] | {"id": 50256}], **parts))
+    tok = tokenizer_files.load(tmp_path)
     assert (tok.eos_id, tok.vocab_size, len(tok.ranks)) == (50256, 50257, 50256)
     for text in [SHAKESPEARE.read_text("utf-8")[:100_000], *random_texts(2000)]:
         assert tok.encode(text) == theirs.encode(text, disallowed_special=())
-    tok.source = {}
     save_tokenizer(tok, tmp_path / "saved")
+    (tmp_path / "saved/encoder.json").unlink()
     assert tokenizer_files.load(tmp_path / "saved") == tok
+
+
+def as_old_files(folder, name, eol="\n"):
+    """tokenizer.json → vocab.json + merges.txt."""
+    spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    merges = [" ".join(m) if isinstance(m, list) else m for m in spec["model"]["merges"]]
+    (folder / "tokenizer.json").unlink()
+    (folder / "merges.txt").write_text(eol.join(["#version: 0.2", *merges, ""]), "utf-8", newline="")
+    added = {x["content"]: x["id"] for x in spec["added_tokens"]}
+    (folder / "vocab.json").write_text(json.dumps(spec["model"]["vocab"] | (added if name == "gpt2" else {})))
+    return {str(x["id"]): {k: x[k] for k in x if k != "id"} for x in spec["added_tokens"]}
+
+
+@pytest.mark.parametrize("name, kind", [("gpt2", "GPT2Tokenizer"), ("qwen", "Qwen2TokenizerFast")])
+@pytest.mark.parametrize("eol", ["\n", "\r\n"])
+def test_vocab_and_merges(name, kind, eol, tmp_path):
+    decoder = as_old_files(folder_of(name, tmp_path), name, eol)
+    config = {"tokenizer_class": kind, "eos_token": {"content": GOLDEN[name]["eos"]}}
+    config |= {"added_tokens_decoder": decoder} if name == "qwen" else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = tokenizer_files.load(tmp_path)
+    assert [tok.encode(text) for text in GOLDEN["texts"]] == GOLDEN[name]["ids"]
+    assert tok.decode([tok.eos_id]) == GOLDEN[name]["eos"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    with pytest.raises(UserError, match="vocab.json of a LlamaTokenizer says no split pattern"):
+        tokenizer_files.load(tmp_path)
 
 
 GPT2_VOCAB, GPT2_MERGES = (GOLDEN["gpt2"]["spec"]["model"][key] for key in ("vocab", "merges"))

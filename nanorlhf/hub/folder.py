@@ -97,10 +97,10 @@ def load(folder, kind="", like=None, shard=False, weights=True):
         weight_files.fill(model, family, folder)
     is_a = "reward model" if isinstance(model, ScalarModel) else "language model"
     require(kind in ("", is_a), f"{folder}: is a {is_a}, must be a {kind}")
-    files = f"tokenizer.json, which transformers makes of older files, or {tokenizer_files.FILE}"
-    require(not kind or tok is not None, f"{folder}: has no tokenizer ({files})")
-    same = like is None or tok == like
-    require(same, f"{folder}: not the vocabulary of the other models; all need one SFT run")
+    missing = f"{folder}: has no tokenizer (tokenizer.json or {tokenizer_files.FILE})"
+    require(not kind or tok is not None, missing)
+    fits = like is None or tok == like
+    require(fits, f"{folder}: not the vocabulary of the other models; all need one SFT run")
     return model, tok
 
 
@@ -114,7 +114,9 @@ def _find(folder):
         raise UserError(f"{folder} is a run folder; give {inner}")
     if os.path.isfile(os.path.join(folder, "config.json")):
         return folder
-    if os.path.exists(folder):
+    if os.path.isfile(folder):
+        raise Missing(f"{folder} is a file, must be a folder")
+    if os.path.isdir(folder):
         raise Missing(f"{folder} has no config.json")
     raise Missing(f"{folder} does not exist")
 

@@ -122,15 +122,15 @@ def _labelled(row, want):
 
 def _comparison(row):
     """Comparisons of OpenAI's TL;DR."""
-    prompt = _reddit(row["info"])
-    summaries = row["summaries"]
-    right = row["choice"] in (0, 1) and isinstance(summaries, list) and len(summaries) == 2
-    require(right, '"choice" must be 0 or 1, and "summaries" two objects with a "text"')
+    found = {"prompt": _reddit(row["info"])}
     texts = []
-    for summary in summaries:
-        check_text(parse(summary), ("text",))
-        texts.append(f" {summary['text'].strip()}")
-    found = dict(prompt=prompt, chosen=texts[row["choice"]], rejected=texts[1 - row["choice"]])
+    for summary in row["summaries"] if isinstance(row["summaries"], list) else []:
+        if isinstance(summary, dict) and isinstance(summary.get("text"), str):
+            texts.append(f" {summary['text'].strip()}")
+    right = len(texts) == 2 and row["choice"] in (0, 1)
+    require(right, '"choice" must be 0 or 1, and "summaries" two objects with a "text"')
+    found["chosen"] = texts[row["choice"]]
+    found["rejected"] = texts[1 - row["choice"]]
     return "info + summaries + choice (TL;DR)", found
 
 

@@ -1,4 +1,4 @@
-"""The files of tokenizers, in and out: tokenizer.json and our own.
+"""The files of tokenizers, in and out: tokenizer.json, vocab.json + merges.txt, our own.
 
 A byte-level BPE is read into a `Tokenizer`, which tiktoken runs, if that gives exactly the ids of the file's
 own program. Any other tokenizer.json is run by the `tokenizers` package, or refused where that is missing.
@@ -18,6 +18,10 @@ from nanorlhf.tokenizer import Extras, Tokenizer
 
 FILE = "nanorlhf_tokenizer.json"  # of kind "chars"; the others are saved as tokenizer.json
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 COPIED = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,6 +29,8 @@ COPIED = [
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "encoder.json",
+    "vocab.bpe",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
@@ -50,20 +56,17 @@ def _need(ok, reason):
 
 
 def load(folder):
-    """The tokenizer of a folder, from our own file or from tokenizer.json; None where it has neither.
+    """The tokenizer of a folder, from the first of the files in LOADERS that is there; None without any.
 
     UserError naming the file when it is damaged, or when tiktoken could not give the same ids as
     transformers. Such a tokenizer.json is read by the `tokenizers` package where that is installed.
     """
-    ours = Path(folder) / FILE
-    path = ours if ours.is_file() else Path(folder) / "tokenizer.json"
-    if not path.is_file():
+    paths = [Path(folder) / name for name in LOADERS]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         return None
     try:
-        data = json.loads(path.read_text("utf-8"))
-        if path == ours:
-            return _from_ours(data)
-        return _from_json(data, path.parent)
+        return LOADERS[path.name](path)
     except Inexact as reason:
         return _load_with_library(path, reason)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserError) as e:
@@ -71,28 +74,27 @@ def load(folder):
 
 
 def files(tok):
-    """{file name: contents} of a saved tokenizer: the files that it was read from, or new ones.
+    """{file name: contents} of a saved tokenizer: the files that it was read from.
 
-    A tokenizer trained here gets a tokenizer.json, so that transformers and vLLM read the folder. Kind
+    Where tokenizer.json is not among them it is made, so that transformers and vLLM read the folder. Kind
     "chars" has no counterpart there, as it refuses unknown characters: it has a file of its own.
     """
     if tok.kind == "chars":
         tokens = [base64.b64encode(token).decode() for token in tok.tokens]
-        content = json.dumps({"kind": "chars", "tokens": tokens})
-        return {FILE: content.encode()}
-    if tok.source:
-        return tok.source
-    texts = {i: text for text, i in tok.control.items()}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": texts[tok.eos_id],
-        "pad_token": texts.get(tok.pad_id),
-    }
-    return {
-        "tokenizer.json": json.dumps(_to_json(tok), ensure_ascii=False).encode(),
-        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
-    }
+        return {FILE: json.dumps({"kind": "chars", "tokens": tokens}).encode()}
+    out = dict(tok.source)
+    if "tokenizer.json" not in out:
+        out["tokenizer.json"] = json.dumps(_to_json(tok), ensure_ascii=False).encode()
+    if "tokenizer_config.json" not in out:
+        texts = {i: text for text, i in tok.control.items()}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": texts[tok.eos_id],
+            "pad_token": texts.get(tok.pad_id),
+        }
+        out["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
+    return out
 
 
 def beside(folder):
@@ -137,10 +139,11 @@ def _roles(folder, control):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# our own file, and the `tokenizers` package
+# one function for each kind of file
 
 
-def _from_ours(data):
+def _load_ours(path):
+    data = json.loads(path.read_text("utf-8"))
     require(data["kind"] == "chars", "its kind must be chars")
     alphabet = ""
     for token in data["tokens"]:
@@ -148,6 +151,55 @@ def _from_ours(data):
         require(len(char) == 1, "every token must be one character")
         alphabet += char
     return Tokenizer.from_chars(alphabet)
+
+
+def _load_json(path):
+    return _from_json(json.loads(path.read_text("utf-8")), path.parent)
+
+
+def _load_gpt2(path):
+    """vocab.json + merges.txt, as older folders have them, or OpenAI's encoder.json + vocab.bpe.
+
+    They do not name their pattern, and the added tokens stand in other files.
+    """
+    folder = path.parent
+    config = read_json(folder / "tokenizer_config.json")
+    kind = str(config.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
+    _need(kind in ("GPT2Tokenizer", "Qwen2Tokenizer"), f"vocab.json of a {kind} says no split pattern")
+    qwen = kind == "Qwen2Tokenizer"
+    vocab = json.loads(path.read_text("utf-8"))
+    merges = "merges.txt" if path.name == "vocab.json" else "vocab.bpe"
+    lines = (folder / merges).read_text("utf-8").splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    tokens = config.get("added_tokens_decoder")
+    if not tokens:
+        texts = read_json(folder / "added_tokens.json") or {"<|endoftext|>": None}
+        tokens = {i: {"content": text, "special": True} for text, i in texts.items()}
+    plain = dict(lstrip=False, rstrip=False, single_word=False, normalized=False, special=False)
+    added = []
+    for i, token in tokens.items():
+        i = vocab.get(token["content"], i)
+        added.append(plain | token | {"id": int(i)})
+    prefix_space = config.get("add_prefix_space") or False
+    steps = [
+        {"type": "Split", "pattern": {"Regex": QWEN if qwen else GPT2}, "behavior": "Isolated"},
+        {"type": "ByteLevel", "add_prefix_space": prefix_space, "use_regex": False},
+    ]
+    spec = {
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if qwen else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+    return _from_json(spec, folder)
+
+
+LOADERS = {
+    FILE: _load_ours,
+    "tokenizer.json": _load_json,
+    "encoder.json": _load_gpt2,
+    "vocab.json": _load_gpt2,
+}
 
 
 class LibraryTokenizer(Tokenizer):
@@ -169,7 +221,8 @@ class LibraryTokenizer(Tokenizer):
         return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        return self.library.decode(list(ids), skip_special_tokens=False)
+        known = [i for i in ids if 0 <= i < self.vocab_size]
+        return self.library.decode(known, skip_special_tokens=False)
 
 
 def _load_with_library(path, reason):
@@ -177,6 +230,8 @@ def _load_with_library(path, reason):
         import tokenizers
     except ImportError:
         raise UserError(f"{path}: {reason}; pip install tokenizers lets that package read it") from None
+    if path.name != "tokenizer.json":
+        raise UserError(f"{path}: {reason}; save it as tokenizer.json with transformers first") from None
     try:
         library = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
         library.encode_special_tokens = True  # text never becomes a control token

@@ -1,13 +1,22 @@
 """The models of a run, read from the folders that its flags name; an error begins with the flag."""
 
+import contextlib
 import os
 
 import torch
 
 from nanorlhf import hub, lora
-from nanorlhf.errors import UserError, blame
+from nanorlhf.errors import UserError
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run.device import to_device
+
+
+@contextlib.contextmanager
+def _named(flag):
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
 
 
 def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=True):
@@ -15,7 +24,7 @@ def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=T
 
     hint: the command that makes such a folder; an error says it where there is none.
     """
-    with blame(flag):
+    with _named(flag):
         try:
             model, tok = hub.load(folder, kind, like=like, shard=shard, weights=weights)
         except hub.Missing as error:
@@ -24,8 +33,14 @@ def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=T
             run, name = os.path.split(os.path.normpath(folder))
             out = f" --out {run}" if run and name == "model" else ""
             raise UserError(f"{error}; make it with: {hint}{out}") from None
-    if hasattr(model, "fill"):  # --shard: dist.spread reads the files later; its errors name the flag too
-        model.fill = blame(flag)(model.fill)
+    if hasattr(model, "fill"):  # --shard: the files are read later, by dist.spread
+        read = model.fill
+
+        def fill(model):
+            with _named(flag):
+                read(model)
+
+        model.fill = fill
     return model, tok
 
 
