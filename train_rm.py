@@ -337,7 +337,7 @@ def train(cfg):
 
 
 def main(argv=None):
-    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rm(cfg, load_model))
+    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rm(cfg, load_model, load_pairs))
 
 
 if __name__ == "__main__":

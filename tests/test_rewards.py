@@ -156,7 +156,7 @@ def test_a_value_that_is_no_number_stops_the_run_at_once(mischief):
             with pytest.raises(RunError, match=says):
                 mischief.score(rewards, "x", "x", "x", text, "x")
         assert rewards.values(1, ["x"], [dict(prompt="ab")]) == [0.5]
-        says = "^more than half of 4 calls failed; the first: reward f ended its process .status 4. .*'_exit'"
+        says = "^more than half of 4 calls failed; the last: reward f raised KeyError: .*'raise'"
         with pytest.raises(RunError, match=says):
             mischief.score(rewards, "_exit", "x", "raise", "raise")
         assert mischief.score(rewards, "raise", "x", "raise", "x") == [0, 3, 0, 3]  # half is not more

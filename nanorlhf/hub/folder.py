@@ -21,7 +21,7 @@ from nanorlhf.hub import weights as weight_files
 from nanorlhf.hub.files import read_json
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run import dist, sharding
-from nanorlhf.run.folders import tensor_bytes, write_folder
+from nanorlhf.run.folders import write_folder
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -73,7 +73,7 @@ def save(model, tok, folder):
     }
     if tok is not None:
         files |= tokenizer_files.files(tok)
-    write_folder(os.path.normpath(folder), files, size=tensor_bytes(tensors))
+    write_folder(os.path.normpath(folder), files)
 
 
 def load(folder, kind="", like=None, shard=False, weights=True):
