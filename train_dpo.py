@@ -189,8 +189,6 @@ def preference_loss(
     >>> [round(x.item(), 4) for x in (losses, chosen, rejected)]  # the loss is −log σ(0.05 + 0.02)
     [0.6588, 0.05, -0.02]
     """
-    if label_smoothing and loss not in SMOOTHED:
-        raise ValueError(f"label_smoothing has no meaning for {loss}")
     if loss in NO_REFERENCE:
         h_w = logp_w / len_w
         h_l = logp_l / len_l
@@ -252,7 +250,7 @@ def response_logps(model, rows):
 
     The sum is over the response, its EOS included. The prompt is context only.
     """
-    tokens, mask = pad_responses(rows, model.device)
+    tokens, _, mask = pad_responses(rows, model.device)
     return model.logprobs(tokens, mask)[0].sum(1)
 
 
@@ -277,9 +275,9 @@ def cache_logps(model, examples, cfg):
     def compute(rows):
         return pair_logps(model, [examples[i] for i in rows])
 
-    cut = partial(microbatches, tokens_per_microbatch=cfg.tokens_per_microbatch)
+    lengths = padded_lengths(examples)
     with at_work(model):
-        return fill_rows(out, padded_lengths(examples), cut, compute, model.logprobs)
+        return fill_rows(out, lengths, cfg.tokens_per_microbatch, compute, model.logprobs)
 
 
 def objective(policy, examples, ref_logp, z0, cfg):
@@ -412,19 +410,17 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
     others.
     """
     G = cfg.group_size
+    n = cfg.pairs // cfg.online
     seed = derive_seed(cfg.seed, "prompts")
-    order = epoch_batches(len(rows), cfg.pairs // cfg.online, seed, number)
-    rows = [rows[i] for i in order]
-    seed = derive_seed(cfg.seed, "round", number)
-    prompts = [row["prompt"] for row in rows]
-    rolls, _ = generate.respond(
+    order = epoch_batches(len(rows), n, seed, number)
+    rolls = generate.sample_in_batches(
         policy,
         tok,
-        prompts,
-        n=G,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        seed=seed,
+        [rows[i] for i in order],
+        G,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        seed=derive_seed(cfg.seed, "round", number),
         desc="round",
     )
     # An implicit reward is in nats, where no fixed score fits: there an unended response always loses.
@@ -433,8 +429,6 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
     found = []
     for roll in rolls:
         ids = roll.responses(with_eos=True)
-        roll.rows = [rows[g] for g in roll.group.tolist()]
-        rows = rows[len(roll) // G :]
         score = judge(roll)  # (B,)
         scores.append(score)
         rank = torch.where(roll.finished, score, unended).tolist()
@@ -443,15 +437,15 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
             best = max(group, key=rank.__getitem__)
             worst = min(group, key=rank.__getitem__)
             if rank[best] > rank[worst]:
-                prompt = roll.rows[start]["prompt"]
+                row = roll.rows[start]
                 found.append({
-                    "prompt": prompt,
+                    "prompt": row["prompt"],
                     "chosen": roll.texts[best],
                     "rejected": roll.texts[worst],
-                    "ids": [tok.encode_prompt(prompt), ids[best], ids[worst]],
+                    "ids": [row["_ids"], ids[best], ids[worst]],
                 })  # fmt: skip
     reward, se = mean_se(torch.cat(scores).view(-1, G))
-    dead = 1 - len(found) / len(prompts)
+    dead = 1 - len(found) / n
     return found, {"reward": reward, "reward_se": se, "dead": dead}
 
 
@@ -531,8 +525,7 @@ def train(cfg):
             examples = [pairs[i] for i in order]
             batch = step_batch(policy, examples, ref_logp[order], cfg)
             part = dist.share(batch)  # on one process: the batch
-            figures = gradient(policy, part, cfg)
-            figures = dist.whole_step(figures, policy)  # on one process: the same figures
+            figures = dist.whole_step(gradient(policy, part, cfg), policy)  # on one process: as they are
             gnorm = clip_gradient(policy, cfg.max_grad_norm)
             run.check(step, figures["loss"], gnorm, f"{len(order)} pairs", batch, [policy])
             lr = lr_at(step, cfg.steps, cfg.lr)

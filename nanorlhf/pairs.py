@@ -68,8 +68,9 @@ def write_first(path, rows):
 def load_rows(cfg, task, policy, tok, unpaired=False):
     """→ training rows, held-out rows: of --data, split by their prompts, or of pairs that are made here."""
     if cfg.data:
-        rows = read_rows(cfg.data, "kto" if unpaired else "pairs", skip_bad=cfg.skip_bad_rows)
-        return split_by_hash(rows, tasks.held_out)
+        kind = "kto" if unpaired else "pairs"
+        rows = read_rows(cfg.data, kind, skip_bad=cfg.skip_bad_rows)
+        return split_by_hash(rows)
     train_path, test_path = make_pairs(cfg, task, policy, tok)
     return read_jsonl(train_path, KEYS), read_jsonl(test_path, KEYS)
 
