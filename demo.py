@@ -69,7 +69,7 @@ def judge(folder, sft, rm, prompts, seed):
     policy, tok = hub.load(folder)
     task = tasks.get("reviews")
     seed = derive_seed(seed, "judge")
-    rolls, texts = generate.respond(policy, tok, prompts, 1, task.max_new_tokens, seed=seed, desc="judging")
+    rolls, texts = generate.respond(policy, tok, prompts, 1, task.max_new_tokens, seed=seed)
     gold = torch.tensor([tasks.gold(p, t) for p, t in zip(prompts, texts)])
     proxy = torch.cat([rm.rewards(roll.tokens, roll.lengths) for roll in rolls])
     k1 = torch.cat([(roll.logp - sft.logprobs(roll.tokens, roll.mask)[0]).sum(1) for roll in rolls])

@@ -253,7 +253,6 @@ def main(cfg):
             cfg.max_new_tokens,
             cfg.temperature,
             seed=derive_seed(cfg.seed, "evaluate", name),
-            desc="sampling",
             top_k=cfg.top_k,
             top_p=cfg.top_p,
         )
@@ -281,8 +280,9 @@ def main(cfg):
 
 def report(figures, path):
     """Print {name: (mean, s.e.)} and write it to the path, if there is one → {name: mean, name_se: s.e.}."""
-    flat = {name: mean for name, (mean, _) in figures.items()}
+    flat = {}
     for name, (mean, se) in figures.items():
+        flat[name] = mean
         line = f"{name:<16}{mean:10.4f}"
         if math.isfinite(se):
             line += f" ± {se:.4f}"

@@ -189,6 +189,8 @@ def preference_loss(
     >>> [round(x.item(), 4) for x in (losses, chosen, rejected)]  # the loss is −log σ(0.05 + 0.02)
     [0.6588, 0.05, -0.02]
     """
+    if label_smoothing and loss not in SMOOTHED:
+        raise ValueError(f"label_smoothing has no meaning for {loss}")
     if loss in NO_REFERENCE:
         h_w = logp_w / len_w
         h_l = logp_l / len_l
@@ -216,7 +218,7 @@ def preference_loss(
         losses = ((1 - eps) * right - eps * flipped) / (1 - 2 * eps)
     elif loss == "dpo_nll":
         losses = right - dpo_nll_coef * logp_w / len_w
-    elif loss in ("dpo", "cdpo"):
+    elif loss in SMOOTHED:  # dpo, cdpo
         losses = (1 - eps) * right + eps * flipped
     else:
         raise ValueError(f"loss {loss!r} is not a loss on pairs")
@@ -359,13 +361,8 @@ def gradient(policy, batch, cfg):
     Under no_grad it only measures. Every denominator is the step's, so that gradients and figures of parts of
     the rows add up to those of all rows.
     """
-    figures = Figures(
-        loss="sum",
-        acc="sum",
-        margin="sum",
-        logp_chosen="sum",
-        logp_rejected="sum",
-    )
+    names = ("loss", "acc", "margin", "logp_chosen", "logp_rejected")
+    figures = Figures(**dict.fromkeys(names, "sum"))
     counts = batch["counts"]
     examples = [Example(*row) for row in batch["examples"]]
     cut = microbatches(padded_lengths(examples), cfg.tokens_per_microbatch)
@@ -420,8 +417,7 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
         G,
         cfg.max_new_tokens,
         cfg.temperature,
-        seed=derive_seed(cfg.seed, "round", number),
-        desc="round",
+        derive_seed(cfg.seed, "round", number),
     )
     # An implicit reward is in nats, where no fixed score fits: there an unended response always loses.
     unended = -math.inf if cfg.judge == "self" else cfg.no_eos_score
@@ -445,8 +441,7 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
                     "ids": [row["_ids"], ids[best], ids[worst]],
                 })  # fmt: skip
     reward, se = mean_se(torch.cat(scores).view(-1, G))
-    dead = 1 - len(found) / n
-    return found, {"reward": reward, "reward_se": se, "dead": dead}
+    return found, {"reward": reward, "reward_se": se, "dead": 1 - len(found) / n}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -456,16 +451,16 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
 @torch.no_grad()
 def evaluate(policy, ref, tok, cfg, held_out, held_out_ref, rows, judge, log, step):
     """Loss and accuracy on held-out pairs; KL(policy‖--ref), entropy, length, stop rate of fresh samples."""
-    metrics = {}
-    if held_out:
-        figures = gradient(policy, step_batch(policy, held_out, held_out_ref, cfg), cfg)
-        metrics = {"eval/loss": figures["loss"], "eval/acc": figures["acc"]}
-    roll, sampled = fresh_samples(policy, ref, tok, rows, cfg.max_new_tokens, cfg.seed)
+    roll, metrics = fresh_samples(policy, ref, tok, rows, cfg.max_new_tokens, cfg.seed)
     score = judge(roll)  # (B,)
     log.samples(step, rows, roll.texts, score)
     if not cfg.uses_labels:
         metrics["eval/reward"] = score.mean().item()
-    return metrics | sampled
+    if held_out:
+        batch = step_batch(policy, held_out, held_out_ref, cfg)
+        figures = gradient(policy, batch, cfg)
+        metrics |= {"eval/loss": figures["loss"], "eval/acc": figures["acc"]}
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ that a row's samples do not depend on how long the other prompts are. The unifor
 batch, nor on how many processes share the rows.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from nanorlhf.data import pad, response_mask
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import require
 from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist
 from nanorlhf.sampling import Sampling, sample
@@ -85,18 +86,15 @@ def prepare(model, prompts, n, max_new_tokens, temperature, eos_id, seed, first_
     The table of uniforms is filled row by row, so that a larger table begins with a smaller one. first_row is
     the place of the first row in the table: a process that samples rows 8 to 15 of 16 starts at 8.
     """
-    if not prompts or n < 1 or max_new_tokens < 1 or temperature < 0:
-        asked = f"{len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}"
-        raise UserError(f"nothing to generate: {asked}")
-    lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths)
-    if 0 in lengths:
-        raise UserError(f"prompt {lengths.index(0)} is empty: it needs at least one token")
-    if longest + max_new_tokens > model.cfg.max_len:
-        raise UserError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones (--max_new_tokens) exceed the "
-            f"model's context of {model.cfg.max_len}"
-        )
+    asked = f"{len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}"
+    something = prompts and min(n, max_new_tokens) > 0 and temperature >= 0
+    require(something, f"nothing to generate: {asked}")
+    for i, prompt in enumerate(prompts):
+        require(prompt, f"prompt {i} is empty: it needs at least one token")
+    longest = max(map(len, prompts))
+    context = model.cfg.max_len
+    too_long = f"a prompt of {longest} tokens and {max_new_tokens} new ones (--max_new_tokens) exceed"
+    require(longest + max_new_tokens <= context, f"{too_long} the model's context of {context}")
     group = torch.arange(len(prompts)).repeat_interleave(n)  # (B,)
     pad_id = model.cfg.vocab_size - 1  # any id but EOS would do: padding is known by lengths, never by its id
     if pad_id == eos_id:
@@ -229,18 +227,17 @@ def sample_responses(model, tok, rows, n, max_new_tokens, temperature, seed, **f
 
 
 def sample_in_batches(
-    model, tok, rows, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512, desc="", **filters
+    model, tok, rows, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512, **filters
 ):
     """`sample_responses` for any number of rows {"prompt": text, ...} → Rollouts of about `batch` samples.
 
-    Each of them draws from a seed of its own. With a `desc` a progress bar shows it on a terminal.
+    Each of them draws from a seed of its own. A terminal shows a progress bar.
     """
     rolls = []
     rows_at_once = max(1, batch // n)
-    no_bar = True
-    if desc and dist.rank() == 0:
-        no_bar = None  # tqdm: a bar on a terminal only
-    for start in tqdm(range(0, len(rows), rows_at_once), desc, leave=False, disable=no_bar):
+    starts = range(0, len(rows), rows_at_once)
+    # disable=None: only on a terminal, which stdout is on the first process alone
+    for start in tqdm(starts, "sampling", leave=False, disable=None, file=sys.stdout):
         part = []
         for row in rows[start : start + rows_at_once]:
             ids = tok.encode_prompt(row["prompt"])

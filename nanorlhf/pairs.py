@@ -45,7 +45,7 @@ def draw_pairs(cfg, task, model, tok, split, n, tau):
     """Label two samples to each of n prompts, with noise tau → rows; equal pairs are left out."""
     prompts = [row["prompt"] for row in task.prompts(split, n, cfg.seed)]
     seed = derive_seed(cfg.seed, "pairs", split)
-    _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed, desc="pairs")
+    _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed)
     rng = random.Random(seed)
     rows = []
     for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):

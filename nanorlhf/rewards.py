@@ -23,35 +23,30 @@ def score_responses(roll, rm, rewards):
     judges steps. Where rm is None, the weighted sum of the reward functions, which see the texts and the rows
     of the rollout; then roll.reward_parts receives what each gave, (B, functions).
     """
+    B, T = roll.tokens.shape
     if rm is None:
-        values = call_rewards(roll.texts, roll.rows, rewards)  # (B, functions)
+        functions = rewards.functions
+
+        def call(index):
+            texts = [roll.texts[i] for i in index.tolist()]
+            rows = [roll.rows[i] for i in index.tolist()]
+            columns = [rewards.values(i, texts, rows) for i in range(len(functions))]
+            return torch.tensor(columns).T
+
+        values = torch.zeros(B, len(functions))  # on the CPU
+        fill_rows(values, torch.ones(B), 0, call)
         roll.reward_parts = values.to(roll.tokens.device)
         score = torch.zeros_like(roll.logp[:, 0])
-        for function, part in zip(rewards.functions, roll.reward_parts.unbind(1)):
+        for function, part in zip(functions, roll.reward_parts.unbind(1)):
             score += function.weight * part
         return score
 
     def compute(rows):
         return rm.scores(roll.tokens[rows], roll.lengths[rows], roll.mask[rows])
 
-    B, T = roll.tokens.shape
     padded = torch.full((B,), T)  # tokens of each row
     with at_work(rm):
         return fill_rows(roll.logp.new_zeros(B), padded, SCORE_TOKENS, compute, rm.values)  # detail 13
-
-
-def call_rewards(texts, rows, rewards):
-    """What each reward function gives for each text → (texts, functions), fp32 on the CPU."""
-    n = len(rewards.functions)
-
-    def compute(index):
-        some_texts = [texts[i] for i in index.tolist()]
-        some_rows = [rows[i] for i in index.tolist()]
-        columns = [rewards.values(i, some_texts, some_rows) for i in range(n)]
-        return torch.tensor(columns).T
-
-    out = torch.zeros(len(texts), n)
-    return fill_rows(out, torch.ones(len(texts)), 0, compute)
 
 
 def gate_problem(policy, tok, task, limit, seed):
@@ -118,11 +113,11 @@ def length_schedule(max_new_tokens, lengthen_at):
     """--max_new_tokens 24,40,64 with --lengthen_at 40,80 → limits [24, 40, 64], one after the other."""
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens]
     shown = ",".join(map(str, limits))
-    rising = limits == sorted(set(limits)) and limits and limits[0] > 0
+    rising = limits and limits[0] > 0 and limits == sorted(set(limits))
     require(rising, f"--max_new_tokens {shown}: must be an integer, or rising ones such as 24,40,64")
     lengthenings = len(limits) - 1
-    fits = len(lengthen_at) == lengthenings and lengthen_at == sorted(set(lengthen_at))
-    fits = fits and min(lengthen_at, default=1) > 0
+    steps = [0, *lengthen_at]
+    fits = len(lengthen_at) == lengthenings and steps == sorted(set(steps))
     shown = ",".join(map(str, lengthen_at))
     require(fits, f"--lengthen_at {shown!r}: must be {lengthenings} rising steps, one for each lengthening")
     return limits
