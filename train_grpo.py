@@ -159,13 +159,28 @@ class Config(Flags):
     DEFAULTS: ClassVar = RECIPES[""]  # of the fields that recipes set
     BY_TASK: ClassVar = {
         "chain": dict(
-            steps=50, prompts_per_step=16, group_size=16, max_new_tokens=11, minibatches=4, lr=3e-4
+            steps=50,
+            prompts_per_step=16,
+            group_size=16,
+            max_new_tokens=11,
+            minibatches=4,
+            lr=3e-4,
         ),
         "countdown": dict(
-            steps=200, prompts_per_step=32, group_size=16, max_new_tokens=6, minibatches=4, lr=2.5e-4
+            steps=200,
+            prompts_per_step=32,
+            group_size=16,
+            max_new_tokens=6,
+            minibatches=4,
+            lr=2.5e-4,
         ),
         "reviews": dict(
-            steps=60, prompts_per_step=12, group_size=8, max_new_tokens=40, minibatches=2, lr=5e-4
+            steps=60,
+            prompts_per_step=12,
+            group_size=8,
+            max_new_tokens=40,
+            minibatches=2,
+            lr=5e-4,
         ),
     }
 
@@ -239,9 +254,12 @@ def advantages(reward, group, norm="group_std", std_eps=1e-6, length=None):
     elif norm == "leave_one_out":
         adv = adv * (size / (size - 1))[group]
     elif norm == "batch_whiten":
-        n = torch.ones_like(reward) if length is None else length.to(reward.dtype)
-        centred = adv - (n * adv).sum() / n.sum()
-        variance = (n * centred.square()).sum() / (n.sum() - 1)
+        n = torch.ones_like(reward)
+        if length is not None:
+            n = length.to(reward.dtype)
+        total = n.sum()
+        centred = adv - (n * adv).sum() / total
+        variance = (n * centred.square()).sum() / (total - 1)
         adv = centred * torch.rsqrt(variance + 1e-8)
     return torch.where(live, adv, 0.0)
 
@@ -269,7 +287,8 @@ def token_weights(mask, group, cfg):
     if cfg.agg == "prompt_mean":
         prompts, index = group.unique(return_inverse=True)
         tokens = length.new_zeros(len(prompts)).index_add(0, index, length)
-        return w / (tokens[index].clamp(min=1) * len(prompts))[:, None]
+        per_row = tokens[index].clamp(min=1)
+        return w / (per_row * len(prompts))[:, None]
     if cfg.agg == "seq_mean":
         per_row = length.clamp(min=1)
     else:
@@ -298,7 +317,8 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
     log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-20, 20)
     token_ratio = log_ratio.exp()
     if cfg.ratio == "sequence":  # GSPO: one ratio a row, the geometric mean; each token keeps its gradient
-        mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        length = mask.sum(1, keepdim=True).clamp(min=1)
+        mean = log_ratio.sum(1, keepdim=True) / length
         log_ratio = mean.detach() + log_ratio - log_ratio.detach()
     ratio = log_ratio.exp()
 
@@ -315,27 +335,32 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
         loss = -adv * logp
         is_clipped = torch.zeros_like(mask)
 
-    stats = {"clip": (w * is_clipped).sum(), "ratio_max": (ratio.detach() * mask).max()}
+    largest = (ratio.detach() * mask).max()
+    stats = {"clip": (w * is_clipped).sum(), "ratio_max": largest}
     if cfg.kl != "none" and cfg.kl_in != "reward":
         k = kl_estimate(logp, ref_logp, cfg.kl)
         if cfg.kl_in == "loss_unbiased":
             k = k * token_ratio
         loss = loss + cfg.beta * k
-    return (w * torch.where(mask, loss, 0.0)).sum(), stats
+    loss = torch.where(mask, loss, 0.0)
+    return (w * loss).sum(), stats
 
 
 def microbatch_loss(policy, batch, cfg):
     """→ loss, stats of `policy_loss`, log-probs and entropies (B, T) of one micro-batch."""
 
+    tokens = batch["tokens"]
+    mask = batch["mask"]
+
     def chunk_loss(logp, entropy, chunk):
         """chunk (B, T) marks the tokens whose logits are at hand: their part of the loss needs no others."""
-        old_logp = batch["old_logp"]
-        return policy_loss(logp, old_logp, batch["ref_logp"], batch["adv"], chunk, batch["w"], cfg)
+        ref_logp = batch["ref_logp"]
+        return policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg)
 
     if cfg.ratio == "token":
-        return policy.logprobs(batch["tokens"], batch["mask"], cfg.temperature, chunk_loss)
-    logp, entropy = policy.logprobs(batch["tokens"], batch["mask"], cfg.temperature)
-    loss, stats = chunk_loss(logp, entropy, batch["mask"])  # a ratio of whole rows needs all their tokens
+        return policy.logprobs(tokens, mask, cfg.temperature, chunk_loss)
+    logp, entropy = policy.logprobs(tokens, mask, cfg.temperature)
+    loss, stats = chunk_loss(logp, entropy, mask)  # a ratio of whole rows needs all their tokens
     return loss, stats, logp, entropy
 
 
@@ -352,21 +377,15 @@ def gradient(policy, batch, cfg):
         mb = trim(take_rows(batch, rows))
         loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg)
         loss.backward()
-        figures.add(
-            {
-                "loss": loss.item(),
-                "clip": stats["clip"].sum().item() / batch["w_sum"],
-                "entropy": entropy.sum().item() / batch["n_tokens"],
-                "ratio_max": stats["ratio_max"].max().item(),
-                "gap": (logp.detach() - mb["old_logp"]).abs().max().item(),
-            }
-        )
+        gap = (logp.detach() - mb["old_logp"]).abs()
+        figures.add({
+            "loss": loss.item(),
+            "clip": stats["clip"].sum().item() / batch["w_sum"],
+            "entropy": entropy.sum().item() / batch["n_tokens"],
+            "ratio_max": stats["ratio_max"].max().item(),
+            "gap": gap.max().item(),
+        })  # fmt: skip
     return figures
-
-
-def learning_rate(step, cfg):
-    """5 steps of warm-up, then linear to 0."""
-    return cfg.lr * min((step + 1) / 5, 1 - step / cfg.steps)
 
 
 def overlong(length, limit, share):
@@ -416,11 +435,12 @@ def sample_step(policy, tok, cfg, rows, limit, progress, score):
             for row, pass_rate in zip(batch, groups.mean(1).tolist()):
                 if pass_rate >= cfg.no_positive_resampling:
                     progress["mastered"][row["prompt"]] = pass_rate
-        alive = groups.amax(1) > groups.amin(1)
-        if not cfg.filter_dead_groups:
+        if cfg.filter_dead_groups:
+            alive = groups.amax(1) > groups.amin(1)  # (prompts,)
+            index = alive[roll.group].nonzero()[:, 0]
+            roll = roll.select(index)
+        if len(roll):
             kept.append(roll)
-        elif alive.any():
-            kept.append(roll.select(alive[roll.group].nonzero()[:, 0]))
     if not kept:  # no group of any round is alive: all advantages are 0, and no update is made
         kept = rounds[-1:]
     roll = Rollout.cat(kept)
@@ -449,13 +469,10 @@ def train(cfg):
         print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
 
     score = partial(score_responses, rm=rm, rewards=rewards)
-
-    def export():
-        hub.save(policy, tok, f"{cfg.out}/model")
-
+    measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed)
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
         if not (cfg.data or cfg.resume):
-            pass_gate(policy, tok, task, longest, derive_seed(cfg.seed, "gate"))
+            pass_gate(policy, tok, task, longest, cfg.seed)
         saved = {"policy": policy}
         frozen = [ref]
         if cfg.ref_every:
@@ -475,9 +492,10 @@ def train(cfg):
             if cfg.ref_every and step and step % cfg.ref_every == 0:
                 ref.load_state_dict(lora.merged(policy).state_dict())
             if cfg.off_policy_steps:
-                past = [*progress["past"], copy.deepcopy(policy.state_dict())]
-                progress["past"] = past[-cfg.off_policy_steps - 1 :]
-                sampler.load_state_dict(progress["past"][0])
+                past = progress["past"]
+                past.append(copy.deepcopy(policy.state_dict()))
+                del past[: -cfg.off_policy_steps - 1]
+                sampler.load_state_dict(past[0])
 
             # ---- prompts, rollout, reward
             roll, rounds = sample_step(sampler, tok, cfg, rows, limit, progress, score)
@@ -498,13 +516,16 @@ def train(cfg):
             batch = roll.batch() | {"ref_logp": ref_logp, "adv": adv}
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
+            warmup = (step + 1) / 5  # over 5 steps
+            decay = 1 - step / cfg.steps  # linear to 0
             for group in opt.param_groups:
-                group["lr"] = learning_rate(step, cfg)
+                group["lr"] = cfg.lr * min(warmup, decay)
             figures = Figures(clip="sum", entropy="sum", gnorm="sum", ratio_max="max", gap="first")
             updates = 0
             # ---- the same in train_ppo.py and train_grpo.py
             for epoch in range(cfg.epochs):
-                generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "minibatches", step, epoch))
+                seed = derive_seed(cfg.seed, "minibatches", step, epoch)
+                generator = torch.Generator().manual_seed(seed)
                 order = torch.randperm(len(roll), generator=generator)
                 for index in order.tensor_split(cfg.minibatches):
                     minibatch = take_rows(batch, index)
@@ -551,7 +572,7 @@ def train(cfg):
                 metrics |= measure(longest)
             run.log.row(step, metrics)
             # ---- end
-            run.checkpoint(done, export, progress)
+            run.checkpoint(done, lambda: hub.save(policy, tok, f"{cfg.out}/model"), progress)
     return run.log.last
 
 

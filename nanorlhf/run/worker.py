@@ -137,8 +137,8 @@ class Rewards:
     def figures(self, roll):
         """What the log says of a Rollout's rewards: the share of failed calls, and each function's mean."""
         figures = {"reward_failed": self.share_failed()}
-        for column in self.columns():
-            figures[column] = roll.reward_parts[column.removeprefix("reward/")].mean().item()
+        for i, column in enumerate(self.columns()):
+            figures[column] = roll.reward_parts[:, i].mean().item()
         return figures
 
     def share_failed(self):
