@@ -388,6 +388,11 @@ def gradient(policy, batch, cfg):
     return figures
 
 
+def learning_rate(step, cfg):
+    """5 steps of warm-up, then linear to 0."""
+    return cfg.lr * min((step + 1) / 5, 1 - step / cfg.steps)
+
+
 def overlong(length, limit, share):
     """DAPO's soft penalty (B,): 0, then linearly down to −1 over the last `share` of the limit; 0: none."""
     if not share:
@@ -479,7 +484,6 @@ def train(cfg):
             saved["ref"] = frozen.pop()
         start, extra = run.start(saved, opt, frozen)
         progress = {"drawn": 0, "mastered": {}, "past": []} | extra
-        measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, run.log.say)
 
         for step in range(start, cfg.steps):
             metrics = {}
@@ -516,12 +520,9 @@ def train(cfg):
             batch = roll.batch() | {"ref_logp": ref_logp, "adv": adv}
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
-            warmup = (step + 1) / 5  # over 5 steps
-            decay = 1 - step / cfg.steps  # linear to 0
             for group in opt.param_groups:
-                group["lr"] = cfg.lr * min(warmup, decay)
+                group["lr"] = learning_rate(step, cfg)
             figures = Figures(clip="sum", entropy="sum", gnorm="sum", ratio_max="max", gap="first")
-            updates = 0
             # ---- the same in train_ppo.py and train_grpo.py
             for epoch in range(cfg.epochs):
                 seed = derive_seed(cfg.seed, "minibatches", step, epoch)
@@ -543,7 +544,6 @@ def train(cfg):
                     run.check(step, update.pop("loss"), update["gnorm"], where, minibatch, [policy])
                     opt.step()
                     figures.add(update)
-                    updates += 1
 
             # ---- one log line
             sampled = Rollout.cat(rounds)
@@ -556,7 +556,7 @@ def train(cfg):
                 "limit": limit,
             }
             # ---- the same in train_ppo.py and train_grpo.py
-            metrics |= figures.averages(updates)
+            metrics |= figures.averages()
             metrics |= sample_figures(sampled, cfg.group_size)
             metrics |= rewards.figures(roll)
             tokens = int(mask.sum())

@@ -350,7 +350,6 @@ def train(cfg):
         beta = cfg.beta
         if cfg.kl_target:
             beta = extra.get("beta", cfg.beta)
-        measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, run.log.say)
 
         for step in range(start, cfg.steps):
             metrics = {}
@@ -399,7 +398,6 @@ def train(cfg):
                 ratio_max="max",
                 gap="first",
             )
-            updates = cfg.epochs * cfg.minibatches
             # ---- the same in train_ppo.py and train_grpo.py
             for epoch in range(cfg.epochs):
                 seed = derive_seed(cfg.seed, "minibatches", step, epoch)
@@ -426,7 +424,7 @@ def train(cfg):
             metrics["explained_var"] = explained_variance(old_value, ret, mask)
             metrics["beta"] = beta
             # ---- the same in train_ppo.py and train_grpo.py
-            metrics |= figures.averages(updates)
+            metrics |= figures.averages()
             metrics |= sample_figures(sampled, cfg.group_size)
             metrics |= rewards.figures(roll)
             tokens = int(mask.sum())
