@@ -406,9 +406,8 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
     others.
     """
     G = cfg.group_size
-    n = cfg.pairs // cfg.online
     seed = derive_seed(cfg.seed, "prompts")
-    order = epoch_batches(len(rows), n, seed, number)
+    order = epoch_batches(len(rows), cfg.pairs // cfg.online, seed, number)
     rolls = generate.sample_in_batches(
         policy,
         tok,
