@@ -186,15 +186,15 @@ class Config(Flags):
 
     def __post_init__(self):
         require(self.recipe in RECIPES, f"--recipe {self.recipe}: must be one of {', '.join(RECIPES)[2:]}")
-        kl = self.kl  # as given
-        beta = self.beta
+        kl_given = self.kl
+        beta_given = self.beta
         self.fill_by_task(RECIPES[self.recipe], self.DEFAULTS)
         if self.kl == "none":
             remedy = "add --kl k3 (in the loss), or --kl k1 --kl_in reward"
-            require(not beta, f"--beta {beta}: there is no KL that it could weigh; {remedy}")
-        if kl and beta is None and self.kl != "none":
+            require(not beta_given, f"--beta {beta_given}: there is no KL that it could weigh; {remedy}")
+        elif kl_given and beta_given is None:
             remedy = "has no effect without --beta; give one, such as --beta 0.04"
-            require(self.beta, f"--kl {kl}: {remedy}")
+            require(self.beta, f"--kl {kl_given}: {remedy}")
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.ref = self.ref or self.init
         if not (self.rm or self.reward or tasks.get(self.task).reward):
@@ -449,7 +449,8 @@ def sample_step(policy, tok, cfg, rows, limit, progress, score):
     if not kept:  # no group of any round is alive: all advantages are 0, and no update is made
         kept = rounds[-1:]
     roll = Rollout.cat(kept)
-    return roll.select(torch.arange(min(full, len(roll)))), rounds
+    n = min(full, len(roll))
+    return roll.select(torch.arange(n)), rounds
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -465,12 +466,11 @@ def train(cfg):
     freeze(cfg, ref, rm, trained=(policy,))
     longest = cfg.limits[-1]
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest)
-    sampler = policy
-    if cfg.off_policy_steps:
-        sampler = copy.deepcopy(policy)
+    sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
     dist.spread(cfg, policy, frozen=(ref, rm))  # one process: the models as they are
     opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
-    if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
+    updates = cfg.epochs * cfg.minibatches
+    if cfg.loss == "reinforce" and (updates > 1 or cfg.off_policy_steps):
         print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
 
     score = partial(score_responses, rm=rm, rewards=rewards)
@@ -479,9 +479,11 @@ def train(cfg):
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, longest, cfg.seed)
         saved = {"policy": policy}
-        frozen = [ref]
+        frozen = []
         if cfg.ref_every:
-            saved["ref"] = frozen.pop()
+            saved["ref"] = ref
+        elif ref is not None:
+            frozen.append(ref)
         start, extra = run.start(saved, opt, frozen)
         progress = {"drawn": 0, "mastered": {}, "past": []} | extra
 
@@ -493,7 +495,7 @@ def train(cfg):
                 metrics |= measure(limit)
             clock = Clock()
             # ---- end
-            if cfg.ref_every and step and step % cfg.ref_every == 0:
+            if step and due(step, cfg.ref_every):
                 ref.load_state_dict(lora.merged(policy).state_dict())
             if cfg.off_policy_steps:
                 past = progress["past"]
