@@ -53,8 +53,8 @@ FAULTS = [
         "nanorlhf/model.py",
         "hidden = self(tokens[:, :-1], doc=doc)  #", "hidden = self(tokens, doc=doc)[:, 1:]  #")),
     Fault("temperature", "sampled at 0.6, scored at 1", "ratio_max", "the health line, not the reward",
-        "--temperature 0.6", (GRPO, "x, m, cfg.temperature", "x, m, 1.0"),
-        beside="broken_temperature_right"),
+        "--temperature 0.6", beside="broken_temperature_right", patch=(
+        "nanorlhf/model.py", "self.unembedding, targets, temperature", "self.unembedding, targets, 1.0")),
     Fault("prompts", "rewards judged by another prompt", "eval/reward",
         "reward and eval/reward disagree", patch=(
         "nanorlhf/generate.py", "[rows[g] for g in roll.group.tolist()]", "list(rows) * n")),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import train_grpo
 from nanorlhf import generate, hub
 from nanorlhf.errors import UserError
+from nanorlhf.kernels import torch_backend
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.rewards import length_schedule
 from nanorlhf.run.cli import parse
@@ -630,6 +631,18 @@ def test_microbatches_do_not_move_the_step(lab):
         results.append(weights(cfg))
     for a, b in zip(*results, strict=True):
         close(a, b, atol=1e-5)
+
+
+def test_chunks_do_not_move_a_figure(lab, monkeypatch):
+    """The loss is computed for all tokens at once, or for one after the other: what is logged is the same."""
+    results = []
+    for stored in (torch_backend.STORED, 1):
+        monkeypatch.setattr(torch_backend, "STORED", stored)
+        cfg = config(lab, by_letters, steps=1, epochs=2, minibatches=2, lr=5e-2, device="cpu")
+        results.append(train(cfg))
+    assert results[0]["clip"] > 0
+    for name in ("clip", "ratio_max", "entropy", "gnorm"):
+        close(results[0][name], results[1][name], rtol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -1,6 +1,7 @@
 """The faults that mutants.py and bench/broken_runs.py plant are strings of the sources: each must occur."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -16,9 +17,19 @@ def load(path):
 
 
 def test_mutants_fit_the_sources():
-    """Once each, or a mutant would be another one than its name says."""
-    for name, file, source, _, _ in load(ROOT / "tests/mutants.py").MUTANTS:
-        assert (ROOT / file).read_text(encoding="utf-8").count(source) == 1, name
+    """Once each, or a mutant would be another one than its name says; what is planted is still Python."""
+    for name, file, source, replacement, _ in load(ROOT / "tests/mutants.py").MUTANTS:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert text.count(source) == 1, name
+        compile(text.replace(source, replacement), name, "exec")
+
+
+def test_mutants_name_tests_that_exist():
+    """A killing test is file::function[case]; the function must stand in that file."""
+    for name, *_, tests in load(ROOT / "tests/mutants.py").MUTANTS:
+        for test in tests:
+            file, function = re.match(r"(.*)::(\w+)", test).groups()
+            assert f"\ndef {function}(" in (ROOT / file).read_text(encoding="utf-8"), (name, test)
 
 
 def test_broken_runs_fit_the_sources(monkeypatch):
@@ -26,5 +37,7 @@ def test_broken_runs_fit_the_sources(monkeypatch):
     page = load(ROOT / "bench/broken_runs.py")
     for fault in [*page.RIGHT, *page.FAULTS]:
         if fault.patch:
-            file, source, _ = fault.patch
-            assert source in (ROOT / file).read_text(encoding="utf-8"), fault
+            file, source, replacement = fault.patch
+            text = (ROOT / file).read_text(encoding="utf-8")
+            assert source in text, fault
+            compile(text.replace(source, replacement), fault.name, "exec")

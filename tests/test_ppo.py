@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import train_ppo
 from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import RunError, UserError
+from nanorlhf.kernels import torch_backend
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.rewards import score_responses
 from nanorlhf.run.worker import RewardFunction, Rewards
@@ -580,6 +581,17 @@ def test_microbatches_do_not_move_the_step(lab, gradients):
     assert len(gradients) == 2 * 8, "policy and critic at each of 8 optimizer steps"
     for other in results[1:]:
         same(results[0], other, atol=1e-6)
+
+
+def test_chunks_do_not_move_a_figure(lab, monkeypatch):
+    """The loss is computed for all tokens at once, or for one after the other: what is logged is the same."""
+    results = []
+    for stored in (torch_backend.STORED, 1):
+        monkeypatch.setattr(torch_backend, "STORED", stored)
+        results.append(train(config(lab, epochs=2, minibatches=2, lr=1e-2, device="cpu")))
+    assert results[0]["clip"] > 0
+    for name in ("clip", "ratio_max", "entropy", "gnorm"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4), name
 
 
 def test_gradients_do_not_accumulate_over_steps(lab, gradients):
