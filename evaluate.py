@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 
 from nanorlhf import generate, tasks
-from nanorlhf.data import microbatches, pad, response_mask
+from nanorlhf.data import microbatches, pad_responses, split_by_hash
 from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.kernels import linear_kl
@@ -127,7 +127,7 @@ def kl_per_token(model, other, tokens, mask, temperature=1.0):
 
 
 @torch.no_grad()
-def pairs_accuracy(pairs, tok, device, score):
+def pairs_accuracy(pairs, device, score):
     """Share of pairs that a score puts in order, ties half → mean, s.e.
 
     pairs   [(prompt, chosen, rejected)] as ids
@@ -136,15 +136,12 @@ def pairs_accuracy(pairs, tok, device, score):
     right = torch.zeros(len(pairs))
     longest = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
     for batch in microbatches(longest, 4096):
-        sequences = []
-        prompt_lens = []
+        rows = []
         for i in batch:
             prompt, chosen, rejected = pairs[i]
-            sequences += [prompt + chosen, prompt + rejected]
-            prompt_lens += [len(prompt), len(prompt)]
-        tokens, lengths = pad(sequences, tok.pad_id)
-        mask = response_mask(prompt_lens, lengths, tokens.shape[1])
-        scores = score(tokens.to(device), lengths.to(device), mask.to(device))
+            rows += [(prompt, chosen), (prompt, rejected)]
+        tokens, lengths, mask = pad_responses(rows, device)
+        scores = score(tokens, lengths, mask)
         chosen_score, rejected_score = scores.view(-1, 2).unbind(1)
         right[batch] = wins(chosen_score, rejected_score).float().cpu()
     return mean_se(right)
@@ -155,7 +152,7 @@ def load_rows(cfg, task):
     if not cfg.data:
         return task.prompts("test", cfg.prompts, cfg.seed)
     rows = read_rows(cfg.data, "prompts")
-    held_out = [row for row in rows if tasks.held_out(row["prompt"])]
+    _, held_out = split_by_hash(rows)
     if not held_out:
         print(f"--data {cfg.data}: no prompt is held out (15% are, by a hash); all are used")
         held_out = rows
@@ -165,18 +162,6 @@ def load_rows(cfg, task):
 def by_prompt(parts, n):
     """One tensor (b,) for each rollout → (P, n): a row for each prompt."""
     return torch.cat(parts).view(-1, n)
-
-
-def score_all(rolls, rows, n, rm, rewards):
-    """Rollouts of n samples to each row → scores (P, n)."""
-    rows = [row for row in rows for _ in range(n)]
-    scores = []
-    start = 0
-    for roll in rolls:
-        roll.rows = rows[start : start + len(roll)]
-        start += len(roll)
-        scores.append(score_responses(roll, rm, rewards))
-    return by_prompt(scores, n)
 
 
 def answer_figures(texts, score, cfg):
@@ -220,7 +205,7 @@ def kl_figures(model, other, rolls, cfg):
     }
 
 
-def pair_figures(model, other, rm, tok, device, cfg):
+def pair_figures(model, other, rm, tok, cfg):
     """Accuracy on the pairs of --pairs → {"rm_acc", "implicit_acc": (mean, s.e.)}."""
     rows = read_rows(cfg.pairs, "pairs", "--pairs")
     pairs = encode_pairs(rows, tok, model.cfg.max_len, "given")
@@ -232,9 +217,9 @@ def pair_figures(model, other, rm, tok, device, cfg):
 
     figures = {}
     if rm:
-        figures["rm_acc"] = pairs_accuracy(pairs, tok, device, rm.scores)
+        figures["rm_acc"] = pairs_accuracy(pairs, model.device, rm.scores)
     if other:
-        figures["implicit_acc"] = pairs_accuracy(pairs, tok, device, implicit)
+        figures["implicit_acc"] = pairs_accuracy(pairs, model.device, implicit)
     return figures
 
 
@@ -255,25 +240,32 @@ def main(cfg):
     has_score = bool(rm or rewards.functions)
     require(has_score or other, "nothing to measure by: give --rm, --reward or --against")
     rows = load_rows(cfg, task)
-    prompts = [row["prompt"] for row in rows]
 
     figures = {}  # name → (mean, s.e.)
     scores = {}
     policies = {"": model, "against_": other} if other else {"": model}
     for name, policy in policies.items():
-        seed = derive_seed(cfg.seed, "evaluate", name)
-        rolls, texts = generate.respond(
-            policy, tok, prompts, cfg.n, cfg.max_new_tokens, cfg.temperature, seed,
-            top_k=cfg.top_k, top_p=cfg.top_p, desc="sampling",
-        )  # fmt: skip
+        rolls = generate.sample_in_batches(
+            policy,
+            tok,
+            rows,
+            cfg.n,
+            cfg.max_new_tokens,
+            cfg.temperature,
+            seed=derive_seed(cfg.seed, "evaluate", name),
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+        )
         if has_score:
-            scores[name] = score_all(rolls, rows, cfg.n, rm, rewards)
+            parts = [score_responses(roll, rm, rewards) for roll in rolls]
+            scores[name] = by_prompt(parts, cfg.n)
             figures[f"{name}reward"] = mean_se(scores[name])
         lengths = [roll.response_len for roll in rolls]
         figures[f"{name}len"] = mean_se(by_prompt(lengths, cfg.n))
         finished = [roll.finished for roll in rolls]
         figures[f"{name}stop"] = mean_se(by_prompt(finished, cfg.n))
         if rewards.functions and not rm:  # a function says what is right; no score of a reward model does
+            texts = [text for roll in rolls for text in roll.texts]
             for figure, value in answer_figures(texts, scores[name], cfg).items():
                 figures[name + figure] = value
         unfiltered = cfg.temperature > 0 and cfg.top_k == 0 and cfg.top_p == 1
@@ -282,23 +274,23 @@ def main(cfg):
     if has_score and other:
         figures["win"] = win_rate(scores[""], scores["against_"])
     if cfg.pairs:
-        figures |= pair_figures(model, other, rm, tok, device, cfg)
+        figures |= pair_figures(model, other, rm, tok, cfg)
     return report(figures, cfg.out)
 
 
 def report(figures, path):
     """Print {name: (mean, s.e.)} and write it to the path, if there is one → {name: mean, name_se: s.e.}."""
-    flat = {name: mean for name, (mean, _) in figures.items()}
+    flat = {}
     for name, (mean, se) in figures.items():
+        flat[name] = mean
         line = f"{name:<16}{mean:10.4f}"
         if math.isfinite(se):
             line += f" ± {se:.4f}"
             flat[f"{name}_se"] = se
         print(line)
     if path:
-        with open(f"{path}.tmp", "w") as f:
+        with open(path, "w") as f:
             json.dump(flat, f, indent=2)
-        os.replace(f"{path}.tmp", path)
     return flat
 
 

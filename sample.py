@@ -46,7 +46,7 @@ class Config:
 
 
 @torch.no_grad()
-def stream(model, prompt, max_new_tokens, eos_id, seed, temperature=1.0, top_k=0, top_p=1.0):
+def stream(model, prompt, max_new_tokens, eos_id, seed, sampling):
     """Sample a response to one prompt (a list of ids), and yield (token, log-prob) at once, EOS included.
 
     The tokens are those of `generate.generate` with the same seed. max_new_tokens = 0: up to the end of the
@@ -61,7 +61,6 @@ def stream(model, prompt, max_new_tokens, eos_id, seed, temperature=1.0, top_k=0
         max_new_tokens = room
     generator = torch.Generator().manual_seed(seed % 2**63)
     u = torch.rand(1, max_new_tokens, generator=generator).to(model.device)
-    sampling = Sampling(temperature, top_k, top_p)
     cache = model.new_cache(1, len(prompt) + max_new_tokens)
     hidden = model(torch.tensor([prompt], device=model.device), cache)[:, -1]  # prefill: (1, D)
     for t in range(max_new_tokens):
@@ -121,6 +120,7 @@ def main(cfg):
     device = setup(cfg)
     model, tok = load_model("--model", cfg.model, "python train_sft.py", "language model")
     to_device(cfg, device, model)
+    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p)
     answers = []
     for number, prompt in enumerate(prompts(cfg)):
         if cfg.chat:
@@ -137,9 +137,7 @@ def main(cfg):
             if not cfg.logprobs:
                 print(prompt, end="", flush=True)
             seed = derive_seed(cfg.seed, "sample", number, i)
-            tokens = stream(
-                model, ids, cfg.max_new_tokens, tok.eos_id, seed, cfg.temperature, cfg.top_k, cfg.top_p
-            )
+            tokens = stream(model, ids, cfg.max_new_tokens, tok.eos_id, seed, sampling)
             answers.append(show(tokens, tok, cfg.logprobs))
     return answers
 

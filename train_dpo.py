@@ -218,7 +218,7 @@ def preference_loss(
         losses = ((1 - eps) * right - eps * flipped) / (1 - 2 * eps)
     elif loss == "dpo_nll":
         losses = right - dpo_nll_coef * logp_w / len_w
-    elif loss in ("dpo", "cdpo"):
+    elif loss in SMOOTHED:  # dpo, cdpo
         losses = (1 - eps) * right + eps * flipped
     else:
         raise ValueError(f"loss {loss!r} is not a loss on pairs")
@@ -252,7 +252,7 @@ def response_logps(model, rows):
 
     The sum is over the response, its EOS included. The prompt is context only.
     """
-    tokens, mask = pad_responses(rows, model.device)
+    tokens, _, mask = pad_responses(rows, model.device)
     return model.logprobs(tokens, mask)[0].sum(1)
 
 
@@ -277,9 +277,9 @@ def cache_logps(model, examples, cfg):
     def compute(rows):
         return pair_logps(model, [examples[i] for i in rows])
 
-    cut = partial(microbatches, tokens_per_microbatch=cfg.tokens_per_microbatch)
+    lengths = padded_lengths(examples)
     with at_work(model):
-        return fill_rows(out, padded_lengths(examples), cut, compute, model.logprobs)
+        return fill_rows(out, lengths, cfg.tokens_per_microbatch, compute, model.logprobs)
 
 
 def objective(policy, examples, ref_logp, z0, cfg):
@@ -301,19 +301,18 @@ def objective(policy, examples, ref_logp, z0, cfg):
         logp_l = logp[~liked]
     else:
         logp_w, logp_l = pair_logps(policy, examples).unbind(1)  # (B,), (B,)
-        ref_w, ref_l = ref_logp.unbind(1)
-        lengths = [(len(e.first), len(e.second)) for e in examples]
-        lengths = torch.tensor(lengths, device=logp_w.device)  # (B, 2)
+        len_w = [len(e.first) for e in examples]
+        len_l = [len(e.second) for e in examples]
         losses, chosen, rejected = preference_loss(
             logp_w,
             logp_l,
-            ref_w,
-            ref_l,
+            ref_logp[:, 0],
+            ref_logp[:, 1],
             cfg.beta,
             cfg.loss,
             label_smoothing=cfg.label_smoothing,
-            len_w=lengths[:, 0],
-            len_l=lengths[:, 1],
+            len_w=torch.tensor(len_w, device=logp_w.device),
+            len_l=torch.tensor(len_l, device=logp_l.device),
             ipo_mean=cfg.ipo_mean,
             simpo_ratio=cfg.simpo_ratio,
         )
@@ -361,13 +360,8 @@ def gradient(policy, batch, cfg):
     Under no_grad it only measures. Every denominator is the step's, so that gradients and figures of parts of
     the rows add up to those of all rows.
     """
-    figures = Figures(
-        loss="sum",
-        acc="sum",
-        margin="sum",
-        logp_chosen="sum",
-        logp_rejected="sum",
-    )
+    names = ("loss", "acc", "margin", "logp_chosen", "logp_rejected")
+    figures = Figures(**dict.fromkeys(names, "sum"))
     counts = batch["counts"]
     examples = [Example(*row) for row in batch["examples"]]
     cut = microbatches(padded_lengths(examples), cfg.tokens_per_microbatch)
@@ -414,18 +408,14 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
     G = cfg.group_size
     seed = derive_seed(cfg.seed, "prompts")
     order = epoch_batches(len(rows), cfg.pairs // cfg.online, seed, number)
-    rows = [rows[i] for i in order]
-    seed = derive_seed(cfg.seed, "round", number)
-    prompts = [row["prompt"] for row in rows]
-    rolls, _ = generate.respond(
+    rolls = generate.sample_in_batches(
         policy,
         tok,
-        prompts,
-        n=G,
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        seed=seed,
-        desc="round",
+        [rows[i] for i in order],
+        G,
+        cfg.max_new_tokens,
+        cfg.temperature,
+        derive_seed(cfg.seed, "round", number),
     )
     # An implicit reward is in nats, where no fixed score fits: there an unended response always loses.
     unended = -math.inf if cfg.judge == "self" else cfg.no_eos_score
@@ -433,8 +423,6 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
     found = []
     for roll in rolls:
         ids = roll.responses(with_eos=True)
-        roll.rows = [rows[g] for g in roll.group.tolist()]
-        rows = rows[len(roll) // G :]
         score = judge(roll)  # (B,)
         scores.append(score)
         rank = torch.where(roll.finished, score, unended).tolist()
@@ -443,16 +431,15 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
             best = max(group, key=rank.__getitem__)
             worst = min(group, key=rank.__getitem__)
             if rank[best] > rank[worst]:
-                prompt = roll.rows[start]["prompt"]
+                row = roll.rows[start]
                 found.append({
-                    "prompt": prompt,
+                    "prompt": row["prompt"],
                     "chosen": roll.texts[best],
                     "rejected": roll.texts[worst],
-                    "ids": [tok.encode_prompt(prompt), ids[best], ids[worst]],
+                    "ids": [row["_ids"], ids[best], ids[worst]],
                 })  # fmt: skip
     reward, se = mean_se(torch.cat(scores).view(-1, G))
-    dead = 1 - len(found) / len(prompts)
-    return found, {"reward": reward, "reward_se": se, "dead": dead}
+    return found, {"reward": reward, "reward_se": se, "dead": 1 - len(found) / n}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -462,16 +449,16 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
 @torch.no_grad()
 def evaluate(policy, ref, tok, cfg, held_out, held_out_ref, rows, judge, log, step):
     """Loss and accuracy on held-out pairs; KL(policy‖--ref), entropy, length, stop rate of fresh samples."""
-    metrics = {}
-    if held_out:
-        figures = gradient(policy, step_batch(policy, held_out, held_out_ref, cfg), cfg)
-        metrics = {"eval/loss": figures["loss"], "eval/acc": figures["acc"]}
-    roll, sampled = fresh_samples(policy, ref, tok, rows, cfg.max_new_tokens, cfg.seed)
+    roll, metrics = fresh_samples(policy, ref, tok, rows, cfg.max_new_tokens, cfg.seed)
     score = judge(roll)  # (B,)
     log.samples(step, rows, roll.texts, score)
     if not cfg.uses_labels:
         metrics["eval/reward"] = score.mean().item()
-    return metrics | sampled
+    if held_out:
+        batch = step_batch(policy, held_out, held_out_ref, cfg)
+        figures = gradient(policy, batch, cfg)
+        metrics |= {"eval/loss": figures["loss"], "eval/acc": figures["acc"]}
+    return metrics
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -531,8 +518,7 @@ def train(cfg):
             examples = [pairs[i] for i in order]
             batch = step_batch(policy, examples, ref_logp[order], cfg)
             part = dist.share(batch)  # on one process: the batch
-            figures = gradient(policy, part, cfg)
-            figures = dist.whole_step(figures, policy)  # on one process: the same figures
+            figures = dist.whole_step(gradient(policy, part, cfg), policy)  # on one process: as they are
             gnorm = clip_gradient(policy, cfg.max_grad_norm)
             run.check(step, figures["loss"], gnorm, f"{len(order)} pairs", batch, [policy])
             lr = lr_at(step, cfg.steps, cfg.lr)

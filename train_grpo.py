@@ -159,27 +159,42 @@ class Config(Flags):
     DEFAULTS: ClassVar = RECIPES[""]  # of the fields that recipes set
     BY_TASK: ClassVar = {
         "chain": dict(
-            steps=50, prompts_per_step=16, group_size=16, max_new_tokens=11, minibatches=4, lr=3e-4
+            steps=50,
+            prompts_per_step=16,
+            group_size=16,
+            max_new_tokens=11,
+            minibatches=4,
+            lr=3e-4,
         ),
         "countdown": dict(
-            steps=200, prompts_per_step=32, group_size=16, max_new_tokens=6, minibatches=4, lr=2.5e-4
+            steps=200,
+            prompts_per_step=32,
+            group_size=16,
+            max_new_tokens=6,
+            minibatches=4,
+            lr=2.5e-4,
         ),
         "reviews": dict(
-            steps=60, prompts_per_step=12, group_size=8, max_new_tokens=40, minibatches=2, lr=5e-4
+            steps=60,
+            prompts_per_step=12,
+            group_size=8,
+            max_new_tokens=40,
+            minibatches=2,
+            lr=5e-4,
         ),
     }
 
     def __post_init__(self):
         require(self.recipe in RECIPES, f"--recipe {self.recipe}: must be one of {', '.join(RECIPES)[2:]}")
-        kl = self.kl  # as given
-        beta = self.beta
+        kl_given = self.kl
+        beta_given = self.beta
         self.fill_by_task(RECIPES[self.recipe], self.DEFAULTS)
         if self.kl == "none":
             remedy = "add --kl k3 (in the loss), or --kl k1 --kl_in reward"
-            require(not beta, f"--beta {beta}: there is no KL that it could weigh; {remedy}")
-        if kl and beta is None and self.kl != "none":
+            require(not beta_given, f"--beta {beta_given}: there is no KL that it could weigh; {remedy}")
+        elif kl_given and beta_given is None:
             remedy = "has no effect without --beta; give one, such as --beta 0.04"
-            require(self.beta, f"--kl {kl}: {remedy}")
+            require(self.beta, f"--kl {kl_given}: {remedy}")
         self.init = self.init or f"runs/{self.task}-sft/model"
         self.ref = self.ref or self.init
         if not (self.rm or self.reward or tasks.get(self.task).reward):
@@ -239,9 +254,12 @@ def advantages(reward, group, norm="group_std", std_eps=1e-6, length=None):
     elif norm == "leave_one_out":
         adv = adv * (size / (size - 1))[group]
     elif norm == "batch_whiten":
-        n = torch.ones_like(reward) if length is None else length.to(reward.dtype)
-        centred = adv - (n * adv).sum() / n.sum()
-        variance = (n * centred.square()).sum() / (n.sum() - 1)
+        n = torch.ones_like(reward)
+        if length is not None:
+            n = length.to(reward.dtype)
+        total = n.sum()
+        centred = adv - (n * adv).sum() / total
+        variance = (n * centred.square()).sum() / (total - 1)
         adv = centred * torch.rsqrt(variance + 1e-8)
     return torch.where(live, adv, 0.0)
 
@@ -269,7 +287,8 @@ def token_weights(mask, group, cfg):
     if cfg.agg == "prompt_mean":
         prompts, index = group.unique(return_inverse=True)
         tokens = length.new_zeros(len(prompts)).index_add(0, index, length)
-        return w / (tokens[index].clamp(min=1) * len(prompts))[:, None]
+        per_row = tokens[index].clamp(min=1)
+        return w / (per_row * len(prompts))[:, None]
     if cfg.agg == "seq_mean":
         per_row = length.clamp(min=1)
     else:
@@ -298,7 +317,8 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
     log_ratio = torch.where(mask, logp - old_logp, 0.0).clamp(-20, 20)
     token_ratio = log_ratio.exp()
     if cfg.ratio == "sequence":  # GSPO: one ratio a row, the geometric mean; each token keeps its gradient
-        mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        length = mask.sum(1, keepdim=True).clamp(min=1)
+        mean = log_ratio.sum(1, keepdim=True) / length
         log_ratio = mean.detach() + log_ratio - log_ratio.detach()
     ratio = log_ratio.exp()
 
@@ -315,27 +335,32 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
         loss = -adv * logp
         is_clipped = torch.zeros_like(mask)
 
-    stats = {"clip": (w * is_clipped).sum(), "ratio_max": (ratio.detach() * mask).max()}
+    largest = (ratio.detach() * mask).max()
+    stats = {"clip": (w * is_clipped).sum(), "ratio_max": largest}
     if cfg.kl != "none" and cfg.kl_in != "reward":
         k = kl_estimate(logp, ref_logp, cfg.kl)
         if cfg.kl_in == "loss_unbiased":
             k = k * token_ratio
         loss = loss + cfg.beta * k
-    return (w * torch.where(mask, loss, 0.0)).sum(), stats
+    loss = torch.where(mask, loss, 0.0)
+    return (w * loss).sum(), stats
 
 
 def microbatch_loss(policy, batch, cfg):
     """→ loss, stats of `policy_loss`, log-probs and entropies (B, T) of one micro-batch."""
 
+    tokens = batch["tokens"]
+    mask = batch["mask"]
+
     def chunk_loss(logp, entropy, chunk):
         """chunk (B, T) marks the tokens whose logits are at hand: their part of the loss needs no others."""
-        old_logp = batch["old_logp"]
-        return policy_loss(logp, old_logp, batch["ref_logp"], batch["adv"], chunk, batch["w"], cfg)
+        ref_logp = batch["ref_logp"]
+        return policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg)
 
     if cfg.ratio == "token":
-        return policy.logprobs(batch["tokens"], batch["mask"], cfg.temperature, chunk_loss)
-    logp, entropy = policy.logprobs(batch["tokens"], batch["mask"], cfg.temperature)
-    loss, stats = chunk_loss(logp, entropy, batch["mask"])  # a ratio of whole rows needs all their tokens
+        return policy.logprobs(tokens, mask, cfg.temperature, chunk_loss)
+    logp, entropy = policy.logprobs(tokens, mask, cfg.temperature)
+    loss, stats = chunk_loss(logp, entropy, mask)  # a ratio of whole rows needs all their tokens
     return loss, stats, logp, entropy
 
 
@@ -352,15 +377,14 @@ def gradient(policy, batch, cfg):
         mb = trim(take_rows(batch, rows))
         loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg)
         loss.backward()
-        figures.add(
-            {
-                "loss": loss.item(),
-                "clip": stats["clip"].sum().item() / batch["w_sum"],
-                "entropy": entropy.sum().item() / batch["n_tokens"],
-                "ratio_max": stats["ratio_max"].max().item(),
-                "gap": (logp.detach() - mb["old_logp"]).abs().max().item(),
-            }
-        )
+        gap = (logp.detach() - mb["old_logp"]).abs()
+        figures.add({
+            "loss": loss.item(),
+            "clip": stats["clip"].sum().item() / batch["w_sum"],
+            "entropy": entropy.sum().item() / batch["n_tokens"],
+            "ratio_max": stats["ratio_max"].max().item(),
+            "gap": gap.max().item(),
+        })  # fmt: skip
     return figures
 
 
@@ -416,15 +440,17 @@ def sample_step(policy, tok, cfg, rows, limit, progress, score):
             for row, pass_rate in zip(batch, groups.mean(1).tolist()):
                 if pass_rate >= cfg.no_positive_resampling:
                     progress["mastered"][row["prompt"]] = pass_rate
-        alive = groups.amax(1) > groups.amin(1)
-        if not cfg.filter_dead_groups:
+        if cfg.filter_dead_groups:
+            alive = groups.amax(1) > groups.amin(1)  # (prompts,)
+            index = alive[roll.group].nonzero()[:, 0]
+            roll = roll.select(index)
+        if len(roll):
             kept.append(roll)
-        elif alive.any():
-            kept.append(roll.select(alive[roll.group].nonzero()[:, 0]))
     if not kept:  # no group of any round is alive: all advantages are 0, and no update is made
         kept = rounds[-1:]
     roll = Rollout.cat(kept)
-    return roll.select(torch.arange(min(full, len(roll)))), rounds
+    n = min(full, len(roll))
+    return roll.select(torch.arange(n)), rounds
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -440,29 +466,26 @@ def train(cfg):
     freeze(cfg, ref, rm, trained=(policy,))
     longest = cfg.limits[-1]
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest)
-    sampler = policy
-    if cfg.off_policy_steps:
-        sampler = copy.deepcopy(policy)
+    sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
     dist.spread(cfg, policy, frozen=(ref, rm))  # one process: the models as they are
     opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
-    if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
+    updates = cfg.epochs * cfg.minibatches
+    if cfg.loss == "reinforce" and (updates > 1 or cfg.off_policy_steps):
         print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
 
     score = partial(score_responses, rm=rm, rewards=rewards)
-
-    def export():
-        hub.save(policy, tok, f"{cfg.out}/model")
-
+    measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed)
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
         if not (cfg.data or cfg.resume):
-            pass_gate(policy, tok, task, longest, derive_seed(cfg.seed, "gate"))
+            pass_gate(policy, tok, task, longest, cfg.seed)
         saved = {"policy": policy}
-        frozen = [ref]
+        frozen = []
         if cfg.ref_every:
-            saved["ref"] = frozen.pop()
+            saved["ref"] = ref
+        elif ref is not None:
+            frozen.append(ref)
         start, extra = run.start(saved, opt, frozen)
         progress = {"drawn": 0, "mastered": {}, "past": []} | extra
-        measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, run.log.say)
 
         for step in range(start, cfg.steps):
             metrics = {}
@@ -472,12 +495,13 @@ def train(cfg):
                 metrics |= measure(limit)
             clock = Clock()
             # ---- end
-            if cfg.ref_every and step and step % cfg.ref_every == 0:
+            if step and due(step, cfg.ref_every):
                 ref.load_state_dict(lora.merged(policy).state_dict())
             if cfg.off_policy_steps:
-                past = [*progress["past"], copy.deepcopy(policy.state_dict())]
-                progress["past"] = past[-cfg.off_policy_steps - 1 :]
-                sampler.load_state_dict(progress["past"][0])
+                past = progress["past"]
+                past.append(copy.deepcopy(policy.state_dict()))
+                del past[: -cfg.off_policy_steps - 1]
+                sampler.load_state_dict(past[0])
 
             # ---- prompts, rollout, reward
             roll, rounds = sample_step(sampler, tok, cfg, rows, limit, progress, score)
@@ -501,10 +525,10 @@ def train(cfg):
             for group in opt.param_groups:
                 group["lr"] = learning_rate(step, cfg)
             figures = Figures(clip="sum", entropy="sum", gnorm="sum", ratio_max="max", gap="first")
-            updates = 0
             # ---- the same in train_ppo.py and train_grpo.py
             for epoch in range(cfg.epochs):
-                generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "minibatches", step, epoch))
+                seed = derive_seed(cfg.seed, "minibatches", step, epoch)
+                generator = torch.Generator().manual_seed(seed)
                 order = torch.randperm(len(roll), generator=generator)
                 for index in order.tensor_split(cfg.minibatches):
                     minibatch = take_rows(batch, index)
@@ -522,7 +546,6 @@ def train(cfg):
                     run.check(step, update.pop("loss"), update["gnorm"], where, minibatch, [policy])
                     opt.step()
                     figures.add(update)
-                    updates += 1
 
             # ---- one log line
             sampled = Rollout.cat(rounds)
@@ -535,7 +558,7 @@ def train(cfg):
                 "limit": limit,
             }
             # ---- the same in train_ppo.py and train_grpo.py
-            metrics |= figures.averages(updates)
+            metrics |= figures.averages()
             metrics |= sample_figures(sampled, cfg.group_size)
             metrics |= rewards.figures(roll)
             tokens = int(mask.sum())
@@ -551,7 +574,7 @@ def train(cfg):
                 metrics |= measure(longest)
             run.log.row(step, metrics)
             # ---- end
-            run.checkpoint(done, export, progress)
+            run.checkpoint(done, lambda: hub.save(policy, tok, f"{cfg.out}/model"), progress)
     return run.log.last
 
 

@@ -200,10 +200,11 @@ def gae(reward, value, mask, gamma, lam):
     next_adv = torch.zeros_like(reward[:, 0])  # (B,)
     next_value = torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.shape[1])):
+        inside = mask[:, t]  # (B,)
         delta = reward[:, t] + gamma * next_value - value[:, t]
-        adv[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_adv, 0.0)
-        next_adv = torch.where(mask[:, t], adv[:, t], next_adv)
-        next_value = torch.where(mask[:, t], value[:, t], next_value)
+        adv[:, t] = torch.where(inside, delta + gamma * lam * next_adv, 0.0)
+        next_adv = torch.where(inside, adv[:, t], next_adv)
+        next_value = torch.where(inside, value[:, t], next_value)
     return adv, torch.where(mask, adv + value, 0.0)
 
 
@@ -218,7 +219,8 @@ def whiten(x, mask, shift_mean=True):
     mask = mask.bool()
     n = mask.sum().clamp(min=1)
     mean = torch.where(mask, x, 0.0).sum() / n
-    variance = torch.where(mask, x - mean, 0.0).square().sum() / n
+    centred = torch.where(mask, x - mean, 0.0)
+    variance = centred.square().sum() / n
     y = (x - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         y = y + mean
@@ -236,7 +238,8 @@ def policy_loss(logp, old_logp, adv, mask, clip, denom):
     ratio = log_ratio.exp()
     unclipped = -adv * ratio
     clipped = -adv * ratio.clamp(1 - clip, 1 + clip)
-    loss = torch.where(mask, torch.maximum(unclipped, clipped), 0.0).sum() / denom
+    larger = torch.maximum(unclipped, clipped)
+    loss = torch.where(mask, larger, 0.0).sum() / denom
     is_clipped = (clipped > unclipped) & mask
     largest = torch.where(mask, ratio.detach(), 0.0).max()
     return loss, {"clip": is_clipped.sum() / denom, "ratio_max": largest}
@@ -252,7 +255,8 @@ def value_loss(value, old_value, ret, mask, clip, denom):
     clipped_value = old_value + (value - old_value).clamp(-clip, clip)
     error = (value - ret).square()
     clipped_error = (clipped_value - ret).square()
-    loss = 0.5 * torch.where(mask, torch.maximum(error, clipped_error), 0.0).sum() / denom
+    larger = torch.maximum(error, clipped_error)
+    loss = 0.5 * torch.where(mask, larger, 0.0).sum() / denom
     is_clipped = (clipped_error > error) & mask
     return loss, {"value_clip": is_clipped.sum() / denom}
 
@@ -281,19 +285,19 @@ def gradient(policy, critic, batch, cfg):
         mb = trim(take_rows(batch, rows))
         pg_loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg)
         value = critic.values(mb["tokens"], mb["mask"])
-        vf_loss, _ = value_loss(value, mb["old_value"], mb["ret"], mb["mask"], VALUE_CLIP, denom)
+        old_value = mb["old_value"]
+        vf_loss, _ = value_loss(value, old_value, mb["ret"], mb["mask"], VALUE_CLIP, denom)
         loss = pg_loss + VF_COEF * vf_loss
         loss.backward()
-        figures.add(
-            {
-                "loss": loss.item(),
-                "clip": stats["clip"].sum().item(),
-                "value_loss": vf_loss.item(),
-                "entropy": (entropy.sum() / denom).item(),
-                "ratio_max": stats["ratio_max"].max().item(),
-                "gap": (logp.detach() - mb["old_logp"]).abs().max().item(),
-            }
-        )
+        gap = (logp.detach() - mb["old_logp"]).abs()
+        figures.add({
+            "loss": loss.item(),
+            "clip": stats["clip"].sum().item(),
+            "value_loss": vf_loss.item(),
+            "entropy": (entropy.sum() / denom).item(),
+            "ratio_max": stats["ratio_max"].max().item(),
+            "gap": gap.max().item(),
+        })  # fmt: skip
     return figures
 
 
@@ -332,7 +336,9 @@ def train(cfg):
     # detail 20: Adam's eps is 1e-5; with PyTorch's 1e-8 the first step is about a fifth longer
     opt = adamw(groups, device, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
 
+    updates = cfg.epochs * cfg.minibatches
     score = partial(score_responses, rm=rm, rewards=rewards)
+    measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed)
 
     def export():
         hub.save(policy, tok, f"{cfg.out}/model")
@@ -340,12 +346,11 @@ def train(cfg):
 
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
         if not (cfg.data or cfg.resume):
-            pass_gate(policy, tok, task, longest, derive_seed(cfg.seed, "gate"))
+            pass_gate(policy, tok, task, longest, cfg.seed)
         start, extra = run.start({"policy": policy, "critic": critic}, opt, frozen=[ref])
         beta = cfg.beta
         if cfg.kl_target:
             beta = extra.get("beta", cfg.beta)
-        measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, run.log.say)
 
         for step in range(start, cfg.steps):
             metrics = {}
@@ -357,7 +362,8 @@ def train(cfg):
             # ---- end
 
             # ---- prompts (detail 21: reshuffled when they end), rollout (detail 7: no dropout), reward
-            order = epoch_batches(len(rows), cfg.prompts_per_step, derive_seed(cfg.seed, "data"), step)
+            seed = derive_seed(cfg.seed, "data")
+            order = epoch_batches(len(rows), cfg.prompts_per_step, seed, step)
             prompts = [rows[i] for i in order]
             seed = derive_seed(cfg.seed, "rollout", step)
             roll = sample_responses(policy, tok, prompts, cfg.group_size, limit, cfg.temperature, seed)
@@ -393,10 +399,10 @@ def train(cfg):
                 ratio_max="max",
                 gap="first",
             )
-            updates = cfg.epochs * cfg.minibatches
             # ---- the same in train_ppo.py and train_grpo.py
             for epoch in range(cfg.epochs):
-                generator = torch.Generator().manual_seed(derive_seed(cfg.seed, "minibatches", step, epoch))
+                seed = derive_seed(cfg.seed, "minibatches", step, epoch)
+                generator = torch.Generator().manual_seed(seed)
                 order = torch.randperm(len(roll), generator=generator)
                 for index in order.tensor_split(cfg.minibatches):
                     minibatch = take_rows(batch, index)
@@ -419,7 +425,7 @@ def train(cfg):
             metrics["explained_var"] = explained_variance(old_value, ret, mask)
             metrics["beta"] = beta
             # ---- the same in train_ppo.py and train_grpo.py
-            metrics |= figures.averages(updates)
+            metrics |= figures.averages()
             metrics |= sample_figures(sampled, cfg.group_size)
             metrics |= rewards.figures(roll)
             tokens = int(mask.sum())

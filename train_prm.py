@@ -34,7 +34,7 @@ from nanorlhf.run import dist
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup
-from nanorlhf.run.log import Clock
+from nanorlhf.run.log import Clock, due
 from train_rm import PANELS, SHOW, evaluate, load_model, log_samples, to_batch
 
 # ------------------------------------------------------------------------------------------------------------
@@ -170,10 +170,8 @@ def load_judged(cfg, tok, step_ids, max_len):
             and len(labels) == len(ends)
             and all(label in (0, 1, None) for label in labels)
         )
-        require(
-            fits,
-            f'--data: {row["_at"]}: "labels" is {labels!r:.80}, expected {len(ends)} of 1, 0, null',
-        )
+        expected = f"expected {len(ends)} of 1, 0, null"
+        require(fits, f'--data: {row["_at"]}: "labels" is {labels!r:.80}, {expected}')
         part = test if tasks.held_out(row["prompt"]) else train
         part.append((prompt, response, label_tokens(ends, labels)))
     dropped = len(rows) - len(train) - len(test)
@@ -198,8 +196,8 @@ def train(cfg):
     lora.add(model, cfg.lora_rank, cfg.dtype)
     dist.spread(cfg, model)  # on one process: nothing
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        last_chars = set(cfg.step_end)
-        model.step_ids = [i for i in range(tok.vocab_size) if tok.decode([i])[-1:] in last_chars]
+        step_end = tuple(cfg.step_end)
+        model.step_ids = [i for i in range(tok.vocab_size) if tok.decode([i]).endswith(step_end)]
         data, test = load_judged(cfg, tok, model.step_ids, model.cfg.max_len)
         shown = [row[:2] for row in test[:8]]  # prompt, response
         opt = adamw(
@@ -216,11 +214,8 @@ def train(cfg):
             order = epoch_batches(len(data), cfg.batch_size, seed, step)
             rows = [data[i] for i in order]
             lengths = [len(labels) for _, _, labels in rows]
-            batch = {
-                "rows": rows,
-                "padded": lengths,
-                "denom": max(n_labels(rows), 1),  # without any label in the batch the loss is 0, not 0 / 0
-            }
+            denom = max(n_labels(rows), 1)  # without any label in the batch the loss is 0, not 0 / 0
+            batch = {"rows": rows, "padded": lengths, "denom": denom}
             opt.zero_grad()
             part = dist.share(batch, lengths)  # on one process: the batch
             figures = dist.whole_step(gradient(model, part, cfg), model)  # on one process: the same figures
@@ -232,9 +227,9 @@ def train(cfg):
             opt.step()
 
             done = step + 1
-            metrics = figures | clock.columns(sum(lengths))
-            metrics |= {"gnorm": gnorm, "lr": lr}
-            if done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0):
+            metrics = figures | {"gnorm": gnorm, "lr": lr}
+            metrics |= clock.columns(sum(lengths))
+            if done == cfg.steps or due(done, cfg.eval_every):
                 metrics |= evaluate(model, test, n_labels(test), judged_loss)
                 log_samples(run.log, step, model, shown, tok)
             run.log.row(step, metrics)

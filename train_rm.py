@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf import hub, lora, tasks
-from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, response_mask
+from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, pad_responses
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.metrics import Figures
@@ -34,7 +34,7 @@ from nanorlhf.run import dist, models, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
-from nanorlhf.run.log import Clock
+from nanorlhf.run.log import Clock, due
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -189,10 +189,10 @@ def load_references(cfg, task, train, tok, max_len):
         rows = task.demonstrations(1024, cfg.seed)
     references = []
     for row in rows:
-        at = row.get("_at", "")
-        pair = encode_pair(tok, row["prompt"], row["response"], max_len, at)
+        pair = encode_pair(tok, row["prompt"], row["response"], max_len, row.get("_at", ""))
         if pair:
-            references.append(pair[0] + pair[1])
+            prompt, response = pair
+            references.append(prompt + response)
     require(references, f"--references {cfg.references}: every row exceeds the context of {max_len} tokens")
     return references
 
@@ -253,10 +253,7 @@ def normalise(model, references):
 @torch.no_grad()
 def log_samples(log, step, model, answers, tok):
     """Write (prompt ids, response ids with EOS) and their rewards to samples.jsonl, as texts."""
-    ids = [prompt + response for prompt, response in answers]
-    prompt_lens = [len(prompt) for prompt, _ in answers]
-    tokens, lengths = to_batch(model, ids)
-    mask = response_mask(prompt_lens, lengths, tokens.shape[1]).to(model.device)
+    tokens, lengths, mask = pad_responses(answers, model.device)
     rewards = model.scores(tokens, lengths, mask)
     rows = [{"prompt": tok.decode(prompt)} for prompt, _ in answers]
     texts = [tok.decode(response[:-1]) for _, response in answers]
@@ -305,11 +302,7 @@ def train(cfg):
             sides = [(len(p + w), len(p + l)) for p, w, l in rows]
             lengths = [sum(pair) for pair in sides]
             padded = [2 * max(pair) for pair in sides]
-            batch = {
-                "rows": rows,
-                "padded": padded,
-                "denom": len(rows),
-            }
+            batch = {"rows": rows, "padded": padded, "denom": len(rows)}
             opt.zero_grad()
             part = dist.share(batch, lengths)  # on one process: the batch
             figures = dist.whole_step(gradient(model, part, cfg), model)  # on one process: the same figures
@@ -321,15 +314,14 @@ def train(cfg):
             opt.step()
 
             done = step + 1
-            metrics = figures | clock.columns(sum(lengths))
-            metrics |= {"gnorm": gnorm, "lr": lr}
-            due = done == cfg.steps or (cfg.eval_every and done % cfg.eval_every == 0)
-            if due:
+            metrics = figures | {"gnorm": gnorm, "lr": lr}
+            metrics |= clock.columns(sum(lengths))
+            last = done == cfg.steps
+            if last or due(done, cfg.eval_every):
                 metrics |= evaluate(model, test, len(test))
                 metrics["eval/acc_len_only"] = acc_len_only
-            if done == cfg.steps:
-                metrics["eval/reward_reference"] = normalise(model, references)
-            if due:
+                if last:
+                    metrics["eval/reward_reference"] = normalise(model, references)
                 log_samples(run.log, step, model, shown, tok)
             run.log.row(step, metrics)
             run.checkpoint(done, lambda: hub.save(model, tok, f"{cfg.out}/model"))
@@ -337,7 +329,7 @@ def train(cfg):
 
 
 def main(argv=None):
-    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rm(cfg, load_model))
+    return run_cli(Config, train, __doc__, argv, dry_run=lambda cfg: plan.rm(cfg, load_model, load_pairs))
 
 
 if __name__ == "__main__":

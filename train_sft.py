@@ -40,7 +40,7 @@ from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
-from nanorlhf.run.log import Clock
+from nanorlhf.run.log import Clock, due
 from nanorlhf.run.models import load_model
 from nanorlhf.run.worker import rewards_of
 from nanorlhf.tokenizer import Tokenizer
@@ -86,13 +86,31 @@ class Config(Flags):
 
     BY_TASK: ClassVar = {
         "reviews": dict(
-            demos=4000, n_layer=2, d_model=96, max_len=64, steps=300, batch_size=32, lr=6e-3
+            demos=4000,
+            n_layer=2,
+            d_model=96,
+            max_len=64,
+            steps=300,
+            batch_size=32,
+            lr=6e-3,
         ),
         "chain": dict(
-            demos=40000, n_layer=1, d_model=64, max_len=32, steps=800, batch_size=64, lr=5e-3
+            demos=40000,
+            n_layer=1,
+            d_model=64,
+            max_len=32,
+            steps=800,
+            batch_size=64,
+            lr=5e-3,
         ),
         "countdown": dict(
-            demos=30000, n_layer=2, d_model=96, max_len=32, steps=500, batch_size=64, lr=2e-3
+            demos=30000,
+            n_layer=2,
+            d_model=96,
+            max_len=32,
+            steps=500,
+            batch_size=64,
+            lr=2e-3,
         ),
     }
 
@@ -120,29 +138,27 @@ def sft_loss(logp, mask, denom):
     return -(logp * mask).sum() / denom
 
 
-def microbatch_loss(model, batch):
-    """→ the loss of one micro-batch: its part of the loss of the optimizer step."""
-
-    def chunk_loss(logp, entropy, chunk):
-        """chunk (B, T) marks the tokens whose logits are at hand: their part of the loss needs no others."""
-        return sft_loss(logp, chunk, batch["denom"]), {}
-
-    return model.logprobs(batch["tokens"], batch["mask"], loss=chunk_loss, doc=batch.get("doc"))[0]
-
-
 def gradient(model, batch, cfg):
     """Add up the gradient of one optimizer step, micro-batch by micro-batch → its figures.
 
     batch: tokens, mask (B, T), lengths (B,), and denom, the tokens that the whole step's loss counts. So any
     part of the step's rows gives its part of the gradient.
     """
-    figures = Figures(loss="sum")
+
+    def chunk_loss(logp, entropy, chunk):
+        """chunk (B, T) marks the tokens whose logits are at hand: their part of the loss needs no others."""
+        return sft_loss(logp, chunk, batch["denom"]), {}
+
     if cfg.pack:
-        tokens, mask, lengths, doc = pack(batch["tokens"], batch["mask"], batch["lengths"])
-        batch = batch | {"tokens": tokens, "mask": mask, "lengths": lengths, "doc": doc}
+        names = ("tokens", "mask", "lengths", "doc")
+        packed = pack(batch["tokens"], batch["mask"], batch["lengths"])
+        batch = batch | dict(zip(names, packed))
+    figures = Figures(loss="sum")
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
     for rows in dist.paced(cut, model.logprobs):  # one process: the micro-batches as they are
-        loss = microbatch_loss(model, trim(take_rows(batch, rows)))
+        mb = trim(take_rows(batch, rows))
+        doc = mb.get("doc")
+        loss, *_ = model.logprobs(mb["tokens"], mb["mask"], loss=chunk_loss, doc=doc)
         loss.backward()
         figures.add({"loss": loss.item()})
     return figures
@@ -158,7 +174,8 @@ def held_out_loss(model, rows, tok, cfg):
     total = 0.0
     count = 0
     for i in range(0, len(rows), 64):
-        tokens, mask = pad_demonstrations(rows[i : i + 64], tok, model.device, cfg.loss_on_prompt)
+        some = rows[i : i + 64]
+        tokens, mask = pad_demonstrations(some, tok, model.device, cfg.loss_on_prompt)
         logp, _ = model.logprobs(tokens, mask)
         total += sft_loss(logp, mask, 1).item()
         count += mask.sum().item()
@@ -168,20 +185,22 @@ def held_out_loss(model, rows, tok, cfg):
 def log_samples(model, rows, tok, cfg, log, step):
     """One response to each of the first eight held-out rows → samples.jsonl."""
     prompts = [ids[: mask.index(True)] for ids, mask in rows[:8]]
-    longest_response = max(sum(mask) for _, mask in rows)
+    longest = max(sum(mask) for _, mask in rows)
     room = model.cfg.max_len - max(map(len, prompts))
     rows = [{"prompt": tok.decode(ids), "_ids": ids} for ids in prompts]
     seed = derive_seed(cfg.seed, "samples")
-    roll = sample_responses(model, tok, rows, 1, min(room, longest_response), 1.0, seed)
+    limit = min(room, longest)
+    roll = sample_responses(model, tok, rows, 1, limit, 1.0, seed)
     log.samples(step, rows, roll.texts, None)
 
 
 def accuracy(model, tok, task, cfg, say):
     """Share of right answers on held-out prompts, and whether RL could start from here → metrics."""
     rows = task.prompts("test", 512, cfg.seed)
+    limit = task.max_new_tokens
     score = partial(score_responses, rm=None, rewards=rewards_of(task, []))
-    metrics = evaluate(model, tok, rows, score, 1.0, cfg.seed, say, task.max_new_tokens)
-    problem = gate_problem(model, tok, task, task.max_new_tokens, derive_seed(cfg.seed, "gate"))
+    metrics = evaluate(model, tok, rows, score, 1.0, cfg.seed, limit)
+    problem = gate_problem(model, tok, task, limit, cfg.seed)
     if problem:
         say(problem)
     return metrics
@@ -202,9 +221,9 @@ def new_tokenizer(cfg, task, rows, test_rows):
 
 
 def new_model(cfg, tok):
-    style = GPTConfig.gpt2 if cfg.arch == "gpt2" else GPTConfig.llama
-    size = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "d_model", "max_len")}
-    return GPT(style(tok.vocab_size, **size))
+    new_config = getattr(GPTConfig, cfg.arch)  # GPTConfig.gpt2 or GPTConfig.llama
+    size = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, d_model=cfg.d_model, max_len=cfg.max_len)
+    return GPT(new_config(tok.vocab_size, **size))
 
 
 def load(cfg, device):
@@ -213,7 +232,9 @@ def load(cfg, device):
     train_rows, test_rows = load_demonstrations(cfg, task)
     if cfg.init:
         read = device.type != "meta"  # --dry_run reads no weights
-        model, tok = load_model("--init", cfg.init, "", "language model", shard=cfg.shard, weights=read)
+        model, tok = load_model(
+            "--init", cfg.init, kind="language model", shard=cfg.shard, weights=read
+        )
     else:
         tok = new_tokenizer(cfg, task, train_rows, test_rows)
         model = new_model(cfg, tok)
@@ -232,18 +253,19 @@ def train(cfg):
     dist.spread(cfg, model)  # one process: the model as it is
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    opt = adamw(groups, device, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-
-    def export():
-        hub.save(model, tok, f"{cfg.out}/model")
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    opt = adamw(groups, device, lr=cfg.lr, betas=(0.9, 0.99))
 
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
         start, _ = run.start({"model": model}, opt)
+        seed = derive_seed(cfg.seed, "data")
         for step in range(start, cfg.steps):
             # ---- batch
             clock = Clock()
-            order = epoch_batches(len(data), cfg.batch_size, derive_seed(cfg.seed, "data"), step)
+            order = epoch_batches(len(data), cfg.batch_size, seed, step)
             rows = [data[i] for i in order]
             tokens, mask = pad_demonstrations(rows, tok, device, cfg.loss_on_prompt)  # (B, T)
             lengths = torch.tensor([len(ids) for ids, _ in rows])
@@ -254,25 +276,27 @@ def train(cfg):
             opt.zero_grad()
             share = dist.share(batch)  # one process: all of it
             update = dist.whole_step(gradient(model, share, cfg), model)  # one process: as it is
+            loss = update["loss"]
             gnorm = clip_gradient(model, cfg.max_grad_norm)
-            run.check(step, update["loss"], gnorm, f"{len(rows)} demonstrations", batch, [model])
+            run.check(step, loss, gnorm, f"{len(rows)} demonstrations", batch, [model])
             lr = lr_at(step, cfg.steps, cfg.lr)
             for group in opt.param_groups:
                 group["lr"] = lr
             opt.step()
 
             # ---- one log line
+            n_tokens = denom.item()
+            metrics = clock.columns(n_tokens)
+            metrics |= {"loss": loss, "len": n_tokens / len(rows), "gnorm": gnorm, "lr": lr}
             done = step + 1
-            metrics = {"loss": update["loss"], "len": denom.item() / len(rows), "gnorm": gnorm, "lr": lr}
-            metrics |= clock.columns(denom.item())
             last = done == cfg.steps
-            if test and (last or (cfg.eval_every and done % cfg.eval_every == 0)):
+            if test and (last or due(done, cfg.eval_every)):
                 metrics["eval/loss"] = held_out_loss(model, test, tok, cfg)
                 log_samples(model, test, tok, cfg, run.log, step)
             if last and task.reward and not cfg.data:
                 metrics |= accuracy(model, tok, task, cfg, run.log.say)
             run.log.row(step, metrics)
-            run.checkpoint(done, export)
+            run.checkpoint(done, lambda: hub.save(model, tok, f"{cfg.out}/model"))
     return run.log.last
 
 

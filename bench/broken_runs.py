@@ -46,7 +46,7 @@ FAULTS = [
     Fault("lr_low", "--lr 1e-6", "ratio_max", "nothing moves, and nothing looks broken", "--lr 1e-6"),
     Fault("early", "SFT of 100 steps, gate removed", "len", "nothing to select",
         start="chain-sft-early",
-        patch=(GRPO, 'pass_gate(policy, tok, task, longest, derive_seed(cfg.seed, "gate"))', "pass")),
+        patch=(GRPO, 'pass_gate(policy, tok, task, longest, cfg.seed)', "pass")),
     Fault("overlong", "--overlong_penalty 0.2", "len", "the reward falls, len with it",
         "--overlong_penalty 0.2"),
     Fault("late", "log-probs one position late", "kl", "the health line; kl is not 0 at step 0", patch=(

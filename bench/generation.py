@@ -28,8 +28,7 @@ import torch
 
 from bench import table
 from nanorlhf import generate, hub
-from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.run import plan
+from nanorlhf.model import GPT, GPTConfig, KVCache
 from nanorlhf.tokenizer import Tokenizer
 
 HF = "transformers generate"
@@ -188,11 +187,16 @@ def cpu_rows(quick, rounds):
 # GPU
 
 
+def cache_bytes(model, rows):
+    """Bytes of one position of the KV cache."""
+    return KVCache(model.cfg, rows, 1, "meta", model.compute_dtype or model.wte.weight.dtype).kv.nbytes
+
+
 def floor(model, rows, prompt, new, bandwidth):
     """Seconds that reading weights and live cache takes, for all tokens but the first: it needs no step."""
     read = sum(p.nbytes for p in model.blocks.parameters()) + model.unembedding.nbytes
     live = prompt + new / 2
-    return (new - 1) * (read + plan.kv_bytes(model, rows, 1) * live) / bandwidth
+    return (new - 1) * (read + cache_bytes(model, rows) * live) / bandwidth
 
 
 def gap_row(model, prompts, new, goal):

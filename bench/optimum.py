@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+from functools import partial
 
 import torch
 
@@ -28,6 +29,7 @@ sys.path.insert(0, ROOT)
 
 import train_grpo  # noqa: E402
 import train_ppo  # noqa: E402
+from labs.common import frontier  # noqa: E402
 from nanorlhf import exact, hub  # noqa: E402
 from nanorlhf.model import GPT, GPTConfig  # noqa: E402
 from nanorlhf.tokenizer import Tokenizer  # noqa: E402
@@ -40,6 +42,59 @@ TREE = exact.Tree(TOK.vocab_size, LIMIT, TOK.eos_id)
 TEXTS = [TOK.decode(y[:-1] if y[-1] == TOK.eos_id else y) for y in TREE.responses]  # all different
 
 REWARD_FILE = "def reward(prompt, response, row):\n    return row['reward'][response]\n"
+
+
+# The fixed points of other losses than RLHF's objective, by nanorlhf.exact
+
+
+def mean_std(logp, x):
+    """Mean and standard deviation of x (N,) under the distribution with log-probs logp (N,)."""
+    p = logp.exp()
+    mean = (p * x).sum()
+    variance = (p * (x - mean).square()).sum()
+    return mean, variance.sqrt()
+
+
+def reverse_kl_rule(ref, q, beta):
+    """Maximise E[Q] − β KL(π‖π_ref) over π(·|s): π ∝ π_ref exp(Q/β). k2, k3 × ratio in the loss reach it."""
+    return exact.optimum(ref, q, beta)
+
+
+def forward_kl_rule(ref, q, beta):
+    """Maximise E[Q] − β KL(π_ref‖π) over π(·|s): π = β π_ref / (λ − Q). Plain k3 in the loss reaches it.
+
+    λ > max Q is the root of Σ_a π(a|s) = 1, found by bisection. At the lower end of the bracket one token
+    alone has probability 1; at the upper end no token has more than under the reference.
+    """
+    weight = beta * ref.exp()
+    low = (q + weight).amax(-1, keepdim=True)
+    high = q.amax(-1, keepdim=True) + beta
+    for _ in range(100):
+        lam = (low + high) / 2
+        total = (weight / (lam - q)).sum(-1, keepdim=True)
+        low = torch.where(total > 1, lam, low)
+        high = torch.where(total > 1, high, lam)
+    logits = ref + torch.log(beta / (high - q))
+    return logits.log_softmax(-1)
+
+
+def normalised(tree, ref, reward, beta, rule=reverse_kl_rule):
+    """Backward induction with the reward r / σ, where σ is r's standard deviation under the result itself.
+
+    → the policy (S, V) and σ: what GRPO with norm="group_std" leads to in large groups. σ starts from the
+    reference and falls, as in training. ValueError if it falls to 0: the policy collapses (β is too small).
+    """
+    sigma = mean_std(tree.logp(ref), reward)[1]
+    for _ in range(10000):
+        scaled_rule = partial(rule, beta=beta * sigma)
+        table = tree.backward_induction(ref, reward, scaled_rule)
+        old = sigma
+        sigma = mean_std(tree.logp(table), reward)[1]
+        if abs(old - sigma) <= 1e-12 * old:
+            return table, sigma
+        if not sigma > 1e-6 * abs(reward).max():
+            break
+    raise ValueError(f"beta {beta}: the policy collapses on the best response; no spread of rewards is left")
 
 
 def table(model):
@@ -57,15 +112,15 @@ def pi_star(ref, reward):
 
 
 def reverse_kl(ref, reward):
-    return TREE.backward_induction(ref, reward, lambda s, q: exact.reverse_kl_rule(s, q, BETA))
+    return TREE.backward_induction(ref, reward, lambda s, q: reverse_kl_rule(s, q, BETA))
 
 
 def forward_kl(ref, reward):
-    return TREE.backward_induction(ref, reward, lambda s, q: exact.forward_kl_rule(s, q, BETA))
+    return TREE.backward_induction(ref, reward, lambda s, q: forward_kl_rule(s, q, BETA))
 
 
 def over_sigma(ref, reward):
-    return exact.normalised(TREE, ref, reward, BETA)[0]
+    return normalised(TREE, ref, reward, BETA)[0]
 
 
 # What the algorithms share: one optimizer step on each batch, so that nothing is clipped or off-policy
@@ -133,7 +188,7 @@ class Problem:
             "star": kl(policy, self.fixed_point(pi_star)),
             "own": kl(policy, self.fixed_point(rule)) if rule else None,
             "ref": kl(policy, self.ref),
-            "reward": exact.mean_std(TREE.logp(policy), self.reward)[0].item(),
+            "reward": mean_std(TREE.logp(policy), self.reward)[0].item(),
         }
 
 
@@ -223,7 +278,7 @@ def draw():
     with tempfile.TemporaryDirectory() as folder:  # the frontier of the first seed
         problem = Problem(int(rows[0]["seed"]), folder)
     betas = [10 ** (x / 40) for x in range(80, -60, -1)]
-    b.plot(*exact.frontier(TREE.logp(problem.ref), problem.reward, betas), color="black",
+    b.plot(*frontier(TREE.logp(problem.ref), problem.reward, betas), color="black",
            label="exact frontier: tilts of π_ref")
     b.plot(rows[0]["star_ref"], rows[0]["star_reward"], "*", ms=16, color="black", label="π*, β = 1")
     for i, name in enumerate(ALGORITHMS):

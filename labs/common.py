@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from nanorlhf import hub, tasks
+from nanorlhf import exact, hub, tasks
 from nanorlhf.errors import derive_seed
 from nanorlhf.look.plots import pyplot, save_figure
 from nanorlhf.rewards import fresh_samples, score_responses
@@ -207,3 +207,17 @@ def line(ax, rows, x, y, label=None, style="o-", **conditions):
 
 
 save = save_figure  # (figure, path)
+
+
+def frontier(ref_logp, reward, betas):
+    """The largest reward at each KL to the reference → kl, reward, (len(betas),) each: one tilt for each β.
+
+    No policy lies above this curve: π* maximises E[r] − β KL, so a policy with its KL has no more reward.
+    """
+    kls = []
+    rewards = []
+    for beta in betas:
+        logp = exact.optimum(ref_logp, reward, beta)
+        kls.append(exact.kl(logp, ref_logp))
+        rewards.append((logp.exp() * reward).sum())
+    return torch.stack(kls), torch.stack(rewards)

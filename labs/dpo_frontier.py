@@ -122,7 +122,7 @@ def run(point, seed, smoke):
     worth = true_reward(ref, seed)
     if method == "exact":  # the most reward at any KL, means over the prompts
         betas = [10 ** (x / 20) for x in range(40, -41, -2)]
-        curves = [torch.stack(exact.frontier(*both, betas)) for both in zip(ref, worth)]
+        curves = [torch.stack(common.frontier(*both, betas)) for both in zip(ref, worth)]
         columns = zip(betas, *torch.stack(curves).mean(0).tolist())
         return [dict(zip(("beta", "kl", "reward"), row)) for row in columns]
     pairs = common.data_file(make_pairs(ref, worth, MANY if method == "dpo_many" else FEW, seed))

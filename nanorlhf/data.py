@@ -12,8 +12,8 @@ from nanorlhf.hub.formats import read_rows
 from nanorlhf.run import dist
 
 
-def split_by_hash(rows, held_out):
-    """Split rows (dicts) by their prompts → train, test; test has the rows where held_out(prompt) is True.
+def split_by_hash(rows):
+    """Split rows (dicts) by their prompts → train, test; test has those where `tasks.held_out` is True.
 
     A prompt that occurs twice goes to one side both times, so training never sees a test prompt. A row with
     an empty prompt (a document) is split by its response.
@@ -21,7 +21,7 @@ def split_by_hash(rows, held_out):
     train = []
     test = []
     for row in rows:
-        if held_out(row["prompt"] or row["response"]):
+        if tasks.held_out(row["prompt"] or row["response"]):
             test.append(row)
         else:
             train.append(row)
@@ -34,7 +34,7 @@ def load_demonstrations(cfg, task):
         train = task.demonstrations(cfg.demos, cfg.seed)
         return train, task.demonstrations(256, cfg.seed, split="test")
     rows = read_rows(cfg.data, "demos", skip_bad=cfg.skip_bad_rows)
-    train, test = split_by_hash(rows, tasks.held_out)
+    train, test = split_by_hash(rows)
     require(train, f"--data {cfg.data}: every prompt falls into the held-out 15%; give more distinct prompts")
     return train, test
 
@@ -210,38 +210,40 @@ def microbatches(lengths, tokens_per_microbatch):
 
 
 def pad_responses(rows, device):
-    """(prompt ids, response ids) → tokens (B, T), prompt and response together; mask (B, T) of the response.
+    """(prompt ids, response ids) → tokens (B, T), lengths (B,), mask (B, T) of the response.
 
     The pads are 0, as would be any id: attention is causal, so no token sees a pad behind it.
 
-    >>> tokens, mask = pad_responses([([5, 6], [7]), ([5], [8, 9, 4])], "cpu")
-    >>> tokens.tolist()
-    [[5, 6, 7, 0], [5, 8, 9, 4]]
+    >>> tokens, lengths, mask = pad_responses([([5, 6], [7]), ([5], [8, 9, 4])], "cpu")
+    >>> tokens.tolist(), lengths.tolist()
+    ([[5, 6, 7, 0], [5, 8, 9, 4]], [3, 4])
     >>> mask.int().tolist()
     [[0, 0, 1, 0], [0, 1, 1, 1]]
     """
     tokens, lengths = pad([prompt + response for prompt, response in rows], 0)
-    mask = response_mask([len(prompt) for prompt, _ in rows], lengths, tokens.shape[1])
-    return tokens.to(device), mask.to(device)
+    prompt_lens = [len(prompt) for prompt, _ in rows]
+    mask = response_mask(prompt_lens, lengths, tokens.shape[1])
+    return tokens.to(device), lengths.to(device), mask.to(device)
 
 
-def fill_rows(out, lengths, cut, compute, *passes):
+def fill_rows(out, lengths, budget, compute, *passes):
     """Fill out[rows] = compute(rows) for all B rows, a micro-batch at a time → out.
 
     out       (B, ...) zeros
     lengths   (B,) tensor, tokens of each row
-    cut       cuts rows of these lengths into micro-batches: lengths (b,) → lists of indices into them
+    budget    padded tokens in a micro-batch, see `microbatches`
     compute   indices of rows (b,), a tensor → their results (b, ...)
     passes    the model methods that `compute` calls; see `dist.paced`
     With several processes each computes its share of the rows, and all processes get all results. With one
-    process this is `for rows in cut(lengths): out[rows] = compute(rows)`.
+    process this is `for rows in microbatches(lengths, budget): out[rows] = compute(rows)`.
 
     >>> lengths = torch.tensor([1, 3, 2])
-    >>> fill_rows(torch.zeros(3), lengths, lambda n: microbatches(n, 4), lambda rows: 10.0 * lengths[rows])
+    >>> fill_rows(torch.zeros(3), lengths, 4, lambda rows: 10.0 * lengths[rows])
     tensor([10., 30., 20.])
     """
     my_rows = dist.my_rows(lengths)
-    for part in dist.paced(cut(lengths[my_rows]), *passes):
+    cut = microbatches(lengths[my_rows], budget)
+    for part in dist.paced(cut, *passes):
         rows = my_rows[part]
         out[rows] = compute(rows)
     return dist.summed(out)

@@ -8,8 +8,6 @@ and the trainers can be compared with the distribution that they should reach (d
 A policy is a table (S, V) of log π(a|s): a row for each prefix s of a response, a column for each token a.
 """
 
-from functools import partial
-
 import torch
 
 from nanorlhf.data import pad
@@ -88,8 +86,8 @@ class Tree:
     def backward_induction(self, ref, reward, rule):
         """The policy (S, V) that is rule(ref, Q) at every prefix, where Q(s,a) = E_π[r | s,a] under itself.
 
-        ref (S, V); reward (N,); rule takes log π_ref(·|s) and Q(s,·), (k, V) each, and gives log π(·|s). The
-        longest prefixes come first: there Q is the reward itself.
+        ref (S, V); reward (N,); rule takes log π_ref(·|s) and Q(s,·), (k, V) each, and gives log π(·|s), as
+        `optimum` does. The longest prefixes come first: there Q is the reward itself.
         """
         table = torch.empty_like(ref)
         value = torch.zeros(len(ref), dtype=ref.dtype)  # E_π[r | s]
@@ -120,14 +118,6 @@ def kl(logp, other):
     return torch.where(logp > -torch.inf, terms, 0.0).sum(-1)  # 0 log 0 = 0
 
 
-def mean_std(logp, x):
-    """Mean and standard deviation of x (N,) under the distribution with log-probs logp (N,)."""
-    p = logp.exp()
-    mean = (p * x).sum()
-    variance = (p * (x - mean).square()).sum()
-    return mean, variance.sqrt()
-
-
 def optimum(ref_logp, reward, beta):
     """log π*(y) (N,): the reference tilted by the reward. It maximises E[r] − β KL(π‖π_ref).
 
@@ -135,59 +125,3 @@ def optimum(ref_logp, reward, beta):
     tensor([0.2689, 0.7311])
     """
     return (ref_logp + reward / beta).log_softmax(-1)
-
-
-def frontier(ref_logp, reward, betas):
-    """The largest reward at each KL to the reference → kl, reward, (len(betas),) each: one tilt for each β.
-
-    No policy lies above this curve: π* maximises E[r] − β KL, so a policy with its KL has no more reward.
-    """
-    kls = []
-    rewards = []
-    for beta in betas:
-        logp = optimum(ref_logp, reward, beta)
-        kls.append(kl(logp, ref_logp))
-        rewards.append((logp.exp() * reward).sum())
-    return torch.stack(kls), torch.stack(rewards)
-
-
-def reverse_kl_rule(ref, q, beta):
-    """Maximise E[Q] − β KL(π‖π_ref) over π(·|s): π ∝ π_ref exp(Q/β). k2, k3 × ratio in the loss reach it."""
-    return (ref + q / beta).log_softmax(-1)
-
-
-def forward_kl_rule(ref, q, beta):
-    """Maximise E[Q] − β KL(π_ref‖π) over π(·|s): π = β π_ref / (λ − Q). Plain k3 in the loss reaches it.
-
-    λ > max Q is the root of Σ_a π(a|s) = 1, found by bisection. At the lower end of the bracket one token
-    alone has probability 1; at the upper end no token has more than under the reference.
-    """
-    weight = beta * ref.exp()
-    low = (q + weight).amax(-1, keepdim=True)
-    high = q.amax(-1, keepdim=True) + beta
-    for _ in range(100):
-        lam = (low + high) / 2
-        total = (weight / (lam - q)).sum(-1, keepdim=True)
-        low = torch.where(total > 1, lam, low)
-        high = torch.where(total > 1, high, lam)
-    logits = ref + torch.log(beta / (high - q))
-    return logits.log_softmax(-1)
-
-
-def normalised(tree, ref, reward, beta, rule=reverse_kl_rule):
-    """Backward induction with the reward r / σ, where σ is r's standard deviation under the result itself.
-
-    → the policy (S, V) and σ: what GRPO with norm="group_std" leads to in large groups. σ starts from the
-    reference and falls, as in training. ValueError if it falls to 0: the policy collapses (β is too small).
-    """
-    sigma = mean_std(tree.logp(ref), reward)[1]
-    for _ in range(10000):
-        scaled_rule = partial(rule, beta=beta * sigma)
-        table = tree.backward_induction(ref, reward, scaled_rule)
-        old = sigma
-        sigma = mean_std(tree.logp(table), reward)[1]
-        if abs(old - sigma) <= 1e-12 * old:
-            return table, sigma
-        if not sigma > 1e-6 * abs(reward).max():
-            break
-    raise ValueError(f"beta {beta}: the policy collapses on the best response; no spread of rewards is left")

@@ -6,12 +6,15 @@ that a row's samples do not depend on how long the other prompts are. The unifor
 batch, nor on how many processes share the rows.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from nanorlhf.errors import UserError, require
+from nanorlhf.data import pad, response_mask
+from nanorlhf.errors import require
 from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist
 from nanorlhf.sampling import Sampling, sample
@@ -22,30 +25,31 @@ DROP_SHARE = 1 / 8
 
 
 @torch.no_grad()
-def reference(
-    model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0
-):
+def reference(model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, **filters):
     """The oracle of `generate`: the same samples with no cache, no shared prefill and no row ever dropped."""
     batch = prepare(model, prompts, n, max_new_tokens, temperature, eos_id, seed)
-    sampling = Sampling(temperature, top_k, top_p)
-    out = Decoded.empty(batch)
-    rows = torch.arange(len(batch.group), device=batch.tokens.device)
+    sampling = Sampling(temperature, **filters)
+    rows = torch.arange(len(batch.group), device=model.device)
     for t in range(max_new_tokens):
-        hidden = model(out.tokens[:, : batch.longest + t])  # (B, T', D)
+        hidden = model(batch.tokens[:, : batch.longest + t])  # (B, T', D)
         last = hidden[rows, batch.prompt_len + t - 1]  # (B, D)
-        token, logp = sample(model.head_logits(last), batch.uniforms[:, t], sampling)
-        live = rows[~out.finished]
-        out.append(batch, live, t, token[live], logp[live])
-        if out.finished.all():
+        logits = model.head_logits(last)
+        token, logp = sample(logits, batch.uniforms[:, t], sampling)
+        live = ~batch.finished
+        batch.append(rows[live], t, token[live], logp[live])
+        if batch.finished.all():
             break
-    return out.rollout(batch)
+    return batch.rollout()
 
 
 @dataclass
 class Batch:
-    """Prompts as one padded batch, n rows for each: what every decode loop starts from."""
+    """Prompts as one padded batch, n rows for each, and what a decode loop has sampled behind them."""
 
     tokens: torch.Tensor  # (B, T) int64: each prompt, and room for max_new_tokens behind the longest
+    logp: torch.Tensor  # (B, T) fp32: log-probs of the sampled tokens
+    sampled: torch.Tensor  # (B,) int64: tokens sampled so far, EOS included
+    finished: torch.Tensor  # (B,) bool: the response ended by itself
     prompt_len: torch.Tensor  # (B,) int64
     group: torch.Tensor  # (B,) int64: index of the row's prompt
     uniforms: torch.Tensor  # (B, max_new_tokens) random numbers in [0, 1)
@@ -54,88 +58,85 @@ class Batch:
     first_rows: list  # for each distinct prompt, one row that has it: it is prefilled once
     distinct: list  # (B,) number of each row's distinct prompt
 
+    def append(self, rows, t, token, logp):
+        """Write response token number t of the given rows; token and logp are (len(rows),)."""
+        column = self.prompt_len[rows] + t
+        self.tokens[rows, column] = token
+        self.logp[rows, column] = logp.to(self.logp.dtype)
+        self.sampled[rows] += 1
+        self.finished[rows] = torch.isin(token, self.stop_ids)  # detail 23.2: nothing is kept behind EOS
+
+    def rollout(self):
+        """→ Rollout, as wide as its longest row."""
+        lengths = self.prompt_len + self.sampled
+        T = int(lengths.max())
+        return Rollout(
+            tokens=self.tokens[:, :T],
+            mask=response_mask(self.prompt_len, lengths, T),
+            logp=self.logp[:, :T],
+            finished=self.finished,
+            group=self.group,
+            prompt_len=self.prompt_len,
+        )
+
 
 def prepare(model, prompts, n, max_new_tokens, temperature, eos_id, seed, first_row=0):
-    """Check the request and pad the prompts → Batch.
+    """Check the request and pad the prompts → Batch, with nothing sampled yet.
 
     The table of uniforms is filled row by row, so that a larger table begins with a smaller one. first_row is
     the place of the first row in the table: a process that samples rows 8 to 15 of 16 starts at 8.
     """
-    if not prompts or n < 1 or max_new_tokens < 1 or temperature < 0:
-        asked = f"{len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}"
-        raise UserError(f"nothing to generate: {asked}")
-    lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths)
-    if 0 in lengths:
-        raise UserError(f"prompt {lengths.index(0)} is empty: it needs at least one token")
-    if longest + max_new_tokens > model.cfg.max_len:
-        raise UserError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones (--max_new_tokens) exceed the "
-            f"model's context of {model.cfg.max_len}"
-        )
-    device = model.device
+    asked = f"{len(prompts)} prompts, n={n}, max_new_tokens={max_new_tokens}, temperature={temperature}"
+    something = prompts and min(n, max_new_tokens) > 0 and temperature >= 0
+    require(something, f"nothing to generate: {asked}")
+    for i, prompt in enumerate(prompts):
+        require(prompt, f"prompt {i} is empty: it needs at least one token")
+    longest = max(map(len, prompts))
+    context = model.cfg.max_len
+    too_long = f"a prompt of {longest} tokens and {max_new_tokens} new ones (--max_new_tokens) exceed"
+    require(longest + max_new_tokens <= context, f"{too_long} the model's context of {context}")
     group = torch.arange(len(prompts)).repeat_interleave(n)  # (B,)
     pad_id = model.cfg.vocab_size - 1  # any id but EOS would do: padding is known by lengths, never by its id
     if pad_id == eos_id:
         pad_id -= 1
-    tokens = torch.full((len(group), longest + max_new_tokens), pad_id)  # (B, T)
-    for row, g in enumerate(group.tolist()):
-        tokens[row, : lengths[g]] = torch.tensor(prompts[g])  # detail 6: N+ pads on the left
+    tokens, prompt_len = pad(prompts, pad_id)  # detail 6: N+ pads on the left
+    tokens = F.pad(tokens, (0, max_new_tokens), value=pad_id)[group]  # (B, T)
     generator = torch.Generator().manual_seed(seed % 2**63)
-    uniforms = torch.rand((first_row + len(group), max_new_tokens), generator=generator)
+    table_rows = first_row + len(group)
+    uniforms = torch.rand((table_rows, max_new_tokens), generator=generator)
     stop_ids = [] if eos_id is None else [eos_id, *model.stop_ids]
 
     row_of_prompt = {tuple(prompt): i * n for i, prompt in enumerate(prompts)}
     number_of_prompt = {prompt: number for number, prompt in enumerate(row_of_prompt)}
+    distinct = [number_of_prompt[tuple(prompt)] for prompt in prompts]
+    device = model.device
     return Batch(
         tokens=tokens.to(device),
-        prompt_len=torch.tensor(lengths)[group].to(device),
+        logp=torch.zeros(tokens.shape, device=device),
+        sampled=torch.zeros_like(group, device=device),
+        finished=torch.zeros(len(group), dtype=torch.bool, device=device),
+        prompt_len=prompt_len[group].to(device),
         group=group.to(device),
         uniforms=uniforms[first_row:].to(device),
         stop_ids=torch.tensor(stop_ids, dtype=torch.int64, device=device),
         longest=longest,
         first_rows=list(row_of_prompt.values()),
-        distinct=[number_of_prompt[tuple(prompt)] for prompt in prompts for _ in range(n)],
+        distinct=[distinct[g] for g in group.tolist()],
     )
-
-
-@dataclass
-class Decoded:
-    """What a decode loop fills: the sampled tokens behind the prompts, and their log-probs."""
-
-    tokens: torch.Tensor  # (B, T) int64
-    logp: torch.Tensor  # (B, T) fp32
-    sampled: torch.Tensor  # (B,) int64: tokens sampled so far, EOS included
-    finished: torch.Tensor  # (B,) bool: the response ended by itself
-
-    @classmethod
-    def empty(cls, batch):
-        sampled = torch.zeros_like(batch.prompt_len)
-        logp = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-        return cls(batch.tokens, logp, sampled, torch.zeros_like(sampled, dtype=torch.bool))
-
-    def append(self, batch, rows, t, token, logp):
-        """Write response token number t of the given rows; token and logp are (len(rows),)."""
-        column = batch.prompt_len[rows] + t
-        self.tokens[rows, column] = token
-        self.logp[rows, column] = logp.to(self.logp.dtype)
-        self.sampled[rows] += 1
-        self.finished[rows] = torch.isin(token, batch.stop_ids)  # detail 23.2: nothing is kept behind EOS
-
-    def rollout(self, batch):
-        """→ Rollout, as wide as its longest row. The mask comes from lengths, never from token ids."""
-        lengths = batch.prompt_len + self.sampled
-        T = int(lengths.max())
-        position = torch.arange(T, device=lengths.device)
-        mask = (position >= batch.prompt_len[:, None]) & (position < lengths[:, None])  # (B, T)
-        tokens = self.tokens[:, :T]
-        logp = self.logp[:, :T]
-        return Rollout(tokens, mask, logp, self.finished, batch.group, batch.prompt_len)
 
 
 @torch.no_grad()
 def generate(
-    model, prompts, n=1, max_new_tokens=64, temperature=1.0, eos_id=None, seed=0, top_k=0, top_p=1.0, slots=0
+    model,
+    prompts,
+    n=1,
+    max_new_tokens=64,
+    temperature=1.0,
+    eos_id=None,
+    seed=0,
+    top_k=0,
+    top_p=1.0,
+    slots=0,
 ):
     """n responses to each prompt (a list of token ids) → Rollout of len(prompts)·n rows, grouped by prompt.
 
@@ -164,14 +165,14 @@ def decode(model, prompts, n, max_new_tokens, sampling, eos_id, seed, slots, fir
     batch = prepare(model, prompts, n, max_new_tokens, sampling.temperature, eos_id, seed, first_row)
     if slots or batch.tokens.is_cuda:
         return decode_in_slots(model, batch, sampling, slots)
-    out = Decoded.empty(batch)
     cache, last = prefill(model, batch)  # last: hidden states (B, D) that predict the next token
-    rows = torch.arange(len(batch.group), device=batch.tokens.device)  # those in the cache
-    alive = torch.ones_like(out.finished)  # of those, the unfinished ones
+    rows = torch.arange(len(batch.group), device=model.device)  # those in the cache
+    alive = ~batch.finished  # of those, the unfinished ones
     for t in range(max_new_tokens):
-        token, logp = sample(model.head_logits(last), batch.uniforms[rows, t], sampling)
-        out.append(batch, rows[alive], t, token[alive], logp[alive])
-        alive = ~out.finished[rows]  # detail 23.1: N+ samples on to a fixed length
+        logits = model.head_logits(last)
+        token, logp = sample(logits, batch.uniforms[rows, t], sampling)
+        batch.append(rows[alive], t, token[alive], logp[alive])
+        alive = ~batch.finished[rows]  # detail 23.1: N+ samples on to a fixed length
         left = int(alive.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
@@ -181,27 +182,25 @@ def decode(model, prompts, n, max_new_tokens, sampling, eos_id, seed, slots, fir
             rows = rows[keep]
             token = token[keep]
             alive = alive[keep]
-        last = model(token[:, None], cache, batch.prompt_len[rows] + t)[:, 0]
-    return out.rollout(batch)
+        position = batch.prompt_len[rows] + t
+        hidden = model(token[:, None], cache, position)  # (b, 1, D)
+        last = hidden[:, 0]
+    return batch.rollout()
 
 
 def prefill(model, batch):
     """Run each distinct prompt through the model once → cache of all rows, last hidden states (B, D)."""
-    first = torch.tensor(batch.first_rows, device=batch.tokens.device)  # (distinct prompts,)
-    B, T = batch.tokens.shape
-    if len(first) == B:
-        cache = model.new_cache(B, T)
-    else:
-        cache = model.new_cache(len(first), batch.longest)
-    hidden = model(batch.tokens[first, : batch.longest], cache)
-    index = torch.arange(len(first), device=first.device)
+    device = model.device
+    first = torch.tensor(batch.first_rows, device=device)  # (distinct prompts,)
+    prompts = model.new_cache(len(first), batch.longest)
+    hidden = model(batch.tokens[first, : batch.longest], prompts)
+    index = torch.arange(len(first), device=device)
     last = hidden[index, batch.prompt_len[first] - 1]
-    if len(first) == B:
-        return cache, last
-    shared = model.new_cache(B, T)  # a prompt's n rows start with copies of its keys and values
-    distinct = torch.tensor(batch.distinct, device=first.device)
-    shared.fill(slice(None), cache, distinct, batch.longest)
-    return shared, last[distinct]
+    B, T = batch.tokens.shape
+    cache = model.new_cache(B, T)  # a prompt's n rows start with copies of its keys and values
+    distinct = torch.tensor(batch.distinct, device=device)
+    cache.fill(slice(None), prompts, distinct, batch.longest)
+    return cache, last[distinct]
 
 
 def decode_in_slots(model, batch, sampling, slots):
@@ -210,48 +209,50 @@ def decode_in_slots(model, batch, sampling, slots):
 
     rows, T = batch.tokens.shape
     size = slots or engine.how_many(model, rows, T)
-    tokens, logp, sampled, finished = engine.decode(model, batch, sampling, min(size, rows))
-    return Decoded(tokens, logp, sampled, finished).rollout(batch)
+    size = min(size, rows)
+    batch.tokens, batch.logp, batch.sampled, batch.finished = engine.decode(model, batch, sampling, size)
+    return batch.rollout()
 
 
-def sample_responses(model, tok, rows, n, max_new_tokens, temperature, seed):
-    """n responses to each row's prompt, the tokens row["_ids"] → Rollout with rows and texts."""
+def sample_responses(model, tok, rows, n, max_new_tokens, temperature, seed, **filters):
+    """n responses to each row's prompt, the tokens row["_ids"] → Rollout with rows and texts.
+
+    filters: top_k and top_p of `generate`, for evaluation only.
+    """
     prompts = [row["_ids"] for row in rows]
-    roll = generate(model, prompts, n, max_new_tokens, temperature, tok.eos_id, seed)
+    roll = generate(model, prompts, n, max_new_tokens, temperature, tok.eos_id, seed, **filters)
     roll.rows = [rows[g] for g in roll.group.tolist()]
     roll.texts = [tok.decode(ids) for ids in roll.responses()]
     return roll
 
 
-def respond(
-    model,
-    tok,
-    prompts,
-    n=1,
-    max_new_tokens=64,
-    temperature=1.0,
-    seed=0,
-    batch=512,
-    desc="",
-    top_k=0,
-    top_p=1.0,
+def sample_in_batches(
+    model, tok, rows, n=1, max_new_tokens=64, temperature=1.0, seed=0, batch=512, **filters
 ):
-    """Text in, text out: n responses to each prompt → (rollouts, responses), a prompt's n together.
+    """`sample_responses` for any number of rows {"prompt": text, ...} → Rollouts of about `batch` samples.
 
-    rollouts is a list of Rollout with texts, of at most about `batch` rows each; responses a list of
-    len(prompts)·n strings without EOS. With a `desc` a progress bar shows it on a terminal.
+    Each of them draws from a seed of its own. A terminal shows a progress bar.
     """
     rolls = []
-    prompts_at_once = max(1, batch // n)
-    no_bar = True
-    if desc and dist.rank() == 0:
-        no_bar = None  # tqdm: a bar on a terminal only
-    for i in tqdm(range(0, len(prompts), prompts_at_once), desc, leave=False, disable=no_bar):
-        ids = [tok.encode_prompt(prompt) for prompt in prompts[i : i + prompts_at_once]]
-        roll = generate(
-            model, ids, n, max_new_tokens, temperature, tok.eos_id, seed + i, top_k=top_k, top_p=top_p
-        )
-        roll.texts = [tok.decode(response) for response in roll.responses()]
+    rows_at_once = max(1, batch // n)
+    starts = range(0, len(rows), rows_at_once)
+    # disable=None: only on a terminal, which stdout is on the first process alone
+    for start in tqdm(starts, "sampling", leave=False, disable=None, file=sys.stdout):
+        part = []
+        for row in rows[start : start + rows_at_once]:
+            ids = tok.encode_prompt(row["prompt"])
+            part.append(row | {"_ids": ids})
+        roll = sample_responses(model, tok, part, n, max_new_tokens, temperature, seed + start, **filters)
         rolls.append(roll)
+    return rolls
+
+
+def respond(model, tok, prompts, n=1, max_new_tokens=64, **settings):
+    """Text in, text out: n responses to each prompt → (Rollouts, responses), a prompt's n together.
+
+    responses: len(prompts)·n strings without EOS. settings: those of `sample_in_batches`.
+    """
+    rows = [{"prompt": prompt} for prompt in prompts]
+    rolls = sample_in_batches(model, tok, rows, n, max_new_tokens, **settings)
     texts = [text for roll in rolls for text in roll.texts]
     return rolls, texts

@@ -86,6 +86,11 @@ def merged(model):
     return _replace(_twin(model), Adapted, Adapted.merged)
 
 
+def rank_in(weights):
+    """Rank of the adapters among {name: tensor}; 0 if there are none."""
+    return next((len(x) for name, x in weights.items() if name.endswith(".A")), 0)
+
+
 def _twin(model):
     """Another model of the very same tensors, whose layers can be replaced without touching this one."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
@@ -93,7 +98,7 @@ def _twin(model):
 
 def _replace(model, kind, new):
     """Replace every layer of this class in the blocks by new(layer), in place."""
-    for block in getattr(model, "trunk", model).blocks:
+    for block in model.trunk.blocks:
         for part in (block.attn, block.mlp):
             for name, layer in list(part.named_children()):
                 if type(layer) is kind:

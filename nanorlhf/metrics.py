@@ -126,14 +126,18 @@ class Figures(dict):
     >>> figures.add({"clip": 0.25, "ratio_max": 1.25, "gap": 0.5})
     >>> dict(figures)
     {'clip': 0.5, 'ratio_max': 1.5, 'gap': 0.0}
+    >>> figures.averages()
+    {'clip': 0.25, 'ratio_max': 1.5, 'gap': 0.0}
     """
 
     def __init__(self, **kinds):
         super().__init__()
         self.kinds = kinds
+        self.pieces = 0
 
     def add(self, values):
         """Add a piece {name: number}."""
+        self.pieces += 1
         for name, value in values.items():
             kind = self.kinds[name]
             if self.get(name) is None:
@@ -145,6 +149,10 @@ class Figures(dict):
             else:
                 self[name] = max(self[name], value)
 
-    def averages(self, n):
-        """→ {name: figure}, with every sum divided by n, the number of pieces."""
-        return {name: self[name] / n if self.kinds[name] == "sum" else self[name] for name in self}
+    def averages(self):
+        """→ {name: figure}, where every sum is divided by the number of pieces."""
+        averages = dict(self)
+        for name in self:
+            if self.kinds[name] == "sum":
+                averages[name] /= self.pieces
+        return averages

@@ -360,6 +360,11 @@ class GPT(nn.Module):
         return weight.to(self.compute_dtype or weight.dtype)
 
     @property
+    def trunk(self):
+        """Itself: `model.trunk` is the GPT of a GPT as of a ScalarModel."""
+        return self
+
+    @property
     def device(self):
         mesh = getattr(self.wte.weight, "device_mesh", None)
         if mesh:  # --shard: with --save_memory the weight itself lies on the CPU

@@ -45,7 +45,7 @@ def draw_pairs(cfg, task, model, tok, split, n, tau):
     """Label two samples to each of n prompts, with noise tau → rows; equal pairs are left out."""
     prompts = [row["prompt"] for row in task.prompts(split, n, cfg.seed)]
     seed = derive_seed(cfg.seed, "pairs", split)
-    _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed, desc="pairs")
+    _, texts = generate.respond(model, tok, prompts, 2, task.max_new_tokens, seed=seed)
     rng = random.Random(seed)
     rows = []
     for prompt, a, b in zip(prompts, texts[::2], texts[1::2]):
@@ -68,8 +68,9 @@ def write_first(path, rows):
 def load_rows(cfg, task, policy, tok, unpaired=False):
     """→ training rows, held-out rows: of --data, split by their prompts, or of pairs that are made here."""
     if cfg.data:
-        rows = read_rows(cfg.data, "kto" if unpaired else "pairs", skip_bad=cfg.skip_bad_rows)
-        return split_by_hash(rows, tasks.held_out)
+        kind = "kto" if unpaired else "pairs"
+        rows = read_rows(cfg.data, kind, skip_bad=cfg.skip_bad_rows)
+        return split_by_hash(rows)
     train_path, test_path = make_pairs(cfg, task, policy, tok)
     return read_jsonl(train_path, KEYS), read_jsonl(test_path, KEYS)
 

@@ -4,8 +4,9 @@ Shared by the RL trainers: none of this may move a learning curve, or turn one a
 """
 
 import torch
+from tqdm import tqdm
 
-from nanorlhf import generate, tasks
+from nanorlhf import generate
 from nanorlhf.data import fill_rows, split_by_hash
 from nanorlhf.errors import blame, derive_seed, require
 from nanorlhf.hub.formats import read_rows
@@ -20,47 +21,39 @@ def score_responses(roll, rm, rewards):
 
     The reward model `rm` at the last token (EOS, detail 12 of N+), or the product over the steps where it
     judges steps. Where rm is None, the weighted sum of the reward functions, which see the texts and the rows
-    of the rollout; then roll.reward_parts receives what each gave, {name: (B,)}.
+    of the rollout; then roll.reward_parts receives what each gave, (B, functions).
     """
+    B, T = roll.tokens.shape
     if rm is None:
-        values = call_rewards(roll.texts, roll.rows, rewards).to(roll.tokens.device)  # (B, functions)
-        score = torch.zeros(len(roll), device=values.device)
-        for function, part in zip(rewards.functions, values.unbind(1)):
-            roll.reward_parts[function.name] = part
+        functions = rewards.functions
+
+        def call(index):
+            texts = [roll.texts[i] for i in index.tolist()]
+            rows = [roll.rows[i] for i in index.tolist()]
+            columns = [rewards.values(i, texts, rows) for i in range(len(functions))]
+            return torch.tensor(columns).T
+
+        values = torch.zeros(B, len(functions))  # on the CPU
+        fill_rows(values, torch.ones(B), 0, call)
+        roll.reward_parts = values.to(roll.tokens.device)
+        score = torch.zeros_like(roll.logp[:, 0])
+        for function, part in zip(functions, roll.reward_parts.unbind(1)):
             score += function.weight * part
         return score
-
-    rows_at_once = max(1, SCORE_TOKENS // roll.tokens.shape[1])
-
-    def cut(lengths):
-        return torch.arange(len(lengths)).split(rows_at_once) if len(lengths) else []
 
     def compute(rows):
         return rm.scores(roll.tokens[rows], roll.lengths[rows], roll.mask[rows])
 
+    padded = torch.full((B,), T)  # tokens of each row
     with at_work(rm):
-        return fill_rows(roll.logp.new_zeros(len(roll)), roll.lengths, cut, compute, rm.values)  # detail 13
-
-
-def call_rewards(texts, rows, rewards):
-    """What each reward function gives for each text → (texts, functions), fp32 on the CPU."""
-    n = len(rewards.functions)
-
-    def compute(index):
-        some_texts = [texts[i] for i in index.tolist()]
-        some_rows = [rows[i] for i in index.tolist()]
-        columns = [rewards.values(i, some_texts, some_rows) for i in range(n)]
-        return torch.tensor(columns).T
-
-    def cut(lengths):
-        return [torch.arange(len(lengths))] if len(lengths) else []
-
-    return fill_rows(torch.zeros(len(texts), n), torch.ones(len(texts)), cut, compute)
+        return fill_rows(roll.logp.new_zeros(B), padded, SCORE_TOKENS, compute, rm.values)  # detail 13
 
 
 def gate_problem(policy, tok, task, limit, seed):
     """Why 256 held-out samples of the policy hold nothing that RL could select; None if they do."""
-    prompts = [row["prompt"] for row in task.prompts("test", 256, seed)]
+    seed = derive_seed(seed, "gate")
+    rows = task.prompts("test", 256, seed)
+    prompts = [row["prompt"] for row in rows]
     _, texts = generate.respond(policy, tok, prompts, 1, limit, seed=seed)
     return task.gate(prompts, texts)
 
@@ -71,24 +64,19 @@ def pass_gate(policy, tok, task, limit, seed):
     require(problem is None, problem)
 
 
-def evaluate(policy, tok, rows, score, temperature, seed, say, limit):
-    """Mean score on held-out prompts → {"eval/reward": sampled, "eval/greedy": greedy}: two figures.
+def evaluate(policy, tok, rows, score, temperature, seed, limit):
+    """Mean score on held-out prompts, printed, and → {"eval/reward": sampled, "eval/greedy": greedy}.
 
     score(roll) → (B,); temperature: of the sampled ones; limit: longest response in tokens.
     """
-    prompts = [row["prompt"] for row in rows]
     seed = derive_seed(seed, "eval")
     out = {}
     for name, heat in (("eval/reward", temperature), ("eval/greedy", 0.0)):
-        rolls, _ = generate.respond(policy, tok, prompts, 1, limit, heat, seed)
-        scores = []
-        start = 0
-        for roll in rolls:
-            roll.rows = rows[start : start + len(roll)]
-            start += len(roll)
-            scores.append(score(roll))
+        rolls = generate.sample_in_batches(policy, tok, rows, 1, limit, heat, seed)
+        scores = [score(roll) for roll in rolls]
         out[name] = torch.cat(scores).mean().item()
-    say(f"held out ({len(rows)} prompts): sampled {out['eval/reward']:.3f}, greedy {out['eval/greedy']:.3f}")
+    means = f"sampled {out['eval/reward']:.3f}, greedy {out['eval/greedy']:.3f}"
+    tqdm.write(f"held out ({len(rows)} prompts): {means}")
     return out
 
 
@@ -125,11 +113,11 @@ def length_schedule(max_new_tokens, lengthen_at):
     """--max_new_tokens 24,40,64 with --lengthen_at 40,80 → limits [24, 40, 64], one after the other."""
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens]
     shown = ",".join(map(str, limits))
-    rising = limits == sorted(set(limits)) and limits and limits[0] > 0
+    rising = limits and limits[0] > 0 and limits == sorted(set(limits))
     require(rising, f"--max_new_tokens {shown}: must be an integer, or rising ones such as 24,40,64")
     lengthenings = len(limits) - 1
-    fits = len(lengthen_at) == lengthenings and lengthen_at == sorted(set(lengthen_at))
-    fits = fits and min(lengthen_at, default=1) > 0
+    steps = [0, *lengthen_at]
+    fits = len(lengthen_at) == lengthenings and steps == sorted(set(steps))
     shown = ",".join(map(str, lengthen_at))
     require(fits, f"--lengthen_at {shown!r}: must be {lengthenings} rising steps, one for each lengthening")
     return limits
@@ -142,13 +130,17 @@ def fresh_samples(policy, ref, tok, rows, max_new_tokens, seed, budget=8192):
     kl is the mean over samples of Σ_t (logp − ref_logp): nats per sequence, KL(policy‖ref). It may be a
     little negative where the two are near, because it is an estimate.
     """
-    rows = [row | {"_ids": tok.encode_prompt(row["prompt"])} for row in rows]
     seed = derive_seed(seed, "eval")
-    roll = generate.sample_responses(policy, tok, rows, 1, max_new_tokens, 1.0, seed)
+    (roll,) = generate.sample_in_batches(policy, tok, rows, 1, max_new_tokens, 1.0, seed, batch=len(rows))
     ref_logp = roll.logp_under(ref, 1.0, budget)  # (B, T)
-    entropy = roll.per_token(lambda tokens, mask: policy.logprobs(tokens, mask)[1], budget)  # (B, T)
+    kl = (roll.logp - ref_logp).sum(1)  # (B,)
+
+    def entropies(tokens, mask):
+        return policy.logprobs(tokens, mask)[1]
+
+    entropy = roll.per_token(entropies, budget)  # (B, T)
     metrics = {
-        "kl": (roll.logp - ref_logp).sum(1).mean().item(),
+        "kl": kl.mean().item(),
         "entropy": (entropy.sum() / roll.mask.sum()).item(),
         "len": roll.response_len.float().mean().item(),
         "stop": roll.finished.float().mean().item(),
@@ -161,25 +153,22 @@ def load_prompts(cfg, task, tok, max_len, limit):
 
     Prompts without room for a response of `limit` tokens are dropped, and counted.
     """
-    source = ""
     if cfg.data:
-        source = f"--data {cfg.data}: "
         rows = read_rows(cfg.data, "prompts", skip_bad=cfg.skip_bad_rows)
     else:
-        rows = task.prompts("train", 3000, cfg.seed) + task.prompts("test", cfg.eval_prompts, cfg.seed)
+        rows = task.prompts("train", 3000, cfg.seed)
+        rows += task.prompts("test", cfg.eval_prompts, cfg.seed)
     for row in rows:
         with blame(row.get("_at", "--task")):  # for a character that this model has no token for
             row["_ids"] = tok.encode_prompt(row["prompt"])
     room = max_len - limit
     fit = [row for row in rows if len(row["_ids"]) <= room]  # detail 2: N+ truncates
-    train, test = split_by_hash(fit, tasks.held_out)
-    notes = []
-    if len(fit) < len(rows):
-        why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {limit})"
-        notes.append(f"{len(rows) - len(fit)} of {len(rows)} prompts are {why}")
-        if train:
-            print(f"{source}{notes[0]}; dropped")
-    if test:
-        notes.append(f"{len(test)} are held out (15% of all prompts, by a hash)")
-    require(train, f"{source}no training prompt is left: {', '.join(notes)}")
+    train, test = split_by_hash(fit)
+    n_long = len(rows) - len(fit)
+    why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {limit})"
+    dropped = f"{n_long} of {len(rows)} prompts are {why}"
+    held_out = f"{len(test)} are held out (15% of all prompts, by a hash)"
+    require(train, f"{cfg.data or task.name}: no training prompt is left: {dropped}, {held_out}")
+    if n_long:
+        print(f"{dropped}; dropped")
     return train, test[: cfg.eval_prompts]

@@ -1,11 +1,11 @@
 """The one object that flows through every RL trainer, with its invariants asserted in one place."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import fill_rows, microbatches
+from nanorlhf.data import fill_rows
 from nanorlhf.run.device import at_work
 
 
@@ -43,15 +43,19 @@ class Rollout:
     rows: list = field(default_factory=list)  # (B,) the prompt's own row {"prompt", ...} of each sample
     texts: list = field(default_factory=list)  # (B,) the responses as text
     reward: torch.Tensor | None = None  # (B,) score of the whole response
-    reward_parts: dict = field(default_factory=dict)  # {name: (B,)}, what each reward function gave
+    reward_parts: torch.Tensor | None = None  # (B, functions) what each reward function gave
 
     def __post_init__(self):
         B, T = self.tokens.shape
-        assert self.mask.shape == self.logp.shape == (B, T) and self.mask.dtype == torch.bool
-        assert self.finished.shape == self.group.shape == self.prompt_len.shape == (B,)
+        assert self.mask.dtype == torch.bool
+        assert self.mask.shape == self.logp.shape == (B, T)
+        for per_row in (self.finished, self.group, self.prompt_len):
+            assert per_row.shape == (B,)
         position = torch.arange(T, device=self.mask.device)
-        inside = (position >= self.prompt_len[:, None]) & (position < self.lengths[:, None])
-        assert torch.equal(self.mask, inside), "the mask must be one block of ones right after the prompt"
+        after_prompt = position >= self.prompt_len[:, None]  # (B, T)
+        before_end = position < self.lengths[:, None]
+        one_block = torch.equal(self.mask, after_prompt & before_end)
+        assert one_block, "the mask must be one block of ones right after the prompt"
         assert not self.logp[~self.mask].any(), "log-probs must be 0 outside the mask"
 
     def __len__(self):
@@ -70,53 +74,49 @@ class Rollout:
         ends = self.lengths
         if not with_eos:
             ends = ends - self.finished.long()
-        spans = zip(self.tokens.tolist(), self.prompt_len.tolist(), ends.tolist())
+        starts = self.prompt_len.tolist()
+        spans = zip(self.tokens.tolist(), starts, ends.tolist())
         return [row[start:end] for row, start, end in spans]
+
+    def changed(self, change):
+        """The same rollout with change(tensor) for each of its tensors."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **{name: change(x) for name, x in tensors.items()})
+
+    def to(self, device):
+        """The same rollout with its tensors on another device."""
+        return self.changed(lambda x: x.to(device))
 
     def select(self, index):
         """The rows of `index` (a tensor of row indices), with groups numbered anew from 0."""
-        some = index.tolist()
-        return Rollout(
-            tokens=self.tokens[index],
-            mask=self.mask[index],
-            logp=self.logp[index],
-            finished=self.finished[index],
-            group=self.group[index].unique(return_inverse=True)[1],
-            prompt_len=self.prompt_len[index],
-            rows=[self.rows[i] for i in some] if self.rows else [],
-            texts=[self.texts[i] for i in some] if self.texts else [],
-            reward=None if self.reward is None else self.reward[index],
-            reward_parts={name: part[index] for name, part in self.reward_parts.items()},
-        )
+        some = self.changed(lambda x: x[index])
+        some.group = some.group.unique(return_inverse=True)[1]
+        if self.rows:
+            some.rows = [self.rows[i] for i in index.tolist()]
+        if self.texts:
+            some.texts = [self.texts[i] for i in index.tolist()]
+        return some
 
     @classmethod
     def cat(cls, rolls):
         """Several rollouts as one, padded with zeros to the longest; their groups stay apart."""
         T = max(roll.tokens.shape[1] for roll in rolls)
+        joined = {}
+        for name, first in vars(rolls[0]).items():
+            parts = [getattr(roll, name) for roll in rolls]
+            if name in ("tokens", "mask", "logp"):
+                parts = [F.pad(x, (0, T - x.shape[1])) for x in parts]
+            if isinstance(first, list):
+                joined[name] = sum(parts, [])
+            elif first is not None:
+                joined[name] = torch.cat(parts)
         groups = []
         groups_so_far = 0
         for roll in rolls:
             groups.append(roll.group + groups_so_far)
             groups_so_far += int(roll.group.max()) + 1
-
-        def wide(name):
-            tensors = [getattr(roll, name) for roll in rolls]
-            return torch.cat([F.pad(x, (0, T - x.shape[1])) for x in tensors])  # (B, T)
-
-        return cls(
-            tokens=wide("tokens"),
-            mask=wide("mask"),
-            logp=wide("logp"),
-            finished=torch.cat([roll.finished for roll in rolls]),
-            group=torch.cat(groups),
-            prompt_len=torch.cat([roll.prompt_len for roll in rolls]),
-            rows=[row for roll in rolls for row in roll.rows],
-            texts=[text for roll in rolls for text in roll.texts],
-            reward=None if rolls[0].reward is None else torch.cat([roll.reward for roll in rolls]),
-            reward_parts={
-                name: torch.cat([roll.reward_parts[name] for roll in rolls]) for name in rolls[0].reward_parts
-            },
-        )
+        joined["group"] = torch.cat(groups)
+        return cls(**joined)
 
     @torch.no_grad()
     def per_token(self, fn, budget):
@@ -125,13 +125,12 @@ class Rollout:
 
         def compute(rows):
             longest = int(self.lengths[rows].max())
-            values = fn(self.tokens[rows, :longest], self.mask[rows, :longest])
-            return F.pad(values, (0, T - longest))
+            tokens = self.tokens[rows, :longest]
+            mask = self.mask[rows, :longest]
+            return F.pad(fn(tokens, mask), (0, T - longest))
 
-        def cut(lengths):
-            return microbatches(lengths, budget)
-
-        return fill_rows(torch.zeros_like(self.logp), self.lengths, cut, compute, fn)
+        out = torch.zeros_like(self.logp)
+        return fill_rows(out, self.lengths, budget, compute, fn)
 
     def logp_under(self, model, temperature, budget):
         """Log-probs (B, T) of the sampled tokens under another model, 0 outside the mask. No gradients."""
@@ -151,9 +150,3 @@ class Rollout:
             "old_logp": self.logp,
             "group": self.group,
         }
-
-    def to(self, device):
-        """The same rollout with its tensors on another device."""
-        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
-        parts = {name: part.to(device) for name, part in self.reward_parts.items()}
-        return Rollout(**moved, rows=self.rows, texts=self.texts, reward_parts=parts)

@@ -11,7 +11,6 @@ ordinary ids. Only code that appends `tok.eos_id`, and a chat template, write co
 import heapq
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import regex
@@ -34,7 +33,7 @@ class Chat(str):
     for those without one.
     """
 
-    def __new__(cls, messages: list[dict], text: str | None = None):
+    def __new__(cls, messages, text=None):
         if text is None:
             # It ends in no space: that one belongs to the first token of the answer.
             turns = [f"{m['role'].capitalize()}:\n{m['content']}\n\n" for m in messages]
@@ -74,11 +73,13 @@ class Extras(NamedTuple):
 class Tokenizer:
     """`ranks` are the bytes of each id; `pattern` cuts text into pieces, which no merge crosses.
 
-    kind       "bytes", "chars" or "bpe"; all but "chars" need every single byte among their tokens
-    tokens     the bytes of ids 0 … R-1, then eos_id = R and pad_id = R+1; or {bytes: id}, with `control`
+    kind       "bytes", "chars" or "bpe"; all but "chars" need every single byte among their tokens, or some
+               text has no ids
+    tokens     the bytes of ids 0 … R-1, all different, then eos_id = R and pad_id = R+1; or {bytes: id}, with
+               `control`
     control    {text: id} of tokens that no text encodes to
 
-    Raises UserError for tokens that tiktoken could not use, ValueError for a pattern that is no regex.
+    Raises ValueError for a pattern that is no regex.
     """
 
     def __init__(self, kind, pattern, tokens, control=None, extras=None):
@@ -90,7 +91,7 @@ class Tokenizer:
         else:
             self.ranks = {token: i for i, token in enumerate(tokens)}
         self.tokens = list(self.ranks)
-        self.encoding = self._make_encoding(tokens)
+        self.encoding = self._make_encoding()
         size = len(self.ranks)
         self.control = control or {extras.eos: size, extras.pad: size + 1}  # detail 3: pad is not EOS
         self.eos_id = self.control[extras.eos]
@@ -116,17 +117,7 @@ class Tokenizer:
             self._bytes[i] = text.encode()
         self.vocab_size = 1 + max(self._bytes)
 
-    def _make_encoding(self, tokens):
-        distinct = b"" not in self.ranks and len(self.ranks) == len(tokens)
-        require(tokens and distinct, "tokenizer: tokens must be present, non-empty and all different")
-        if self.kind == "chars":
-            one = all(token.decode(errors="replace")[:1].encode() == token for token in tokens)
-            require(one, "tokenizer: every token of kind chars must be one character")
-        elif self.kind in ("bytes", "bpe"):
-            every = all(bytes([b]) in self.ranks for b in range(256))
-            require(every, "tokenizer: all 256 single bytes must be tokens, or some text has no ids")
-        else:
-            raise UserError(f"tokenizer: unknown kind {self.kind!r}, expected bytes, chars or bpe")
+    def _make_encoding(self):
         name = f"nanorlhf-{self.kind}"
         return tiktoken.Encoding(name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={})
 
@@ -140,7 +131,7 @@ class Tokenizer:
         return cls.from_chars("".join(sorted(set("".join(texts)) | set(alphabet))))
 
     @classmethod
-    def from_bytes(cls) -> "Tokenizer":
+    def from_bytes(cls):
         """One id per byte, id = byte value.
 
         >>> tok = Tokenizer.from_bytes()
@@ -150,8 +141,9 @@ class Tokenizer:
         return cls("bytes", ONE_CHAR, [bytes([b]) for b in range(256)])
 
     @classmethod
-    def from_chars(cls, alphabet: str) -> "Tokenizer":
-        """One id per character, in the order of `alphabet`. UserError when it is empty or repeats one.
+    def from_chars(cls, alphabet):
+        """One id per character, in the order of `alphabet`. UserError when it is empty, repeats one or has a
+        lone surrogate.
 
         >>> tok = Tokenizer.from_chars("ab=")
         >>> tok.encode("b=a"), tok.eos_id, tok.pad_id
@@ -160,10 +152,12 @@ class Tokenizer:
         require(alphabet, "tokenizer: the alphabet is empty; give every character once")
         char, n = Counter(alphabet).most_common(1)[0]
         require(n == 1, f"tokenizer: the alphabet repeats {char!r}; give every character once")
-        return cls("chars", ONE_CHAR, [c.encode(errors="surrogatepass") for c in alphabet])
+        surrogate = regex.search("[\ud800-\udfff]", alphabet)
+        require(not surrogate, "tokenizer: a lone surrogate in the alphabet is no character")
+        return cls("chars", ONE_CHAR, [c.encode() for c in alphabet])
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train_bpe(cls, texts, vocab_size):
         """Byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2) on `texts`.
 
         vocab_size counts the ranks, the 256 bytes included; eos and pad come on top. Fewer are learnt,
@@ -186,7 +180,7 @@ class Tokenizer:
                 words.append((list(word.encode(errors="replace")), n))
         return cls("bpe", WORDS, learn_bpe(words, vocab_size))
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other):
         """Same pattern, ranks and added tokens, hence the same ids for every text."""
         return isinstance(other, Tokenizer) and self._parts() == other._parts()
 
@@ -196,8 +190,8 @@ class Tokenizer:
     # --------------------------------------------------------------------------------------------------------
     # ids
 
-    def encode(self, text: str, control: bool = False) -> list[int]:
-        """Ids of `text`; a lone surrogate is read as U+FFFD.
+    def encode(self, text, control=False):
+        """Text → list of ids; a lone surrogate is read as U+FFFD.
 
         control   whether control tokens in the text become their ids: True for the output of a chat template,
                   never for a user's text. Without it the ids hold no control token, not even BOS.
@@ -207,7 +201,7 @@ class Tokenizer:
         """
         ids = []
         pattern = self._early_or_control if control else self._early
-        for i, part in enumerate(_split(pattern, text)):
+        for i, part in enumerate(pattern.split(text)):
             if i % 2:
                 ids.append(self.added[part])
                 continue
@@ -215,7 +209,7 @@ class Tokenizer:
                 part = part.replace(MARK, "")
             if self.nfc:
                 part = unicodedata.normalize("NFC", part)
-            for j, piece in enumerate(_split(self._late, part)):
+            for j, piece in enumerate(self._late.split(part)):
                 if j % 2:
                     ids.append(self.words[piece])
                 else:
@@ -234,8 +228,8 @@ class Tokenizer:
         except ValueError as e:
             raise UserError(f"tokenizer: {len(text)} characters of text are too many ({e}); cut it") from None
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; control tokens are shown, as <|eos|>.
+    def decode(self, ids):
+        """Ids, in any iterable → their text; control tokens are shown, as <|eos|>.
 
         Bytes that are not UTF-8 become U+FFFD, and so do ids without a token: a model's vocabulary is often
         padded beyond the tokenizer's.
@@ -244,8 +238,8 @@ class Tokenizer:
         pieces = [self._bytes.get(i, unknown) for i in ids]
         return b"".join(pieces).decode(errors="replace")
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Ids of a prompt, which the policy is to answer.
+    def encode_prompt(self, prompt):
+        """A prompt, which the policy is to answer → list of ids.
 
         A `Chat` goes through the chat template, if there is one. Any other prompt is BOS and the text; most
         tokenizers have no BOS.
@@ -255,8 +249,8 @@ class Tokenizer:
             return self.encode(text, control=True)
         return self.bos_ids + self.encode(prompt)
 
-    def encode_response(self, prompt: str, response: str) -> list[int]:
-        """Ids of `response` to `prompt`, with the EOS: what the policy would have to sample.
+    def encode_response(self, prompt, response):
+        """The response to a prompt → list of its ids, with the EOS: what the policy would have to sample.
 
         It is tokenized apart from the prompt, because no policy can sample a merge across the boundary. The
         response to a Chat is what the template writes behind its own generation prompt, up to the end of the
@@ -277,8 +271,10 @@ class Tokenizer:
                 return [*ids, self.eos_id]
         return [*self.encode(response), self.eos_id]
 
-    def encode_chat(self, messages: list[dict]) -> list[tuple]:
-        """A conversation → rows (ids, mask); the mask is True on the tokens that the assistant is to sample.
+    def encode_chat(self, messages):
+        """A conversation, [{"role", "content"}] → list of rows (ids, mask).
+
+        The mask is True on the tokens that the assistant is to sample.
 
         It is one row if every turn's prompt begins with the ids of the turns before. If a template rewrites
         earlier turns (Qwen3 drops their thoughts), or ends none with EOS, such a turn gets a row of its own:
@@ -309,16 +305,13 @@ class Tokenizer:
 
 
 def any_of(texts):
-    """A pattern that finds and captures the longest of `texts` at the leftmost place; None for no texts."""
-    if not texts:
-        return None
+    """A pattern that finds and captures the longest of `texts` at the leftmost place; for none it finds none.
+
+    So pattern.split(text) has ordinary text at the even places and matches at the odd ones.
+    """
     longest = sorted(texts, key=lambda text: (-len(text), text))
-    return regex.compile(f"({'|'.join(map(regex.escape, longest))})")
-
-
-def _split(pattern, text):
-    """`text` cut at every match: ordinary text at the even places, matches at the odd ones."""
-    return pattern.split(text) if pattern else [text]
+    either = "|".join(map(regex.escape, longest)) or "(?!)"  # without a text: what matches nowhere
+    return regex.compile(f"({either})")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,18 +6,18 @@
 # Needs    models/DeepSeek-R1-Distill-Qwen-1.5B and data/deepscaler.jsonl (problem, answer; 40,000 of them).
 # Reports  AIME 2024 28.8 → 43.1, MATH 82.8 → 87.8; 3,800 A100-hours.
 #
-# Computed by --dry_run for prompts of 100 tokens on average (300 at most) and responses as long as they may
-# be, not measured; memory as on one H200 of 139 GiB, hours as on an A100 at 40% of its peak:
-#   PROMPTS          8K                16K               24K
-#   128          89 GiB,  604 h     89 GiB, 1656 h   110 GiB, 1581 h    the published batch: 160 days
-#   4            61 GiB,   22 h     86 GiB,   53 h   110 GiB,   50 h    5 days
+# Memory, computed by --dry_run and not measured: one H200 of 139 GiB, prompts of 100 tokens on average (300 at
+# most), responses as long as they may be.
+#   PROMPTS      8K        16K        24K
+#   128        89 GiB     89 GiB    110 GiB     the published batch
+#   4          61 GiB     86 GiB    110 GiB
 #
-# Memory does not limit the batch: responses wait for one of the 237, 121 and 81 slots that half of the free
-# memory holds. Time does. The steps are as published, so that fewer prompts also see less data.
-# --save_memory takes the last stage below 89 GiB, and every stage fits an A100 of 80 GB with fewer slots; with 128 prompts it costs 12% more hours.
+# Memory does not limit the batch: responses wait for one of the 237, 121 and 81 slots that fit into half of the
+# free memory. Time limits it. The number of steps is the published one, so that fewer prompts also see less data.
+# With --save_memory the last stage takes less than 89 GiB, and every stage fits an A100 of 80 GB with fewer slots.
 #
-# Differs  15% of the prompts are held out; `exact_answer` compares texts, their checker compares formulas;
-#          learning rate: 5 steps of warm-up, then linear to 0 within each stage, theirs is constant.
+# Differs  15% of the prompts are held out. `exact_answer` compares texts, their checker compares formulas. The
+#          learning rate has 5 steps of warm-up and falls linearly to 0 in each stage; theirs is constant.
 set -e
 MODEL=${MODEL:-models/DeepSeek-R1-Distill-Qwen-1.5B}
 PROMPTS=${PROMPTS:-128}

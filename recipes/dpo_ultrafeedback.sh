@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # DPO on UltraFeedback as Zephyr does it (arXiv 2310.16944): SFT on UltraChat, then DPO.
 #
-#   bash recipes/dpo_ultrafeedback.sh           further flags are handed on to both stages
+#   bash recipes/dpo_ultrafeedback.sh           further flags go to both stages
 #
 # Needs    models/Qwen2.5-1.5B, data/ultrachat.jsonl (messages) and data/ultrafeedback.jsonl (chosen and
 #          rejected messages; of the binarized set its train_prefs).
 #
-# Computed by --dry_run for sides of 700 tokens on average (2,048 at most), not measured; one A100 of 80 GB:
-#   SFT          41 GiB, 4.1 h  (conversations of 1,050 tokens on average)
-#   DPO          43 GiB, 5.4 h
+# Memory, computed by --dry_run and not measured: one A100 of 80 GB.
+#   SFT          41 GiB  (conversations of 1,050 tokens on average)
+#   DPO          43 GiB  (prompt and response together 700 tokens on average, 2,048 at most)
 #
 # Published  SFT: learning rate 2e-5, batch 512, one epoch of 208,000 conversations; DPO: β 0.1, learning rate
 #            5e-7, batch 32, three epochs of 61,000 pairs.
-# Differs    Zephyr starts from Mistral-7B, a family that nanorlhf/hub/folder.py does not read. Conversations are
-#            not packed; 15% of the prompts are held out, so an epoch has fewer steps. Warm-up is 5%.
+# Differs    Zephyr starts from Mistral-7B, a family that nanorlhf/hub/families.py does not know. Conversations are
+#            not packed. 15% of the prompts are held out, so an epoch has fewer steps. Warm-up is 5%.
 set -e
 MODEL=${MODEL:-models/Qwen2.5-1.5B}
 

@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
 # "The N+ Implementation Details of RLHF with PPO" (arXiv 2403.17031): TL;DR on Pythia, SFT → RM → PPO.
 #
-#   SIZE=1b bash recipes/nplus_tldr.sh          or 2.8b, 6.9b; further flags are handed on to every stage
+#   SIZE=1b bash recipes/nplus_tldr.sh          or 2.8b, 6.9b; further flags go to every stage
 #
 # Needs    models/pythia-$SIZE-deduped (a Hugging Face folder), data/tldr_sft.jsonl (post, summary, title,
 #          subreddit) and data/tldr_pairs.jsonl (OpenAI's comparisons: info, summaries, choice).
 # Reports  reward model's accuracy .628 / .669 / .689; PPO preferred to the reference about 80% of the time
 #          at 6.9B; at 1B it over-optimises.
 #
-# Computed by --dry_run for prompts of 370 tokens on average (512 at most) and summaries of 40, in PPO of all
-# 53, not measured; hours as on an A100 at 40% of its peak, memory of PPO as on one H200:
-#                 SFT              RM               PPO
-#   1b         24 GiB, 0.5 h    22 GiB, 0.7 h     55 GiB,  45 h    all weights
-#   2.8b       21 GiB, 1.1 h    20 GiB, 1.6 h     70 GiB, 105 h    adapters of rank 64
-#   6.9b       40 GiB, 2.6 h    40 GiB, 4.0 h    102 GiB, 259 h    adapters of rank 64
+# Memory, computed by --dry_run and not measured: prompts of 370 tokens on average (512 at most), summaries of 40
+# tokens (in PPO of all 53), PPO on one H200.
+#             SFT       RM        PPO
+#   1b       24 GiB    22 GiB     55 GiB    all weights
+#   2.8b     21 GiB    20 GiB     70 GiB    adapters of rank 64
+#   6.9b     40 GiB    40 GiB    102 GiB    adapters of rank 64
 #
-# PPO samples the published 512 responses of a step 256 at a time, or as many as half of the free memory
-# holds: on an H200 172 at 6.9b; on an A100 of 80 GB, which does too, 175 at 2.8b and 65 at 6.9b.
+# PPO samples the published 512 responses of a step 256 at a time, or as many as fit into half of the free memory:
+# at 6.9b 172 on an H200. An A100 of 80 GB also works, with 175 at 2.8b and 65 at 6.9b.
 #
-# Differs  15% of the prompts are held out, so an epoch has 15% fewer steps; AdamW's ε is 1e-8 in SFT and RM;
-#          their learning rate falls linearly to a tenth, not as a cosine; sampling stops at EOS. Prompts
-#          that are too long are dropped, not cut. 2.8B and 6.9B are trained by adapters, of ten times the
-#          learning rate: the paper trains all weights.
+# Differs  15% of the prompts are held out, so an epoch has 15% fewer steps. AdamW's ε is 1e-8 in SFT and RM, and
+#          their learning rate falls linearly to a tenth, not as a cosine. Sampling stops at EOS. Prompts that are
+#          too long are dropped, not cut. 2.8B and 6.9B train adapters, with ten times the learning rate; the paper
+#          trains all weights.
 set -e
 SIZE=${SIZE:-1b}
 MODEL=${MODEL:-models/pythia-$SIZE-deduped}

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # PHOENIX (arXiv 2401.10580): SFT and DPO in another language, on machine-translated data; there German.
 #
-#   bash recipes/phoenix_german.sh              further flags are handed on to both stages
+#   bash recipes/phoenix_german.sh              further flags go to both stages
 #
 # Needs    models/Qwen2.5-1.5B, data/ultrachat_de.jsonl (messages) and data/ultrafeedback_de.jsonl (chosen and
-#          rejected messages), both translated: there by ALMA-13B. Any other language goes the same way.
+#          rejected messages), both translated; the paper used ALMA-13B. Any other language works the same way.
 #
-# Computed by --dry_run for sides of 900 tokens on average (2,048 at most), not measured; one A100 of 80 GB:
-#   SFT          41 GiB, 5.4 h  (conversations of 1,350 tokens on average)
-#   DPO          43 GiB, 2.8 h
+# Memory, computed by --dry_run and not measured: one A100 of 80 GB.
+#   SFT          41 GiB  (conversations of 1,350 tokens on average)
+#   DPO          43 GiB  (prompt and response together 900 tokens on average, 2,048 at most)
 #
-# The reference of DPO is the SFT model in the new language, not the model that it came from. Translation
-# errs, and so the labels do: --loss cdpo --label_smoothing 0.1 expects it. The old language can suffer;
-# measure it too (evaluate.py).
+# The reference of DPO is the SFT model in the new language, not the original model. Translation makes errors, so
+# some labels are wrong: --loss cdpo --label_smoothing 0.1 takes that into account. The first language may get
+# worse; measure it too (evaluate.py).
 #
-# Differs  PHOENIX starts from LeoLM's Mistral-7B, a family that nanorlhf/hub/folder.py does not read; its learning
-#          rate and β are those of the alignment handbook, from memory. One epoch. 15% of the prompts are held out.
+# Differs  PHOENIX starts from LeoLM's Mistral-7B, a family that nanorlhf/hub/families.py does not know. Learning rate
+#          and β are those of the alignment handbook, quoted from memory. One epoch. 15% of the prompts are held out.
 set -e
 MODEL=${MODEL:-models/Qwen2.5-1.5B}
 

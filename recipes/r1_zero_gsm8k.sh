@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # DeepSeek-R1-Zero's recipe (arXiv 2501.12948) on GSM8K, from a base model, on one GPU.
 #
-#   SIZE=0.5B bash recipes/r1_zero_gsm8k.sh     or 1.5B; further flags are handed on
+#   SIZE=0.5B bash recipes/r1_zero_gsm8k.sh     or 1.5B; further flags go to the trainer
 #
 # Needs    models/Qwen2.5-$SIZE and data/gsm8k_train.jsonl (question, answer).
 #
-# Computed by --dry_run for prompts of 110 tokens on average (300 at most) with 512 new tokens in every
-# response, not measured; one A100 of 80 GB:
-#   0.5B         23 GiB, 0.7 h
-#   1.5B         56 GiB, 2.3 h
+# Memory, computed by --dry_run and not measured: one A100 of 80 GB, prompts of 110 tokens on average (300 at most),
+# 512 new tokens in every response.
+#   0.5B         23 GiB
+#   1.5B         56 GiB
 #
-# Rewards  the right number 1, the form <think>…</think> <answer>…</answer> 0.2: a base model finds the form
-#          only because the prompt names it.
-# Differs  R1-Zero samples 8,192 responses at once and splits them into 16 updates; here 512, one update.
-#          Learning rate 1e-6 (theirs 3e-6, on 671B), after 5 steps falling to 0; the reference is renewed
-#          every 400 steps there, never in so short a run. 15% of the problems are held out.
+# Rewards  1 for the right number, 0.2 for the form <think>…</think> <answer>…</answer>. A base model finds the form
+#          only because the prompt describes it.
+# Differs  R1-Zero samples 8,192 responses at once and splits them into 16 updates; here there are 512, and one
+#          update. The learning rate is 1e-6 (theirs 3e-6, on 671B) and falls to 0 after 5 steps of warm-up. There
+#          the policy becomes the reference every 400 steps, which so short a run never reaches. 15% of the problems
+#          are held out.
 set -e
 SIZE=${SIZE:-0.5B}
 MODEL=${MODEL:-models/Qwen2.5-$SIZE}

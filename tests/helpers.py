@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanorlhf.hub import tokenizer_files
 from nanorlhf.model import GPT, GPTConfig
 
 V = 13
@@ -36,6 +37,13 @@ def tiny(style="gpt2", seed=0, dtype=torch.float32, **kw):
 def randint(high, *shape, seed=0):
     """int64 tensor of random ids below `high`."""
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def save_tokenizer(tok, folder):
+    """Write the files of a tokenizer alone, without a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in tokenizer_files.files(tok).items():
+        (folder / name).write_bytes(data)
 
 
 class Watch(TorchDispatchMode):

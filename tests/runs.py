@@ -36,7 +36,10 @@ def states(out):
 
 
 def state(out, name=None):
-    return torch.load(Path(out) / "state" / (name or states(out)[-1]) / "state.pt", weights_only=True)
+    """A run's state, without what depends on the clock: the bytes of the logs, and the last figures."""
+    saved = torch.load(Path(out) / "state" / (name or states(out)[-1]) / "state.pt", weights_only=True)
+    assert saved.pop("sizes").keys() == {"metrics.csv", "samples.jsonl"} and saved.pop("last")
+    return saved
 
 
 def equal(a, b):

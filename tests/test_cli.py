@@ -169,7 +169,7 @@ def test_ways_to_write_a_flag():
         (train_sft, "--out --seed 1", "--out needs a value"),
         (train_sft, "--steps 1.5", "--steps 1.5: must be an integer such as 100"),
         (train_sft, "--steps=", "--steps : must be an integer"),
-        (train_sft, "--lr fast", "--lr fast: must be a number such as 3e-4"),
+        (train_sft, "--lr fast", "--lr fast: must be a finite number such as 3e-4"),
         (train_sft, "--resume=maybe", "--resume maybe: must be true or false"),
         (train_sft, "--overwrite maybe", "--overwrite maybe: must be true or false"),
         (train_sft, "--arch lama", "--arch lama: must be one of gpt2, llama (did you mean llama?)"),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanorlhf import tasks
 from nanorlhf.data import (
     encode_demonstration,
     encode_pair,
@@ -83,9 +84,9 @@ def test_read_refuses(content, line, says, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as e:
-        read_jsonl(path, KEYS, flag="--pairs", nonempty=("prompt",))
+        read_jsonl(path, KEYS, nonempty=("prompt",))
     message = str(e.value)
-    assert message.startswith(f"--pairs: {path}:" + (f"{line}:" if line else ""))
+    assert message.startswith(f"--data: {path}:" + (f"{line}:" if line else ""))
     assert says in message and "\n" not in message and len(message) < 400
 
 
@@ -133,9 +134,10 @@ def test_write_is_atomic(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_split_by_hash():
+def test_split_by_hash(monkeypatch):
+    monkeypatch.setattr(tasks, "held_out", lambda prompt: prompt == "a")
     rows = [{"prompt": p, "n": n} for n, p in enumerate("abcab")]
-    train, test = split_by_hash(rows, lambda prompt: prompt == "a")
+    train, test = split_by_hash(rows)
     assert [r["n"] for r in train] == [1, 2, 4] and [r["n"] for r in test] == [0, 3]
 
 

@@ -17,6 +17,7 @@ import sample
 from nanorlhf import generate, hub
 from nanorlhf.errors import UserError
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
+from nanorlhf.sampling import Sampling
 from nanorlhf.tokenizer import Tokenizer
 
 # pass@k and maj@k
@@ -242,7 +243,7 @@ def test_the_stream_is_what_generate_samples(how, style):
     model = tiny(style)
     for seed in range(5):
         roll = generate.generate(model, [[1, 2, 3]], 1, 9, how[0], EOS, seed, *how[1:])
-        ids, logps = zip(*sample.stream(model, [1, 2, 3], 9, EOS, seed, *how))
+        ids, logps = zip(*sample.stream(model, [1, 2, 3], 9, EOS, seed, Sampling(*how)))
         assert list(ids) == roll.tokens[0][roll.mask[0]].tolist()
         assert logps == pytest.approx(roll.logp[0][roll.mask[0]].tolist(), abs=1e-5)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import STYLES, V, randint, tiny
+from helpers import STYLES, V, randint, save_tokenizer, tiny
 from safetensors.torch import load_file, save_file
 
 import train_dpo
@@ -27,7 +27,7 @@ import train_sft
 from nanorlhf import generate, hub, lora
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.hub import families as hub_families
-from nanorlhf.hub import tokenizer_files, weights
+from nanorlhf.hub import weights
 from nanorlhf.hub.tokenizer_files import FILE
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.run import folders, models
@@ -272,7 +272,8 @@ from nanorlhf import hub
 def mark(name): return int(open("/proc/self/status").read().split(name)[1].split()[0]) * 1024
 torch.ones(1000, 1000).normal_()
 before = mark("VmRSS:")
-hub.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+torch.set_default_dtype(getattr(torch, sys.argv[2]))
+hub.load(sys.argv[1])
 print(mark("VmHWM:") - before)"""
     command = [sys.executable, "-c", watch, str(tmp_path / "m"), str(dtype)[6:]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
@@ -282,21 +283,24 @@ print(mark("VmHWM:") - before)"""
 
 def test_what_stands_beside_the_weights_travels(tmp_path):
     """Other fields of config.json, tokenizer and generation files: in a copy, and with a scalar head."""
-    copy = copied("qwen2", tmp_path)
+    copy = tmp_path / "copy"
+    tok = Tokenizer.from_bytes()
+    hub.save(tiny("qwen2", vocab_size=tok.vocab_size), tok, copy)
     edit(copy, initializer_range=0.123, eos_token_id=[3, 5], my_own={"a": [1]})
     beside = {"generation_config.json": b'{"eos_token_id": [5, 7], "temperature": 0.7}', "merges.txt": b"a b",
-              "tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ x }}"}  # fmt: skip
+              "tokenizer_config.json": b'{"eos_token": "<|eos|>"}', "chat_template.jinja": b"{{ x }}",
+              "tokenizer.json": (copy / "tokenizer.json").read_bytes()}  # fmt: skip
     for name, data in beside.items() | {"README.md": b"no", "train.bin": b"no"}.items():
         (copy / name).write_bytes(data)
-    model = hub.load(copy)[0]
+    model, tok = hub.load(copy)
     assert model.stop_ids == (5, 7)
     for saved in (copy_module.deepcopy(model), ScalarModel(model)):
-        hub.save(saved, None, tmp_path / "m")
+        hub.save(saved, tok, tmp_path / "m")
         names = {"config.json", "model.safetensors", *beside}
         assert set(os.listdir(tmp_path / "m")) == names
         assert all((tmp_path / "m" / name).read_bytes() == data for name, data in beside.items())
         raw = read(tmp_path / "m")
-        kept = dict(initializer_range=0.123, eos_token_id=[3, 5], my_own={"a": [1]}, pad_token_id=28)
+        kept = dict(initializer_range=0.123, eos_token_id=[3, 5], my_own={"a": [1]}, pad_token_id=tok.pad_id)
         assert {key: raw[key] for key in kept} == kept
     assert raw["architectures"] == ["Qwen2ForSequenceClassification"]
     hub.save(model, Tokenizer.from_chars("abc"), tmp_path / "other")  # its own files and ids
@@ -550,16 +554,16 @@ def test_paths_of_every_spelling(tmp_path, monkeypatch):
 
 
 def test_dtype_of_the_weights(tmp_path):
-    """Weights are saved in their own precision and loaded in the one asked for, otherwise in fp32."""
+    """Weights are saved in their own precision and loaded in torch's default, fp32 unless it is set."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         model = ScalarModel(tiny("qwen3")).to(dtype)
         hub.save(model, None, tmp_path / "m")
         stored = torch.float32 if dtype == torch.float64 else dtype
         assert all(x.dtype == stored for x in load_file(tmp_path / "m" / "model.safetensors").values())
         assert {read(tmp_path / "m")[key] for key in ("dtype", "torch_dtype")} == {str(stored)[6:]}
-        for asked in ({}, dict(dtype=torch.bfloat16), dict(dtype=torch.float16)):
-            again = hub.load(tmp_path / "m", **asked)[0]
-            want = asked.get("dtype", torch.float32)
+        for want in (torch.bfloat16, torch.float16, torch.float32):
+            torch.set_default_dtype(want)
+            again = hub.load(tmp_path / "m")[0]
             assert again.reward_bias.dtype == torch.float32
             for a, b in zip(model.parameters(), again.parameters()):
                 assert b.dtype == want and torch.equal(a.to(stored).to(want), b)
@@ -703,7 +707,7 @@ FAULTS = [  # style, fault, file named, what the line says
     ("gpt2", fields(model_type=None), CONFIG, "model_type None"),
     ("gpt2", fields(n_layer=None), CONFIG, "field 'n_layer' is missing"),
     ("gpt2", fields(n_head=0), CONFIG, "n_head=0"),
-    ("gpt2", fields(n_embd=2**70), CONFIG, f"d_model={2**70} is no size"),
+    ("gpt2", fields(n_embd=2**70), CONFIG, f"d_model={2**70} must be a positive whole number below"),
     ("gpt2", fields(n_head=3), CONFIG, "n_head=3 must divide d_model=16"),
     ("gpt2", fields(n_embd="16"), CONFIG, "d_model='16'"),
     ("gpt2", fields(n_layer=-1), CONFIG, "n_layer=-1 must be a positive whole number"),
@@ -755,7 +759,8 @@ FAULTS = [  # style, fault, file named, what the line says
     ("qwen2", shard("a\\b.safetensors"), INDEX, "must be the plain name"),
     ("qwen2", shard("model.bin"), INDEX, "must be the plain name of a .safetensors file"),
     ("qwen2", shard(7), INDEX, "must be the plain name"),
-    ("qwen2", lambda folder: (shards(folder), write(INDEX, b"[1]")(folder)), INDEX, "no weight_map"),
+    ("qwen2", lambda folder: (shards(folder), write(INDEX, b"[1]")(folder)), INDEX, "not a JSON object"),
+    ("qwen2", lambda folder: (shards(folder), write(INDEX, b"{}")(folder)), INDEX, "no weight_map"),
     ("qwen2", lambda folder: (shards(folder), write(INDEX, b"{")(folder)), INDEX, "Expecting"),
     ("gpt2", lambda folder: rewrite(folder, lambda x: x | bare(x)), WEIGHTS, "is there twice"),
     ("llama", tensors(model__norm__weight=torch.ones(16, dtype=torch.int8)), WEIGHTS, "is quantised"),
@@ -776,7 +781,7 @@ FAULTS = [  # style, fault, file named, what the line says
     ("reward", lambda folder: None, "", "is a reward model, must be a language model"),
     ("gpt2", remove(FILE), FILE, "no tokenizer"),
     ("gpt2", write(FILE, b"{}"), FILE, "damaged"),
-    ("gpt2", lambda folder: tokenizer_files.save(Tokenizer.from_bytes(), folder), "",
+    ("gpt2", lambda folder: (remove(FILE)(folder), save_tokenizer(Tokenizer.from_bytes(), folder)), "",
      "tokenizer has 258 ids, the model only 13"),
 ]  # fmt: skip
 

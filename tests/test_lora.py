@@ -117,7 +117,9 @@ def test_frozen_matrices_in_bf16():
 def test_a_base_in_bf16(tmp_path):
     """Adapters stay in fp32 on a base in bf16; what is saved is the sum, rounded once."""
     hub.save(tiny("qwen3"), None, tmp_path / "m")
-    model = hub.load(tmp_path / "m", dtype=torch.bfloat16)[0]
+    torch.set_default_dtype(torch.bfloat16)
+    model = hub.load(tmp_path / "m")[0]
+    torch.set_default_dtype(torch.float32)
     lora.add(model, 2)
     layer = model.blocks[0].mlp.up
     layer.B.data.normal_(std=0.1)

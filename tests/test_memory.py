@@ -21,7 +21,7 @@ X, MASK = randint(V, 3, 9), torch.arange(9).expand(3, 9) > 2
 
 
 def flags(**given):
-    plain = dict(dtype="float32", threads=1, save_memory=False)
+    plain = dict(dtype="float32", threads=1, save_memory=False, shard=False)
     return SimpleNamespace(**plain | given)
 
 

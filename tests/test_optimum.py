@@ -95,10 +95,10 @@ def test_no_policy_lies_above_the_frontier():
     """Random policies and the other fixed points, at their own KL; it ends at the best response."""
     ref, _, reward = tables(2)
     ref_logp = TREE.logp(ref)
-    kls, rewards = exact.frontier(ref_logp, reward, [10 ** (x / 50) for x in range(100, -100, -1)])
+    kls, rewards = optimum.frontier(ref_logp, reward, [10 ** (x / 50) for x in range(100, -100, -1)])
     assert (kls.diff() > 0).all() and (rewards.diff() >= 0).all()
     close(rewards[-1], reward.max(), atol=1e-6)
-    rules = (exact.reverse_kl_rule, exact.forward_kl_rule)
+    rules = (optimum.reverse_kl_rule, optimum.forward_kl_rule)
     others = [TREE.backward_induction(ref, reward, lambda s, q, f=f: f(s, q, 1.0)) for f in rules]
     for policy in [tables(seed)[1] for seed in range(20)] + others:
         logp = TREE.logp(policy)
@@ -110,7 +110,7 @@ def test_forward_kl_rule_has_the_multiplier_of_its_objective():
     """λ = β + E_π[Q], which stationarity demands and the bisection does not know."""
     ref, _, reward = tables(3)
     q = reward[: ref.numel()].view(-1, 4)
-    pi = exact.forward_kl_rule(ref[: len(q)], q, 0.3).exp()
+    pi = optimum.forward_kl_rule(ref[: len(q)], q, 0.3).exp()
     close(pi.sum(-1), torch.ones(len(q)))
     lam = 0.3 + (pi * q).sum(-1, keepdim=True)
     close(pi, 0.3 * ref[: len(q)].exp() / (lam - q))
@@ -132,7 +132,7 @@ def expected_gradient(policy, ref, reward, **kw):
     cfg = train_grpo.Config(**dict(norm="none", beta=1.0) | kw)
     if cfg.kl_in == "reward":
         reward = reward - cfg.beta * (train_grpo.kl_estimate(old, ref_logp, cfg.kl) * TREE.mask).sum(1)
-    mean, std = exact.mean_std(old.sum(1), reward)
+    mean, std = optimum.mean_std(old.sum(1), reward)
     adv = (reward - mean) / (std if cfg.norm == "group_std" else 1)
     w = p[:, None] * TREE.mask
     train_grpo.policy_loss(logp, old, ref_logp, adv, TREE.mask, w, cfg)[0].backward()
@@ -145,13 +145,13 @@ def fixed_point(ref, reward, rule, beta=1.0):
 
 @pytest.mark.parametrize("kw, fixed", [
     (dict(kl="k1", kl_in="reward"), lambda ref, r: TREE.from_logp(exact.optimum(TREE.logp(ref), r, 1.0))),
-    (dict(kl="k1", kl_in="loss_unbiased"), lambda ref, r: fixed_point(ref, r, exact.reverse_kl_rule)),
-    (dict(kl="k2"), lambda ref, r: fixed_point(ref, r, exact.reverse_kl_rule)),
-    (dict(kl="k3", kl_in="loss_unbiased"), lambda ref, r: fixed_point(ref, r, exact.reverse_kl_rule)),
-    (dict(kl="k3"), lambda ref, r: fixed_point(ref, r, exact.forward_kl_rule)),
-    (dict(kl="k2", norm="group_std"), lambda ref, r: exact.normalised(TREE, ref, r, 1.0)[0]),
+    (dict(kl="k1", kl_in="loss_unbiased"), lambda ref, r: fixed_point(ref, r, optimum.reverse_kl_rule)),
+    (dict(kl="k2"), lambda ref, r: fixed_point(ref, r, optimum.reverse_kl_rule)),
+    (dict(kl="k3", kl_in="loss_unbiased"), lambda ref, r: fixed_point(ref, r, optimum.reverse_kl_rule)),
+    (dict(kl="k3"), lambda ref, r: fixed_point(ref, r, optimum.forward_kl_rule)),
+    (dict(kl="k2", norm="group_std"), lambda ref, r: optimum.normalised(TREE, ref, r, 1.0)[0]),
     (dict(kl="k3", norm="group_std"),
-     lambda ref, r: exact.normalised(TREE, ref, r, 1.0, exact.forward_kl_rule)[0]),
+     lambda ref, r: optimum.normalised(TREE, ref, r, 1.0, optimum.forward_kl_rule)[0]),
 ], ids=["k1 reward", "k1 × ratio", "k2", "k3 × ratio", "k3", "group_std k2", "group_std k3"])
 def test_the_gradient_vanishes_at_the_fixed_point_alone(kw, fixed):
     """To 1e-9 over all responses; at π_ref, at π* (unless it is that) and elsewhere it does not."""

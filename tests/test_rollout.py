@@ -84,7 +84,7 @@ def carried(**more):
         rows=[{"prompt": name} for name in "abb"],
         texts=["x", "y", "z"],
         reward=torch.tensor([1.0, 2.0, 3.0]),
-        reward_parts={"f": torch.tensor([0.5, 1.0, 1.5])},
+        reward_parts=torch.tensor([[0.5], [1.0], [1.5]]),
         **more,
     )
 
@@ -93,7 +93,7 @@ def test_select_carries_everything():
     """Each row keeps its own prompt, text and reward; groups are numbered anew."""
     roll = carried().select(torch.tensor([2, 1]))
     assert roll.texts == ["z", "y"] and [row["prompt"] for row in roll.rows] == ["b", "b"]
-    assert roll.reward.tolist() == [3, 2] and roll.reward_parts["f"].tolist() == [1.5, 1]
+    assert roll.reward.tolist() == [3, 2] and roll.reward_parts.tolist() == [[1.5], [1]]
     assert roll.group.tolist() == [0, 0] and roll.prompt_len.tolist() == [3, 3]
 
 
@@ -104,7 +104,7 @@ def test_cat_carries_everything():
     short = Rollout(**vars(short) | narrow)
     roll = Rollout.cat([short, carried()])
     assert roll.texts == ["x", "x", "y", "z"] and len(roll) == len(roll.rows) == 4
-    assert roll.reward.tolist() == [1, 1, 2, 3] and roll.reward_parts["f"].tolist() == [0.5, 0.5, 1, 1.5]
+    assert roll.reward.tolist() == [1, 1, 2, 3] and roll.reward_parts[:, 0].tolist() == [0.5, 0.5, 1, 1.5]
     assert roll.group.tolist() == [0, 1, 2, 2] and roll.tokens[0].tolist() == [1, 2, 5, 6, EOS, 0, 0]
 
 

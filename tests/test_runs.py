@@ -24,7 +24,7 @@ from nanorlhf import hub
 from nanorlhf.errors import Interrupted, RunError, UserError
 from nanorlhf.hub.files import write_jsonl
 from nanorlhf.look import plots
-from nanorlhf.run import checkpoint, folders, log
+from nanorlhf.run import checkpoint, folders
 from nanorlhf.run.checkpoint import Run, damage
 from nanorlhf.run.folders import restore, write_folder
 from nanorlhf.run.log import Log
@@ -205,7 +205,7 @@ def test_all_checkpoints_damaged(stages, tmp_path):
     for name in states(tmp_path / "run"):
         flip(tmp_path / "run/state" / name / "state.pt")
     before = snapshot(tmp_path / "run")
-    newest = "step-000006/state.pt: wrong checksum .*; --overwrite starts anew"
+    newest = "step-000006/state.pt: wrong checksum, or missing; --overwrite starts anew"
     with pytest.raises(UserError, match=f"every checkpoint in .* is damaged; the newest: .*{newest}"):
         train_sft.train(stages.config(train_sft, tmp_path / "run", resume=True))
     assert snapshot(tmp_path / "run") == before
@@ -277,12 +277,6 @@ def test_crash_between_the_renames_of_model(stages, tmp_path, monkeypatch):
 # a full disk
 
 
-def full_for(monkeypatch, mode):
-    """The log finds no space when it opens a file in this mode."""
-    opened = {mode: disk_full}
-    monkeypatch.setattr(log, "open", lambda p, m="r", **kw: opened.get(m, open)(p, m, **kw), raising=False)
-
-
 def test_damaged_newer_checkpoints_do_not_push_out_the_one_that_is_whole(stages, tmp_path, monkeypatch):
     """--resume goes on from step 1, past damage: what it saves at 2 can be resumed in its turn."""
     run = tmp_path / "run"
@@ -298,7 +292,9 @@ def test_damaged_newer_checkpoints_do_not_push_out_the_one_that_is_whole(stages,
 def test_disk_full_when_resuming_keeps_the_logs(stages, tmp_path, monkeypatch):
     train_ppo.train(stages.config(train_ppo, tmp_path / "run"))
     before = snapshot(tmp_path / "run")
-    full_for(monkeypatch, "w")
+    opened = {"w": disk_full}  # config.json is written anew
+    full = lambda path, mode="r", **kw: opened.get(mode, open)(path, mode, **kw)  # noqa: E731
+    monkeypatch.setattr(checkpoint, "open", full, raising=False)
     with pytest.raises(UserError, match="cannot be used as a run folder .No space left"):
         train_ppo.train(stages.config(train_ppo, tmp_path / "run", resume=True, steps=8))
     assert snapshot(tmp_path / "run") == before

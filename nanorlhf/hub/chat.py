@@ -27,9 +27,10 @@ class Template:
 
         UserError for what the template refuses, or for any error in it.
         """
+        safe = [{key: self._disarm(text) for key, text in message.items()} for message in messages]
         try:
             return _compile(self.text).render(
-                messages=self._disarm(messages),
+                messages=safe,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
@@ -39,17 +40,12 @@ class Template:
             reason = " ".join(f"{e or type(e).__name__}".split())
             raise UserError(f"chat template: {reason}") from None
 
-    def _disarm(self, x):
-        """Messages with a MARK behind the first character of every control token in them."""
-        if isinstance(x, (list, tuple)):
-            return [self._disarm(item) for item in x]
-        if isinstance(x, dict):
-            return {key: self._disarm(item) for key, item in x.items()}
-        if isinstance(x, str):
-            x = regex.sub("[\ud800-\udfff]", "\ufffd", x)
-            while self.forbidden.search(x):  # again where two of them overlap
-                x = self.forbidden.sub(lambda found: found[0][0] + MARK + found[0][1:], x)
-        return x
+    def _disarm(self, text):
+        """A text of a message with a MARK behind the first character of every control token in it."""
+        text = regex.sub("[\ud800-\udfff]", "\ufffd", text)
+        while self.forbidden.search(text):  # again where two of them overlap
+            text = self.forbidden.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
+        return text
 
 
 @functools.lru_cache(4)

@@ -165,7 +165,6 @@ FAMILIES = dict(gpt2=GPT2, llama=LLAMA, qwen2=QWEN2, qwen3=QWEN3, gpt_neox=NEOX)
 
 def read_config(raw):
     """A parsed config.json → (GPTConfig, Family). UserError, by name, for what we could not represent."""
-    require(isinstance(raw, dict), "is not a JSON object")
     kind = raw.get("model_type")
     known = f"{', '.join(FAMILIES)} are"
     require(kind in list(FAMILIES), f"model_type {kind!r} is not supported ({known})")
@@ -229,19 +228,24 @@ def _read_rope(raw, family):
 def _check_types(settings):
     """UserError for a setting that is no number, no truth value: a damaged config.json may hold anything."""
     types = {field.name: field.type for field in fields(GPTConfig)}
-    numbers = {f"rope_scaling[{i}]": x for i, x in enumerate(settings.get("rope_scaling", ()))}
-    for name, value in settings.items():
-        if types[name] is bool:
+    single = dict(settings)
+    for i, value in enumerate(single.pop("rope_scaling", ())):
+        single[f"rope_scaling[{i}]"] = value
+    for name, value in single.items():
+        expected = types.get(name, float)
+        if expected is bool:
             require(isinstance(value, bool), f"{name}={value!r} must be true or false")
-        elif types[name] is int:
+        elif expected is int:
             least = 0 if name in ("n_kv_head", "head_dim", "d_ff") else 1  # 0: as GPTConfig says
-            good = type(value) is int and value >= least
-            require(good, f"{name}={value!r} must be a positive whole number")
-        elif types[name] is float:
-            numbers[name] = value
-    for name, value in numbers.items():
-        good = type(value) in (int, float) and 0 < value < math.inf
-        require(good, f"{name}={value!r} must be a positive number")
+            good = type(value) is int and least <= value < 2**31
+            require(good, f"{name}={value!r} must be a positive whole number below 2**31")
+        elif expected is float:
+            good = type(value) in (int, float) and 0 < value < math.inf
+            require(good, f"{name}={value!r} must be a positive number")
+    scaling = settings.get("rope_scaling")
+    if scaling:
+        _, low, high, _ = scaling
+        require(low < high, f"rope_scaling={scaling} must be (factor, low, high, original) with low < high")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -287,7 +291,7 @@ def write_config(model, tok, source, dtype):
         settings |= dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     if tok:
         ids = dict(bos_token_id=tok.eos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id)
-        own = source is not None and source.fits(tok)
+        own = source and tok == source.tok
         for key, value in ids.items():
             if not own or kept.get(key) is None:
                 settings[key] = value

@@ -9,22 +9,21 @@ import os
 import zlib
 from pathlib import Path
 
-from nanorlhf.errors import UserError, blame
+from nanorlhf.errors import UserError, blame, require
 
 
-def read_jsonl(path, required, flag="--data", nonempty=()):
+def read_jsonl(path, required, nonempty=()):
     """Read a file whose rows have our own keys, in any form that `read_objects` takes → list of dicts.
 
     required   tuple of the keys that every row must have, with strings as values; other keys stay as they are
     nonempty   those of the required keys whose value must be more than whitespace
-    flag       the command-line flag that gave the path, named in errors
 
-    Each row also gets "_at", its place as "file:line". UserError, naming the flag, the file and the line, for
-    a row that is not so.
+    Each row also gets "_at", its place as "file:line". UserError, naming --data, the file and the line, for a
+    row that is not so.
     """
     rows = []
-    for at, item in read_objects(path, flag, required):
-        with blame(f"{flag}: {at}"):
+    for at, item in read_objects(path, "--data", required):
+        with blame(f"--data: {at}"):
             row = parse(item)
             check_text(row, required, nonempty)
         row["_at"] = at
@@ -43,16 +42,18 @@ def read_objects(path, flag, required):
     data = _read_bytes(path, where)
     size = len(data)
     data = data.removeprefix(b"\xef\xbb\xbf")  # the byte order mark
+    place = f"{path}:row "
     if data[:4] == b"PAR1":
-        rows = _number_rows(path, _read_parquet(data, where))
+        items = enumerate(_read_parquet(data, where), start=1)
     elif data.lstrip()[:1] == b"[":
         with blame(where):
-            array = _load(data)
-        rows = _number_rows(path, array)
+            items = enumerate(_load(data), start=1)
     else:
         # Split at newlines only: str.splitlines also breaks at U+2028, which JSON strings may hold.
         lines = enumerate(data.split(b"\n"), start=1)
-        rows = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+        items = [(number, line) for number, line in lines if line.strip()]
+        place = f"{path}:"
+    rows = [(f"{place}{number}", item) for number, item in items]
     if not rows:
         problem = "only blank lines" if size else "the file is empty"
         raise UserError(f"{where}: {problem}; expected rows like {_example(required)}")
@@ -83,10 +84,6 @@ def _read_parquet(data, where):
     except (ValueError, OSError) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"{where}: damaged Parquet file ({reason})") from None
-
-
-def _number_rows(path, rows):
-    return [(f"{path}:row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def parse(item):
@@ -138,6 +135,17 @@ def json_type(x):
     """The JSON name of a Python value's type, such as "object" for a dict."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(x), "number")
+
+
+def read_json(path):
+    """The object in a JSON file; {} where there is no such file. UserError, naming the file, if it is bad."""
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    with blame(path, ValueError, OSError):
+        found = json.loads(path.read_text("utf-8"))
+        require(isinstance(found, dict), "is not a JSON object")
+    return found
 
 
 def write_jsonl(path, rows):

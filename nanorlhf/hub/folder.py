@@ -18,9 +18,10 @@ from nanorlhf import lora
 from nanorlhf.errors import UserError, blame, require
 from nanorlhf.hub import families, tokenizer_files
 from nanorlhf.hub import weights as weight_files
+from nanorlhf.hub.files import read_json
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run import dist, sharding
-from nanorlhf.run.folders import tensor_bytes, write_folder
+from nanorlhf.run.folders import write_folder
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -29,15 +30,10 @@ class Missing(UserError):
 
 
 class Source(NamedTuple):
-    """What a model's folder held beside the weights; `save` passes it on."""
+    """The config.json and the tokenizer that a model came with; `save` passes on what the former says."""
 
     config: dict
-    files: dict  # name → bytes
     tok: Tokenizer | None
-
-    def fits(self, tok):
-        """Whether a model is saved with the tokenizer that it came with (or with none)."""
-        return tok is None or tok == self.tok
 
     def __deepcopy__(self, memo):  # never written to: a copy of a model, a reference say, shares it
         return self
@@ -75,28 +71,26 @@ def save(model, tok, folder):
         "config.json": json.dumps(config, indent=2).encode(),
         "model.safetensors": lambda path: weight_files.write(tensors, path),
     }
-    if trunk.source and trunk.source.fits(tok):
-        files |= trunk.source.files
     if tok is not None:
         files |= tokenizer_files.files(tok)
-    write_folder(os.path.normpath(folder), files, size=tensor_bytes(tensors))
+    write_folder(os.path.normpath(folder), files)
 
 
-def load(folder, kind="", dtype=torch.float32, like=None, shard=False, weights=True):
+def load(folder, kind="", like=None, shard=False, weights=True):
     """Read a folder → (model, tokenizer). UserError, which begins with the folder or file, where that fails.
 
-    The model is a ScalarModel for *ForSequenceClassification, else a GPT; the tokenizer is None where the
-    folder has none. Tensors are read one at a time, so no second copy of the model is ever in memory.
+    The model is a ScalarModel for *ForSequenceClassification, else a GPT, in torch's default dtype (fp32 if
+    nobody has set another); the tokenizer is None where the folder has none. Tensors are read one at a time,
+    so no second copy of the model is ever in memory.
 
     kind      "language model" or "reward model": what the folder must hold, with a tokenizer; "" takes both
-    dtype     of the weights
     like      the tokenizer that the folder must have
     shard     leave the weights on the meta device until dist.spread has cut the model; model.fill(model) then
               reads this process's pieces of the tensors
     weights   False: leave the weights on the meta device and do not read their files (--dry_run)
     """
     folder = _find(folder)
-    model, tok, family = _build(folder, dtype, shard, weights)
+    model, tok, family = _build(folder, shard, weights)
     if shard and weights:
         model.fill = lambda model: weight_files.fill(model, family, folder)
     elif weights:
@@ -139,44 +133,36 @@ class _Drawing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _build(folder, dtype, shard, weights):
+def _build(folder, shard, weights):
     """A folder → (model without its weights, tokenizer or None, Family)."""
     config = os.path.join(folder, "config.json")
-    with blame(config, *weight_files.DAMAGE):
-        with open(config, encoding="utf-8") as f:
-            raw = json.load(f)
+    raw = read_json(config)
+    with blame(config, ValueError):
         cfg, family = families.read_config(raw)
-        for name, value in vars(cfg).items():
-            require(not isinstance(value, int) or value < 2**31, f"{name}={value} is no size")
         bias = raw.get("reward_bias", 0.0)
         require(isinstance(bias, (int, float)), f"reward_bias={bias!r} must be a number")
     scalar = "ForSequenceClassification" in str(raw.get("architectures"))
     if scalar:
         cfg.tied = True  # no unembedding of its own: `score` is the head
-    tok = tokenizer_files.load(folder) if tokenizer_files.present(folder) else None
+    tok = tokenizer_files.load(folder)
     n_ids = tok.vocab_size if tok else cfg.vocab_size
     if n_ids > cfg.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {n_ids} ids, the model only {cfg.vocab_size}")
 
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with contextlib.ExitStack() as modes:
-            if shard or not weights:
-                modes.enter_context(torch.device("meta"))
-            if shard and weights:
-                modes.enter_context(_Drawing())
-            trunk = GPT(cfg)
-        model = ScalarModel(trunk) if scalar else trunk
-    finally:
-        torch.set_default_dtype(default)
+    with contextlib.ExitStack() as modes:
+        if shard or not weights:
+            modes.enter_context(torch.device("meta"))
+        if shard and weights:
+            modes.enter_context(_Drawing())
+        trunk = GPT(cfg)
+    model = trunk
     if scalar:
+        model = ScalarModel(trunk)
         model.reward_bias.fill_(bias)
         model.step_ids = raw.get("step_ids")
     if not weights:
         model.to("meta")
     trunk.n_ids = n_ids
-    with blame(folder, OSError):
-        trunk.stop_ids = tuple(tokenizer_files.stop_ids(folder))
-        trunk.source = Source(raw, tokenizer_files.beside(folder), tok)
+    trunk.stop_ids = tuple(tokenizer_files.stop_ids(folder))
+    trunk.source = Source(raw, tok)
     return model, tok, family

@@ -1,4 +1,4 @@
-"""The files of tokenizers, in and out: tokenizer.json, vocab.json + merges.txt, files of ranks, our own.
+"""The files of tokenizers, in and out: tokenizer.json, vocab.json + merges.txt, our own.
 
 A byte-level BPE is read into a `Tokenizer`, which tiktoken runs, if that gives exactly the ids of the file's
 own program. Any other tokenizer.json is run by the `tokenizers` package, or refused where that is missing.
@@ -11,8 +11,9 @@ from pathlib import Path
 
 import regex
 
-from nanorlhf.errors import UserError, blame, require
+from nanorlhf.errors import UserError, require
 from nanorlhf.hub.chat import Template
+from nanorlhf.hub.files import read_json
 from nanorlhf.tokenizer import Extras, Tokenizer
 
 FILE = "nanorlhf_tokenizer.json"  # of kind "chars"; the others are saved as tokenizer.json
@@ -21,26 +22,6 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-LLAMA3 = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|")
-RESERVED = [f"reserved_special_token_{i}" for i in range(248)]
-LLAMA3_CONTROL = [
-    "begin_of_text",
-    "end_of_text",
-    *RESERVED[:2],
-    "finetune_right_pad_id",
-    RESERVED[2],
-    "start_header_id",
-    "end_header_id",
-    "eom_id",
-    "eot_id",
-    "python_tag",
-    *RESERVED[3:],
-]
-# A file of ranks says neither its pattern nor its control tokens: file → pattern, first control id, names.
-RANKS = {
-    "r50k_base.tiktoken": (GPT2, 50256, ["endoftext"]),
-    "tokenizer.model": (LLAMA3, 128000, LLAMA3_CONTROL),
-}
 COPIED = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,17 +29,16 @@ COPIED = [
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "vocab.bpe",
     "encoder.json",
+    "vocab.bpe",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    *RANKS,
 ]
 # tokenizer.json spells a byte as one character: printable bytes as they are, the others from U+0100 on.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [b for b in range(256) if b not in PRINTABLE]
-CHARS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+UNPRINTABLE = [*range(33), *range(127, 161), 173]
+CHARS = {b: chr(b) for b in range(256)}
+CHARS |= {b: chr(256 + i) for i, b in enumerate(UNPRINTABLE)}
 BYTES = {char: b for b, char in CHARS.items()}
 
 
@@ -76,36 +56,21 @@ def _need(ok, reason):
 
 
 def load(folder):
-    """The tokenizer of a folder, from the first of the files in LOADERS that is there.
+    """The tokenizer of a folder, from the first of the files in LOADERS that is there; None without any.
 
-    UserError naming the file when it is missing or damaged, or when tiktoken could not give the same ids as
+    UserError naming the file when it is damaged, or when tiktoken could not give the same ids as
     transformers. Such a tokenizer.json is read by the `tokenizers` package where that is installed.
     """
     paths = [Path(folder) / name for name in LOADERS]
-    path = next((path for path in paths if path.is_file()), paths[0])
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return None
     try:
         return LOADERS[path.name](path)
-    except OSError as e:
-        message = f"{path}: {e.strerror}; expected the file that tokenizer_files.save writes"
-        raise UserError(message) from None
     except Inexact as reason:
         return _load_with_library(path, reason)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, UserError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserError) as e:
         raise UserError(f"{path}: damaged ({e!r:.200}); expected a tokenizer's file") from None
-
-
-def present(folder):
-    """Whether the folder holds any file that `load` would try to read."""
-    return any((Path(folder) / name).is_file() for name in LOADERS)
-
-
-def save(tok, folder):
-    """Write `files(tok)` into `folder`, which is made when it is not there."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).unlink(missing_ok=True)  # `load` would read an older one first
-    for name, data in files(tok).items():
-        (folder / name).write_bytes(data)
 
 
 def files(tok):
@@ -116,8 +81,7 @@ def files(tok):
     """
     if tok.kind == "chars":
         tokens = [base64.b64encode(token).decode() for token in tok.tokens]
-        spec = {"kind": tok.kind, "pattern": tok.pattern, "tokens": tokens}
-        return {FILE: json.dumps(spec).encode()}
+        return {FILE: json.dumps({"kind": "chars", "tokens": tokens}).encode()}
     out = dict(tok.source)
     if "tokenizer.json" not in out:
         out["tokenizer.json"] = json.dumps(_to_json(tok), ensure_ascii=False).encode()
@@ -142,26 +106,16 @@ def beside(folder):
 def stop_ids(folder):
     """The ids that end a response; generation_config.json goes before config.json, as in transformers."""
     folder = Path(folder)
-    settings = _read(folder / "config.json") | _read(folder / "generation_config.json")
+    settings = read_json(folder / "config.json") | read_json(folder / "generation_config.json")
     ids = settings.get("eos_token_id")
     if not isinstance(ids, list):
         ids = [ids]
     return [i for i in ids if isinstance(i, int)]
 
 
-def _read(path):
-    """The object of a JSON file; {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    with blame(path, ValueError):
-        found = json.loads(path.read_text("utf-8"))
-        require(isinstance(found, dict), "is not a JSON object")
-    return found
-
-
 def _roles(folder, control):
     """Extras of a folder: which control token ends a text, which pads; the chat template."""
-    config = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
+    config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     names = {}
     for key, token in config.items():
         if key[3:] == "_token" and token:
@@ -173,8 +127,9 @@ def _roles(folder, control):
     _need(eos, "neither eos_token nor eos_token_id names a control token")
     names["eos_token"] = eos
     template = config.get("chat_template")
-    if isinstance(template, list):
-        template = next((x["template"] for x in template if x["name"] == "default"), None)
+    if isinstance(template, list):  # several, each with a name
+        named = {x["name"]: x["template"] for x in template}
+        template = named.get("default")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
     if template:
@@ -189,8 +144,13 @@ def _roles(folder, control):
 
 def _load_ours(path):
     data = json.loads(path.read_text("utf-8"))
-    tokens = [base64.b64decode(token, validate=True) for token in data["tokens"]]
-    return Tokenizer(data["kind"], data["pattern"], tokens)
+    require(data["kind"] == "chars", "its kind must be chars")
+    alphabet = ""
+    for token in data["tokens"]:
+        char = base64.b64decode(token, validate=True).decode()
+        require(len(char) == 1, "every token must be one character")
+        alphabet += char
+    return Tokenizer.from_chars(alphabet)
 
 
 def _load_json(path):
@@ -200,20 +160,20 @@ def _load_json(path):
 def _load_gpt2(path):
     """vocab.json + merges.txt, as older folders have them, or OpenAI's encoder.json + vocab.bpe.
 
-    Neither names its pattern, and the added tokens stand in other files.
+    They do not name their pattern, and the added tokens stand in other files.
     """
     folder = path.parent
-    config = _read(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     kind = str(config.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
-    _need(kind in ("GPT2Tokenizer", "Qwen2Tokenizer"), f"{path.name} of a {kind} says no split pattern")
+    _need(kind in ("GPT2Tokenizer", "Qwen2Tokenizer"), f"vocab.json of a {kind} says no split pattern")
     qwen = kind == "Qwen2Tokenizer"
     vocab = json.loads(path.read_text("utf-8"))
-    merges = folder / ("merges.txt" if path.name == "vocab.json" else "vocab.bpe")
-    lines = merges.read_text("utf-8").split("\n")  # not splitlines: U+0085 is a byte's spelling
-    lines = [line.strip() for line in lines if not line.startswith("#version")]
+    merges = "merges.txt" if path.name == "vocab.json" else "vocab.bpe"
+    lines = (folder / merges).read_text("utf-8").splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
     tokens = config.get("added_tokens_decoder")
     if not tokens:
-        texts = _read(folder / "added_tokens.json") or {"<|endoftext|>": None}
+        texts = read_json(folder / "added_tokens.json") or {"<|endoftext|>": None}
         tokens = {i: {"content": text, "special": True} for text, i in texts.items()}
     plain = dict(lstrip=False, rstrip=False, single_word=False, normalized=False, special=False)
     added = []
@@ -229,24 +189,9 @@ def _load_gpt2(path):
         "added_tokens": added,
         "normalizer": {"type": "NFC"} if qwen else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "model": {"type": "BPE", "vocab": vocab, "merges": list(filter(None, lines))},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
     return _from_json(spec, folder)
-
-
-def _load_ranks(path):
-    """A line for each token: its bytes in base64, and its rank."""
-    ranks = {}
-    try:
-        for line in filter(None, path.read_bytes().splitlines()):
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-    except ValueError:
-        raise Inexact("no lines of base64 and rank: a SentencePiece model, no byte-level BPE") from None
-    pattern, first, names = RANKS[path.name]
-    _need(len(ranks) == first, f"{len(ranks)} ranks, {first} are expected of a file of this name")
-    control = {f"<|{name}|>": first + i for i, name in enumerate(names)}
-    return Tokenizer("bpe", pattern, ranks, control, _roles(path.parent, control))
 
 
 LOADERS = {
@@ -254,7 +199,6 @@ LOADERS = {
     "tokenizer.json": _load_json,
     "encoder.json": _load_gpt2,
     "vocab.json": _load_gpt2,
-    **dict.fromkeys(RANKS, _load_ranks),
 }
 
 
@@ -266,7 +210,7 @@ class LibraryTokenizer(Tokenizer):
         super().__init__("library", "", {}, control, extras)
         self.vocab_size = max(self.vocab_size, library.get_vocab_size())
 
-    def _make_encoding(self, tokens):
+    def _make_encoding(self):
         return None
 
     def _parts(self):
@@ -319,13 +263,11 @@ def _from_json(spec, folder):
     added = control | words
     vocab = {text: i for text, i in model["vocab"].items() if added.get(text) != i}
     _need(BYTES.keys() <= vocab.keys(), "not every single byte is a token: text would be lost")
-    unspelt = [text for text in vocab if not BYTES.keys() >= set(text)]
-    if unspelt:
-        raise Inexact(f"the token {unspelt[0]!r} is not spelt in bytes")
-    _check_merges(vocab, model["merges"], model.get("ignore_merges", False))
     ranks = {}
-    for text, i in _by_id(vocab):
+    for text, i in vocab.items():
+        _need(text and BYTES.keys() >= set(text), f"the token {text!r} is not spelt in bytes")
         ranks[bytes(BYTES[char] for char in text)] = i
+    _check_merges(vocab, model["merges"], model.get("ignore_merges", False))
     _check_pattern(pattern)
     bos = []
     for step in _steps(spec.get("post_processor")):
@@ -336,11 +278,6 @@ def _from_json(spec, folder):
     extras = _roles(folder, control)._replace(words=words, late=late, nfc=nfc, bos=bos)
     kind = "bpe" if len(ranks) > 256 else "bytes"
     return Tokenizer(kind, pattern, ranks, control, extras)
-
-
-def _by_id(ids):
-    """The pairs of {key: id}, ordered by id."""
-    return sorted(ids.items(), key=lambda pair: pair[1])
 
 
 def _steps(part):
@@ -428,7 +365,11 @@ def _check_merges(vocab, merges, ignore_merges):
     pair is a listed merge, for every token; other pairs listed for s never meet. A token that `_derive`
     leaves in more than two pieces is never merged, only found as a whole piece: by ignore_merges (Llama 3).
     """
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+    pairs = []
+    for pair in merges:
+        if isinstance(pair, str):
+            pair = pair.split(" ")
+        pairs.append(tuple(pair))
     made = [vocab["".join(pair)] for pair in pairs]
     _need(made == sorted(made), "its merges are not in the order of the ids")
     listed = set(pairs)
@@ -443,18 +384,21 @@ def _check_merges(vocab, merges, ignore_merges):
 def _to_json(tok):
     """The tokenizer.json of a Tokenizer."""
     vocab = {}
-    for token, i in _by_id(tok.ranks):
-        vocab["".join(CHARS[b] for b in token)] = i
+    for token in sorted(tok.ranks, key=tok.ranks.get):
+        vocab["".join(CHARS[b] for b in token)] = tok.ranks[token]
     merges = []
     for text in vocab:
         parts = _derive(text, vocab)
         if len(parts) == 2:
             merges.append(" ".join(parts))
     added = []
-    for text, i in _by_id(tok.added):
-        token = dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False)
-        added.append(token | dict(normalized=text in tok.late, special=text in tok.control))
-    split = dict(type="Split", pattern={"Regex": tok.pattern}, behavior="Isolated", invert=False)
+    for text in sorted(tok.added, key=tok.added.get):
+        token = dict(id=tok.added[text], content=text, single_word=False)
+        token |= dict(lstrip=False, rstrip=False)
+        token |= dict(normalized=text in tok.late, special=text in tok.control)
+        added.append(token)
+    pattern = {"Regex": tok.pattern}
+    split = dict(type="Split", pattern=pattern, behavior="Isolated", invert=False)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     return {
         "version": "1.0",

@@ -1,7 +1,7 @@
 """Tensors of published models, in and out of safetensors files.
 
-`_views` gives the parts of a tensor of theirs that are ours. Reading copies the tensor into our parameters
-through them, writing copies our parameters into the tensor.
+Reading copies a tensor of theirs into our parameters, through the views that `_views` gives. Writing goes the
+other way, by `join`.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 
 from nanorlhf.errors import UserError, blame, require
+from nanorlhf.hub.files import read_json
 from nanorlhf.model import ScalarModel
 from nanorlhf.run import sharding
 
@@ -45,28 +46,22 @@ def _transposed(name, parts):
     return ".c_" in name and parts[0].dim() == 2  # GPT-2 stores these as (in, out)
 
 
-def _shape(name, parts):
-    shape = (sum(map(len, parts)), *parts[0].shape[1:])
-    return shape[::-1] if _transposed(name, parts) else shape
-
-
 def _views(tensor, name, parts, cfg):
     """A tensor of theirs → its views that are ours, one for each of `parts`."""
     if _transposed(name, parts):
         tensor = tensor.T
     if "query_key_value" in name:  # GPT-NeoX goes head by head: q, k, v of the first, q, k, v of the next
-        return tensor.view(cfg.n_head, 3, cfg.head_dim, *tensor.shape[1:]).unbind(1)
+        return tensor.unflatten(0, (cfg.n_head, 3, cfg.head_dim)).unbind(1)
     return tensor.chunk(len(parts))
 
 
 def join(name, parts, cfg):
     """Our parameters → the tensor of theirs that they make up."""
-    if len(parts) == 1 and not _transposed(name, parts):
-        return parts[0]
-    tensor = parts[0].new_empty(_shape(name, parts))
-    for part, view in zip(parts, _views(tensor, name, parts, cfg)):
-        view.copy_(part.view(view.shape))
-    return tensor
+    if "query_key_value" in name:
+        heads = [part.unflatten(0, (cfg.n_head, cfg.head_dim)) for part in parts]
+        return torch.stack(heads, dim=1).flatten(0, 2)
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return tensor.T if _transposed(name, parts) else tensor
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -80,7 +75,6 @@ def fill(model, family, folder):
     want = dict(tensors_of(model, family))
     lm_head = family.tensors["lm_head"] + ".weight"
     unembedding = None
-    seen = set()
     files = _files(folder)
     for file in files:
         with blame(file, *DAMAGE), safe_open(file, "pt") as f:
@@ -98,12 +92,10 @@ def fill(model, family, folder):
                     continue
                 if name not in want and REDUNDANT.search(key):
                     continue
-                require(name in want, f"tensor {key} is unknown to this model")
-                require(name not in seen, f"tensor {key} is there twice")
-                seen.add(name)
-                _copy(tensor, key, name, want[name], trunk.cfg)
+                require(name in want, f"tensor {key} is unknown to this model, or is there twice")
+                _copy(tensor, key, name, want.pop(name), trunk.cfg)
             require(checksum in (None, digest.hexdigest()), "wrong checksum: damaged after it was saved")
-    for name in sorted(want.keys() - seen):
+    for name in sorted(want):
         raise UserError(f"{files[-1]}: tensor {name} is missing")
     if unembedding is not None:
         embedding = sharding.local(trunk.wte.weight)
@@ -117,7 +109,8 @@ def _copy(tensor, key, name, parts, cfg):
     exact = tensor.is_floating_point() and tensor.element_size() > 1
     require(exact, f"tensor {key} is quantised ({tensor.dtype})")
     found = tuple(tensor.shape)
-    shape = _shape(name, parts)
+    sizes = [torch.empty(part.shape, device="meta") for part in parts]
+    shape = tuple(join(name, sizes, cfg).shape)
     require(found == shape, f"tensor {key} has shape {found}, config.json says {shape}")
     for part, view in zip(parts, _views(tensor, name, parts, cfg)):
         sharding.local(part).copy_(sharding.piece(view.reshape(part.shape), part))
@@ -162,10 +155,8 @@ def _files(folder):
 
 def _shards(index):
     """The sorted file names in model.safetensors.index.json. UserError for one that leaves the folder."""
-    with blame(index, *DAMAGE):
-        with open(index, encoding="utf-8") as f:
-            table = json.load(f)
-        names = table.get("weight_map") if isinstance(table, dict) else None
+    names = read_json(index).get("weight_map")
+    with blame(index):
         require(isinstance(names, dict) and names, "damaged: it has no weight_map")
         shards = sorted(set(map(str, names.values())))
         for name in shards:

@@ -15,10 +15,9 @@ def plot_curves(out, panels):
         rows = list(csv.DictReader(f))
     panels = [panel if isinstance(panel, tuple) else (panel,) for panel in panels]
     panels = [panel for panel in panels if any(row.get(name) for row in rows for name in panel)]
-    n_wide = max(1, min(3, len(panels)))
-    n_high = max(1, math.ceil(len(panels) / n_wide))
-    size = (4 * n_wide, 2.8 * n_high)
-    fig, axes = plt.subplots(n_high, n_wide, figsize=size, squeeze=False, layout="constrained")
+    n_high = max(1, math.ceil(len(panels) / 3))
+    size = (12, 2.8 * n_high)
+    fig, axes = plt.subplots(n_high, 3, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[len(panels) :]:
         ax.axis("off")
     for ax, panel in zip(axes.flat, panels):
@@ -50,10 +49,8 @@ def pyplot():
 
 def save_figure(fig, path):
     """Write a figure and close it. A disk that is full is said, and does not end the run."""
-    import matplotlib.pyplot as plt
-
     try:
         fig.savefig(path, dpi=110)
     except OSError as e:
         print(f"warning: cannot write {path} ({e.strerror})")
-    plt.close(fig)
+    pyplot().close(fig)

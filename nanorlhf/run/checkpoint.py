@@ -1,7 +1,7 @@
 """Run folders and everything a run needs to go on. Nothing is ever half-written.
 
     out/config.json  metrics.csv  samples.jsonl  curves.png  model/ (a Hugging Face folder)
-    state/step-000020/ (resuming)  lock (while a process is at work)
+    state/step-000020/ (resuming)
 
 A folder is written under a temporary name, fsynced, and renamed into place. A checkpoint lists the size and
 sha256 of each of its files, since neither torch.load nor safetensors notices a flipped bit. All randomness is
@@ -24,7 +24,7 @@ import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.run import dist, replay, sharding
-from nanorlhf.run.folders import new_folder, restore, sync_folder, take_lock, tensor_bytes, verify
+from nanorlhf.run.folders import new_folder, sync_folder, take_lock, verify
 from nanorlhf.run.log import Log, import_wandb
 
 KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
@@ -44,9 +44,8 @@ def damage(folder):
 
 def trainer_of(cfg):
     """The name of the file that defines this Config: "train_ppo", also when it runs as a script."""
-    name = type(cfg).__module__
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    return Path(script).stem if name == "__main__" and script else name
+    module = sys.modules[type(cfg).__module__]
+    return Path(getattr(module, "__file__", "notebook")).stem
 
 
 class Run:
@@ -79,14 +78,13 @@ class Run:
         require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
 
     def __enter__(self):
+        choices = "add --resume to go on with it, --overwrite to replace it, or name another folder"
         with self._usable():
+            may_exist = self.cfg.resume or self.cfg.overwrite
+            require(may_exist or not self.config.exists(), f"--out {self.out} holds a run: {choices}")
             os.makedirs(self.out, exist_ok=True)
-            self.lock = take_lock(self.out) if self.first else None
-        may_exist = self.cfg.resume or self.cfg.overwrite
-        if self.config.exists() and not may_exist:
-            self._unlock()
-            raise UserError(f"--out {self.out} holds a run: add --resume to go on with it, --overwrite to "
-                            "replace it, or name another folder")
+            if self.first:
+                self.lock = take_lock(self.out)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -94,15 +92,10 @@ class Run:
             signal.signal(signum, handler)
         if self.log is not None:
             self.log.close(self.panels if kind in (None, Interrupted) else ())
-        self._unlock()
+        if self.lock is not None:
+            os.close(self.lock)
         if kind is None:
             print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png")
-
-    def _unlock(self):
-        if self.lock is not None:
-            with contextlib.suppress(FileNotFoundError):  # somebody tidied up
-                os.unlink(self.lock.name)
-            self.lock.close()
 
     @contextlib.contextmanager
     def _usable(self):
@@ -126,8 +119,7 @@ class Run:
         self.frozen = [_checksum(model) for model in frozen]
         config = dataclasses.asdict(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
-        step = 0
-        extra = {}
+        state = {"step": 0, "extra": {}, "sizes": {}, "last": {}}
         with self._usable():
             if self.cfg.overwrite and self.first:
                 shutil.rmtree(f"{self.out}/model", ignore_errors=True)
@@ -135,15 +127,16 @@ class Run:
             self.state.mkdir(exist_ok=True)
             if self.cfg.resume:
                 self.changed = self._compare(config)
-                step, extra = self._load()
-            steps = self.cfg.steps
-            self.log = Log(self.out, self.columns, self.show, steps, step, self.cfg.wandb, config)
+                state = self._load() or state
+            step = state["step"]
+            self.log = Log(self.out, self.columns, self.show, self.cfg.steps, step, self.cfg.wandb, config,
+                           state["sizes"], state["last"])
             if self.first:
                 self._write_config(config)
         if threading.current_thread() is threading.main_thread():  # other threads may set no handlers
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[signum] = signal.signal(signum, self._stop)
-        return step, extra
+        return step, state["extra"]
 
     def _write_config(self, config):
         tmp = f"{self.config}.tmp"
@@ -159,11 +152,9 @@ class Run:
         if not self.config.exists():
             return ""
         try:
-            old = json.loads(self.config.read_text(encoding="utf-8"))
-        except ValueError:
+            old = dict(json.loads(self.config.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
             raise UserError(f"{self.config} is damaged: it is not JSON; --overwrite starts anew") from None
-        if not isinstance(old, dict):
-            raise UserError(f"{self.config} is damaged: it is no JSON object; --overwrite starts anew")
         changed = []
         for name in sorted(config.keys() & old.keys() - {"resume", "overwrite"}):
             if old[name] != config[name]:
@@ -173,7 +164,7 @@ class Run:
         return "; ".join(changed)
 
     def _load(self):
-        """Load the newest checkpoint that is whole, and name those that are not → (its step, extra dict)."""
+        """Load the newest checkpoint that is whole, and name those that are not → its state, or None."""
         if self.first:
             self._tidy()
         dist.wait()
@@ -192,17 +183,17 @@ class Run:
             newest = f"the newest: {problems[0]}; --overwrite starts anew"
             raise UserError(f"--resume: every checkpoint in {self.state} is damaged; {newest}")
         print(f"resume: {self.out} has no complete checkpoint yet; starting at step 0")
-        return 0, {}
+        return None
 
     def _load_from(self, folder):
         path = folder / "state.pt"
-        # Without --shard the file holds all tensors. With mmap a process reads its own pieces of them only.
+        # Without --shard the file holds all tensors. With mmap a sharded run reads them one at a time.
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
         made_by = state["trainer"]
         require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
         shards = folder / sharding.SHARDS
         if shards.is_dir():
-            state |= sharding.read(shards, self.models, self.optimizer)
+            state |= sharding.read(shards)
         for key, model in self.models.items():
             self._fit(model, state["models"].get(key, {}), path, key)
         for was, now in zip(state["frozen"], self.frozen):
@@ -210,7 +201,7 @@ class Run:
             require(same, f"--resume: the reference is not the one that {self.out} was started with")
         self._load_moments(state["optimizer"]["state"])
         print(f"resume: {self.out} from step {state['step']}")
-        return state["step"], state["extra"]
+        return state
 
     def _load_moments(self, saved):
         """Adam's moments of each weight, by its number. Learning rate and weight decay are this run's own."""
@@ -218,37 +209,35 @@ class Run:
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = {}
         for i, tensors in saved.items():
-            moments[i] = {name: sharding.shard_like(x, params[i]) for name, x in tensors.items()}
+            moments[i] = {}
+            for name, x in tensors.items():
+                moments[i][name] = sharding.shard_like(x, params[i])
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _fit(self, model, saved, path, key):
         """Load saved tensors into a model. UserError, with the flags that changed, if their shapes differ."""
+        tensors = {}
         here = model.state_dict()
-        names = sorted(here.keys() | saved.keys())
-        wrong = [name for name in names if _shape(here, name) != _shape(saved, name)]
-        if wrong:
-            name = wrong[0]
-            difference = f"{name} is {_shape(saved, name)} there and {_shape(here, name)} here"
+        for name, x in saved.items():
+            tensors[name] = sharding.shard_like(x, here.get(name))
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as e:
+            first_difference = str(e).splitlines()[1].strip()
             hint = f"{self.changed or 'no flag differs'}; resume with the flags in config.json"
-            raise UserError(f"--resume: {path} does not fit this {key}: {difference} "
-                            f"({len(wrong)} tensors differ); {hint}")
-        model.load_state_dict({name: sharding.shard_like(saved[name], here[name]) for name in here})
+            message = f"--resume: {path} does not fit this {key}: {first_difference:.200}; {hint}"
+            raise UserError(message) from None
 
     def _tidy(self):
-        """Remove what a crash left half-written."""
-        for path in sorted(self.state.iterdir()):
-            folder = path.with_suffix("")
-            if path.suffix == ".old":
-                restore(folder)
+        """Remove what a crash left half-written, or did not remove: --resume replaces damaged ones only."""
+        for path in [*self.state.glob("*.tmp"), *self.state.glob("*.old")]:
             if path.suffix == ".tmp":
-                print(f"resume: {folder} was never completed; removed")
-            if path.suffix in (".old", ".tmp"):
-                shutil.rmtree(path, ignore_errors=True)
+                print(f"resume: {path.with_suffix('')} was never completed; removed")
+            shutil.rmtree(path, ignore_errors=True)
 
     def _steps(self):
         """Steps of the checkpoints in state/, ascending."""
-        names = [path.name.removeprefix("step-") for path in self.state.glob("step-*")]
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(path.name.removeprefix("step-")) for path in self.state.glob("step-*[0-9]"))
 
     def _folder(self, step):
         return self.state / f"step-{step:06d}"
@@ -256,7 +245,7 @@ class Run:
     # --------------------------------------------------------------------------------------------------------
     # each step
 
-    def check(self, step, loss, gnorm, where, batch=None, models=()):
+    def check(self, step, loss, gnorm, where, batch, models):
         """RunError, before the optimizer step, if loss or gradient is not finite: no weight is spoilt yet.
 
         batch and models, the arguments of the trainer's `gradient`, are written to a file for run/replay.py.
@@ -264,16 +253,14 @@ class Run:
         if math.isfinite(loss) and math.isfinite(gnorm):
             return
         advice = "look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is too high"
-        if batch is not None:
-            path = f"{self.out}/bad-step-{step}.pt"
-            try:
-                replay.save(path, trainer_of(self.cfg), self.cfg, step, models, batch)
-                advice = f"{path} holds the batch; docs/reliability.md shows how to replay it; {advice}"
-            except (OSError, RuntimeError) as e:
-                print(f"warning: {path} could not be written ({str(e).splitlines()[0]})")
-        kept = "--resume goes on from the last checkpoint" if self._steps() else "no checkpoint yet"
-        raise RunError(f"step {step}: loss {loss:g}, gradient norm {gnorm:g} ({where}); "
-                       f"this update was not made; {advice}; {kept}")
+        path = f"{self.out}/bad-step-{step}.pt"
+        try:
+            replay.save(path, trainer_of(self.cfg), self.cfg, step, models, batch)
+            advice = f"{path} holds the batch; docs/reliability.md shows how to replay it; {advice}"
+        except (OSError, RuntimeError) as e:
+            print(f"warning: {path} could not be written ({str(e).splitlines()[0]})")
+        figures = f"loss {loss:g}, gradient norm {gnorm:g} ({where})"
+        raise RunError(f"step {step}: {figures}; this update was not made; {advice}")
 
     def checkpoint(self, done, export, extra=None):
         """After each step: save when due, at the end and when asked to stop (then raise Interrupted).
@@ -305,20 +292,20 @@ class Run:
         """
         state = {"step": step, "trainer": trainer_of(self.cfg), "extra": extra or {}, "frozen": self.frozen}
         models = {name: model.state_dict() for name, model in self.models.items()}
-        optimizer = self.optimizer.state_dict()
+        tensors = {"models": models, "optimizer": self.optimizer.state_dict()}
         folder = self._folder(step)
         shards = f"{folder}.tmp/{sharding.SHARDS}"
         if not self.first:
             if self.cfg.shard:
-                sharding.write(shards, models, optimizer)
+                sharding.write(shards, tensors)
             return
-        self.log.sync()  # the rows before this step must not be lost after it is saved
-        size = tensor_bytes([state, models, optimizer])
-        with new_folder(folder, manifest=True, size=size) as tmp:
+        # The rows before this step must not be lost after it is saved.
+        state |= {"sizes": self.log.sync(), "last": self.log.last}
+        with new_folder(folder, manifest=True) as tmp:
             if self.cfg.shard:
-                sharding.write(shards, models, optimizer)
+                sharding.write(shards, tensors)
             else:
-                state |= {"models": models, "optimizer": optimizer}
+                state |= tensors
             with open(f"{tmp}/state.pt", "wb") as f:
                 torch.save(state, f)
         # Checkpoints of later steps are damaged, or --resume would have started from them: they do not count,
@@ -333,10 +320,6 @@ class Run:
             raise KeyboardInterrupt(128 + signum)
         self.signum = signum
         self.log.say("\nstopping after this step (once more to stop at once)")
-
-
-def _shape(tensors, name):
-    return tuple(tensors[name].shape) if name in tensors else None
 
 
 def _checksum(model):

@@ -83,7 +83,7 @@ def check_ranges(cfg, above_zero, any_sign=("seed",)):
 
 NUMBERS = {  # type of a field → what its flag must be
     int: "an integer such as 100",
-    float: "a number such as 3e-4",
+    float: "a finite number such as 3e-4",
     list[int]: "integers such as 24,40,64",
     int | list[int]: "an integer, or integers such as 24,40,64",
 }
@@ -91,11 +91,11 @@ NUMBERS = {  # type of a field → what its flag must be
 
 def _fields(Config):
     """Pairs (field, type) of a Config. None is left out of a type: it stands for a default from a table."""
-    hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        kind = hints[field.name]
-        if typing.get_origin(kind) in (types.UnionType, typing.Union):
-            kind = functools.reduce(operator.or_, [k for k in kind.__args__ if k is not types.NoneType])
+        kind = field.type
+        parts = typing.get_args(kind)
+        if types.NoneType in parts:
+            kind = functools.reduce(operator.or_, [part for part in parts if part is not types.NoneType])
         yield field, kind
 
 
@@ -121,8 +121,8 @@ def _convert(flag, kind, text):
     try:
         numbers = [float(part) if kind is float else int(part) for part in parts]
     except ValueError:
-        raise UserError(f"{flag} {text}: must be {NUMBERS[kind]}") from None
-    require(all(abs(number) < math.inf for number in numbers), f"{flag} {text}: must be a finite number")
+        numbers = [math.nan]
+    require(all(abs(number) < math.inf for number in numbers), f"{flag} {text}: must be {NUMBERS[kind]}")
     return numbers if kind == list[int] or len(numbers) > 1 else numbers[0]
 
 
@@ -185,11 +185,10 @@ def help_text(Config, doc, prog):
     Under each heading the flags that all trainers share come last.
     """
     about = doc.strip().split("\n\n")[0]
-    plan = " [--dry_run]" if prog.startswith("train_") else ""
     lines = textwrap.wrap(about, 80)
-    lines += ["", f"usage: python {prog}{plan} [--name value ...]", f"equations and examples: {prog}"]
-    if plan:
-        lines.append("--dry_run: read data and tokenizer, print memory and FLOPs, and stop")
+    lines += ["", f"usage: python {prog} [--name value ...]", f"equations and examples: {prog}"]
+    if prog.startswith("train_"):
+        lines.append("--dry_run: read data and tokenizer, print the memory that a run needs, and stop")
     comments = _comments(Config)
     groups = {heading: [] for heading in ("", *HEADINGS)}
     own_first = sorted(_fields(Config), key=lambda pair: pair[0].name in Flags.__annotations__)
@@ -255,7 +254,7 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
         message, status = _ending(error, cfg)
         if not status:
             raise
-    if dist.speaks_first() and message:
+    if dist.speaks_first():
         print(f"{prog}: {message}", file=sys.stderr)
     dist.leave(status)
     return status
@@ -269,10 +268,6 @@ def _ending(error, cfg):
         return f"error: {message}", 2
     if isinstance(error, RunError):
         return f"stopped: {message}", 1
-    if isinstance(error, BrokenPipeError):  # the program that read our output, such as `head`, has ended
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        return "", 1
     if isinstance(error, Interrupted):  # on all ranks after the same step
         dist.finish()
         return str(error), error.code

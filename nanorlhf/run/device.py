@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import require
 from nanorlhf.run import dist, sharding
 
 
@@ -44,23 +44,18 @@ def _join(cfg, device):
     dist.start(device)
     processes = dist.size()
     for flag in ("batch_size", "prompts_per_step"):
-        n = getattr(cfg, flag, None)
-        if n is None:
-            continue
+        n = getattr(cfg, flag, processes)
         few = f"--{flag} {n}: fewer than the {processes} processes; some would have nothing to do"
         require(n >= processes, few)
         if n % processes:
             uneven = f"--{flag} {n} does not divide by {processes} processes"
             print(f"{uneven}: some have one row more than others")
-    if shard:
-        _check_shard(cfg)
-
-
-def _check_shard(cfg):
+    if not shard:
+        return
     older = getattr(cfg, "off_policy_steps", 0)
     require(not older, "--off_policy_steps does not go together with --shard")
-    if cfg.lora_rank and getattr(cfg, "ref_every", 0):
-        raise UserError("--ref_every does not go together with --lora_rank and --shard")
+    moves = cfg.lora_rank and getattr(cfg, "ref_every", 0)
+    require(not moves, "--ref_every does not go together with --lora_rank and --shard")
     from torch.distributed.fsdp import FSDPModule  # two seconds
 
     new = hasattr(FSDPModule, "set_force_sum_reduction_for_comms")
@@ -87,7 +82,7 @@ def to_device(cfg, device, *models):
     largest = 0
     for model in filter(None, models):
         model.to(home, weight_dtype)
-        trunk = getattr(model, "trunk", model)
+        trunk = model.trunk
         trunk.compute_dtype = compute_dtype
         trunk.recompute = getattr(cfg, "save_memory", False)
         largest = max(largest, sum(p.numel() for p in model.parameters()))
@@ -104,9 +99,9 @@ def freeze(cfg, *models, trained):
     moves it (dist.spread).
     """
     trained_ids = {id(p) for model in trained for p in model.parameters()}
-    offload = cfg.save_memory and not (dist.launched() and cfg.shard)
+    offload = cfg.save_memory and not cfg.shard
     for model in filter(None, models):
-        trunk = getattr(model, "trunk", model)
+        trunk = model.trunk
         if any(id(p) in trained_ids for p in trunk.parameters()):
             continue
         if cfg.dtype == "bfloat16":

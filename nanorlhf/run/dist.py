@@ -170,20 +170,18 @@ def whole_step(figures, *models):
     if size() == 1:
         return figures
     for model in models:
-        if not sharding.sharded_modules(model):  # FSDP2 has summed them in the backward pass
-            _sum_gradients(model)
+        if sharding.sharded_modules(model):
+            continue  # FSDP2 has summed them in the backward pass
+        for p in model.parameters():
+            if not p.requires_grad:
+                continue
+            if p.grad is None:  # no rows here, but maybe on another process: all must make this call
+                p.grad = torch.zeros_like(p)
+            torch_dist.all_reduce(p.grad)  # a sum: each is divided by the whole step's denominator already
     total = Figures(**figures.kinds)
     for part in gather(figures):
         total.add(part)
     return total
-
-
-def _sum_gradients(model):
-    for p in model.parameters():
-        if p.requires_grad:
-            if p.grad is None:  # no rows here, but maybe on another process: all must make this call
-                p.grad = torch.zeros_like(p)
-            torch_dist.all_reduce(p.grad)  # a sum: each is divided by the whole step's denominator already
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -198,8 +196,6 @@ def my_part(n):
     >>> my_part(5)  # one process
     slice(0, 5, None)
     """
-    if size() == 1:
-        return slice(0, n)
     return slice(n * rank() // size(), n * (rank() + 1) // size())
 
 
@@ -244,15 +240,10 @@ def paced(microbatches, *passes):
     All processes must make equally many passes: a sharded model's weights are gathered in every pass, and all
     take part in that. passes: for each model used, a function (tokens, mask) → tensor, or tuple of tensors.
     """
-    if size() == 1:
-        return microbatches
-    return _paced(list(microbatches), passes)
-
-
-def _paced(microbatches, passes):
-    most = largest(len(microbatches))
-    yield from microbatches
-    for _ in range(most - len(microbatches)):
+    own = list(microbatches)
+    most = largest(len(own))
+    yield from own
+    for _ in range(most - len(own)):
         _idle(passes)
 
 
@@ -306,17 +297,10 @@ def spread(cfg, *models, frozen=()):
             sharding.shard(model, mesh, cfg.dtype, offload=cfg.save_memory and _device.type == "cuda")
     elif size() > 1:
         for model in models:
-            _copy_of_rank_0(model)
-
-
-def _copy_of_rank_0(model):
-    """Take over rank 0's weights, and leave an unused head out of training.
-
-    Files and seed are the same for all, so the weights are equal already, unless a user's reward file has
-    drawn random numbers or set a seed when it was imported. A new head would then differ for the whole run.
-    """
-    for x in model.state_dict().values():
-        torch_dist.broadcast(x, 0)
-    unused = getattr(getattr(model, "trunk", None), "lm_head", None)
-    if unused is not None:  # it has no gradient, and with a gradient of zeros weight decay would shrink it
-        unused.requires_grad_(False)
+            # Files and seed are the same for all, so the weights are equal already, unless a user's reward
+            # file has drawn random numbers at its import. A new head would then differ for the whole run.
+            for x in model.state_dict().values():
+                torch_dist.broadcast(x, 0)
+            head = model.trunk.lm_head
+            if model.trunk is not model and head is not None:
+                head.requires_grad_(False)  # unused: with a gradient of zeros weight decay would shrink it

@@ -7,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from nanorlhf.errors import RunError, UserError
@@ -22,11 +21,11 @@ MANIFEST = "manifest.json"
 
 
 @contextlib.contextmanager
-def new_folder(folder, manifest=False, size=0):
+def new_folder(folder, manifest=False):
     """`with new_folder(f) as tmp:` write files into tmp, which then replaces f, all or nothing.
 
-    manifest: write manifest.json as well, with the size and sha256 of every file. size: bytes, for the
-    message. RunError if the disk is full or fails: the old folder is kept. After a crash `restore` finds it.
+    manifest: write manifest.json as well, with the size and sha256 of every file. RunError if the disk is
+    full or fails: the old folder is kept. After a crash `restore` finds it.
     """
     tmp = f"{folder}.tmp"
     try:
@@ -47,8 +46,9 @@ def new_folder(folder, manifest=False, size=0):
         restore(folder)
         cause = e if isinstance(e, OSError) else e.__context__
         reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
-        kept = "complete checkpoints are kept"
-        raise RunError(f"cannot save {folder} ({size:,} bytes): {reason}; {kept}") from e
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(folder))).free
+        message = f"cannot save {folder} ({free:,} bytes are free): {reason}; complete checkpoints are kept"
+        raise RunError(message) from e
 
 
 def _put_in_place(tmp, folder):
@@ -72,13 +72,9 @@ def restore(folder):
         os.rename(f"{folder}.old", folder)
 
 
-def write_folder(folder, files, size=0):
-    """Write {name: bytes, or a function that writes to a path} as one folder, as `new_folder` does.
-
-    size: bytes that the functions will write.
-    """
-    size += sum(len(data) for data in files.values() if not callable(data))
-    with new_folder(folder, size=size) as tmp:
+def write_folder(folder, files):
+    """Write {name: bytes, or a function that writes to a path} as one folder, as `new_folder` does."""
+    with new_folder(folder) as tmp:
         for name, data in files.items():
             path = os.path.join(tmp, name)
             if callable(data):
@@ -127,45 +123,24 @@ def verify(folder):
     found = describe(folder)
     for name in sorted(listed):
         if found.get(name) != listed[name]:
-            reason = f"it is {found.get(name, 'missing')}, the manifest says {listed[name]}"
-            raise ValueError(f"{os.path.join(folder, name)}: wrong checksum ({reason})")
+            raise ValueError(f"{os.path.join(folder, name)}: wrong checksum, or missing")
 
 
 def take_lock(folder):
-    """Lock a run folder → the open file folder/lock, which holds this process's number.
+    """Lock a run folder → its file descriptor, to be closed. None where folders cannot be locked.
 
-    UserError while another process has it. The operating system frees the lock when its process ends, even by
+    UserError while another process has the lock. The operating system frees it when its process ends, even by
     kill -9: a dead run blocks nobody.
     """
     if fcntl is None:
         return None
-    path = os.path.join(folder, "lock")
-    while True:
-        f = open(path, "a+")
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            pid = f.read().strip() or "unknown"
-            f.close()
-            hint = "wait for it, stop it, or name another folder"
-            raise UserError(f"--out {folder} is in use by another process (pid {pid}): {hint}") from None
-        except OSError as e:  # a network file system that has no locks
-            print(f"warning: {path}: cannot be locked ({e.strerror}); let no second run use this folder")
-        with contextlib.suppress(FileNotFoundError):  # the run before may just have removed it
-            if os.path.samestat(os.fstat(f.fileno()), os.stat(path)):
-                break
-        f.close()
-    f.truncate(0)
-    f.write(str(os.getpid()))
-    f.flush()
-    return f
-
-
-def tensor_bytes(x):
-    """Bytes of all the tensors in nested dicts and lists."""
-    if isinstance(x, dict):
-        x = list(x.values())
-    if isinstance(x, list):
-        return sum(map(tensor_bytes, x))
-    return x.nbytes if isinstance(x, torch.Tensor) else 0
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        hint = "wait for it, stop it, or name another folder"
+        raise UserError(f"--out {folder} is in use by another process: {hint}") from None
+    except OSError as e:  # a network file system that has no locks
+        print(f"warning: {folder}: cannot be locked ({e.strerror}); let no second run use this folder")
+    return fd

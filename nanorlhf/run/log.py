@@ -1,7 +1,6 @@
 """What a run writes while it goes on: metrics.csv, samples.jsonl, the console lines, the progress bar."""
 
 import contextlib
-import csv
 import json
 import os
 import sys
@@ -14,48 +13,42 @@ from nanorlhf.errors import UserError
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.run import dist
 
+FILES = ("metrics.csv", "samples.jsonl")
+
 
 class Log:
     """metrics.csv (one row a step), samples.jsonl, about 20 console lines within 80 columns, a bar with ETA.
 
-    A full disk does not end the run here: it is said once, and training goes on. With start > 0 (resuming)
-    the rows of steps that will run again are dropped. Of several processes only the first writes.
+    A full disk does not end the run here: it is said once, and training goes on. Of several processes only
+    the first writes.
+
+    start, sizes and last are those of the checkpoint that a resumed run goes on from: its step, the bytes of
+    each file, and the figures measured last. What was written after it is cut off: those steps run again.
     """
 
-    def __init__(self, out, columns, show, steps, start=0, wandb="", config=None):
+    def __init__(self, out, columns, show, steps, start=0, wandb="", config=None, sizes=None, last=None):
         self.out = Path(out)
         self.columns = columns
         self.widths = {"step": 8} | {name: max(9, len(name) + 2) for name in show}
         self.steps = steps
         self.every = max(1, steps // 20)  # steps between console lines
-        self.printed = 0
+        self.printed = False  # whether the names stand above the console lines
         self.disk_is_full = False
-        self.last = {}  # name → the figure measured last
+        self.last = last or {}  # name → the figure measured last
         self.writes = dist.rank() == 0
-        self._drop_from(start)
         self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
                         desc=self.out.name, file=sys.stdout)
         self.wandb = None
-        if wandb and self.writes:
-            module = import_wandb(wandb)
-            self.wandb = module.init(project=wandb, name=self.out.name, config=config)
-
-    def _drop_from(self, start):
-        """Write both logs anew, without the steps from `start` on."""
-        rows = _metrics_before(self.out / "metrics.csv", start)
-        lines = _samples_before(self.out / "samples.jsonl", start)
-        for row in rows:  # a run that is resumed at its very end still returns its last figures
-            figures = {name: float(cell) for name, cell in row.items() if cell}
-            figures.pop("step")
-            self.last |= figures
         if not self.writes:
             return
-        with _replacing(self.out / "metrics.csv") as f:
-            writer = csv.DictWriter(f, self.columns, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        with _replacing(self.out / "samples.jsonl") as f:
-            f.writelines(lines)
+        for name in FILES:
+            with open(self.out / name, "ab") as f:
+                size = (sizes or {}).get(name, 0)
+                f.truncate(min(size, f.tell()))  # a size above that of the file would add zeros
+        if os.path.getsize(self.out / "metrics.csv") == 0:
+            self._append("metrics.csv", ",".join(columns) + "\n")
+        if wandb:
+            self.wandb = import_wandb(wandb).init(project=wandb, name=self.out.name, config=config)
 
     def _append(self, name, text):
         if not self.writes:
@@ -71,11 +64,14 @@ class Log:
             self.disk_is_full = True
 
     def sync(self):
-        """Make the lines written so far outlast a power cut."""
-        for name in ("metrics.csv", "samples.jsonl"):
+        """Make the lines written so far outlast a power cut → {file: its bytes}."""
+        sizes = {}
+        for name in FILES:
             with contextlib.suppress(OSError):  # _append has said that the disk is full
-                with open(self.out / name, "rb+") as f:
+                with open(self.out / name, "ab") as f:
+                    sizes[name] = f.tell()
                     os.fsync(f.fileno())
+        return sizes
 
     def say(self, text):
         """Print a line, above the progress bar."""
@@ -100,10 +96,10 @@ class Log:
             self.wandb.log(measured, step=step)
 
     def _print(self, values):
-        """One console line, and the names above it every 25 lines."""
-        if self.printed % 25 == 0:
+        """One console line, and the names above the first."""
+        if not self.printed:
             self.say("".join(f"{name:>{width}}" for name, width in self.widths.items()))
-        self.printed += 1
+        self.printed = True
         self.say("".join(f"{_cell(values.get(name)):>{width}}" for name, width in self.widths.items()))
 
     def samples(self, step, rows, texts, score):
@@ -123,49 +119,6 @@ class Log:
             plot_curves(self.out, panels)
         if self.wandb:
             self.wandb.finish()
-
-
-@contextlib.contextmanager
-def _replacing(path):
-    """A file to write, which replaces the one at path when it is complete."""
-    tmp = f"{path}.tmp"
-    with open(tmp, "w", encoding="utf-8", newline="") as f:
-        yield f
-    os.replace(tmp, path)
-
-
-def _lines(path):
-    """The lines of a file, whatever bytes a crash left there; none if it does not exist."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        return f.readlines()
-
-
-def _metrics_before(path, start):
-    """Rows of metrics.csv of the steps below start, without lines that a crash or a full disk cut short."""
-    rows = []
-    names = []
-    for line in _lines(path):
-        cells = line.rstrip("\n").split(",")
-        names = names or cells
-        with contextlib.suppress(ValueError, KeyError):  # such as the header itself
-            row = dict(zip(names, cells, strict=True))
-            for cell in filter(None, cells):
-                float(cell)
-            if int(row["step"]) < start:
-                rows.append(row)
-    return rows
-
-
-def _samples_before(path, start):
-    """Lines of samples.jsonl of the steps below start, without those that were cut short."""
-    lines = []
-    for line in _lines(path):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] < start:
-                lines.append(line)
-    return lines
 
 
 def _cell(value):

@@ -78,7 +78,8 @@ def load_models_and_critic(cfg, device):
             torch.nn.init.zeros_(critic.score.weight)
     # Adapters come after all models: their random numbers are drawn last.
     frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
-    if frozen and cfg.ref == cfg.init and not getattr(cfg, "ref_every", 0):
+    fixed = cfg.ref == cfg.init and not getattr(cfg, "ref_every", 0)
+    if frozen and fixed:
         ref = frozen
     if ppo:
         lora.add(critic, cfg.lora_rank, cfg.dtype)

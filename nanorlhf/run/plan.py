@@ -16,7 +16,7 @@ import torch
 from nanorlhf import lora, tasks
 from nanorlhf.kernels.slots import PREFILL, SLOTS, that_fit
 from nanorlhf.model import GPT, ScalarModel
-from nanorlhf.pairs import encode_pairs, load_examples, load_rows, require_both
+from nanorlhf.pairs import load_examples
 from nanorlhf.rewards import SCORE_TOKENS, load_prompts
 from nanorlhf.run import worker
 from nanorlhf.run.device import freeze
@@ -33,17 +33,10 @@ CONTEXT = GIB // 2  # bytes that CUDA and its libraries take, about
 # Bytes of a model
 
 
-def _trunk(model):
-    return getattr(model, "trunk", model)
-
-
 def n_bytes(models):
-    """Bytes of weights and buffers. Each tensor counts once: LoRA's reference shares those of the policy."""
-    tensors = {}
-    for model in models:
-        for x in (*model.parameters(), *model.buffers()):
-            tensors[id(x)] = x.nbytes
-    return sum(tensors.values())
+    """Bytes of weights. Each tensor counts once: LoRA's reference shares those of the policy."""
+    weights = {p: p.nbytes for model in models for p in model.parameters()}
+    return sum(weights.values())
 
 
 def trained_bytes(models):
@@ -53,16 +46,9 @@ def trained_bytes(models):
 
 def width(model):
     """Bytes of an activation: 2 with --dtype bfloat16, 4 in fp32."""
-    trunk = _trunk(model)
+    trunk = model.trunk
     dtype = trunk.compute_dtype or trunk.wte.weight.dtype
     return dtype.itemsize
-
-
-def kv_bytes(model, rows, length):
-    """Bytes of the keys and values of all layers, for `rows` rows of `length` tokens."""
-    cfg = _trunk(model).cfg
-    per_token = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * width(model)
-    return rows * length * per_token
 
 
 def cast_bytes(module, c):
@@ -74,57 +60,48 @@ def cast_bytes(module, c):
     return total
 
 
-def norm_bytes(norm, output_width):
-    """Bytes per token that a norm keeps for its backward pass.
+def norm_bytes(norm, size, output_width):
+    """Bytes per token that a norm of `size` numbers keeps for its backward pass.
 
-    It keeps its input and its statistics in fp32. RMSNorm with a trained weight also keeps the normalised
-    input, which the weight's gradient is computed from. output_width: bytes of an element of the output, or 0
-    where the next operation does not keep its input.
+    It keeps its input in fp32. RMSNorm with a trained weight also keeps the normalised input, which the
+    weight's gradient is computed from. output_width: bytes of an element of the output, or 0 where the next
+    operation does not keep its input.
     """
-    size = len(norm.weight)
-    if norm.bias is not None:  # LayerNorm: mean and 1 / std
-        fp32 = size + 2
-    elif norm.weight.requires_grad:
-        fp32 = 2 * size + 1
-    else:
-        fp32 = size + 1
-    return 4 * fp32 + output_width * size
+    copies = 1
+    if norm.bias is None and norm.weight.requires_grad:
+        copies = 2
+    return size * (4 * copies + output_width)
 
 
 def layer_bytes(model):
     """→ (bytes that a block keeps per token for its backward pass, bytes that it keeps for any tokens).
 
     Per token, with Q = n_head · head_dim, K = n_kv_head · head_dim, F = d_ff, a block keeps two norms
-    (norm_bytes); in attention Q queries, 2K keys and values, Q outputs, with rotary positions Q more, n_head
-    log-sum-exps in fp32; in an MLP 2F, in SwiGLU 4F; and r in each LoRA adapter. For any tokens it keeps the
-    copies of weights that are cast to the activations' dtype.
+    (norm_bytes); in attention Q queries, 2K keys and values, Q outputs, with rotary positions Q more; in an
+    MLP 2F, in SwiGLU 4F. For any tokens it keeps the copies of weights that are cast to the activations'
+    dtype. Statistics of norms and of the softmax, and LoRA's r numbers a layer, are below 2% and left out.
     """
     c = width(model)
-    cfg = _trunk(model).cfg
-    block = _trunk(model).blocks[0]
-    per_token = norm_bytes(block.norm1, c) + norm_bytes(block.norm2, c)
+    cfg = model.trunk.cfg
+    block = model.trunk.blocks[0]
+    Q = cfg.n_head * cfg.head_dim
+    K = cfg.n_kv_head * cfg.head_dim
+    per_token = 2 * norm_bytes(block.norm1, cfg.d_model, c)
     if cfg.parallel and c == 4:  # both norms keep the same x; in bf16 each keeps an fp32 copy of its own
         per_token -= 4 * cfg.d_model
     if block.attn.q_norm is not None:
-        per_token += cfg.n_head * norm_bytes(block.attn.q_norm, 0)
-        per_token += cfg.n_kv_head * norm_bytes(block.attn.k_norm, 0)
-    Q = cfg.n_head * cfg.head_dim
-    K = cfg.n_kv_head * cfg.head_dim
-    per_token += c * (2 * Q + 2 * K) + 4 * cfg.n_head
+        per_token += norm_bytes(block.attn.q_norm, Q + K, 0)
+    per_token += c * (2 * Q + 2 * K + 2 * cfg.d_ff)
     if cfg.pos == "rope":
         per_token += c * Q
-    per_token += c * cfg.d_ff * 2
     if block.mlp.gate is not None:
         per_token += c * cfg.d_ff * 2
-    for module in block.modules():
-        if isinstance(module, lora.Adapted):
-            per_token += c * len(module.A)
     return per_token, cast_bytes(block, c)
 
 
 def activation_bytes(model, tokens):
     """Bytes kept for the backward pass of so many padded tokens, up to the input of the head."""
-    trunk = _trunk(model)
+    trunk = model.trunk
     per_token, once = layer_bytes(model)
     block = per_token * tokens + once
     if trunk.recompute:  # the inputs of all blocks, and all activations of one block at a time
@@ -132,23 +109,16 @@ def activation_bytes(model, tokens):
         kept = inputs * width(model) + block
     else:
         kept = trunk.cfg.n_layer * block
-    return kept + (norm_bytes(trunk.norm, 4) + 8) * tokens
+    return kept + norm_bytes(trunk.norm, trunk.cfg.d_model, 4) * tokens
 
 
-def head_bytes(model, train=False, one_pass=0):
-    """Bytes that log-probs need: logits, the unembedding where it is cast, and its gradient in fp32.
-
-    one_pass: tokens whose loss is formed in one pass. It stores all their logits, with gradients. Where it is
-    0, only tiles of logits exist at a time.
-    """
+def head_bytes(model, logits=TILES, train=False):
+    """Bytes that log-probs need: logits, the unembedding where it is cast, and its gradient in fp32."""
     if isinstance(model, ScalarModel):
         return 0
-    weight = _trunk(model).wte.weight
+    weight = model.trunk.wte.weight
     c = width(model)
-    out = TILES
-    if one_pass:
-        per_logit = 4 if c == 4 else 4 + c  # in fp32 the gradient overwrites the logit
-        out = min(STORED, one_pass * len(weight) * per_logit)
+    out = logits
     if weight.itemsize > c:
         out += c * weight.numel()
     if train and weight.requires_grad:
@@ -158,7 +128,7 @@ def head_bytes(model, train=False, one_pass=0):
 
 def forward_bytes(model, tokens):
     """Bytes that one layer uses in a forward pass that keeps nothing, about."""
-    cfg = _trunk(model).cfg
+    cfg = model.trunk.cfg
     activations = 3 * cfg.d_ff + 3 * cfg.d_model
     return tokens * (width(model) * activations + 8 * cfg.d_model)
 
@@ -181,8 +151,8 @@ def sampling_parts(model, slots, length, prompt):
     c = width(model)
     prefilled = max(prompt, min(PREFILL, slots * prompt))  # padded tokens prefilled together
     return {
-        "KV cache": kv_bytes(model, slots, length),
-        "prompts that wait": kv_bytes(model, 1, prefilled),
+        "KV cache": model.new_cache(slots, length).kv.nbytes,  # on the meta device: nothing is allocated
+        "prompts that wait": model.new_cache(1, prefilled).kv.nbytes,
         "a layer at work on prompts": forward_bytes(model, prefilled),
         "weights cast once": cast_bytes(model.blocks, c) + c * model.wte.weight.numel(),
         "logits": 4 * 4 * slots * model.n_ids,  # fp32, with the copies that slots.py makes
@@ -198,12 +168,16 @@ def forward_parts(model, tokens):
 
 
 def update_parts(models, tokens, one_pass=True):
-    """→ {part: bytes} of forward and backward pass of the trained models, on so many padded tokens."""
-    stored = tokens if one_pass else 0
+    """→ {part: bytes} of forward and backward pass of the trained models, on so many padded tokens.
+
+    A loss that is formed in one pass stores logits with their gradients, otherwise tiles of logits are made
+    twice.
+    """
+    logits = STORED if one_pass else TILES
     return {
         "activations": sum(activation_bytes(m, tokens) for m in models),
         "a layer at work": forward_bytes(models[0], tokens),
-        "unembedding, gradient, tile of logits": sum(head_bytes(m, True, stored) for m in models),
+        "unembedding, gradient, tile of logits": sum(head_bytes(m, logits, train=True) for m in models),
     }
 
 
@@ -231,7 +205,7 @@ def _supervised(about, cfg, model, rows, lengths, sampled=None):
         "evaluation": forward_parts(model, 64 * longest),
     }
     about = f"{len(lengths):,} {about}, {_summary(lengths)}"
-    report(about, {"model": model}, ["model"], phases, sampled)
+    report(about, {"model": model}, {}, phases, sampled)
 
 
 def sft(cfg, load):
@@ -242,16 +216,12 @@ def sft(cfg, load):
     _supervised("demonstrations", cfg, model, cfg.batch_size, lengths, sampled)
 
 
-def rm(cfg, load):
+def rm(cfg, load, load_pairs):
     model, tok = load(cfg, META)
     lora.add(model, cfg.lora_rank, cfg.dtype)
     lengths = []
     if cfg.data:
-        task = tasks.get(cfg.task)
-        train, test = load_rows(cfg, task, model, tok)
-        pairs = encode_pairs(train, tok, model.cfg.max_len, "training")
-        heldout = encode_pairs(test, tok, model.cfg.max_len, "held-out")
-        require_both(cfg, pairs, heldout)
+        pairs, _ = load_pairs(cfg, tasks.get(cfg.task), model, tok)
         for prompt, chosen, rejected in pairs:
             lengths += [len(prompt) + len(chosen), len(prompt) + len(rejected)]
     else:
@@ -262,21 +232,17 @@ def rm(cfg, load):
 def _made_lengths(cfg, model, tok):
     """Tokens of both sides of 256 pairs that the trainer would sample, each at its longest."""
     task = tasks.get(cfg.task)
-    lengths = []
-    for row in task.prompts("train", 256, cfg.seed):
-        prompt = len(tok.encode_prompt(row["prompt"]))
-        lengths += 2 * [min(model.cfg.max_len, prompt + task.max_new_tokens)]
-    return lengths
+    prompts = [tok.encode_prompt(row["prompt"]) for row in task.prompts("train", 256, cfg.seed)]
+    return 2 * [min(model.cfg.max_len, len(prompt) + task.max_new_tokens) for prompt in prompts]
 
 
 def dpo(cfg, load):
     policy, ref, rm, tok = load(cfg, META)
-    freeze(cfg, ref, rm, trained=(policy,))
-    for spec in cfg.reward:
-        worker.load_reward(spec)
+    freeze(cfg, ref, rm, trained=[policy])
+    task = tasks.get(cfg.task)
+    worker.rewards_of(task, cfg.reward)
+    lengths = []
     if cfg.data:
-        task = tasks.get(cfg.task)
-        lengths = []
         for e in load_examples(cfg, task, policy, tok, cfg.loss == "kto")[0]:
             lengths += [len(e.prompt) + len(e.first), len(e.prompt) + len(e.second)]
     else:
@@ -295,20 +261,20 @@ def dpo(cfg, load):
             copies = n_bytes([policy])
     length = min(policy.cfg.max_len, longest + cfg.max_new_tokens)
     sampled = SampledRows(policy, rows, length, prompt=longest)
-    models = {"policy": policy, "reference": ref, "reward model": rm}
     about = f"{len(lengths) // 2:,} pairs, {_summary(lengths, 'tokens a side')}"
-    report(about, models, ["policy"], phases, sampled, copies)
+    report(about, {"policy": policy}, {"reference": ref, "reward model": rm}, phases, sampled, copies)
 
 
 def rl(cfg, load):
     """PPO and GRPO. Only PPO's loader returns a critic."""
     policy, ref, *critic, rm, tok = load(cfg, META)
-    trained = [policy, *critic]
-    freeze(cfg, ref, rm, trained=trained)
-    for spec in cfg.reward:
-        worker.load_reward(spec)
+    trained = {"policy": policy}
+    if critic:
+        trained["critic"] = critic[0]
+    freeze(cfg, ref, rm, trained=trained.values())
     new = cfg.limits[-1] if hasattr(cfg, "limits") else cfg.max_new_tokens
     task = tasks.get(cfg.task)
+    worker.rewards_of(task, cfg.reward)
     data, test = load_prompts(cfg, task, tok, policy.cfg.max_len, new)
     prompts = [len(tok.encode_prompt(row["prompt"])) for row in data]
     longest = max(prompts) + new
@@ -317,7 +283,7 @@ def rl(cfg, load):
     by_token = getattr(cfg, "ratio", "token") == "token"
     phases = {
         "scoring": forward_parts(policy, max(tokens, SCORE_TOKENS if rm else 0)),
-        "update": update_parts(trained, tokens, one_pass=by_token),
+        "update": update_parts(list(trained.values()), tokens, one_pass=by_token),
     }
     copies = 0
     older = getattr(cfg, "off_policy_steps", 0)
@@ -325,111 +291,68 @@ def rl(cfg, load):
         copies = n_bytes([policy]) * (older + 2)
     rows = max(rows, min(512, len(test)))  # those of a step, or of the evaluation
     sampled = SampledRows(policy, rows, longest, max(prompts))
-    models = {"policy": policy, "reference": ref}
-    names = ["policy"]
-    if critic:
-        models["critic"] = critic[0]
-        names.append("critic")
-    models["reward model"] = rm
     about = f"{len(data):,} prompts, {_summary(prompts)}; responses of at most {new:,}"
-    report(about, models, names, phases, sampled, copies)
+    report(about, trained, {"reference": ref, "reward model": rm}, phases, sampled, copies)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The report
 
 
-class Fit(NamedTuple):
-    """What a run needs on a GPU of a given size."""
-
-    gib: int  # memory of the GPU, GiB
-    slots: int  # rows sampled at once
-    phases: dict  # {phase: {part: bytes}}
-    largest: str  # the phase that needs most
-    peak: int  # bytes
-
-
-def _fit(gib, resident, phases, sampled):
-    slots = 0
-    if sampled is not None:
-        free = gib * GIB - resident
-        slots = that_fit(sampled.model, sampled.rows, sampled.length, free)
-        parts = sampling_parts(sampled.model, slots, sampled.length, sampled.prompt)
-        phases = phases | {"sampling": parts}
-    sizes = {phase: sum(parts.values()) for phase, parts in phases.items()}
-    largest = max(sizes, key=sizes.get)
-    return Fit(gib, slots, phases, largest, resident + sizes[largest])
-
-
-def report(about, models, trained, phases, sampled=None, copies=0):
+def report(about, trained, frozen, phases, sampled=None, copies=0):
     """Print the plan, at most 80 columns wide. The peak is the resident memory and the largest phase's.
 
-    about: a line on the data. models: {name: model or None}. trained: the names of those that are trained.
-    phases: {phase: {part: bytes}}. sampled: SampledRows. copies: bytes of further copies of the weights.
+    about: a line on the data. trained, frozen: {name: model, frozen ones may be None}. phases: {phase: {part:
+    bytes}}. sampled: SampledRows. copies: bytes of further copies of the weights.
     A GPU with little memory samples fewer rows at once. The figures are for the smallest GPU on which memory
-    does not reduce them, or else for the largest GPU that the run fits.
+    does not reduce them, or else for the largest GPU. The last lines name the GPUs that the run fits, up to
+    that one.
     """
     print(f"dry run of {os.path.basename(sys.argv[0])}: nothing is trained or written\n{about}\n")
-    models = {name: model for name, model in models.items() if model}
+    frozen = {name: model for name, model in frozen.items() if model}
+    models = trained | frozen
     for name, model in models.items():
         n = sum(p.numel() for p in model.parameters())
-        print(f"  {name:<14}{n:>16,} parameters, {_role(name, models, trained)}")
+        state = "frozen"
+        if name in trained:
+            n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            state = f"{n_trained:,} trained"
+        print(f"  {name:<14}{n:>16,} parameters, {state}")
 
-    away = [model for model in models.values() if getattr(model, "home", None)]  # --save_memory
+    away = [model for model in frozen.values() if hasattr(model, "home")]  # --save_memory
     if away:
         phases["scoring"]["largest offloaded model"] = max(n_bytes([model]) for model in away)
-    gradients = trained_bytes([models[name] for name in trained])
     stay = [model for model in models.values() if model not in away]
+    gradients = trained_bytes(trained.values())
     always = {
         "weights": n_bytes(stay) + copies,
         "gradients": gradients,
         "optimizer (AdamW's two moments)": 2 * gradients,
         "CUDA's own, about": CONTEXT,
     }
-    phases = phases | {"optimizer step": {"AdamW's temporaries": gradients}}
     resident = sum(always.values())
-    fits = [_fit(gib, resident, phases, sampled) for gib in SIZES]
+    slots = 0
     wanted = min(sampled.rows, SLOTS) if sampled else 0
-    fitting = [fit for fit in fits if fit.peak <= fit.gib * GIB]
-    unlimited = [fit for fit in fitting if fit.slots == wanted]
-    best = fits[-1]
-    if unlimited:
-        best = unlimited[0]
-    elif fitting:
-        best = fitting[-1]
+    fits = []
+    for gib in SIZES:
+        if sampled:
+            slots = that_fit(sampled.model, wanted, sampled.length, gib * GIB - resident)
+            phases["sampling"] = sampling_parts(sampled.model, slots, sampled.length, sampled.prompt)
+        sizes = {phase: sum(parts.values()) for phase, parts in phases.items()}
+        largest = max(sizes, key=sizes.get)
+        peak = resident + sizes[largest]
+        if peak > gib * GIB:
+            continue
+        fewer = f", sampling {slots} of {wanted} rows at once" if slots < wanted else ""
+        fits.append(f"  fits a GPU of {gib} GiB{fewer}")
+        if slots == wanted:
+            break
 
     print("\nmemory of the GPU, GiB")
-    for name, size in always.items():
-        _print_row(name, size)
-    for phase, parts in best.phases.items():
-        for name, size in parts.items():
-            _print_row(f"{phase}: {name}", size)
-    _print_row("at most", best.peak, f"({best.largest})")
-    if not fitting:
-        print("  fits no single GPU")
-        return
-    _print_fit(best, wanted)
-    if fitting[0] is not best:
-        _print_fit(fitting[0], wanted)
-
-
-def _role(name, models, trained):
-    model = models[name]
-    if name in trained:
-        n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return f"{n:,} trained"
-    first = models[trained[0]]
-    if n_bytes([first, model]) == n_bytes([first]):  # LoRA's reference
-        return "the policy's own"
-    return "frozen"
-
-
-def _print_row(name, size, note=""):
-    print(f"  {name:<46}{size / GIB:>10.2f}  {note}".rstrip())
-
-
-def _print_fit(fit, wanted):
-    line = f"  fits a GPU of {fit.gib} GiB"
-    if fit.slots < wanted:
-        line += f", sampling {fit.slots} of {wanted} rows at once"
-    print(line)
+    rows = always
+    for phase, parts in phases.items():
+        rows |= {f"{phase}: {name}": size for name, size in parts.items()}
+    for name, size in rows.items():
+        print(f"  {name:<46}{size / GIB:>10.2f}")
+    print(f"  {'at most':<46}{peak / GIB:>10.2f}  ({largest})")
+    print("\n".join(fits) or "  fits no single GPU")

@@ -9,13 +9,13 @@ the models as they were before the update, and the batch. The recipe:
     replay.first_not_finite(models, lambda: trainer.gradient(*models, batch, cfg))  # "models[0].blocks.3.mlp"
 """
 
-import contextlib
 import dataclasses
 import importlib
 import os
 import pickle
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from nanorlhf import lora
 from nanorlhf.errors import UserError, require
@@ -33,20 +33,15 @@ def save(path, trainer, cfg, step, models, batch):
         "models": [_packed(model) for model in models],
         "batch": batch,
     }
-    try:
-        if dist.rank() == 0:
-            torch.save(content, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
-    finally:
-        if dist.rank() == 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{path}.tmp")  # left there only if the disk is full
+    if dist.rank() == 0:
+        torch.save(content, f"{path}.tmp")  # which stays there if the disk is full
+        os.replace(f"{path}.tmp", path)
     dist.wait()  # the others' error, raised earlier, would end this process in mid-write
 
 
 def _packed(model):
     """→ dict of a model's config and weights, the weights on rank 0 only."""
-    trunk = getattr(model, "trunk", model)
+    trunk = model.trunk
     weights = {}
     for name, x in model.state_dict().items():  # one at a time: the whole of a sharded model may not fit
         x = sharding.full(x)
@@ -70,8 +65,8 @@ def load(path):
         content = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise UserError(f"{path}: cannot be read: {str(e).partition(chr(10))[0]}") from None
-    require(isinstance(content, dict) and "trainer" in content, f"{path}: was not written by Run.check")
-    require(content["trainer"].startswith("train_"), f"{path}: {content['trainer']} is no trainer")
+    ours = isinstance(content, dict) and str(content.get("trainer")).startswith("train_")
+    require(ours, f"{path}: was not written by Run.check")
     trainer = importlib.import_module(content["trainer"])
     cfg = trainer.Config(**content["config"] | {"shard": False})
     if cfg.device == "cuda" and not torch.cuda.is_available():
@@ -80,7 +75,11 @@ def load(path):
     device = setup(cfg)
     models = [_unpacked(saved, cfg.dtype) for saved in content["models"]]
     to_device(cfg, device, *models)
-    return trainer, models, _to(content["batch"], device), cfg
+    batch = content["batch"]
+    for name, x in batch.items():
+        if isinstance(x, torch.Tensor):
+            batch[name] = x.to(device)
+    return trainer, models, batch, cfg
 
 
 def _unpacked(saved, dtype):
@@ -90,18 +89,9 @@ def _unpacked(saved, dtype):
         model = ScalarModel(model)
         model.step_ids = saved["step_ids"]
     weights = saved["weights"]
-    ranks = [len(x) for name, x in weights.items() if name.endswith(".A")]
-    lora.add(model, ranks[0] if ranks else 0, dtype)
+    lora.add(model, lora.rank_in(weights), dtype)
     model.load_state_dict(weights)
     return model
-
-
-def _to(x, device):
-    if isinstance(x, dict):
-        return {key: _to(value, device) for key, value in x.items()}
-    if isinstance(x, torch.Tensor):
-        return x.to(device)
-    return x
 
 
 def first_not_finite(models, run):
@@ -114,26 +104,21 @@ def first_not_finite(models, run):
     'models[0].0'
     """
     found = []
-    hooks = []
+    names = {}
     for i, model in enumerate(models):
         for name, p in model.named_parameters():
             if not p.isfinite().all():
                 found.append(f"models[{i}].{name}")
         for name, module in model.named_modules():
-            hooks.append(module.register_forward_hook(_look(f"models[{i}].{name}", found)))
+            names[module] = f"models[{i}].{name}"
+
+    def look(module, args, out):
+        if isinstance(out, torch.Tensor) and not out.isfinite().all():
+            found.append(names[module])
+
+    hook = register_module_forward_hook(look)  # of all modules there are
     try:
         run()
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
     return found[0] if found else None
-
-
-def _look(name, found):
-    """→ a hook that appends the module's name to `found` if its output is not finite."""
-
-    def hook(module, args, out):
-        if isinstance(out, torch.Tensor) and not out.isfinite().all():
-            found.append(name)
-
-    return hook

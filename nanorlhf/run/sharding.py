@@ -7,7 +7,6 @@ block's weights are gathered when the block is used. torch calls such a tensor a
 
 import contextlib
 import os
-import pickle
 
 import torch
 import torch.distributed as torch_dist
@@ -39,7 +38,7 @@ def shard(model, mesh, dtype, offload):
     if dtype == "bfloat16":  # inputs are not cast: the rotary tables must stay fp32
         precision = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         settings["mp_policy"] = precision
-    trunk = getattr(model, "trunk", model)
+    trunk = model.trunk
     for block in trunk.blocks:
         fsdp.fully_shard(block, **settings)
     fsdp.fully_shard(trunk, reshard_after_forward=False, **settings)
@@ -87,10 +86,9 @@ def gathered(model):
 def _plain(model):
     """An unsharded GPT that shares the gathered weights of this one."""
     weights = dict(model.named_parameters())
-    ranks = [len(p) for name, p in weights.items() if name.endswith(".A")]
     with torch.device("meta"):
         plain = type(model)(model.cfg)
-        lora.add(plain, ranks[0] if ranks else 0)
+        lora.add(plain, lora.rank_in(weights))
     plain.load_state_dict(weights, assign=True)
     for name in ("compute_dtype", "n_ids", "stop_ids"):
         setattr(plain, name, getattr(model, name))
@@ -130,8 +128,13 @@ def piece(tensor, x):
 
 
 def shard_like(tensor, x):
-    """Whole tensor → cut as the sharded tensor x is; itself, if x is not cut or has another shape."""
-    if not hasattr(x, "device_mesh") or hasattr(tensor, "device_mesh") or tensor.shape != x.shape:
+    """Whole tensor, or the list of its pieces → cut as the sharded tensor x is.
+
+    The whole tensor, if x is not cut or has another shape.
+    """
+    if isinstance(tensor, list):
+        tensor = torch.cat(tensor) if len(tensor) > 1 else tensor[0]
+    if not hasattr(x, "device_mesh") or tensor.shape != x.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -139,77 +142,54 @@ def shard_like(tensor, x):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# checkpoints: every process writes its pieces, and any number of processes can read them
+# checkpoints: every process writes a file of its pieces, and any number of processes can read them
 
 
-def _flat(state_dicts):
-    """Tensors of several dicts, as one dict.
+def write(folder, state):
+    """Write this process's pieces of the tensors in nested dicts. All processes call it together.
 
-    >>> _flat({"policy": {"wte.weight": 1}, "/0": {"exp_avg": 2}})
-    {'policy/wte.weight': 1, '/0/exp_avg': 2}
+    OSError on all of them if one cannot write.
     """
-    return {f"{key}/{name}": x for key, tensors in state_dicts.items() for name, x in tensors.items()}
-
-
-def write(folder, models, optimizer):
-    """Write this process's pieces of {name: a model's state_dict} and of the optimizer's state_dict.
-
-    All processes call it together. OSError on all of them if one cannot write.
-    """
-    from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
-
-    tensors = _flat(models) | _flat({f"/{i}": moments for i, moments in optimizer["state"].items()})
     torch_dist.barrier()  # until rank 0 has made the folder around it
+    rank = torch_dist.get_rank()
+    error = None
     try:
-        save(tensors, storage_writer=FileSystemWriter(folder, sync_files=False))
-    except CheckpointException as e:
-        errors = [error for error, _ in e.failures.values()]
-        os_errors = [error for error in errors if isinstance(error, OSError)]
-        raise (os_errors or [OSError(str(errors[0]))])[0] from e
+        os.makedirs(folder, exist_ok=True)
+        torch.save(_pieces(state, rank), f"{folder}/{rank:05d}.pt")
+    except (OSError, RuntimeError) as e:
+        error = str(e)
+    errors = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(errors, error)
+    for error in filter(None, errors):
+        raise OSError(error)
 
 
-class _Metadata(pickle.Unpickler):
-    """Reads the table of pieces. It is a pickle, which could run any code: only these classes are allowed."""
-
-    NAMES = """Metadata MetadataIndex TensorStorageMetadata TensorProperties ChunkStorageMetadata StorageMeta
-        _MEM_FORMAT_ENCODING _StorageInfo PosixPath Size _get_layout""".split()
-
-    def find_class(self, module, name):
-        known = name in self.NAMES and module.partition(".")[0] in ("torch", "pathlib")
-        if known or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+def _pieces(x, rank):
+    """Nested dicts of tensors → the same of this process's pieces; what is not cut is left to rank 0."""
+    if not isinstance(x, dict):
+        return local(x)
+    pieces = {}
+    for name, value in x.items():
+        if rank == 0 or isinstance(value, dict) or hasattr(value, "device_mesh"):
+            pieces[name] = _pieces(value, rank)
+    return pieces
 
 
-def read(folder, models, optimizer):
-    """What `write` wrote, cut as the models are here → {"models", "optimizer"}, as state_dicts."""
-    from torch.distributed.checkpoint import FileSystemReader, load
+def read(folder):
+    """The nested dicts that `write` was given, with the list of its pieces in place of each tensor.
 
-    class Reader(FileSystemReader):
-        def read_metadata(self, *args, **kwargs):
-            with open(os.path.join(folder, ".metadata"), "rb") as f:
-                table = _Metadata(f).load()
-            table.storage_meta.load_id = self.load_id
-            return table
+    The files are mapped: a tensor takes memory only when `shard_like` puts its pieces together.
+    """
+    files = [os.path.join(folder, name) for name in sorted(os.listdir(folder))]
+    return _merge([torch.load(file, weights_only=True, map_location="cpu", mmap=True) for file in files])
 
-    reader = Reader(folder)
-    weights = _flat({key: model.state_dict() for key, model in models.items()})
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = {}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        key, i, *_ = name.split("/")
-        x = weights.get(name) if key else params[int(i)]
-        fits = x is not None and x.shape == entry.size
-        tensors[name] = torch.zeros_like(x) if fits else torch.zeros(entry.size)
-    load(tensors, storage_reader=reader)
 
-    weights = {key: {} for key in models}
-    moments = {}
-    for name, x in tensors.items():
-        key, _, rest = name.partition("/")
-        if key:
-            weights.setdefault(key, {})[rest] = x
-        else:
-            i, _, kind = rest.partition("/")
-            moments.setdefault(int(i), {})[kind] = x
-    return {"models": weights, "optimizer": {"state": moments}}
+def _merge(parts):
+    """Nested dicts of pieces, one of each process → nested dicts of lists of pieces.
+
+    >>> _merge([{"wte": {"weight": 1, "bias": 2}}, {"wte": {"weight": 3}}])
+    {'wte': {'weight': [1, 3], 'bias': [2]}}
+    """
+    if not isinstance(parts[0], dict):
+        return parts
+    return {name: _merge([part[name] for part in parts if name in part]) for name in parts[0]}

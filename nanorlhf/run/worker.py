@@ -4,7 +4,6 @@ A reward function is reward(prompt, response, row) → float, where row is the p
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import inspect
 import math
@@ -91,7 +90,6 @@ class Rewards:
         self.functions = functions
         self.specs = specs
         self.timeout = timeout
-        self.guarded = bool(specs and timeout)
         self.process = None
         self.calls = 0
         self.failures = 0
@@ -107,11 +105,10 @@ class Rewards:
         """Call function i on every text, a response to its row's prompt → its values, a list of floats."""
         name, _, call = self.functions[i]
         pairs = list(zip(texts, rows, strict=True))
-        if not self.guarded:
+        if not (self.specs and self.timeout):
             return [call_reward(name, call, row["prompt"], text, row) for text, row in pairs]
         values = []
         failures = 0
-        first = ""
         for text, row in pairs:
             value, why = self._call(i, row["prompt"], text, row)
             message = f"reward {name} {why} {_sample(row['prompt'], text)}"
@@ -121,10 +118,12 @@ class Rewards:
             if not why:
                 continue
             failures += 1
-            first = first or message
             if failures > len(pairs) / 2:
-                raise RunError(f"more than half of {len(pairs)} calls failed; the first: {first}")
-            self._warn(message)
+                raise RunError(f"more than half of {len(pairs)} calls failed; the last: {message}")
+            if not self.warned:
+                file = sys.stderr if dist.rank() else None  # torchrun shows stdout of rank 0 only
+                tqdm.write(f"warning: {message}: scored 0; column reward_failed counts such calls", file=file)
+                self.warned = True
         self.calls += len(pairs)
         self.failures += failures
         return values
@@ -138,8 +137,8 @@ class Rewards:
     def figures(self, roll):
         """What the log says of a Rollout's rewards: the share of failed calls, and each function's mean."""
         figures = {"reward_failed": self.share_failed()}
-        for column in self.columns():
-            figures[column] = roll.reward_parts[column.removeprefix("reward/")].mean().item()
+        for i, column in enumerate(self.columns()):
+            figures[column] = roll.reward_parts[:, i].mean().item()
         return figures
 
     def share_failed(self):
@@ -150,13 +149,6 @@ class Rewards:
         calls = sum(calls for calls, _ in counts)
         failures = sum(failures for _, failures in counts)
         return failures / calls if calls else None
-
-    def _warn(self, message):
-        """Print the first failure of a run."""
-        if not self.warned:
-            file = sys.stderr if dist.rank() else None  # torchrun shows stdout of rank 0 only
-            tqdm.write(f"warning: {message}: scored 0; column reward_failed counts such calls", file=file)
-        self.warned = True
 
     def _call(self, i, *args):
         """→ (value, ""), (0.0, why) for a call that failed, (None, why) for a value that is not a number."""
@@ -180,7 +172,7 @@ class Rewards:
         self.process.start()
         child_pipe.close()
         with contextlib.suppress(EOFError, OSError):
-            if self.pipe.poll(START) and self.pipe.recv() == "ready":  # --reward_timeout counts from here
+            if self.pipe.poll(START) and self.pipe.recv():  # it is ready; --reward_timeout counts from here
                 return
         self._end()
         raise RunError(f"--reward: the process that imports {', '.join(self.specs)} ended or hangs")
@@ -242,9 +234,9 @@ def load_reward(spec: str) -> RewardFunction:
     def wrong(problem):
         return UserError(f"--reward {spec}: {problem}")
 
-    path, colon, rest = spec.rpartition(":")  # the last colon: C:\rewards.py:name has two
+    path, _, rest = spec.rpartition(":")  # the last colon: C:\rewards.py:name has two
     name, star, factor = rest.partition("*")
-    if not colon or not path or not name:
+    if not path or not name:
         raise wrong("expected path/to/file.py:name or path/to/file.py:name*0.2")
     try:
         weight = float(factor) if star else 1.0
@@ -254,8 +246,8 @@ def load_reward(spec: str) -> RewardFunction:
         raise wrong("what stands after * is not a finite number")
     if not os.path.isfile(path):
         raise wrong(f"there is no file {path}")
-    digest = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()
-    module_name = f"reward_{digest[:8]}"  # not the file's name: a/r.py and b/r.py are two modules
+    # The file's own name would not do: a/r.py and b/r.py are two modules.
+    module_name = f"reward_{hash(os.path.abspath(path))}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None:
         raise wrong(f"{path} is not a .py file")
@@ -269,8 +261,6 @@ def load_reward(spec: str) -> RewardFunction:
     function = getattr(module, name, None)
     if function is None:
         raise wrong(f"{path} defines no {name}")
-    if not callable(function):
-        raise wrong(f"{name} in {path} is not a function")
     if _wants_row(function):
         return RewardFunction(name, weight, function)
     if _takes(function, 2):
@@ -281,12 +271,10 @@ def load_reward(spec: str) -> RewardFunction:
 def _wants_row(function) -> bool:
     """Whether to pass the row. A third parameter with a default, as in f(prompt, response, scale=1.0), is an
     option of the function's own unless its name is `row`."""
-    if not _takes(function, 2):
-        return _takes(function, 3)
     if not _takes(function, 3):
         return False
     names = list(inspect.signature(function).parameters)
-    return len(names) > 2 and names[2] == "row"
+    return names[2:3] == ["row"] or not _takes(function, 2)
 
 
 def _takes(function, count: int) -> bool:
