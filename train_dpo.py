@@ -439,7 +439,7 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
                     "ids": [row["_ids"], ids[best], ids[worst]],
                 })  # fmt: skip
     reward, se = mean_se(torch.cat(scores).view(-1, G))
-    return found, {"reward": reward, "reward_se": se, "dead": 1 - len(found) / n}
+    return found, {"reward": reward, "reward_se": se, "dead": 1 - len(found) / len(order)}
 
 
 # ------------------------------------------------------------------------------------------------------------
