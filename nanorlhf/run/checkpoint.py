@@ -187,7 +187,7 @@ class Run:
 
     def _load_from(self, folder):
         path = folder / "state.pt"
-        # Without --shard the file holds all tensors. With mmap a process reads its own pieces of them only.
+        # Without --shard the file holds all tensors. With mmap a sharded run reads them one at a time.
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
         made_by = state["trainer"]
         require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
@@ -245,7 +245,7 @@ class Run:
     # --------------------------------------------------------------------------------------------------------
     # each step
 
-    def check(self, step, loss, gnorm, where, batch=None, models=()):
+    def check(self, step, loss, gnorm, where, batch, models):
         """RunError, before the optimizer step, if loss or gradient is not finite: no weight is spoilt yet.
 
         batch and models, the arguments of the trainer's `gradient`, are written to a file for run/replay.py.
@@ -253,13 +253,12 @@ class Run:
         if math.isfinite(loss) and math.isfinite(gnorm):
             return
         advice = "look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is too high"
-        if batch is not None:
-            path = f"{self.out}/bad-step-{step}.pt"
-            try:
-                replay.save(path, trainer_of(self.cfg), self.cfg, step, models, batch)
-                advice = f"{path} holds the batch; docs/reliability.md shows how to replay it; {advice}"
-            except (OSError, RuntimeError) as e:
-                print(f"warning: {path} could not be written ({str(e).splitlines()[0]})")
+        path = f"{self.out}/bad-step-{step}.pt"
+        try:
+            replay.save(path, trainer_of(self.cfg), self.cfg, step, models, batch)
+            advice = f"{path} holds the batch; docs/reliability.md shows how to replay it; {advice}"
+        except (OSError, RuntimeError) as e:
+            print(f"warning: {path} could not be written ({str(e).splitlines()[0]})")
         figures = f"loss {loss:g}, gradient norm {gnorm:g} ({where})"
         raise RunError(f"step {step}: {figures}; this update was not made; {advice}")
 
