@@ -1,4 +1,4 @@
-"""docs/way-of-one-prompt.md against a step that really runs: every function on the page is passed, and no other."""
+"""docs/way-of-one-prompt.md against a step that runs: it passes every function of the page, and no other."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def test_the_way_is_short():
 
 @pytest.fixture
 def passed(tmp_path, monkeypatch):
-    """{(file, name)} of the floor's functions that one step of GRPO passes, from its prompts to its gradient."""
+    """{(file, name)} of our functions that one step of GRPO passes, from its prompts to its gradient."""
     task = tasks.get("chain")
     tok = Tokenizer.from_chars(task.alphabet)
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_the_page_leaves_out_no_function_of_the_floor(passed):
     }
     inside["nanorlhf/model.py"] |= {"scatter", "loss_of_chunk", "unembedding"}  # inside GPT.logprobs
     inside["nanorlhf/rewards.py"] = {"call"}  # inside score_responses
-    inside["nanorlhf/rollout.py"] = {"changed", "compute", "logp", "lengths", "response_len"}  # inside, properties
+    inside["nanorlhf/rollout.py"] = {"changed", "compute", "logp", "lengths", "response_len"}
     told = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", PAGE))))
     left = set()
     for file, name in passed:
