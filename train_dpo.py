@@ -406,8 +406,8 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
     others.
     """
     G = cfg.group_size
-    seed = derive_seed(cfg.seed, "prompts")
-    order = epoch_batches(len(rows), cfg.pairs // cfg.online, seed, number)
+    n = cfg.pairs // cfg.online
+    order = epoch_batches(len(rows), n, derive_seed(cfg.seed, "prompts"), number)
     rolls = generate.sample_in_batches(
         policy,
         tok,

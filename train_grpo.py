@@ -30,7 +30,7 @@ import torch
 
 from nanorlhf import hub, lora, tasks
 from nanorlhf.data import epoch_batches, microbatches, take_rows, trim
-from nanorlhf.errors import derive_seed, require
+from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures, sample_figures
 from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses
@@ -240,7 +240,7 @@ def advantages(reward, group, norm="group_std", std_eps=1e-6, length=None):
     """
     n_groups = int(group.max()) + 1
     zeros = reward.new_zeros(n_groups)
-    size = zeros.index_add(0, group, torch.ones_like(reward))
+    size = group.bincount().to(reward)
     mean = zeros.index_add(0, group, reward) / size
     lowest = zeros.scatter_reduce(0, group, reward, "amin", include_self=False)
     highest = zeros.scatter_reduce(0, group, reward, "amax", include_self=False)
@@ -335,8 +335,7 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
         loss = -adv * logp
         is_clipped = torch.zeros_like(mask)
 
-    largest = (ratio.detach() * mask).max()
-    stats = {"clip": (w * is_clipped).sum(), "ratio_max": largest}
+    stats = {"clip": (w * is_clipped).sum(), "ratio_max": (ratio.detach() * mask).max()}
     if cfg.kl != "none" and cfg.kl_in != "reward":
         k = kl_estimate(logp, ref_logp, cfg.kl)
         if cfg.kl_in == "loss_unbiased":
@@ -408,8 +407,8 @@ def overlong(length, limit, share):
 def next_prompts(rows, progress, cfg):
     """→ the rows of the next batch of prompts, without those that are mastered (ScaleRL)."""
     mastered = progress["mastered"]
-    left = any(row["prompt"] not in mastered for row in rows)
-    require(left, f"--no_positive_resampling: all {len(rows)} prompts reached it; give more prompts")
+    if all(row["prompt"] in mastered for row in rows):
+        raise UserError(f"--no_positive_resampling: all {len(rows)} prompts reached it; give more prompts")
     seed = derive_seed(cfg.seed, "data")
     batch = []
     while not batch:
@@ -449,8 +448,7 @@ def sample_step(policy, tok, cfg, rows, limit, progress, score):
     if not kept:  # no group of any round is alive: all advantages are 0, and no update is made
         kept = rounds[-1:]
     roll = Rollout.cat(kept)
-    n = min(full, len(roll))
-    return roll.select(torch.arange(n)), rounds
+    return roll.select(torch.arange(min(full, len(roll)))), rounds
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -469,8 +467,7 @@ def train(cfg):
     sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
     dist.spread(cfg, policy, frozen=(ref, rm))  # one process: the models as they are
     opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
-    updates = cfg.epochs * cfg.minibatches
-    if cfg.loss == "reinforce" and (updates > 1 or cfg.off_policy_steps):
+    if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
         print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
 
     score = partial(score_responses, rm=rm, rewards=rewards)

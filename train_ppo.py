@@ -336,7 +336,6 @@ def train(cfg):
     # detail 20: Adam's eps is 1e-5; with PyTorch's 1e-8 the first step is about a fifth longer
     opt = adamw(groups, device, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
 
-    updates = cfg.epochs * cfg.minibatches
     score = partial(score_responses, rm=rm, rewards=rewards)
     measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed)
 

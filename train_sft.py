@@ -35,7 +35,7 @@ from nanorlhf.errors import derive_seed
 from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.rewards import evaluate, gate_problem, score_responses
+from nanorlhf.rewards import evaluate, score_responses, warn_at_gate
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
@@ -184,25 +184,22 @@ def held_out_loss(model, rows, tok, cfg):
 
 def log_samples(model, rows, tok, cfg, log, step):
     """One response to each of the first eight held-out rows → samples.jsonl."""
-    prompts = [ids[: mask.index(True)] for ids, mask in rows[:8]]
+    ids = [ids[: mask.index(True)] for ids, mask in rows[:8]]
+    prompts = [{"prompt": tok.decode(ids), "_ids": ids} for ids in ids]
     longest = max(sum(mask) for _, mask in rows)
-    room = model.cfg.max_len - max(map(len, prompts))
-    rows = [{"prompt": tok.decode(ids), "_ids": ids} for ids in prompts]
+    room = model.cfg.max_len - max(map(len, ids))
     seed = derive_seed(cfg.seed, "samples")
-    limit = min(room, longest)
-    roll = sample_responses(model, tok, rows, 1, limit, 1.0, seed)
-    log.samples(step, rows, roll.texts, None)
+    roll = sample_responses(model, tok, prompts, 1, min(room, longest), 1.0, seed)
+    log.samples(step, prompts, roll.texts, None)
 
 
-def accuracy(model, tok, task, cfg, say):
+def accuracy(model, tok, task, cfg):
     """Share of right answers on held-out prompts, and whether RL could start from here → metrics."""
     rows = task.prompts("test", 512, cfg.seed)
     limit = task.max_new_tokens
     score = partial(score_responses, rm=None, rewards=rewards_of(task, []))
     metrics = evaluate(model, tok, rows, score, 1.0, cfg.seed, limit)
-    problem = gate_problem(model, tok, task, limit, cfg.seed)
-    if problem:
-        say(problem)
+    warn_at_gate(model, tok, task, limit, cfg.seed)
     return metrics
 
 
@@ -211,9 +208,7 @@ def accuracy(model, tok, task, cfg, say):
 
 
 def new_tokenizer(cfg, task, rows, test_rows):
-    kind = cfg.tokenizer
-    if not kind:
-        kind = "bpe" if cfg.data else task.tokenizer
+    kind = cfg.tokenizer or ("bpe" if cfg.data else task.tokenizer)
     if kind == "chars":  # the characters of the held-out rows belong to the alphabet, or they had no ids
         rows = rows + test_rows
     texts = [row[key] for row in rows for key in ("prompt", "response")]
@@ -232,9 +227,7 @@ def load(cfg, device):
     train_rows, test_rows = load_demonstrations(cfg, task)
     if cfg.init:
         read = device.type != "meta"  # --dry_run reads no weights
-        model, tok = load_model(
-            "--init", cfg.init, kind="language model", shard=cfg.shard, weights=read
-        )
+        model, tok = load_model("--init", cfg.init, "", "language model", shard=cfg.shard, weights=read)
     else:
         tok = new_tokenizer(cfg, task, train_rows, test_rows)
         model = new_model(cfg, tok)
@@ -294,7 +287,7 @@ def train(cfg):
                 metrics["eval/loss"] = held_out_loss(model, test, tok, cfg)
                 log_samples(model, test, tok, cfg, run.log, step)
             if last and task.reward and not cfg.data:
-                metrics |= accuracy(model, tok, task, cfg, run.log.say)
+                metrics |= accuracy(model, tok, task, cfg)
             run.log.row(step, metrics)
             run.checkpoint(done, lambda: hub.save(model, tok, f"{cfg.out}/model"))
     return run.log.last

@@ -64,6 +64,13 @@ def pass_gate(policy, tok, task, limit, seed):
     require(problem is None, problem)
 
 
+def warn_at_gate(policy, tok, task, limit, seed):
+    """Print the `gate_problem`, if there is one, at the end of a training of which RL is the next."""
+    problem = gate_problem(policy, tok, task, limit, seed)
+    if problem:
+        tqdm.write(problem)
+
+
 def evaluate(policy, tok, rows, score, temperature, seed, limit):
     """Mean score on held-out prompts, printed, and → {"eval/reward": sampled, "eval/greedy": greedy}.
 

@@ -197,7 +197,10 @@ def test_ragged_responses_of_a_sharded_model(runs, stages):
     tokens, mask, logp, loss = torch.load(f"{runs}/roll.pt")
     model, _ = hub.load(f"{stages.folder}/sft/model")
     want = ranks.sample(model)
-    assert torch.equal(tokens, want.tokens) and torch.equal(mask, want.mask)
+    assert torch.equal(mask, want.mask)
+    position = torch.arange(tokens.shape[1])
+    inside = position < want.lengths[:, None]  # the pads behind a row may have any id
+    assert torch.equal(tokens[inside], want.tokens[inside])
     torch.testing.assert_close(logp, want.logp, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss, model.logprobs(tokens, mask)[0].sum(), rtol=1e-4, atol=1e-4)
     first, second = want.response_len[:6].max(), want.response_len[6:].max()

@@ -218,8 +218,9 @@ def test_row_41_surroundings(run, stages, tmp_path):
 def test_row_43_reference(trainer, run, stages, tmp_path, monkeypatch):
     """S | the reference drifts with the policy | its weights are bit-equal after training; at step 0 the
     ratio is 1, DPO's margin 0, and the KL 0"""
-    seen, real = [], trainer.load_models
-    monkeypatch.setattr(trainer, "load_models", lambda *args: seen.append(real(*args)) or seen[-1])
+    loader = "load_models_and_critic" if trainer is train_ppo else "load_models"
+    seen, real = [], getattr(trainer, loader)
+    monkeypatch.setattr(trainer, loader, lambda *args: seen.append(real(*args)) or seen[-1])
     more = {train_ppo: dict(minibatches=1), train_grpo: dict(minibatches=1, kl="k3", off_policy_steps=0)}
     assert run(trainer, beta=0.1, **more.get(trainer, {})).status == 0
     policy, ref = seen[0][:2]
