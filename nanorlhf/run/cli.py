@@ -126,7 +126,7 @@ def _convert(flag, kind, text):
     return numbers if kind == list[int] or len(numbers) > 1 else numbers[0]
 
 
-def parse(Config, argv, doc="", prog="train.py"):
+def parse(Config, argv, doc="", prog="train.py", plans=False):
     """A command line → Config. UserError names the nearest flag, or says what the value must be.
 
     `--name value` or `--name=value`, with `-` or `_`. A bool may stand alone, integers have commas between
@@ -138,7 +138,7 @@ def parse(Config, argv, doc="", prog="train.py"):
     while words:
         flag, equals, text = words.pop(0).partition("=")
         if flag in ("-h", "--help"):
-            print(help_text(Config, doc, prog))
+            print(help_text(Config, doc, prog, plans))
             raise SystemExit(0)
         name = flag.lstrip("-").replace("-", "_")
         if not flag.startswith("--") or name not in kinds:
@@ -179,15 +179,15 @@ def _comments(Config):
     return found
 
 
-def help_text(Config, doc, prog):
+def help_text(Config, doc, prog, plans=False):
     """--help: the docstring's first paragraph, then the flags under their headings; 80 columns.
 
-    Under each heading the flags that all trainers share come last.
+    Under each heading the flags that all trainers share come last. plans: there is a --dry_run.
     """
     about = doc.strip().split("\n\n")[0]
     lines = textwrap.wrap(about, 80)
     lines += ["", f"usage: python {prog} [--name value ...]", f"equations and examples: {prog}"]
-    if prog.startswith("train_"):
+    if plans:
         lines.append("--dry_run: read data and tokenizer, print the memory that a run needs, and stop")
     comments = _comments(Config)
     groups = {heading: [] for heading in ("", *HEADINGS)}
@@ -243,7 +243,7 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         flags = [word for word in argv if dry_run is None or word not in ("--dry_run", "--dry-run")]
-        cfg = parse(Config, flags, module_doc, prog)
+        cfg = parse(Config, flags, module_doc, prog, plans=dry_run is not None)
         if len(flags) == len(argv):
             train(cfg)
         else:
@@ -268,6 +268,9 @@ def _ending(error, cfg):
         return f"error: {message}", 2
     if isinstance(error, RunError):
         return f"stopped: {message}", 1
+    if isinstance(error, BrokenPipeError):  # as in `python train_sft.py | head`; Python flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "stopped: nobody reads the output any more", 1
     if isinstance(error, Interrupted):  # on all ranks after the same step
         dist.finish()
         return str(error), error.code
