@@ -406,7 +406,7 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
     others.
     """
     G = cfg.group_size
-    n = cfg.pairs // cfg.online
+    n = cfg.pairs // cfg.online  # prompts of a round
     order = epoch_batches(len(rows), n, derive_seed(cfg.seed, "prompts"), number)
     rolls = generate.sample_in_batches(
         policy,
@@ -439,7 +439,7 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
                     "ids": [row["_ids"], ids[best], ids[worst]],
                 })  # fmt: skip
     reward, se = mean_se(torch.cat(scores).view(-1, G))
-    return found, {"reward": reward, "reward_se": se, "dead": 1 - len(found) / len(order)}
+    return found, {"reward": reward, "reward_se": se, "dead": 1 - len(found) / n}
 
 
 # ------------------------------------------------------------------------------------------------------------
