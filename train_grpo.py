@@ -110,7 +110,7 @@ class Config(Flags):
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder, where the task has no reward function; empty: runs/TASK-rm/model
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
-    ref: str = ""  # reference model folder for the KL; empty: --init
+    ref: str = ""  # reference model folder for the KL; empty: --init; none: no reference
     out: str = ""  # run folder; empty: runs/TASK-grpo
 
     # method
@@ -256,7 +256,7 @@ def advantages(reward, group, norm="group_std", std_eps=1e-6, length=None):
     elif norm == "batch_whiten":
         n = torch.ones_like(reward)
         if length is not None:
-            n = length.to(reward.dtype)
+            n = length.to(reward)
         total = n.sum()
         centred = adv - (n * adv).sum() / total
         variance = (n * centred.square()).sum() / (total - 1)
@@ -307,9 +307,10 @@ def kl_estimate(logp, ref_logp, kind):
 
 
 def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
-    """Σ w·l over a micro-batch of whole rows → loss, stats. All (B, T); adv (B,) or (B, T).
+    """Σ w·l over the tokens of the mask → loss, stats. All (B, T); adv (B,) or (B, T); ref_logp may be None.
 
-    stats: clip, the weighted share of tokens whose ratio was clipped; ratio_max, the largest ratio.
+    The mask may hold some tokens of a row only; with --ratio sequence it must hold all tokens of its rows.
+    stats: clip, the sum of w over tokens whose ratio was clipped; ratio_max, the largest ratio.
     """
     mask = mask.bool()
     if adv.dim() == 1:
@@ -346,8 +347,10 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
 
 
 def microbatch_loss(policy, batch, cfg):
-    """→ loss, stats of `policy_loss`, log-probs and entropies (B, T) of one micro-batch."""
+    """→ loss, stats of `policy_loss`, log-probs and entropies (B, T) of one micro-batch.
 
+    A figure of stats is a scalar, or where the loss is formed chunk by chunk a tensor with one value a chunk.
+    """
     tokens = batch["tokens"]
     mask = batch["mask"]
 
@@ -368,11 +371,12 @@ def gradient(policy, batch, cfg):
 
     batch: tokens, mask, old_logp, ref_logp (or None), w (B, T), lengths, adv (B,), and of the whole step
     w_sum, the sum of w, and n_tokens, its sampled tokens. So any part of the step's rows gives its part of
-    the gradient. gap is the largest |logp − old_logp|: before the first update it is rounding alone.
+    the gradient. gap is the largest |logp − old_logp|: before the first update on a rollout of the
+    current policy it is rounding alone.
     """
     figures = Figures(loss="sum", clip="sum", entropy="sum", ratio_max="max", gap="max")
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
-    for rows in dist.paced(cut, policy.logprobs):  # one process: the micro-batches as they are
+    for rows in dist.paced(cut, policy.logprobs):  # one process: as they are; several: equally many
         mb = trim(take_rows(batch, rows))
         loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg)
         loss.backward()
@@ -388,7 +392,7 @@ def gradient(policy, batch, cfg):
 
 
 def learning_rate(step, cfg):
-    """5 steps of warm-up, then linear to 0."""
+    """The smaller of a warm-up over 5 steps and a line from lr at step 0 to 0 at the end."""
     return cfg.lr * min((step + 1) / 5, 1 - step / cfg.steps)
 
 
@@ -441,11 +445,10 @@ def sample_step(policy, tok, cfg, rows, limit, progress, score):
                     progress["mastered"][row["prompt"]] = pass_rate
         if cfg.filter_dead_groups:
             alive = groups.amax(1) > groups.amin(1)  # (prompts,)
-            index = alive[roll.group].nonzero()[:, 0]
-            roll = roll.select(index)
+            roll = roll.select(alive[roll.group].nonzero()[:, 0])
         if len(roll):
             kept.append(roll)
-    if not kept:  # no group of any round is alive: all advantages are 0, and no update is made
+    if not kept:  # in every group all rewards are equal: the last round is kept, or nothing could be logged
         kept = rounds[-1:]
     roll = Rollout.cat(kept)
     return roll.select(torch.arange(min(full, len(roll)))), rounds
@@ -465,7 +468,7 @@ def train(cfg):
     longest = cfg.limits[-1]
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest)
     sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
-    dist.spread(cfg, policy, frozen=(ref, rm))  # one process: the models as they are
+    dist.spread(cfg, policy, frozen=(ref, rm))  # one process: as they are; several: all get the same
     opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
     if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
         print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
@@ -475,27 +478,27 @@ def train(cfg):
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, longest, cfg.seed)
-        saved = {"policy": policy}
+        saved = {"policy": policy}  # what --resume reads back; what is frozen must be what it was
         frozen = []
         if cfg.ref_every:
             saved["ref"] = ref
         elif ref is not None:
             frozen.append(ref)
         start, extra = run.start(saved, opt, frozen)
-        progress = {"drawn": 0, "mastered": {}, "past": []} | extra
+        progress = {"drawn": 0, "mastered": {}, "past": []} | extra  # extra: what was saved of it
 
         for step in range(start, cfg.steps):
             metrics = {}
-            limit = cfg.limits[sum(step >= at for at in cfg.lengthen_at)]
+            limit = cfg.limits[sum(step >= at for at in cfg.lengthen_at)]  # after the lengthenings so far
             # ---- the same in train_ppo.py and train_grpo.py
             if test_rows and due(step, cfg.eval_every):
                 metrics |= measure(limit)
             clock = Clock()
             # ---- end
-            if step and due(step, cfg.ref_every):
+            if step and due(step, cfg.ref_every):  # `due` is true at step 0, too
                 ref.load_state_dict(lora.merged(policy).state_dict())
             if cfg.off_policy_steps:
-                past = progress["past"]
+                past = progress["past"]  # weights of this and the steps before; the sampler has the oldest
                 past.append(copy.deepcopy(policy.state_dict()))
                 del past[: -cfg.off_policy_steps - 1]
                 sampler.load_state_dict(past[0])
@@ -510,7 +513,7 @@ def train(cfg):
                 kl = (old_logp - ref_logp).sum(1).mean().item()  # nats per sequence
             reward = roll.reward + overlong(roll.response_len, limit, cfg.overlong_penalty)  # (B,)
             if cfg.kl != "none" and cfg.kl_in == "reward":
-                k = kl_estimate(old_logp, ref_logp, cfg.kl) * mask
+                k = kl_estimate(old_logp, ref_logp, cfg.kl)  # 0 outside the mask
                 reward = reward - cfg.beta * k.sum(1)
 
             # ---- advantage
@@ -519,25 +522,26 @@ def train(cfg):
             batch = roll.batch() | {"ref_logp": ref_logp, "adv": adv}
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
-            for group in opt.param_groups:
-                group["lr"] = learning_rate(step, cfg)
+            for param_group in opt.param_groups:
+                param_group["lr"] = learning_rate(step, cfg)
+            # over the updates of this step; averages() divides sums by their number
             figures = Figures(clip="sum", entropy="sum", gnorm="sum", ratio_max="max", gap="first")
             # ---- the same in train_ppo.py and train_grpo.py
             for epoch in range(cfg.epochs):
                 seed = derive_seed(cfg.seed, "minibatches", step, epoch)
                 generator = torch.Generator().manual_seed(seed)
                 order = torch.randperm(len(roll), generator=generator)
-                for index in order.tensor_split(cfg.minibatches):
+                for index in order.tensor_split(min(cfg.minibatches, len(order))):
                     minibatch = take_rows(batch, index)
                     # ---- end
-                    if cfg.filter_dead_groups and not adv.any():
-                        continue
+                    if cfg.filter_dead_groups and not adv.any():  # no group of the rollout is alive: no
+                        continue  # update, not even by the KL
                     minibatch["w"] = token_weights(minibatch["mask"], minibatch["group"], cfg)
                     minibatch["w_sum"] = minibatch["w"].sum().item()
                     minibatch["n_tokens"] = minibatch["mask"].sum().item()
                     opt.zero_grad()
-                    share = dist.share(minibatch)  # one process: all of it
-                    update = dist.whole_step(gradient(policy, share, cfg), policy)  # one process: as it is
+                    share = dist.share(minibatch)  # one process: all of it; several: this one's rows
+                    update = dist.whole_step(gradient(policy, share, cfg), policy)  # several: summed
                     update["gnorm"] = clip_gradient(policy, cfg.max_grad_norm)
                     where = f"samples {index[:4].tolist()} …, prompt {roll.rows[index[0]]['prompt']!r}"
                     run.check(step, update.pop("loss"), update["gnorm"], where, minibatch, [policy])
@@ -548,7 +552,7 @@ def train(cfg):
             sampled = Rollout.cat(rounds)
             wrong = sampled.response_len[sampled.reward <= 0].float()
             metrics |= {
-                "gnorm": 0.0,
+                "gnorm": 0.0,  # stays where no update was made
                 "len_wrong": wrong.mean().item() if len(wrong) else None,
                 "rounds": len(rounds),
                 "sampled": int(sampled.response_len.sum()),

@@ -403,7 +403,7 @@ def train(cfg):
                 seed = derive_seed(cfg.seed, "minibatches", step, epoch)
                 generator = torch.Generator().manual_seed(seed)
                 order = torch.randperm(len(roll), generator=generator)
-                for index in order.tensor_split(cfg.minibatches):
+                for index in order.tensor_split(min(cfg.minibatches, len(order))):
                     minibatch = take_rows(batch, index)
                     # ---- end
                     minibatch["denom"] = minibatch["mask"].sum()  # of this optimizer step, however it is cut
