@@ -70,7 +70,10 @@ def step_seconds(cells):
 def compare(before, after):
     """Print one line for every file → the number of cells that differ."""
     differing = 0
-    for name in compared_files(before):
+    names = compared_files(before)
+    if not names:
+        sys.exit(f"{before}: no metrics.csv, samples.jsonl or report.json in it or below; nothing to compare")
+    for name in names:
         path = os.path.join(after, name)
         if not os.path.exists(path):
             print(f"{name:<34} is missing in {after}")
