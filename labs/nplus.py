@@ -5,6 +5,7 @@ then can it matter what a response without EOS scores. The control has every det
 """
 
 import contextlib
+import math
 import re
 from types import SimpleNamespace
 from unittest import mock
@@ -112,8 +113,8 @@ def run(point, seed, smoke):
     if what == "critic from SFT":
         flags["critic_init"] = f"{sft}/model"
     ppo = common.trained(without(what), seed=seed, **flags | ABLATIONS[what])
-    with open(f"{ppo}/log.txt", encoding="utf-8") as f:
-        ratio = float(re.search(r"largest ratio ([\d.]+)", f.read())[1])
+    (gaps,) = common.logged(ppo, "gap")
+    ratio = math.exp(gaps[0])  # of the first minibatch: the ratio farthest from 1, or its inverse
     n = 32 if smoke else 512
     row = common.judge(f"{ppo}/model", f"{sft}/model", seed, f"{rm}/model", n, LIMIT)
     (variance,) = common.logged(ppo, "explained_var")
