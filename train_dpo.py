@@ -366,7 +366,7 @@ def gradient(policy, batch, cfg):
     examples = [Example(*row) for row in batch["examples"]]
     cut = microbatches(padded_lengths(examples), cfg.tokens_per_microbatch)
     seen = []
-    for rows in dist.paced(cut, policy.logprobs):  # on one process: cut itself
+    for rows in dist.paced(cut, policy.logprobs):  # one process: as they are; several: equally many
         part = [examples[i] for i in rows]
         ref_logp = batch["ref_logp"][rows]
         losses, values = objective(policy, part, ref_logp, batch["z0"], cfg)
@@ -480,7 +480,7 @@ def train(cfg):
     if cfg.online and cfg.online_ref == "round":
         base = copy.deepcopy(policy)
         saved["base"] = base
-    dist.spread(cfg, policy, frozen=(ref, rm, base))  # on one process: nothing
+    dist.spread(cfg, policy, frozen=(ref, rm, base))  # one process: as they are; several: all get the same
     opt = adamw(policy.parameters(), device, lr=cfg.lr, weight_decay=cfg.weight_decay)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
         labelled, held_out, rows, test_rows = load_data(cfg, policy, tok)
@@ -517,8 +517,8 @@ def train(cfg):
             order = epoch_batches(len(pairs), cfg.batch_size, seed, step - first)
             examples = [pairs[i] for i in order]
             batch = step_batch(policy, examples, ref_logp[order], cfg)
-            part = dist.share(batch)  # on one process: the batch
-            figures = dist.whole_step(gradient(policy, part, cfg), policy)  # on one process: as they are
+            part = dist.share(batch)  # one process: all of it; several: this one's rows
+            figures = dist.whole_step(gradient(policy, part, cfg), policy)  # one process: as it is
             gnorm = clip_gradient(policy, cfg.max_grad_norm)
             run.check(step, figures["loss"], gnorm, f"{len(order)} pairs", batch, [policy])
             lr = lr_at(step, cfg.steps, cfg.lr)

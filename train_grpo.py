@@ -478,18 +478,18 @@ def train(cfg):
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, longest, cfg.seed)
-        saved = {"policy": policy}  # what --resume reads back; what is frozen must be what it was
+        saved = {"policy": policy}  # --resume loads these; the frozen models must be unchanged
         frozen = []
         if cfg.ref_every:
             saved["ref"] = ref
         elif ref is not None:
             frozen.append(ref)
         start, extra = run.start(saved, opt, frozen)
-        progress = {"drawn": 0, "mastered": {}, "past": []} | extra  # extra: what was saved of it
+        progress = {"drawn": 0, "mastered": {}, "past": []} | extra  # extra: as the checkpoint has it
 
         for step in range(start, cfg.steps):
             metrics = {}
-            limit = cfg.limits[sum(step >= at for at in cfg.lengthen_at)]  # after the lengthenings so far
+            limit = cfg.limits[sum(step >= at for at in cfg.lengthen_at)]  # 24, 40, 64: one more at each step
             # ---- the same in train_ppo.py and train_grpo.py
             if test_rows and due(step, cfg.eval_every):
                 metrics |= measure(limit)
@@ -534,14 +534,14 @@ def train(cfg):
                 for index in order.tensor_split(min(cfg.minibatches, len(order))):
                     minibatch = take_rows(batch, index)
                     # ---- end
-                    if cfg.filter_dead_groups and not adv.any():  # no group of the rollout is alive: no
-                        continue  # update, not even by the KL
+                    if cfg.filter_dead_groups and not adv.any():  # else the KL alone would make an update
+                        continue
                     minibatch["w"] = token_weights(minibatch["mask"], minibatch["group"], cfg)
                     minibatch["w_sum"] = minibatch["w"].sum().item()
                     minibatch["n_tokens"] = minibatch["mask"].sum().item()
                     opt.zero_grad()
                     share = dist.share(minibatch)  # one process: all of it; several: this one's rows
-                    update = dist.whole_step(gradient(policy, share, cfg), policy)  # several: summed
+                    update = dist.whole_step(gradient(policy, share, cfg), policy)  # one process: as it is
                     update["gnorm"] = clip_gradient(policy, cfg.max_grad_norm)
                     where = f"samples {index[:4].tolist()} …, prompt {roll.rows[index[0]]['prompt']!r}"
                     run.check(step, update.pop("loss"), update["gnorm"], where, minibatch, [policy])

@@ -281,7 +281,7 @@ def gradient(policy, critic, batch, cfg):
     figures = Figures(loss="sum", clip="sum", value_loss="sum", entropy="sum", ratio_max="max", gap="max")
     denom = batch["denom"]
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
-    for rows in dist.paced(cut, policy.logprobs, critic.values):  # one process: the micro-batches as they are
+    for rows in dist.paced(cut, policy.logprobs, critic.values):  # one process: as they are; several: as many
         mb = trim(take_rows(batch, rows))
         pg_loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg)
         value = critic.values(mb["tokens"], mb["mask"])
@@ -328,7 +328,7 @@ def train(cfg):
     freeze(cfg, ref, rm, trained=(policy, critic))
     longest = cfg.max_new_tokens
     rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest)
-    dist.spread(cfg, policy, critic, frozen=(ref, rm))  # one process: the models as they are
+    dist.spread(cfg, policy, critic, frozen=(ref, rm))  # one process: as they are; several: all get the same
     groups = [
         {"params": policy.parameters(), "peak": cfg.lr},
         {"params": critic.parameters(), "peak": cfg.critic_lr},
@@ -408,7 +408,7 @@ def train(cfg):
                     # ---- end
                     minibatch["denom"] = minibatch["mask"].sum()  # of this optimizer step, however it is cut
                     opt.zero_grad()
-                    share = dist.share(minibatch)  # one process: all of it
+                    share = dist.share(minibatch)  # one process: all of it; several: this one's rows
                     update = gradient(policy, critic, share, cfg)
                     update = dist.whole_step(update, policy, critic)  # one process: as it is
                     update["gnorm"] = clip_gradient(policy, cfg.max_grad_norm)

@@ -194,7 +194,7 @@ def train(cfg):
     device = setup(cfg)
     model, tok = load_model(cfg, device)
     lora.add(model, cfg.lora_rank, cfg.dtype)
-    dist.spread(cfg, model)  # on one process: nothing
+    dist.spread(cfg, model)  # one process: as they are; several: all get the same
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
         step_end = tuple(cfg.step_end)
         model.step_ids = [i for i in range(tok.vocab_size) if tok.decode([i]).endswith(step_end)]
@@ -217,8 +217,8 @@ def train(cfg):
             denom = max(n_labels(rows), 1)  # without any label in the batch the loss is 0, not 0 / 0
             batch = {"rows": rows, "padded": lengths, "denom": denom}
             opt.zero_grad()
-            part = dist.share(batch, lengths)  # on one process: the batch
-            figures = dist.whole_step(gradient(model, part, cfg), model)  # on one process: the same figures
+            part = dist.share(batch, lengths)  # one process: all of it; several: this one's rows
+            figures = dist.whole_step(gradient(model, part, cfg), model)  # one process: as it is
             gnorm = clip_gradient(model, cfg.max_grad_norm)
             run.check(step, figures["loss"], gnorm, f"a batch of {len(rows)} responses", batch, [model])
             lr = lr_at(step, cfg.steps, cfg.lr)

@@ -149,7 +149,7 @@ def gradient(rm, batch, cfg, batch_loss=pair_loss):
     denom = batch["denom"]
     figures = Figures(loss="sum", acc="sum", margin="sum")
     cut = microbatches(batch["padded"], cfg.tokens_per_microbatch)
-    for mb in dist.paced(cut, rm.values):  # on one process: cut itself
+    for mb in dist.paced(cut, rm.values):  # one process: as they are; several: equally many
         rows = [batch["rows"][i] for i in mb]
         loss, margin = batch_loss(rm, rows, denom)
         loss.backward()
@@ -280,7 +280,7 @@ def train(cfg):
     task = tasks.get(cfg.task)
     model, tok = load_model(cfg, device)
     lora.add(model, cfg.lora_rank, cfg.dtype)  # adapters start at 0, so pairs are sampled from the SFT model
-    dist.spread(cfg, model)  # on one process: nothing
+    dist.spread(cfg, model)  # one process: as they are; several: all get the same
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
         data, test = load_pairs(cfg, task, model.trunk, tok)
         references = load_references(cfg, task, data, tok, model.cfg.max_len)
@@ -304,8 +304,8 @@ def train(cfg):
             padded = [2 * max(pair) for pair in sides]
             batch = {"rows": rows, "padded": padded, "denom": len(rows)}
             opt.zero_grad()
-            part = dist.share(batch, lengths)  # on one process: the batch
-            figures = dist.whole_step(gradient(model, part, cfg), model)  # on one process: the same figures
+            part = dist.share(batch, lengths)  # one process: all of it; several: this one's rows
+            figures = dist.whole_step(gradient(model, part, cfg), model)  # one process: as it is
             gnorm = clip_gradient(model, cfg.max_grad_norm)
             run.check(step, figures["loss"], gnorm, f"a batch of {len(rows)} pairs", batch, [model])
             lr = lr_at(step, cfg.steps, cfg.lr)

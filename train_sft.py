@@ -155,7 +155,7 @@ def gradient(model, batch, cfg):
         batch = batch | dict(zip(names, packed))
     figures = Figures(loss="sum")
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
-    for rows in dist.paced(cut, model.logprobs):  # one process: the micro-batches as they are
+    for rows in dist.paced(cut, model.logprobs):  # one process: as they are; several: equally many
         mb = trim(take_rows(batch, rows))
         doc = mb.get("doc")
         loss, *_ = model.logprobs(mb["tokens"], mb["mask"], loss=chunk_loss, doc=doc)
@@ -243,7 +243,7 @@ def train(cfg):
     device = setup(cfg)
     task = tasks.get(cfg.task)
     model, tok, data, test = load(cfg, device)
-    dist.spread(cfg, model)  # one process: the model as it is
+    dist.spread(cfg, model)  # one process: as they are; several: all get the same
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [
@@ -267,7 +267,7 @@ def train(cfg):
 
             # ---- loss and update
             opt.zero_grad()
-            share = dist.share(batch)  # one process: all of it
+            share = dist.share(batch)  # one process: all of it; several: this one's rows
             update = dist.whole_step(gradient(model, share, cfg), model)  # one process: as it is
             loss = update["loss"]
             gnorm = clip_gradient(model, cfg.max_grad_norm)

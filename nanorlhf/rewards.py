@@ -65,7 +65,7 @@ def pass_gate(policy, tok, task, limit, seed):
 
 
 def warn_at_gate(policy, tok, task, limit, seed):
-    """Print the `gate_problem`, if there is one, at the end of a training of which RL is the next."""
+    """Print the `gate_problem`, if there is one, at the end of SFT: RL from this model would be refused."""
     problem = gate_problem(policy, tok, task, limit, seed)
     if problem:
         tqdm.write(problem)
