@@ -298,7 +298,6 @@ class LinearLoss(torch.autograd.Function):
                 dz = _dlogits(z, target, lse, entropy[r], g, h, masked, spare)
                 _add(grads, dz, hidden, weight, r, c)
         ctx.grads = grads
-        ctx.dtypes = dtypes_of(hidden, weight, bias)
         ctx.mark_non_differentiable(logp, entropy)
         return total, stack_stats(chunk_stats), logp, entropy
 
@@ -311,16 +310,7 @@ class LinearLoss(torch.autograd.Function):
             raise RuntimeError("linear_logprob(loss=...) can be differentiated once only")
         if up.is_cuda or up != 1:  # on a GPU looking costs more than multiplying
             grads = [None if grad is None else grad.mul_(up) for grad in grads]
-        return (*cast(grads, ctx.dtypes), None, None, None)
-
-
-def dtypes_of(*inputs):
-    return [None if x is None else x.dtype for x in inputs]
-
-
-def cast(grads, dtypes):
-    """Gradients, summed in fp32, in the dtypes of their inputs; None stays None."""
-    return tuple(None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes))
+        return (*grads, None, None, None)
 
 
 class LinearKL(torch.autograd.Function):
@@ -370,6 +360,8 @@ class LinearKL(torch.autograd.Function):
 def _backward(ctx, hidden, weight, bias, dlogits):
     """Gradients of hidden, weight and bias, tile by tile; None where none is asked for.
 
+    They are summed in fp32. autograd rounds them to bf16 where the operands are bf16.
+
     dlogits(r, c, z, spare) → ∂loss/∂(x·wᵀ) of a tile, given its logits z and a tile to be overwritten.
     """
     grads = _gradient_sums(ctx, hidden, weight, bias)
@@ -381,7 +373,7 @@ def _backward(ctx, hidden, weight, bias, dlogits):
             _logits(hidden, weight, bias, r, c, ctx.temperature, out=z)
             dz = dlogits(r, c, z, _view(spare_buffer, r, c))
             _add(grads, dz, hidden, weight, r, c)
-    return cast(grads, dtypes_of(hidden, weight, bias))
+    return grads
 
 
 def _gradient_sums(ctx, hidden, weight, bias):

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from nanorlhf.kernels import torch_backend
-from nanorlhf.kernels.torch_backend import cast, dtypes_of, spans
+from nanorlhf.kernels.torch_backend import spans
 
 ADDMM_FP32 = torch.__version__ >= (2, 10)  # before, out_dtype refused an fp32 summand (pytorch#167931)
 DESIGN = None  # "fused" or "stored", set by tests and benchmarks; None: by shape, see design()
@@ -63,17 +63,18 @@ STORED = _config(4, 1024, 16, 8, 1)
 
 
 @triton.jit
-def _order(col_blocks, row_blocks):
-    """This program's row block and column block.
+def _order(col_blocks, N, BLOCK_N: tl.constexpr):
+    """This program's rows (BLOCK_N,) and the number of its column block.
 
     Neighbouring programs take eight row blocks of one column block, then of the next: programs that run at
     the same time then share their tiles of x and w in the L2 cache.
     """
     pid = tl.program_id(0)
     group = pid // (8 * col_blocks)
-    size = tl.minimum(row_blocks - group * 8, 8)
+    size = tl.minimum(tl.cdiv(N, BLOCK_N) - group * 8, 8)
     pid = pid % (8 * col_blocks)
-    return group * 8 + pid % size, pid // size
+    row_block = group * 8 + pid % size
+    return row_block * BLOCK_N + tl.arange(0, BLOCK_N), pid // size
 
 
 INTERPRETED = not isinstance(_order, triton.JITFunction)
@@ -153,8 +154,7 @@ def logprob_forward(
     The four: maximum m, Σ exp(z−m), Σ exp(z−m)·(z−m), the target's z (0 where it is in another slice).
     """
     slices = tl.cdiv(end - col0, width)
-    row_block, slice = _order(slices, tl.cdiv(N, BLOCK_N))
-    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, slice = _order(slices, N, BLOCK_N)
     inside = rows < N
     target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
     m = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
@@ -191,8 +191,7 @@ def logprob_backward(
 ):  # fmt: skip
     """out[n, v − col0] = ∂loss/∂(x·wᵀ)[n, v], given ∂loss/∂logp = g and ∂loss/∂entropy = h."""
     col_blocks = tl.cdiv(end - col0, BLOCK_V)
-    row_block, col_block = _order(col_blocks, tl.cdiv(N, BLOCK_N))
-    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, col_block = _order(col_blocks, N, BLOCK_N)
     cols = col0 + col_block * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = rows < N
     z = _tile(
@@ -225,8 +224,7 @@ def kl_forward(
     maximum m' of r, Σ exp(r−m').
     """
     slices = tl.cdiv(end - col0, width)
-    row_block, slice = _order(slices, tl.cdiv(N, BLOCK_N))
-    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, slice = _order(slices, N, BLOCK_N)
     inside = rows < N
     m = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
     m2 = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
@@ -271,8 +269,7 @@ def kl_backward(
 ):  # fmt: skip
     """out[n, v − col0] = ∂loss/∂(x·wᵀ)[n, v], given ∂loss/∂KL(z‖r) = g; with REVERSE ∂loss/∂KL(r‖z) = g."""
     col_blocks = tl.cdiv(end - col0, BLOCK_V)
-    row_block, col_block = _order(col_blocks, tl.cdiv(N, BLOCK_N))
-    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, col_block = _order(col_blocks, N, BLOCK_N)
     cols = col0 + col_block * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = rows < N
     z = _tile(
@@ -315,11 +312,11 @@ def _tuned(kernel):
     return triton.autotune(configs, key=["D"])(kernel)
 
 
-def _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width=None, n_all=None, **flags):
+def _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width=None, **flags):
     """Run a kernel over rows r and columns c.
 
-    logits: a tile per model, or None in the fused design. Forward kernels take `width` columns a program and
-    n_all, the rows of `out`; in backward kernels both are None, and a program takes BLOCK_V columns.
+    logits: a tile per model, or None in the fused design. width: the columns that a program of a forward
+    kernel takes; None in backward kernels, where a program takes BLOCK_V columns.
     """
     n = r.stop - r.start
     args = []
@@ -332,7 +329,7 @@ def _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width=None, n
         args += [x.stride(0), w.stride(0)]
     args += [c.start, c.stop, ld]
     if width is not None:
-        args += [width, n_all]
+        args += [width, out.stride(-2)]
     args.append(scale)
 
     deterministic = torch.are_deterministic_algorithms_enabled()  # tuning would depend on a stopwatch
@@ -431,7 +428,7 @@ def _fold(kernel, fields, models, per_row, scale):
     if design(models) == "fused":
         width = _slices(N, V, x.device)
         stats = x.new_empty((triton.cdiv(V, width), fields, N), dtype=torch.float32)
-        _launch(kernel, models, None, per_row, stats, slice(0, N), slice(0, V), 0, scale, width, N)
+        _launch(kernel, models, None, per_row, stats, slice(0, N), slice(0, V), 0, scale, width)
         return stats
     rows, cols, ld = _tiles(models, 0, stored=True)
     stats = x.new_empty((len(cols), fields, N), dtype=torch.float32)
@@ -440,7 +437,7 @@ def _fold(kernel, fields, models, per_row, scale):
         for i, c in enumerate(cols):
             logits = _stored_logits(models, buffers, r, c)
             out = stats[i, :, r.start :]
-            _launch(kernel, models, logits, per_row, out, r, c, ld, scale, ld, N)
+            _launch(kernel, models, logits, per_row, out, r, c, ld, scale, ld)
     return stats
 
 
@@ -527,7 +524,7 @@ class LinearLogprob(torch.autograd.Function):
         models = [_operands(hidden, weight, bias)]
         per_row = [targets, lse, entropy, g.contiguous(), h.contiguous()]
         grads = _gradients(logprob_backward, models, per_row, 1 / ctx.temperature, ctx.needs_input_grad)
-        return (*cast(grads, dtypes_of(hidden, weight, bias)), None, None)
+        return (*grads, None, None)
 
 
 class LinearLoss(torch_backend.LinearLoss):
@@ -564,7 +561,7 @@ class LinearLoss(torch_backend.LinearLoss):
         for r in spans(N, n):
             logits = _stored_logits(models, buffers, r, cols)
             of_rows = folded[:, :, r.start :]
-            _launch(logprob_forward, models, logits, [targets], of_rows, r, cols, ld, scale, COLS, N)
+            _launch(logprob_forward, models, logits, [targets], of_rows, r, cols, ld, scale, COLS)
             logp[r], entropy[r], lse[r] = torch_backend.merge(folded[:, :, r])
             value, stats, g[r], h[r] = torch_backend.differentiate(loss, logp[r], entropy[r], r)
             total += value
@@ -574,7 +571,6 @@ class LinearLoss(torch_backend.LinearLoss):
             dx_rows = None if dx is None else dx[r]
             _add(dx_rows, dw, db, out, models[0], r, cols)
         ctx.grads = grads
-        ctx.dtypes = dtypes_of(hidden, weight, bias)
         ctx.mark_non_differentiable(logp, entropy)
         return total, torch_backend.stack_stats(chunk_stats), logp, entropy
 
@@ -608,4 +604,4 @@ class LinearKL(torch.autograd.Function):
         grads = _gradients(
             kl_backward, models, per_row, 1 / ctx.temperature, ctx.needs_input_grad, REVERSE=ctx.reverse
         )
-        return (*cast(grads, dtypes_of(hidden, weight, bias)), None, None, None, None, None)
+        return (*grads, None, None, None, None, None)
