@@ -6,13 +6,41 @@
 import contextlib
 import hashlib
 
+LONGEST = 500  # characters of an error message
+
+
+def shown(text, most=LONGEST):
+    r"""A text as one line for a terminal: without control characters, and without its middle if it is long.
+
+    A file, a response or a reward's exception may hold anything. Printed as it is, "\x1b[2J" would clear the
+    screen, and a value of a million characters would scroll everything else away.
+
+    >>> shown("a\x1b[2Jb\n")
+    'a\\x1b[2Jb\\n'
+    >>> shown("0123456789", most=7)
+    '01 … 89'
+    """
+    head = text[:most]  # escaping makes a text longer, never shorter
+    tail = text[-most:] if len(text) > most else ""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in head + tail)
+    if len(line) <= most:
+        return line
+    part = (most - 3) // 2
+    return f"{line[:part]} … {line[-part:]}"
+
 
 class UserError(Exception):
     """A user's mistake, in one line: the flag, or file and line, and what would be right. Exit status 2."""
 
+    def __str__(self):
+        return shown(super().__str__())
+
 
 class RunError(Exception):
     """A run that cannot go on, in one line: a loss that is not finite, a full disk. Exit status 1."""
+
+    def __str__(self):
+        return shown(super().__str__())
 
 
 class Interrupted(Exception):

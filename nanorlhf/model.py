@@ -128,8 +128,8 @@ class Norm(nn.Module):
 
 
 @lru_cache(maxsize=16)
-def rope_table(dim, max_len, theta, device, scaling=()):
-    """(max_len, dim/2) cosines and sines. No buffer: `model.bfloat16()` must not round them.
+def rope_table(dim, rows, theta, device, scaling=()):
+    """(rows, dim/2) cosines and sines, from position 0 on. No buffer: `model.bfloat16()` must not round them.
 
     scaling (factor, low, high, original): channels that turn less than `low` times within the original
     context turn `factor` times slower, those that turn more than `high` times stay as they are, and the speed
@@ -144,7 +144,7 @@ def rope_table(dim, max_len, theta, device, scaling=()):
         keep = (turns - low) / (high - low)
         keep = keep.clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / factor
-    position = torch.arange(max_len, dtype=torch.float32)
+    position = torch.arange(rows, dtype=torch.float32)
     angle = position[:, None] * freq
     cos = angle.cos().to(device)
     sin = angle.sin().to(device)
@@ -405,9 +405,10 @@ class GPT(nn.Module):
         x = x.to(self.compute_dtype or x.dtype)
         rope = None
         if cfg.pos == "rope":
-            cos, sin = rope_table(
-                cfg.rope_dim, cfg.max_len, cfg.rope_theta, tokens.device, cfg.rope_scaling
-            )
+            end = T if cache is None else cache.kv.shape[-2]  # all positions are below it
+            rows = 1 << max(8, end.bit_length())  # a power of two, so that few tables are made; not max_len,
+            # which a config.json may say is 10 million, of which a run of 100 tokens needs none
+            cos, sin = rope_table(cfg.rope_dim, rows, cfg.rope_theta, tokens.device, cfg.rope_scaling)
             rope = (cos[place][:, None], sin[place][:, None])  # (1 or B, 1, T, rope_dim/2) each
         mask = None if doc is None else document_mask(start, x.dtype)  # None: causal
 

@@ -6,7 +6,6 @@ a config.json that we could not represent exactly is refused by name.
 """
 
 import contextlib
-import math
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -240,8 +239,8 @@ def _check_types(settings):
             good = type(value) is int and least <= value < 2**31
             require(good, f"{name}={value!r} must be a positive whole number below 2**31")
         elif expected is float:
-            good = type(value) in (int, float) and 0 < value < math.inf
-            require(good, f"{name}={value!r} must be a positive number")
+            good = type(value) in (int, float) and 0 < value < 1e30  # beyond, fp32 overflows
+            require(good, f"{name}={value!r} must be a positive number below 1e30")
     scaling = settings.get("rope_scaling")
     if scaling:
         _, low, high, _ = scaling

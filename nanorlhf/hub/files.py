@@ -142,7 +142,7 @@ def read_json(path):
     path = Path(path)
     if not path.is_file():
         return {}
-    with blame(path, ValueError, OSError):
+    with blame(path, ValueError, OSError, RecursionError):  # the last: 100,000 brackets, one in another
         found = json.loads(path.read_text("utf-8"))
         require(isinstance(found, dict), "is not a JSON object")
     return found

@@ -12,7 +12,7 @@ import os
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from nanorlhf import lora
 from nanorlhf.errors import UserError, blame, require
@@ -121,16 +121,25 @@ def _find(folder):
     raise Missing(f"{folder} does not exist")
 
 
-class _Drawing(TorchDispatchMode):
-    """Draw the random numbers of models on the meta device, and drop them, one tensor at a time.
+class _OnMeta(TorchFunctionMode):
+    """What a model on the meta device does with the random numbers of its weights, which it cannot hold.
 
-    A new head is drawn after its trunk; without this, its numbers would be others with --shard.
+    draw=True draws them all the same, one tensor at a time: a new head is drawn after its trunk, and would
+    have other numbers with --shard. draw=False leaves them out. torch's own way imports 900 modules.
     """
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
-            func(torch.empty_like(args[0], device="cpu"), *args[1:], **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) != "torch.nn.init":
+            return func(*args, **kwargs)
+        tensor = kwargs.pop("tensor")
+        if self.draw:
+            func(torch.empty_like(tensor, device="cpu"), *args, **kwargs)
+        return tensor
 
 
 def _build(folder, shard, weights):
@@ -140,7 +149,8 @@ def _build(folder, shard, weights):
     with blame(config, ValueError):
         cfg, family = families.read_config(raw)
         bias = raw.get("reward_bias", 0.0)
-        require(isinstance(bias, (int, float)), f"reward_bias={bias!r} must be a number")
+        number = type(bias) in (int, float) and -1e30 < bias < 1e30  # not NaN, which would spoil every reward
+        require(number, f"reward_bias={bias!r} must be a number below 1e30")
     scalar = "ForSequenceClassification" in str(raw.get("architectures"))
     if scalar:
         cfg.tied = True  # no unembedding of its own: `score` is the head
@@ -149,17 +159,27 @@ def _build(folder, shard, weights):
     if n_ids > cfg.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {n_ids} ids, the model only {cfg.vocab_size}")
 
+    step_ids = raw.get("step_ids")
+    if step_ids is not None:
+        good = isinstance(step_ids, list) and all(type(id) is int and 0 <= id < n_ids for id in step_ids)
+        require(good, f"{config}: step_ids must be a list of ids from 0 to {n_ids - 1}")
+    if weights:
+        layers = f"{config}: {cfg.n_layer} layers, but the weight files have fewer tensors"
+        require(cfg.n_layer <= weight_files.count(folder), layers)
+        with torch.device("meta"), _OnMeta(draw=False):
+            outline = ScalarModel(GPT(cfg)) if scalar else GPT(cfg)
+        weight_files.match(outline, family, folder)
+
     with contextlib.ExitStack() as modes:
         if shard or not weights:
             modes.enter_context(torch.device("meta"))
-        if shard and weights:
-            modes.enter_context(_Drawing())
+            modes.enter_context(_OnMeta(draw=weights))
         trunk = GPT(cfg)
     model = trunk
     if scalar:
         model = ScalarModel(trunk)
         model.reward_bias.fill_(bias)
-        model.step_ids = raw.get("step_ids")
+        model.step_ids = step_ids
     if not weights:
         model.to("meta")
     trunk.n_ids = n_ids

@@ -286,7 +286,10 @@ def _steps(part):
         return []
     if part["type"] != "Sequence":
         return [part]
-    return next(part[key] for key in ("normalizers", "pretokenizers", "processors") if key in part)
+    for key in ("normalizers", "pretokenizers", "processors"):
+        if key in part:
+            return part[key]
+    raise Inexact("a sequence without steps")
 
 
 def _kinds(steps):

@@ -19,12 +19,13 @@ from nanorlhf.model import ScalarModel
 from nanorlhf.run import sharding
 
 DAMAGE = ValueError, OSError, SafetensorError  # raised by the libraries that read a damaged file
+FLOATS = "F64", "F32", "F16", "BF16"  # dtypes of weights, in the words of safetensors
 REDUNDANT = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # constants
 
 
 def tensors_of(model, family):
     """Pairs (their name, our parameters in it) for every tensor of this model."""
-    trunk = getattr(model, "trunk", model)
+    trunk = model.trunk
     scalar = isinstance(model, ScalarModel)
     ours = dict(trunk.named_parameters())
     for module, theirs in family.tensors.items():
@@ -68,15 +69,61 @@ def join(name, parts, cfg):
 # files
 
 
-@torch.no_grad()
-def fill(model, family, folder):
-    """Copy a folder's tensors into the model, one at a time. UserError unless every one has its place."""
-    trunk = getattr(model, "trunk", model)
+def match(model, family, folder):
+    """Find the place of each tensor in a folder's files → {(file, key): (our name for it, our parameters)}.
+
+    Reads the headers of the files only, and the model may be on the meta device: a config.json that says
+    1,000 times the true width is refused before its memory is asked for. A second copy of the embedding, and
+    constants, have no place. UserError unless everything else has one, and its shape.
+    """
+    trunk = model.trunk
     want = dict(tensors_of(model, family))
-    lm_head = family.tensors["lm_head"] + ".weight"
-    unembedding = None
+    places = {}
     files = _files(folder)
     for file in files:
+        with blame(file, *DAMAGE), safe_open(file, "pt") as f:
+            for key in sorted(f.keys()):
+                name = key
+                if key not in want and not key.startswith(family.prefix):
+                    name = family.prefix + key
+                if name not in want and (REDUNDANT.search(key) or _second_embedding(key, trunk, family)):
+                    continue
+                require(name in want, f"tensor {key} is unknown to this model, or is there twice")
+                parts = want.pop(name)
+                header = f.get_slice(key)
+                dtype = header.get_dtype()
+                require(dtype in FLOATS, f"tensor {key} is quantised ({dtype})")
+                found = tuple(header.get_shape())
+                sizes = [torch.empty(part.shape, device="meta") for part in parts]
+                shape = tuple(join(name, sizes, trunk.cfg).shape)
+                require(found == shape, f"tensor {key} has shape {found}, config.json says {shape}")
+                places[file, key] = name, parts
+    for name in sorted(want):
+        raise UserError(f"{files[-1]}: tensor {name} is missing")
+    return places
+
+
+def _second_embedding(key, trunk, family):
+    """Whether this tensor is an unembedding that must equal the embedding: some files hold it twice."""
+    return trunk.cfg.tied and key == family.tensors["lm_head"] + ".weight"
+
+
+def count(folder):
+    """The number of tensors in a folder's files."""
+    total = 0
+    for file in _files(folder):
+        with blame(file, *DAMAGE), safe_open(file, "pt") as f:
+            total += len(f.keys())
+    return total
+
+
+@torch.no_grad()
+def fill(model, family, folder):
+    """Copy a folder's tensors into the model, one at a time. UserError where `match` has one."""
+    trunk = model.trunk
+    places = match(model, family, folder)
+    unembedding = None
+    for file in _files(folder):
         with blame(file, *DAMAGE), safe_open(file, "pt") as f:
             checksum = (f.metadata() or {}).get("sha256")
             digest = hashlib.sha256()
@@ -84,34 +131,21 @@ def fill(model, family, folder):
                 tensor = f.get_tensor(key)
                 if checksum:
                     _add(digest, key, tensor)
-                name = key
-                if key not in want and not key.startswith(family.prefix):
-                    name = family.prefix + key
-                if name not in want and key == lm_head and trunk.cfg.tied:
-                    unembedding = tensor  # some files hold the embedding twice
-                    continue
-                if name not in want and REDUNDANT.search(key):
-                    continue
-                require(name in want, f"tensor {key} is unknown to this model, or is there twice")
-                _copy(tensor, key, name, want.pop(name), trunk.cfg)
+                if (file, key) in places:
+                    name, parts = places[file, key]
+                    _copy(tensor, name, parts, trunk.cfg)
+                elif _second_embedding(key, trunk, family):
+                    unembedding = tensor
             require(checksum in (None, digest.hexdigest()), "wrong checksum: damaged after it was saved")
-    for name in sorted(want):
-        raise UserError(f"{files[-1]}: tensor {name} is missing")
     if unembedding is not None:
         embedding = sharding.local(trunk.wte.weight)
         same = torch.equal(sharding.piece(unembedding, trunk.wte.weight).to(embedding), embedding)
         message = "the unembedding is not the embedding, although config.json says that it is"
-        require(same, f"{files[-1]}: {message}")
+        require(same, f"{file}: {message}")
 
 
-def _copy(tensor, key, name, parts, cfg):
-    """Copy a tensor of theirs into our parameters. UserError for another shape, or for a quantised tensor."""
-    exact = tensor.is_floating_point() and tensor.element_size() > 1
-    require(exact, f"tensor {key} is quantised ({tensor.dtype})")
-    found = tuple(tensor.shape)
-    sizes = [torch.empty(part.shape, device="meta") for part in parts]
-    shape = tuple(join(name, sizes, cfg).shape)
-    require(found == shape, f"tensor {key} has shape {found}, config.json says {shape}")
+def _copy(tensor, name, parts, cfg):
+    """Copy a tensor of theirs into our parameters."""
     for part, view in zip(parts, _views(tensor, name, parts, cfg)):
         sharding.local(part).copy_(sharding.piece(view.reshape(part.shape), part))
 
@@ -139,18 +173,24 @@ def _add(digest, name, tensor):
 
 
 def _files(folder):
-    """The weight files of a folder: model.safetensors, or the shards that its index names."""
+    """The weight files of a folder: model.safetensors, or the shards that its index names.
+
+    UserError for one that is no regular file: opening a pipe would wait for ever.
+    """
     single = os.path.join(folder, "model.safetensors")
     index = f"{single}.index.json"
-    if os.path.exists(single):
-        return [single]
-    if os.path.exists(index):
-        return [os.path.join(folder, name) for name in _shards(index)]
+    files = [single]
+    if not os.path.exists(single) and os.path.exists(index):
+        files = [os.path.join(folder, name) for name in _shards(index)]
+    for file in files:
+        regular = os.path.isfile(file) or not os.path.exists(file)
+        require(regular, f"{file}: is no regular file")
     pickle = os.path.join(folder, "pytorch_model.bin")
-    if os.path.exists(pickle) or os.path.exists(f"{pickle}.index.json"):
+    has_pickle = os.path.exists(pickle) or os.path.exists(f"{pickle}.index.json")
+    if has_pickle and not os.path.exists(files[0]):
         convert = "make it safetensors (in transformers: from_pretrained, then save_pretrained)"
         raise UserError(f"{pickle}: a pickle can run any code and is not read; {convert}")
-    return [single]  # opening it says that it is missing
+    return files  # opening one that is missing says so
 
 
 def _shards(index):

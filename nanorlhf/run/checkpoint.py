@@ -24,9 +24,20 @@ import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.run import dist, replay, sharding
-from nanorlhf.run.folders import new_folder, sync_folder, take_lock, verify
+from nanorlhf.run.folders import new_folder, require_plain, sync_folder, take_lock, verify
 from nanorlhf.run.log import Log, import_wandb
 
+STATE = dict(  # what a checkpoint holds, and of which type
+    step=int,
+    trainer=str,
+    extra=dict,
+    frozen=list,
+    sizes=dict,
+    last=dict,
+    models=dict,
+    optimizer=dict,
+)
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of one weight, as AdamW calls them
 KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
 
 
@@ -83,6 +94,7 @@ class Run:
             may_exist = self.cfg.resume or self.cfg.overwrite
             require(may_exist or not self.config.exists(), f"--out {self.out} holds a run: {choices}")
             os.makedirs(self.out, exist_ok=True)
+            require_plain(self.out)
             if self.first:
                 self.lock = take_lock(self.out)
         return self
@@ -134,7 +146,7 @@ class Run:
             if self.first:
                 self._write_config(config)
         if threading.current_thread() is threading.main_thread():  # other threads may set no handlers
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in self._stop_signals():
                 self.handlers[signum] = signal.signal(signum, self._stop)
         return step, state["extra"]
 
@@ -189,29 +201,50 @@ class Run:
         path = folder / "state.pt"
         # Without --shard the file holds all tensors. With mmap a sharded run reads them one at a time.
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
+        shards = folder / sharding.SHARDS
+        if isinstance(state, dict) and shards.is_dir():
+            state |= sharding.read(shards)
+        self._check_state(state, path)
         made_by = state["trainer"]
         require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
-        shards = folder / sharding.SHARDS
-        if shards.is_dir():
-            state |= sharding.read(shards)
         for key, model in self.models.items():
             self._fit(model, state["models"].get(key, {}), path, key)
         for was, now in zip(state["frozen"], self.frozen):
             same = math.isclose(was, now, rel_tol=1e-9)
             require(same, f"--resume: the reference is not the one that {self.out} was started with")
-        self._load_moments(state["optimizer"]["state"])
+        self._load_moments(state["optimizer"]["state"], path)
         print(f"resume: {self.out} from step {state['step']}")
         return state
 
-    def _load_moments(self, saved):
+    def _check_state(self, state, path):
+        """UserError unless this is what `save` of this version writes, of a step that this run has before it.
+
+        A state of step −3 would train three steps too many, one of step 1e9 would end at once, with status 0.
+        """
+        foreign = f"--resume: {path}: not a checkpoint of this version"
+        require(isinstance(state, dict), f"{foreign}; --overwrite starts anew")
+        for name, kind in STATE.items():
+            good = isinstance(state.get(name), kind)
+            require(good, f"{foreign} ({name} is no {kind.__name__}); --overwrite starts anew")
+        step = state["step"]
+        require(path.parent == self._folder(step), f"{foreign} (its step is {step}); --overwrite starts anew")
+        beyond = f"--resume: {self.out} is at step {step}, beyond --steps {self.cfg.steps}; give more steps"
+        require(step <= self.cfg.steps, beyond)
+
+    def _load_moments(self, saved, path):
         """Adam's moments of each weight, by its number. Learning rate and weight decay are this run's own."""
         groups = self.optimizer.state_dict()["param_groups"]
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        foreign = f"--resume: {path}: Adam's moments do not fit the weights; --overwrite starts anew"
+        require(isinstance(saved, dict) and saved.keys() <= set(range(len(params))), foreign)
         moments = {}
         for i, tensors in saved.items():
             moments[i] = {}
+            require(isinstance(tensors, dict) and tensors.keys() == MOMENTS, foreign)
             for name, x in tensors.items():
                 moments[i][name] = sharding.shard_like(x, params[i])
+                fits = name == "step" or moments[i][name].shape == params[i].shape
+                require(fits, foreign)
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _fit(self, model, saved, path, key):
@@ -314,8 +347,16 @@ class Run:
         for old in so_far[:-KEEP]:
             shutil.rmtree(self._folder(old), ignore_errors=True)
 
+    def _stop_signals(self):
+        """Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed, unless nohup asked to ignore it."""
+        signals = [signal.SIGINT, signal.SIGTERM]
+        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+            signals.append(hangup)
+        return signals
+
     def _stop(self, signum, frame):
-        """Handler of Ctrl-C and SIGTERM: note the first, end at once on the second."""
+        """Handler of these signals: note the first, end at once on the second."""
         if self.signum is not None:
             raise KeyboardInterrupt(128 + signum)
         self.signum = signum

@@ -5,11 +5,12 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nanorlhf.errors import RunError, UserError
+from nanorlhf.errors import RunError, UserError, require
 
 try:
     import fcntl
@@ -82,6 +83,22 @@ def write_folder(folder, files):
                 continue
             with open(path, "wb") as f:
                 f.write(data)
+
+
+def require_plain(folder):
+    """UserError if anything in a run folder, or in its checkpoints, is a link, a pipe or a device.
+
+    A link that was planted there, config.json.tmp → ~/.bashrc say, would make the run overwrite that file. A
+    pipe that nobody reads would make it wait for ever. The run folder itself may be a link.
+    """
+    paths = [os.path.join(folder, name) for name in os.listdir(folder)]
+    for parent, folders, files in os.walk(os.path.join(folder, "state")):
+        paths += [os.path.join(parent, name) for name in folders + files]
+    for path in paths:
+        mode = os.lstat(path).st_mode
+        plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+        advice = "remove it, or name another folder"
+        require(plain, f"--out {folder}: {path} is a link, a pipe or a device; {advice}")
 
 
 def sync_folder(folder):

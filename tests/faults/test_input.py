@@ -1,6 +1,7 @@
 """Faults of what a user gives: files, folders, flags. Docstrings are rows of docs/reliability.md."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -97,6 +98,66 @@ def test_row_12_weights_missing(refuse, model):
     index.unlink()
     shard.rename(model / "pytorch_model.bin")
     refuse(train_dpo, dict(init=model), "--init", "pytorch_model.bin", "make it safetensors")
+
+
+HUGE = dict(n_layer=2**30, n_embd=2**30, vocab_size=2**30, n_positions=2**30, n_inner=2**30)
+
+
+@pytest.mark.parametrize("key", HUGE)
+def test_row_45_config_larger_than_its_weights(key, refuse, model):
+    """R | a config.json with more layers, or wider, than the weights are | refused by the headers of the
+    weight files, before memory is asked for"""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {key: HUGE[key]}))
+    refuse(train_sft, dict(init=model), str(model))
+
+
+def test_long_contexts_cost_nothing_until_they_are_used(tmp_path):
+    """Rotary tables of a billion positions would be 8 GB."""
+    hub.save(tiny("llama"), None, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**9}))
+    long = hub.load(tmp_path)[0]
+    tokens = torch.arange(12)[None]
+    assert torch.equal(long(tokens), tiny("llama")(tokens))
+
+
+SETTINGS = [
+    ("config.json", "reward_bias", float("nan")), ("config.json", "reward_bias", True),
+    ("config.json", "reward_bias", 10**400), ("config.json", "step_ids", 3),
+    ("config.json", "step_ids", [1.5]), ("config.json", "step_ids", [-1]),
+    ("config.json", "step_ids", [10**9]),
+    ("config.json", "layer_norm_epsilon", 10**400), ("config.json", "n_layer", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file, key, value", SETTINGS)
+def test_settings_of_other_types_and_sizes(file, key, value, refuse, model):
+    config = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps(config | {key: value}))
+    refuse(train_sft, dict(init=model), model / file)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_json_too_deep_to_be_parsed(file, refuse, model):
+    (model / file).write_text("{\"a\": " + "[" * 100_000 + "]" * 100_000 + "}")
+    refuse(train_sft, dict(init=model), file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_row_46_weights_that_are_no_file(kind, refuse, model):
+    """R | a pipe, a device or a folder in place of the weights | refused: opening a pipe would wait for
+    ever"""
+    path = model / "model.safetensors"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    refuse(train_sft, dict(init=model), path, "no regular file")
 
 
 @pytest.mark.parametrize("change, word", [

@@ -25,6 +25,7 @@ from nanorlhf import hub
 from nanorlhf.errors import UserError
 from nanorlhf.run import replay
 from nanorlhf.run.checkpoint import Run
+from nanorlhf.run.folders import describe
 
 ROOT = Path(__file__).parents[2]
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither these signals nor limits")
@@ -68,8 +69,8 @@ sys.exit(train_sft.main())
 @pytest.mark.slow
 @pytest.mark.parametrize("first, more", [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_row_03_signals(first, more, stages, tmp_path):
-    """S | Ctrl-C or SIGTERM | the step is finished and saved, status 130 or 143; a second one ends it at
-    once"""
+    """S | Ctrl-C, SIGTERM, or SIGHUP of a terminal that is closed | the step is finished and saved, status
+    130, 143 or 129; a second one ends it at once"""
     flags = stages.flags(train_sft, tmp_path / "run", steps=10**6, save_every=0)
     argv = [sys.executable, str(ROOT / "train_sft.py"), *(f"--{k}={v}" for k, v in flags.items())]
     if more:  # the second one comes while the first one's checkpoint hangs
@@ -97,7 +98,7 @@ def test_row_03_signals(first, more, stages, tmp_path):
 
 @posix
 @EACH
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_one_signal_to_each_trainer(trainer, signum, run, tmp_path, at_step):
     """Row 3, in this process: resumed it ends bit-equal to the uninterrupted run."""
     run(trainer, "whole")
@@ -232,6 +233,79 @@ def test_row_08_newest_checkpoint_incomplete(run, tmp_path):
     assert done.status == 0 and "step-000006 was never completed; removed" in done.out
     assert "from step 4" in done.out
     same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def change_state(out, change):
+    """Change the newest checkpoint of a run and its list of checksums, as its own program would have."""
+    folder = out / "state" / states(out)[-1]
+    saved = change(torch.load(folder / "state.pt", weights_only=True))
+    torch.save(saved, folder / "state.pt")
+    (folder / "manifest.json").write_text(json.dumps({"files": describe(folder)}))
+
+
+def without_moments(saved):
+    saved["optimizer"]["state"][0].pop("exp_avg")
+    return saved
+
+
+def with_moments_of_another_shape(saved):
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    return saved
+
+
+FOREIGN = {
+    "a step of −3": lambda saved: saved | {"step": -3},
+    "a step of 1e9": lambda saved: saved | {"step": 10**9},
+    "a step that is no number": lambda saved: saved | {"step": "6"},
+    "no optimizer": lambda saved: {k: v for k, v in saved.items() if k != "optimizer"},
+    "no models": lambda saved: {k: v for k, v in saved.items() if k != "models"},
+    "models in a list": lambda saved: saved | {"models": []},
+    "a list": lambda saved: [saved],
+    "a tensor": lambda saved: torch.zeros(3),
+    "no step": lambda saved: {k: v for k, v in saved.items() if k != "step"},
+    "another optimizer": lambda saved: saved | {"optimizer": {"state": {0: {"momentum": torch.zeros(3)}}}},
+    "moments of other weights": lambda saved: saved | {"optimizer": {"state": {99: {}}}},
+    "moments missing": without_moments,
+    "moments of another shape": with_moments_of_another_shape,
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_row_47_checkpoint_of_another_program(kind, run, tmp_path):
+    """R | a checkpoint of another version or program, or of a step that is not its folder's | one line that
+    names the file; nothing is trained"""
+    run(train_sft)
+    before = metrics(tmp_path / "run")
+    change_state(tmp_path / "run", FOREIGN[kind])
+    assert run(train_sft, resume="true", steps=8).refused("--resume", "state.pt", "--overwrite starts anew")
+    assert metrics(tmp_path / "run") == before
+
+
+def test_resume_beyond_steps(run, tmp_path):
+    """With --steps below the checkpoint's step there is nothing to do, which nobody means."""
+    run(train_sft)
+    assert run(train_sft, resume="true", steps=3).refused("at step 6, beyond --steps 3")
+
+
+@posix
+@pytest.mark.parametrize("name", [
+    "config.json.tmp", "metrics.csv", "samples.jsonl", "curves.png", "model.tmp", "state/step-000002.tmp",
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_row_48_links_in_a_run_folder(kind, name, run, tmp_path):
+    """R | a link or a pipe in the run folder, where the run writes | refused by name; the file that the link
+    points to stays as it is"""
+    foreign = tmp_path / "foreign"
+    foreign.write_text("precious")
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    if kind == "link":
+        path.symlink_to(foreign)
+    else:
+        os.mkfifo(path)
+    for flags in ({}, {"overwrite": "true"}, {"resume": "true"}):
+        assert run(train_sft, **flags).refused("--out", path)
+    assert foreign.read_text() == "precious"
 
 
 @pytest.mark.parametrize("flags, says", [
