@@ -9,7 +9,6 @@ derived from (seed, step), so that weights, optimizer and step are the whole sta
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.run import dist, replay, sharding
+from nanorlhf.run.cli import to_json
 from nanorlhf.run.folders import new_folder, sync_folder, take_lock, verify
 from nanorlhf.run.log import Log, import_wandb
 
@@ -117,7 +117,7 @@ class Run:
         self.models = models
         self.optimizer = optimizer
         self.frozen = [_checksum(model) for model in frozen]
-        config = dataclasses.asdict(self.cfg)
+        config = to_json(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
         state = {"step": 0, "extra": {}, "sizes": {}, "last": {}}
         with self._usable():
