@@ -20,6 +20,7 @@ import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.run import dist
+from nanorlhf.run.reward_functions import reward_name
 
 # ------------------------------------------------------------------------------------------------------------
 # the flags that all trainers share
@@ -70,7 +71,7 @@ def to_json(cfg):
     """A Config as config.json has it: a reward that is a Python function by its name."""
     flags = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
     if "reward" in flags:
-        flags["reward"] = [getattr(reward, "__name__", str(reward)) for reward in cfg.reward]
+        flags["reward"] = [reward_name(reward) for reward in cfg.reward]
     return flags
 
 

@@ -1,6 +1,7 @@
 """What a run writes while it goes on: metrics.csv, samples.jsonl, the console lines, the progress bar."""
 
 import contextlib
+import csv
 import json
 import os
 import sys
@@ -14,6 +15,17 @@ from nanorlhf.look.plots import plot_curves
 from nanorlhf.run import dist
 
 FILES = ("metrics.csv", "samples.jsonl")
+
+
+class Result(dict):
+    """What train(cfg) returns: the figures measured last, with the folder and every step of the whole run.
+
+    path   the run folder
+    rows   one dict a step, with all columns of metrics.csv; None where nothing was measured
+    """
+
+    path = ""
+    rows = ()
 
 
 class Log:
@@ -34,7 +46,9 @@ class Log:
         self.every = max(1, steps // 20)  # steps between console lines
         self.printed = False  # whether the names stand above the console lines
         self.disk_is_full = False
-        self.last = last or {}  # name → the figure measured last
+        self.last = Result(last or {})  # name → the figure measured last
+        self.last.path = str(out)
+        self.last.rows = read_rows(self.out / "metrics.csv", (sizes or {}).get("metrics.csv", 0))
         self.writes = dist.rank() == 0
         self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
                         desc=self.out.name, file=sys.stdout)
@@ -86,6 +100,7 @@ class Log:
         for name in metrics.keys() - measured.keys():
             self.last.pop(name, None)
         self.last |= measured
+        self.last.rows.append({name: measured.get(name) for name in self.columns} | {"step": step})
         cells = [f"{measured[name]:.6g}" if name in measured else "" for name in self.columns]
         cells[0] = str(step)
         self._append("metrics.csv", ",".join(cells) + "\n")
@@ -142,6 +157,18 @@ def import_wandb(project):
     except ImportError:
         raise UserError("--wandb needs the wandb package: pip install wandb") from None
     return wandb
+
+
+def read_rows(path, size):
+    """The rows in the first `size` bytes of metrics.csv, those before the checkpoint."""
+    if not (size and path.exists()):
+        return []
+    text = path.read_bytes()[:size].decode()
+    rows = []
+    for line in csv.DictReader(text.splitlines()):
+        row = {name: float(cell) if cell else None for name, cell in line.items()}
+        rows.append(row | {"step": int(line["step"])})
+    return rows
 
 
 class Clock:

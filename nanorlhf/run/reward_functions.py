@@ -33,6 +33,13 @@ class RewardFunction(NamedTuple):
     call: Callable  # (prompt, response, row) → float
 
 
+def reward_name(reward):
+    """The name of a reward in config.json: what --reward says, or that of a Python function."""
+    if isinstance(reward, str):
+        return reward
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
 class UserFunction:
     """A user's function, called as (prompt, response, row) whichever of the SIGNATURES it has.
 
@@ -54,14 +61,16 @@ class UserFunction:
         self.function = function
         self.trl = "completions" in names
         self.verl = "solution_str" in names
-        self.first = [] if self.trl or self.verl else names[:2]  # by position; the others by name
+        self.ours = not (self.trl or self.verl)
+        self.first = names[:2] if self.ours else []  # by position; the others by name
         later = [signature.parameters[name] for name in names[len(self.first) :]]
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in later)
         self.named = [p for p in later if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         # (response, answer) would be called with the prompt as its response, and never fail
         fits = self.first[:1] != ["response"] and not {"row", "answer"} & set(self.first)
         try:
-            signature.bind(*self.first, **{p.name: None for p in self.named})
+            prompt_and_response = ("", "") if self.ours else ()
+            signature.bind(*prompt_and_response, **{p.name: None for p in self.named})
         except TypeError:
             fits = False
         require(fits, f"takes neither {SIGNATURES}; its parameters are {signature}")
@@ -70,7 +79,7 @@ class UserFunction:
         values = self.values(prompt, response, row)
         if not self.takes_all:
             values = {p.name: values[p.name] for p in self.named if p.name in values}
-        if self.first:
+        if self.ours:
             return self.function(prompt, response, **values)
         returned = self.function(**values)
         if self.verl and isinstance(returned, dict):
@@ -91,7 +100,8 @@ class UserFunction:
             values = {"data_source": "", "extra_info": None, "solution_str": response} | values
             if "answer" in row:
                 values.setdefault("ground_truth", row["answer"])
-            return values
+            nested = row.get("reward_model")  # {"style": "rule", "ground_truth": "42"}
+            return values | (nested if isinstance(nested, dict) else {})
         annotated = [p.name for p in self.named if DICT.match(str(p.annotation))]
         return dict.fromkeys(annotated, row) | values | {"row": row}
 
@@ -110,7 +120,7 @@ def load_reward(spec: str) -> RewardFunction:
     def wrong(problem):
         return UserError(f"--reward {spec}: {problem}")
 
-    path, _, rest = spec.rpartition(":")  # the last colon: C:\rewards.py:name has two
+    path, _, rest = str(spec).rpartition(":")  # the last colon: C:\rewards.py:name has two
     name, star, factor = rest.partition("*")
     if not path or not name:
         raise wrong("expected path/to/file.py:name or path/to/file.py:name*0.2")
@@ -129,12 +139,18 @@ def load_reward(spec: str) -> RewardFunction:
         raise wrong(f"{path} is not a .py file")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses and pickle look their module up there
-    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))  # for its neighbours, as beside a script
+    # The file may import its neighbours. Its helpers.py comes before one of the same name from elsewhere.
+    folder = os.path.dirname(os.path.abspath(path))
+    beside = [file[:-3] for file in os.listdir(folder) if file.endswith(".py")]
+    others = {name: sys.modules.pop(name) for name in beside if name in sys.modules}
+    sys.path.insert(0, folder)
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file does at import
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise wrong(f"importing {path} fails: {reason}") from error
+    finally:
+        sys.modules.update(others)
     function = getattr(module, name, None)
     if function is None:
         raise wrong(f"{path} defines no {name}")

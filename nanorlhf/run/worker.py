@@ -15,7 +15,15 @@ from tqdm import tqdm
 
 from nanorlhf.errors import RunError, UserError, blame, require
 from nanorlhf.run import dist
-from nanorlhf.run.reward_functions import SIGNATURES, RewardFunction, UserFunction, load_reward, number, serve
+from nanorlhf.run.reward_functions import (
+    SIGNATURES,
+    RewardFunction,
+    UserFunction,
+    load_reward,
+    number,
+    reward_name,
+    serve,
+)
 
 START = 120  # seconds in which the process of the reward functions must have imported them
 
@@ -53,7 +61,7 @@ def rewards_of(task, specs, timeout=0.0):
 
 
 def _from_python(function):
-    name = getattr(function, "__name__", type(function).__name__)
+    name = reward_name(function)
     with blame(f"reward {name}"):
         call = UserFunction(function)
     print(f"reward {name} is called in this process, where no --reward_timeout guards it")
