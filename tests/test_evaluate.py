@@ -14,7 +14,7 @@ from stages import jsonl
 
 import evaluate
 import sample
-from nanorlhf import generate, hub
+from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import UserError
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
 from nanorlhf.sampling import Sampling
@@ -145,7 +145,7 @@ def run(stages, tmp_path):
     def call(**flags):
         size = dict(data=prompts, n=4, k="1,2,4,8", max_new_tokens=5)
         flags = size | dict(model=f"{stages.folder}/sft/model") | flags
-        return evaluate.main(evaluate.Config(**flags))
+        return evaluate.evaluate(evaluate.Config(**flags))
 
     return call
 
@@ -164,10 +164,41 @@ def test_figures_by_a_function(run, tmp_path, capsys):
     assert f"reward          {out['reward']:10.4f} ± {out['reward_se']:.4f}" in capsys.readouterr().out
 
 
+def test_every_row_of_a_file_is_scored(run, stages, tmp_path, capsys):
+    """Also those that a trainer would have trained on, and as many as there are; said in one line."""
+    letters = [f"{a}{b}{c}=" for a in "abcdef" for b in "abcdef" for c in "abcdef" * 2]
+    path = jsonl(tmp_path / "all.jsonl", [dict(prompt=prompt, answer=prompt[2]) for prompt in letters])
+    seen = Counter()
+
+    def score(prompt, response, answer):
+        seen[prompt] += 1
+        return float(response[:1] == answer)
+
+    out = run(data=path, n=2, k="1", reward=[score])
+    assert seen == {prompt: 4 for prompt in letters} and len(letters) == 432 > 256
+    assert f"432 of the 432 prompts of {path} are scored, 2 samples of each" in capsys.readouterr().out
+    assert out["reward"] == pytest.approx(out["pass@1"]) and 0 < out["reward"] < 1
+    seen.clear()
+    run(data=path, n=2, k="1", reward=[score], prompts=10)
+    assert seen == Counter(letters[:10] * 2)
+    assert f"10 of the 432 prompts of {path} are scored" in capsys.readouterr().out
+    with pytest.raises(UserError, match="prompts.jsonl:1: reward score .*the row has no answer"):
+        run(reward=[score])
+
+
+def test_held_out_prompts_of_a_task_are_counted(tmp_path, capsys):
+    task = tasks.get("chain")
+    tok = Tokenizer.from_chars(task.alphabet)
+    hub.save(tiny(vocab_size=tok.vocab_size, max_len=32), tok, tmp_path / "m")
+    for n, flags in ((256, {}), (7, dict(prompts=7))):
+        evaluate.evaluate(evaluate.Config(model=f"{tmp_path}/m", task="chain", n=1, k="1", **flags))
+        assert f"{n} held-out prompts of --task chain are scored, 1 samples" in capsys.readouterr().out
+
+
 def test_against_itself_and_another(run, stages, tmp_path):
     """Against itself: one half within its error (the two sample apart), KL 0. Another: both are reported."""
     sft = f"{stages.folder}/sft/model"
-    out = run(reward=[f"{__file__}:begins"], against=sft)
+    out = run(reward=[f"{__file__}:begins"], ref=sft)
     assert 0 < abs(out["win"] - 0.5) < 4 * out["win_se"]
     assert abs(out["kl"]) < 1e-6 and abs(out["kl_k1"]) < 1e-5
     model, tok = hub.load(sft)
@@ -176,8 +207,8 @@ def test_against_itself_and_another(run, stages, tmp_path):
     hub.save(model, tok, tmp_path / "other")
     pairs = [dict(prompt="abc=", chosen=w, rejected=l) for w, l in ("ab", "bc", "ca", "ac", "aa")]
     path = jsonl(tmp_path / "p.jsonl", pairs)
-    out = run(reward=[f"{__file__}:begins"], against=f"{tmp_path}/other", pairs=path)
-    assert out["kl"] > 0.001 and 0 < out["win"] < 1 and out["against_len"] != out["len"]
+    out = run(reward=[f"{__file__}:begins"], ref=f"{tmp_path}/other", pairs=path)
+    assert out["kl"] > 0.001 and 0 < out["win"] < 1 and out["ref_len"] != out["len"]
     assert out["kl_per_token"] == pytest.approx(out["kl"] / out["len"], rel=1e-4)
     sft_model = hub.load(sft)[0]
     with torch.no_grad():
@@ -188,7 +219,7 @@ def test_against_itself_and_another(run, stages, tmp_path):
             h[y] = (logp - base)[[3, 4], ids[4:]].sum()
     right = sum(h[w] > h[l] for w, l in ("ab", "bc", "ca", "ac"))  # the equal pair is dropped
     assert out["implicit_acc"] == pytest.approx(right / 4)
-    assert "kl" not in run(against=f"{tmp_path}/other", temperature=0.0)  # greedy samples say nothing of a KL
+    assert "kl" not in run(ref=f"{tmp_path}/other", temperature=0.0)  # greedy samples say nothing of a KL
 
 
 def test_reward_model_accuracy(run, stages, tmp_path):
@@ -220,8 +251,8 @@ def test_reward_model_accuracy(run, stages, tmp_path):
     (dict(), "nothing to measure by"),
     (dict(model="no"), "--model no does not exist; make it with: python train_sft.py"),
     (dict(reward=["no.py:f"]), "there is no file no.py"),
-    (dict(reward=[f"{__file__}:begins"], against="SFT", pairs="no.jsonl"), "--pairs: no.jsonl: "),
-    (dict(reward=[f"{__file__}:begins"], pairs="no.jsonl"), "--pairs: give --rm or --against"),
+    (dict(reward=[f"{__file__}:begins"], ref="SFT", pairs="no.jsonl"), "--pairs: no.jsonl: "),
+    (dict(reward=[f"{__file__}:begins"], pairs="no.jsonl"), "--pairs: give --rm or --ref"),
     (dict(answer="("), "--answer .: not a regular expression"),
     (dict(out="nowhere/e.json"), "--out nowhere/e.json: there is no folder nowhere"),
     (dict(k="0"), "--k 0: must lie between 1 and --n"),

@@ -300,7 +300,7 @@ class Run:
                 sharding.write(shards, tensors)
             return
         # The rows before this step must not be lost after it is saved.
-        state |= {"sizes": self.log.sync(), "last": dict(self.log.last)}
+        state |= {"sizes": self.log.sync(), "last": dict(self.log.last, rows=self.log.last.rows)}
         with new_folder(folder, manifest=True) as tmp:
             if self.cfg.shard:
                 sharding.write(shards, tensors)

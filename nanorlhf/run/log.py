@@ -1,7 +1,6 @@
 """What a run writes while it goes on: metrics.csv, samples.jsonl, the console lines, the progress bar."""
 
 import contextlib
-import csv
 import json
 import os
 import sys
@@ -35,7 +34,8 @@ class Log:
     the first writes.
 
     start, sizes and last are those of the checkpoint that a resumed run goes on from: its step, the bytes of
-    each file, and the figures measured last. What was written after it is cut off: those steps run again.
+    each file, the figures measured last and, as "rows", those of every step. What was written after it is
+    cut off: those steps run again.
     """
 
     def __init__(self, out, columns, show, steps, start=0, wandb="", config=None, sizes=None, last=None):
@@ -48,7 +48,7 @@ class Log:
         self.disk_is_full = False
         self.last = Result(last or {})  # name → the figure measured last
         self.last.path = str(out)
-        self.last.rows = read_rows(self.out / "metrics.csv", (sizes or {}).get("metrics.csv", 0))
+        self.last.rows = self.last.pop("rows", [])
         self.writes = dist.rank() == 0
         self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
                         desc=self.out.name, file=sys.stdout)
@@ -157,18 +157,6 @@ def import_wandb(project):
     except ImportError:
         raise UserError("--wandb needs the wandb package: pip install wandb") from None
     return wandb
-
-
-def read_rows(path, size):
-    """The rows in the first `size` bytes of metrics.csv, those before the checkpoint."""
-    if not (size and path.exists()):
-        return []
-    text = path.read_bytes()[:size].decode()
-    rows = []
-    for line in csv.DictReader(text.splitlines()):
-        row = {name: float(cell) if cell else None for name, cell in line.items()}
-        rows.append(row | {"step": int(line["step"])})
-    return rows
 
 
 class Clock:
