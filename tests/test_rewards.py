@@ -150,6 +150,16 @@ def test_what_a_reward_function_does_ends_with_the_call(mischief, capfd):
     wait_for_the_end(mischief.pids())
 
 
+def test_a_warning_shows_control_sequences(tmp_path, capsys):
+    """The text of an exception may quote the response."""
+    (tmp_path / "r.py").write_text("def f(p, r):\n    raise ValueError(r) if len(r) > 1 else SystemExit\n")
+    rows = [dict(prompt="p")] * 3
+    with rewards_of(None, [f"{tmp_path}/r.py:f"], 30.0) as rewards, pytest.raises(RunError):
+        rewards.values(0, ["\x1b[2J\x9b2J", "", ""], rows)
+    out = capsys.readouterr().out
+    assert "reward f raised ValueError: \\u001b[2J\\u009b2J (prompt" in out and out.isascii()
+
+
 @posix
 def test_a_value_that_is_no_number_stops_the_run_at_once(mischief):
     with mischief(30.0, "f", "g") as rewards:

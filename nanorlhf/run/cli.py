@@ -20,6 +20,7 @@ import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.run import dist
+from nanorlhf.run.log import visible
 from nanorlhf.run.reward_functions import reward_name
 
 # ------------------------------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
 
 def _ending(error, cfg):
     """What ended a run → the line to print, the exit status. Status 0: a bug, whose traceback is needed."""
-    message = r"\n".join(str(error).splitlines())  # one line, whatever value of the user's it quotes
+    message = visible(r"\n".join(str(error).splitlines()))  # one line, whatever value of the user's it quotes
     first_line = str(error).partition("\n")[0]
     if isinstance(error, UserError):
         return f"error: {message}", 2

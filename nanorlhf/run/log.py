@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,19 @@ from nanorlhf.look.plots import plot_curves
 from nanorlhf.run import dist
 
 FILES = ("metrics.csv", "samples.jsonl")
+
+
+# What a terminal obeys: escape sequences, a carriage return, the marks that turn text from right to left.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text):
+    """Show control characters as their JSON escapes; newlines and tabs stay.
+
+    >>> print(visible("a" + chr(27) + "[31mb"))
+    a\\u001b[31mb
+    """
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class Result(dict):
@@ -90,7 +104,7 @@ class Log:
     def say(self, text):
         """Print a line, above the progress bar."""
         self.bar.clear()
-        print(text, flush=True)
+        print(visible(text), flush=True)
         self.bar.refresh()
 
     def row(self, step, metrics):
@@ -124,7 +138,7 @@ class Log:
             sample = {"step": step, "prompt": row["prompt"], "response": text}
             if score is not None:
                 sample["reward"] = round(score[i].item(), 4)
-            lines.append(json.dumps(sample, ensure_ascii=False) + "\n")
+            lines.append(visible(json.dumps(sample, ensure_ascii=False)) + "\n")
         self._append("samples.jsonl", "".join(lines))
 
     def close(self, panels=()):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nanorlhf.errors import RunError, UserError, blame, require
 from nanorlhf.run import dist
+from nanorlhf.run.log import visible
 from nanorlhf.run.reward_functions import (
     SIGNATURES,
     RewardFunction,
@@ -118,7 +119,8 @@ class Rewards:
                 raise RunError(f"more than half of {len(pairs)} calls failed; the last: {message}")
             if not self.warned:
                 file = sys.stderr if dist.rank() else None  # torchrun shows stdout of rank 0 only
-                tqdm.write(f"warning: {message}: scored 0; column reward_failed counts such calls", file=file)
+                message = f"warning: {message}: scored 0; column reward_failed counts such calls"
+                tqdm.write(visible(message), file=file)
                 self.warned = True
         self.calls += len(pairs)
         self.failures += failures
