@@ -86,6 +86,11 @@ def stream(model, prompt, max_new_tokens, eos_id, seed, sampling):
             hidden = model(token[:, None], cache, position)[:, 0]
 
 
+def cells(text):
+    """The columns that a text takes on a terminal."""
+    return len(text) + len(WIDE.findall(text))
+
+
 class Screen:
     """Prints a text that grows; on a terminal, a word that would cross the edge goes to the next line.
 
@@ -107,14 +112,11 @@ class Screen:
             self.put(word)
 
     def put(self, word):
-        cells = len(word) + len(WIDE.findall(word))
-        if self.column and self.column + cells > self.width and word != "\n":
-            print()
-            self.column = 0
-            cells -= len(word) - len(word.lstrip(" "))
-            word = word.lstrip(" ")
+        if word != "\n" and self.column and self.column + cells(word) > self.width:
+            word = "\n" + word.lstrip(" ")
         print(word, end="", flush=True)
-        self.column = 0 if word == "\n" else self.column + cells
+        _, newline, line = word.rpartition("\n")
+        self.column = cells(line) + (0 if newline else self.column)
 
     def end(self):
         self.put(self.held)

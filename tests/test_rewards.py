@@ -428,8 +428,9 @@ def test_a_neighbour_may_be_imported_when_the_function_is_called(tmp_path):
 
 def test_the_process_imports_neither_torch_nor_the_main_module(tmp_path, monkeypatch):
     (tmp_path / "main.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "main.py"))
     main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__file__", str(tmp_path / "main.py"), raising=False)
+    monkeypatch.setattr(main, "__spec__", None)  # as of a script
     (tmp_path / "r.py").write_text("import sys\ndef f(p, r): return 'torch' in sys.modules\n")
     with rewards_of(None, [f"{tmp_path}/r.py:f"], 30.0) as rewards:
         assert rewards.values(0, ["r"], [dict(prompt="p")]) == [0.0]
