@@ -419,6 +419,19 @@ def test_a_reward_file_imports_its_neighbours(tmp_path):
     assert sys.modules["helpers"] is theirs
 
 
+def test_a_script_that_names_its_own_file(tmp_path):
+    """Without a main guard, importing it trains once more, and that run would import it again, and so on."""
+    spec = f"{tmp_path}/s.py:f"
+    source = "from nanorlhf.run.worker import rewards_of\ndef f(p, r): return 1.0\n"
+    run = f"rewards_of(None, [{spec!r}])\n"
+    (tmp_path / "s.py").write_text(source + run)
+    with pytest.raises(UserError, match=r"give the function itself: reward=\[score\]$") as error:
+        rewards_of(None, [spec])
+    assert str(error.value).count("importing") == 1
+    (tmp_path / "s.py").write_text(f"{source}if __name__ == '__main__': {run}")
+    assert rewards_of(None, [spec]).values(0, ["r"], [dict(prompt="p")]) == [1.0]
+
+
 def test_a_neighbour_may_be_imported_when_the_function_is_called(tmp_path):
     (tmp_path / "only_here.py").write_text("VALUE = 3\n")
     (tmp_path / "r.py").write_text("def f(p, r):\n    import only_here\n    return only_here.VALUE\n")

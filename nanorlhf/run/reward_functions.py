@@ -134,10 +134,14 @@ def load_reward(spec: str) -> RewardFunction:
         raise wrong(f"there is no file {path}")
     # The file's own name would not do: a/r.py and b/r.py are two modules.
     module_name = f"reward_{hash(os.path.abspath(path))}"
+    if getattr(sys.modules.get(module_name), "is_loading", False):  # this call comes from its own import
+        hint = 'write `if __name__ == "__main__":` before that, or give the function itself: reward=[score]'
+        raise wrong(f"the file trains when it is imported; {hint}")
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None:
         raise wrong(f"{path} is not a .py file")
     module = importlib.util.module_from_spec(module_spec)
+    module.is_loading = True
     sys.modules[module_name] = module  # dataclasses and pickle look their module up there
     # The file may import its neighbours. Its helpers.py comes before one of the same name from elsewhere.
     folder = os.path.dirname(os.path.abspath(path))
@@ -150,6 +154,7 @@ def load_reward(spec: str) -> RewardFunction:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise wrong(f"importing {path} fails: {reason}") from error
     finally:
+        module.is_loading = False
         sys.modules.update(others)
     function = getattr(module, name, None)
     if function is None:
