@@ -293,7 +293,7 @@ def next_commands(out):
   {python} sample.py --model {out}/ppo/model \\
       --prompt "Film: The plot was dull."
   {python} evaluate.py --model {out}/ppo/model \\
-      --against {out}/sft/model --rm {out}/rm/model"""
+      --ref {out}/sft/model --rm {out}/rm/model"""
 
 
 def peak_rss_mb():

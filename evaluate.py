@@ -1,17 +1,18 @@
 """What a checkpoint is worth: pass@k, maj@k, mean reward, win rate, KL, accuracy on preference pairs.
 
     python evaluate.py --task chain --model runs/chain-ppo/model --n 16 --k 1,4,16
-    python evaluate.py --model runs/reviews-dpo/model --against runs/reviews-sft/model \\
+    python evaluate.py --model runs/reviews-dpo/model --ref runs/reviews-sft/model \\
                        --rm runs/reviews-rm/model --pairs runs/reviews-dpo/pairs_heldout.jsonl
+    evaluate.evaluate(evaluate.Config(model=..., data="test.jsonl", reward=[score])) in Python
 
     pass@k   1 − C(n−c, k) / C(n, k), c of n samples right: unbiased; 1 − (1 − c/n)^k is not (2107.03374)
     maj@k    the mean reward of the most frequent answer among k of the n samples, over all ways to choose the
              k and to break ties
-    win      share of samples that score higher than the other model's on the same prompt; ties count half
-    kl       KL(model‖against), nats per sequence: by k1 = Σ log π − log π' on the model's own samples, and
+    win      share of samples that score higher than the reference's on the same prompt; ties count half
+    kl       KL(model‖ref), nats per sequence: by k1 = Σ log π − log π_ref on the model's own samples, and
              exactly over the vocabulary at each of their tokens, which has the same mean and less noise
     pairs    share of pairs in order, by the reward model (rm_acc) and by DPO's own reward
-             log π_model − log π_against (implicit_acc); ties count half
+             log π_model − log π_ref (implicit_acc); ties count half
 
 `±` is the standard error over prompts: samples of one prompt are not independent. A win rate judged by the
 reward model that a policy was trained on is no evidence. Judges like long answers: compare the lengths too.
@@ -28,7 +29,7 @@ from typing import Literal
 import torch
 
 from nanorlhf import generate, tasks
-from nanorlhf.data import microbatches, pad_responses, split_by_hash
+from nanorlhf.data import microbatches, pad_responses
 from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.kernels import linear_kl
@@ -47,13 +48,13 @@ ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, with or wit
 class Config:
     # data
     model: str = "runs/reviews-sft/model"  # model folder
-    against: str = ""  # a second model folder: win rate and KL
+    ref: str = ""  # a second model folder: win rate and KL
     task: str = "reviews"  # built-in task: reviews, chain or countdown; held-out prompts and the reward
-    data: str = ""  # file of prompts (formats: docs/data.md); held-out ones, if any
+    data: str = ""  # file of prompts (formats: docs/data.md), all of which are used
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     rm: str = ""  # reward model folder, in place of a reward function
     pairs: str = ""  # JSONL of preference pairs, for the accuracy of --rm and of the model's own reward
-    prompts: int = 256  # prompts at most
+    prompts: int = 0  # prompts at most; 0: all of --data, 256 of a built-in task
 
     # sampling
     n: int = 16  # samples per prompt
@@ -76,13 +77,13 @@ class Config:
 
     def __post_init__(self):
         self.max_new_tokens = self.max_new_tokens or tasks.get(self.task).max_new_tokens
-        check_ranges(self, ("n", "prompts", "top_p"), any_sign=("seed", "right"))
+        check_ranges(self, ("n", "top_p"), any_sign=("seed", "right"))
         require(re.fullmatch(r"\d+(,\d+)*", self.k), f"--k {self.k}: must be numbers such as 1,4,16")
         ks = [int(k) for k in self.k.split(",")]
         require(min(ks) > 0 and min(ks) <= self.n, f"--k {self.k}: must lie between 1 and --n {self.n}")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
-        judge = self.rm or self.against
-        require(judge or not self.pairs, "--pairs: give --rm or --against, whose accuracy it measures")
+        judge = self.rm or self.ref
+        require(judge or not self.pairs, "--pairs: give --rm or --ref, whose accuracy it measures")
         folder = os.path.dirname(self.out) or "."
         require(os.path.isdir(folder), f"--out {self.out}: there is no folder {folder}")
         try:
@@ -148,15 +149,15 @@ def pairs_accuracy(pairs, device, score):
 
 
 def load_rows(cfg, task):
-    """The prompts to respond to: the held-out ones of --data (all, if none is held out), or the task's."""
-    if not cfg.data:
-        return task.prompts("test", cfg.prompts, cfg.seed)
-    rows = read_rows(cfg.data, "prompts")
-    _, held_out = split_by_hash(rows)
-    if not held_out:
-        print(f"--data {cfg.data}: no prompt is held out (15% are, by a hash); all are used")
-        held_out = rows
-    return held_out[: cfg.prompts]
+    """The prompts to respond to: those of --data, or held-out ones of the task; says how many."""
+    if cfg.data:
+        rows = read_rows(cfg.data, "prompts")
+        chosen = rows[: cfg.prompts or None]
+        print(f"{len(chosen)} of the {len(rows)} prompts of {cfg.data} are scored, {cfg.n} samples of each")
+        return chosen
+    rows = task.prompts("test", cfg.prompts or 256, cfg.seed)
+    print(f"{len(rows)} held-out prompts of --task {cfg.task} are scored, {cfg.n} samples of each")
+    return rows
 
 
 def by_prompt(parts, n):
@@ -224,26 +225,27 @@ def pair_figures(model, other, rm, tok, cfg):
 
 
 @torch.no_grad()
-def main(cfg):
+def evaluate(cfg):
     """Measure what the flags ask for, print it, write it to --out → {name: mean, name_se: s.e.}."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
     hint = f"python train_sft.py --task {cfg.task}"
     model, tok = load_model("--model", cfg.model, hint, "language model")
     other = rm = None
-    if cfg.against:
-        other = load_model("--against", cfg.against, "", "language model", tok)[0]
+    if cfg.ref:
+        other = load_model("--ref", cfg.ref, "", "language model", tok)[0]
     if cfg.rm:
         rm = load_model("--rm", cfg.rm, "", "reward model", tok)[0]
     to_device(cfg, device, model, other, rm)
     rewards = rewards_of(task, cfg.reward)
     has_score = bool(rm or rewards.functions)
-    require(has_score or other, "nothing to measure by: give --rm, --reward or --against")
+    require(has_score or other, "nothing to measure by: give --rm, --reward or --ref")
     rows = load_rows(cfg, task)
+    rewards.check_rows(rows)
 
     figures = {}  # name → (mean, s.e.)
     scores = {}
-    policies = {"": model, "against_": other} if other else {"": model}
+    policies = {"": model, "ref_": other} if other else {"": model}
     for name, policy in policies.items():
         rolls = generate.sample_in_batches(
             policy,
@@ -272,7 +274,7 @@ def main(cfg):
         if policy is model and other and unfiltered:
             figures |= kl_figures(model, other, rolls, cfg)
     if has_score and other:
-        figures["win"] = win_rate(scores[""], scores["against_"])
+        figures["win"] = win_rate(scores[""], scores["ref_"])
     if cfg.pairs:
         figures |= pair_figures(model, other, rm, tok, cfg)
     return report(figures, cfg.out)
@@ -295,4 +297,4 @@ def report(figures, path):
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(Config, main, __doc__))
+    sys.exit(run_cli(Config, evaluate, __doc__))

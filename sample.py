@@ -6,10 +6,13 @@
     python sample.py ... --logprobs                           one token a line, with its log-prob
     python sample.py ... --chat                               the prompt as a user's turn (chat template)
 
-A model continues a text, or answers one turn: it has no memory of earlier prompts. The log-prob is that of
-the distribution sampled from; with temperature 0 (greedy) it is the one at temperature 1.
+A model continues a text, or answers one turn: it has no memory of earlier prompts. Each answer ends in [EOS],
+where the model ended it, or in [cut after 40 tokens]. The log-prob is that of the distribution sampled from;
+with temperature 0 (greedy) it is the one at temperature 1.
 """
 
+import re
+import shutil
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -19,9 +22,19 @@ import torch
 from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.run.cli import check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
+from nanorlhf.run.log import visible
 from nanorlhf.run.models import load_model
 from nanorlhf.sampling import Sampling, sample
 from nanorlhf.tokenizer import Chat
+
+HELP = """A line is a prompt: the model continues it, or with --chat answers it.
+It does not remember earlier prompts. An answer ends in [EOS] where the model
+ended it, or in [cut after 40 tokens], at --max_new_tokens or where the context
+is full. An empty line or Ctrl-D leaves. `python sample.py --help` lists the
+flags: --temperature, --top_p, --n, --logprobs and more."""
+# Two columns wide: Chinese, Japanese, Korean, emoji. A line may break before and after each.
+WIDE = re.compile("[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\U0001f300-\U0001faff]")
+WORD_ENDS = re.compile(rf"(?<=\S)(?= )|(?=\n)|(?<=\n)|(?={WIDE.pattern})|(?<={WIDE.pattern})")
 
 
 @dataclass
@@ -73,30 +86,71 @@ def stream(model, prompt, max_new_tokens, eos_id, seed, sampling):
             hidden = model(token[:, None], cache, position)[:, 0]
 
 
-def show(tokens, tok, logprobs=False):
-    """Print (token, log-prob) pairs as they come → (ids, their summed log-prob).
+def cells(text):
+    """The columns that a text takes on a terminal."""
+    return len(text) + len(WIDE.findall(text))
+
+
+class Screen:
+    """Prints a text that grows; on a terminal, a word that would cross the edge goes to the next line.
+
+    Control characters are shown as escapes. Obeyed, they would let a model clear the screen.
+    """
+
+    def __init__(self):
+        self.width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0  # 0: no edge
+        self.column = 0  # columns of this line that are in use
+        self.held = ""  # a word that may still grow, with the blanks before it
+
+    def write(self, text):
+        text = visible(text)
+        if not self.width:
+            print(text, end="", flush=True)
+            return
+        *words, self.held = WORD_ENDS.split(self.held + text.replace("\t", "    "))
+        for word in words:
+            self.put(word)
+
+    def put(self, word):
+        if word != "\n" and self.column and self.column + cells(word) > self.width:
+            word = "\n" + word.lstrip(" ")
+        print(word, end="", flush=True)
+        _, newline, line = word.rpartition("\n")
+        self.column = cells(line) + (0 if newline else self.column)
+
+    def end(self):
+        self.put(self.held)
+        print()
+
+
+def show(tokens, tok, logprobs=False, screen=None, stops=()):
+    """Print (token, log-prob) pairs as they come, and how they end → (ids, their summed log-prob).
 
     A character of several tokens is printed when its last token is there: until then `decode` ends in the
-    replacement character U+FFFD.
+    replacement character U+FFFD. stops: the ids besides EOS that end an answer.
     """
+    screen = screen or Screen()
     ids = []
     total = 0.0
-    shown = ""
+    text = shown = ""
+    end = "nothing"
     for token, logp in tokens:
         ids.append(token)
         total += logp
+        stopped = token in (tok.eos_id, *stops)
+        end = "EOS" if stopped else f"cut after {len(ids)} tokens"
         if logprobs:
-            print(f"{logp:9.3f}  {tok.decode([token])!r}")
-            continue
-        text = tok.decode([i for i in ids if i != tok.eos_id])
-        if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+            print(f"{logp:9.3f}  {end if stopped else repr(tok.decode([token]))}")
+        elif not stopped:
+            text = tok.decode(ids)
+            if not text.endswith("\ufffd"):
+                screen.write(text[len(shown) :])
+                shown = text
     if logprobs:
-        print(f"{total:9.3f}  in all, {len(ids)} tokens")
+        print(f"{total:9.3f}  in all, {len(ids)} tokens, [{end}]")
     else:
-        text = tok.decode([i for i in ids if i != tok.eos_id])
-        print(text[len(shown) :])
+        screen.write(f"{text[len(shown) :]} [{end}]")
+        screen.end()
     return ids, total
 
 
@@ -105,14 +159,20 @@ def prompts(cfg):
     if cfg.prompt:
         yield cfg.prompt
         return
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        print("/help: what one may type")
     while True:
         try:
-            line = input("prompt> " if sys.stdin.isatty() else "")
+            line = input("prompt> " if at_terminal else "")
         except EOFError:
             return
         if not line:
             return
-        yield line
+        if line.strip() == "/help":
+            print(HELP)
+        else:
+            yield line
 
 
 def main(cfg):
@@ -129,16 +189,17 @@ def main(cfg):
             ids = tok.encode_prompt(prompt)
         except UserError as e:
             require(not cfg.prompt, f"--prompt: {e}")
-            print(e)  # a slip of the keyboard does not end the conversation
+            print(visible(str(e)))  # a slip of the keyboard does not end the conversation
             continue
         for i in range(cfg.n):
             if cfg.n > 1:
                 print(f"── {i + 1}")
+            screen = Screen()
             if not cfg.logprobs:
-                print(prompt, end="", flush=True)
+                screen.write(prompt)
             seed = derive_seed(cfg.seed, "sample", number, i)
             tokens = stream(model, ids, cfg.max_new_tokens, tok.eos_id, seed, sampling)
-            answers.append(show(tokens, tok, cfg.logprobs))
+            answers.append(show(tokens, tok, cfg.logprobs, screen, model.stop_ids))
     return answers
 
 

@@ -464,9 +464,9 @@ def train(cfg):
     task = tasks.get(cfg.task)
     rewards = rewards_of(task, cfg.reward, cfg.reward_timeout)
     policy, ref, rm, tok = load_models(cfg, device)
-    freeze(cfg, ref, rm, trained=(policy,))
+    freeze(cfg, ref, rm, trained=[policy])
     longest = cfg.limits[-1]
-    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest)
+    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest, rewards)
     sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
     dist.spread(cfg, policy, frozen=(ref, rm))  # one process: as they are; several: all get the same
     opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)

@@ -21,13 +21,14 @@ GPU   python train_prm.py --data solutions.jsonl --step_end . --init runs/sft/mo
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch.nn.functional as F
 
 import train_rm
-from nanorlhf import hub, lora, tasks
-from nanorlhf.data import encode_pair, epoch_batches
+from nanorlhf import hub, lora
+from nanorlhf.data import encode_pair, epoch_batches, read_split
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub.files import read_jsonl
 from nanorlhf.run import dist
@@ -155,33 +156,34 @@ def n_labels(rows):
 
 def load_judged(cfg, tok, step_ids, max_len):
     """→ training, held-out rows of --data: prompt ids, response ids with EOS, a label for each token."""
-    rows = read_jsonl(cfg.data, ("prompt", "response"), nonempty=("prompt",))
-    train = []
-    test = []
+    read = partial(read_jsonl, required=("prompt", "response"), nonempty=("prompt",))
+    train, test = [encode_judged(rows, tok, step_ids, max_len) for rows in read_split(cfg, read)]
+    require(
+        n_labels(train) and n_labels(test),
+        f"--data {cfg.data}: {n_labels(train)} labels are left to train on, {n_labels(test)} are held out"
+    )
+    return train, test
+
+
+def encode_judged(rows, tok, step_ids, max_len):
+    """→ prompt ids, response ids with EOS, a label for each token; rows beyond max_len tokens are dropped."""
+    judged = []
     for row in rows:
         pair = encode_pair(tok, row["prompt"], row["response"], max_len, row["_at"])
         if pair is None:
             continue
-        prompt, response = pair
-        ends = step_ends(prompt, response, step_ids)
+        ends = step_ends(*pair, step_ids)
         labels = row.get("labels")
         fits = (
             isinstance(labels, list)
             and len(labels) == len(ends)
             and all(label in (0, 1, None) for label in labels)
         )
-        expected = f"expected {len(ends)} of 1, 0, null"
-        require(fits, f'--data: {row["_at"]}: "labels" is {labels!r:.80}, {expected}')
-        part = test if tasks.held_out(row["prompt"]) else train
-        part.append((prompt, response, label_tokens(ends, labels)))
-    dropped = len(rows) - len(train) - len(test)
-    if dropped:
-        print(f"dropped {dropped} of {len(rows)} responses: longer than the context of {max_len} tokens")
-    require(
-        n_labels(train) and n_labels(test),
-        f"--data {cfg.data}: {n_labels(train)} labels are left to train on, {n_labels(test)} are held out",
-    )
-    return train, test
+        require(fits, f'--data: {row["_at"]}: "labels" is {labels!r:.80}, expected {len(ends)} of 1, 0, null')
+        judged.append((*pair, label_tokens(ends, labels)))
+    if len(judged) < len(rows):
+        print(f"dropped {len(rows) - len(judged)} of {len(rows)} responses: longer than {max_len} tokens")
+    return judged
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,8 +198,7 @@ def train(cfg):
     lora.add(model, cfg.lora_rank, cfg.dtype)
     dist.spread(cfg, model)  # one process: as they are; several: all get the same
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        step_end = tuple(cfg.step_end)
-        model.step_ids = [i for i in range(tok.vocab_size) if tok.decode([i]).endswith(step_end)]
+        model.step_ids = [i for i in range(tok.vocab_size) if tok.decode([i]).endswith(tuple(cfg.step_end))]
         data, test = load_judged(cfg, tok, model.step_ids, model.cfg.max_len)
         shown = [row[:2] for row in test[:8]]  # prompt, response
         opt = adamw(
@@ -205,7 +206,7 @@ def train(cfg):
             device,
             lr=cfg.lr,
             betas=(0.9, 0.99),
-            weight_decay=cfg.weight_decay,
+            weight_decay=cfg.weight_decay
         )
         start, _ = run.start({"model": model}, opt)
         seed = derive_seed(cfg.seed, "data")
@@ -227,8 +228,7 @@ def train(cfg):
             opt.step()
 
             done = step + 1
-            metrics = figures | {"gnorm": gnorm, "lr": lr}
-            metrics |= clock.columns(sum(lengths))
+            metrics = figures | {"gnorm": gnorm, "lr": lr} | clock.columns(sum(lengths))
             if done == cfg.steps or due(done, cfg.eval_every):
                 metrics |= evaluate(model, test, n_labels(test), judged_loss)
                 log_samples(run.log, step, model, shown, tok)

@@ -235,7 +235,7 @@ def load(cfg, device):
     data = encode_demonstrations(train_rows, tok, model.cfg.max_len)
     test = encode_demonstrations(test_rows, tok, model.cfg.max_len)
     to_device(cfg, device, model)
-    return model, tok, data, test[:256]
+    return model, tok, data, test if cfg.eval_data else test[:256]
 
 
 def train(cfg):

@@ -3,6 +3,8 @@
 Files of rows are read by `nanorlhf/hub/files.py`, and in other people's formats by `nanorlhf/hub/formats.py`.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -28,13 +30,33 @@ def split_by_hash(rows):
     return train, test
 
 
+def read_split(cfg, read):
+    """→ training rows, held-out rows of --data; with --eval_data all rows of --data, all rows of that file.
+
+    read: (path, flag=) → rows.
+    """
+    rows = read(cfg.data, flag="--data")
+    if not getattr(cfg, "eval_data", ""):
+        return split_by_hash(rows)
+    held_out = read(cfg.eval_data, flag="--eval_data")
+    trained = {row["prompt"] or row["response"] for row in rows}
+    both = sum((row["prompt"] or row["response"]) in trained for row in held_out)
+    if both:
+        print(f"warning: {both} of {len(held_out)} prompts of {cfg.eval_data} are in {cfg.data} too")
+    return rows, held_out
+
+
+def load_split(cfg, want):
+    """`read_split` of files in other people's formats. want: what `read_rows` is to find in them."""
+    return read_split(cfg, partial(read_rows, want=want, skip_bad=cfg.skip_bad_rows))
+
+
 def load_demonstrations(cfg, task):
     """→ training rows, held-out rows of {"prompt", "response"}; a prompt's text alone decides which it is."""
     if not cfg.data:
         train = task.demonstrations(cfg.demos, cfg.seed)
         return train, task.demonstrations(256, cfg.seed, split="test")
-    rows = read_rows(cfg.data, "demos", skip_bad=cfg.skip_bad_rows)
-    train, test = split_by_hash(rows)
+    train, test = load_split(cfg, "demos")
     require(train, f"--data {cfg.data}: every prompt falls into the held-out 15%; give more distinct prompts")
     return train, test
 

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 
 from nanorlhf import generate, tasks
-from nanorlhf.data import encode_pair, split_by_hash
+from nanorlhf.data import encode_pair, load_split
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.hub.files import read_jsonl, write_jsonl
-from nanorlhf.hub.formats import read_rows
 from nanorlhf.rewards import load_prompts
 from nanorlhf.run import dist
 
@@ -68,9 +67,7 @@ def write_first(path, rows):
 def load_rows(cfg, task, policy, tok, unpaired=False):
     """→ training rows, held-out rows: of --data, split by their prompts, or of pairs that are made here."""
     if cfg.data:
-        kind = "kto" if unpaired else "pairs"
-        rows = read_rows(cfg.data, kind, skip_bad=cfg.skip_bad_rows)
-        return split_by_hash(rows)
+        return load_split(cfg, "kto" if unpaired else "pairs")
     train_path, test_path = make_pairs(cfg, task, policy, tok)
     return read_jsonl(train_path, KEYS), read_jsonl(test_path, KEYS)
 
@@ -190,7 +187,7 @@ def load_examples(cfg, task, policy, tok, kto):
     return train, test, train_rows, test_rows[: cfg.eval_prompts]
 
 
-def load_data(cfg, policy, tok):
+def load_data(cfg, policy, tok, rewards):
     """DPO's data → labelled Examples, held-out Examples, training rows and held-out rows to sample for.
 
     There are no Examples where a reward judges samples from the start.
@@ -198,7 +195,7 @@ def load_data(cfg, policy, tok):
     task = tasks.get(cfg.task)
     if cfg.uses_labels:
         return load_examples(cfg, task, policy, tok, cfg.loss == "kto")
-    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, cfg.max_new_tokens)
+    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, cfg.max_new_tokens, rewards)
     return [], [], rows, test_rows
 
 

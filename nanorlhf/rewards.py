@@ -7,9 +7,8 @@ import torch
 from tqdm import tqdm
 
 from nanorlhf import generate
-from nanorlhf.data import fill_rows, split_by_hash
+from nanorlhf.data import fill_rows, load_split
 from nanorlhf.errors import blame, derive_seed, require
-from nanorlhf.hub.formats import read_rows
 from nanorlhf.run.device import at_work
 
 SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to bound memory
@@ -155,27 +154,33 @@ def fresh_samples(policy, ref, tok, rows, max_new_tokens, seed, budget=8192):
     return roll, metrics
 
 
-def load_prompts(cfg, task, tok, max_len, limit):
+def load_prompts(cfg, task, tok, max_len, limit, rewards=None):
     """→ training rows, held-out rows; each row gets "_ids", its prompt as tokens.
 
-    Prompts without room for a response of `limit` tokens are dropped, and counted.
+    Prompts without room for a response of `limit` tokens are dropped, and counted. UserError for a row that
+    lacks what the reward functions need.
     """
     if cfg.data:
-        rows = read_rows(cfg.data, "prompts", skip_bad=cfg.skip_bad_rows)
+        train, test = load_split(cfg, "prompts")
     else:
-        rows = task.prompts("train", 3000, cfg.seed)
-        rows += task.prompts("test", cfg.eval_prompts, cfg.seed)
+        train = task.prompts("train", 3000, cfg.seed)
+        test = task.prompts("test", cfg.eval_prompts, cfg.seed)
+    rows = train + test
+    if rewards is not None:
+        rewards.check_rows(rows)
     for row in rows:
         with blame(row.get("_at", "--task")):  # for a character that this model has no token for
             row["_ids"] = tok.encode_prompt(row["prompt"])
     room = max_len - limit
-    fit = [row for row in rows if len(row["_ids"]) <= room]  # detail 2: N+ truncates
-    train, test = split_by_hash(fit)
-    n_long = len(rows) - len(fit)
+    train = [row for row in train if len(row["_ids"]) <= room]  # detail 2: N+ truncates
+    test = [row for row in test if len(row["_ids"]) <= room]
+    n_long = len(rows) - len(train) - len(test)
     why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {limit})"
     dropped = f"{n_long} of {len(rows)} prompts are {why}"
     held_out = f"{len(test)} are held out (15% of all prompts, by a hash)"
     require(train, f"{cfg.data or task.name}: no training prompt is left: {dropped}, {held_out}")
     if n_long:
         print(f"{dropped}; dropped")
+    if cfg.data and 0 < cfg.eval_prompts < len(test):
+        print(f"held out: the first {cfg.eval_prompts} of {len(test)} prompts are used (--eval_prompts)")
     return train, test[: cfg.eval_prompts]

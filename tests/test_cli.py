@@ -99,8 +99,8 @@ def test_headings_come_in_one_order_and_shared_flags_last_under_each():
     lines = [line.split() for line in help_text(Example, "About.", "x.py").splitlines()]
     found = [words[0].removeprefix("--") for words in lines if words and words[0].startswith("--") or
              len(words) == 1 and words[0].endswith(":")]  # fmt: skip
-    run = [f.name for f in dataclasses.fields(Flags) if f.name != "skip_bad_rows"]
-    want = "task data: data limits skip_bad_rows method: clip sampling: at on reward run:".split()
+    run = [f.name for f in dataclasses.fields(Flags) if f.name not in ("eval_data", "skip_bad_rows")]
+    want = "task data: data limits eval_data skip_bad_rows method: clip sampling: at on reward run:".split()
     assert found == want + run
 
 

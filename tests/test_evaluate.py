@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import random
 import sys
 from collections import Counter
 
@@ -14,9 +15,11 @@ from stages import jsonl
 
 import evaluate
 import sample
-from nanorlhf import generate, hub
-from nanorlhf.errors import UserError
+from nanorlhf import generate, hub, tasks
+from nanorlhf.errors import RunError, UserError
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
+from nanorlhf.run import log
+from nanorlhf.run.cli import run_cli
 from nanorlhf.sampling import Sampling
 from nanorlhf.tokenizer import Tokenizer
 
@@ -145,7 +148,7 @@ def run(stages, tmp_path):
     def call(**flags):
         size = dict(data=prompts, n=4, k="1,2,4,8", max_new_tokens=5)
         flags = size | dict(model=f"{stages.folder}/sft/model") | flags
-        return evaluate.main(evaluate.Config(**flags))
+        return evaluate.evaluate(evaluate.Config(**flags))
 
     return call
 
@@ -164,10 +167,41 @@ def test_figures_by_a_function(run, tmp_path, capsys):
     assert f"reward          {out['reward']:10.4f} ± {out['reward_se']:.4f}" in capsys.readouterr().out
 
 
+def test_every_row_of_a_file_is_scored(run, stages, tmp_path, capsys):
+    """Also those that a trainer would have trained on, and as many as there are; said in one line."""
+    letters = [f"{a}{b}{c}=" for a in "abcdef" for b in "abcdef" for c in "abcdef" * 2]
+    path = jsonl(tmp_path / "all.jsonl", [dict(prompt=prompt, answer=prompt[2]) for prompt in letters])
+    seen = Counter()
+
+    def score(prompt, response, answer):
+        seen[prompt] += 1
+        return float(response[:1] == answer)
+
+    out = run(data=path, n=2, k="1", reward=[score])
+    assert seen == {prompt: 4 for prompt in letters} and len(letters) == 432 > 256
+    assert f"432 of the 432 prompts of {path} are scored, 2 samples of each" in capsys.readouterr().out
+    assert out["reward"] == pytest.approx(out["pass@1"]) and 0 < out["reward"] < 1
+    seen.clear()
+    run(data=path, n=2, k="1", reward=[score], prompts=10)
+    assert seen == Counter(letters[:10] * 2)
+    assert f"10 of the 432 prompts of {path} are scored" in capsys.readouterr().out
+    with pytest.raises(UserError, match="prompts.jsonl:1: reward score .*the row has no answer"):
+        run(reward=[score])
+
+
+def test_held_out_prompts_of_a_task_are_counted(tmp_path, capsys):
+    task = tasks.get("chain")
+    tok = Tokenizer.from_chars(task.alphabet)
+    hub.save(tiny(vocab_size=tok.vocab_size, max_len=32), tok, tmp_path / "m")
+    for n, flags in ((256, {}), (7, dict(prompts=7))):
+        evaluate.evaluate(evaluate.Config(model=f"{tmp_path}/m", task="chain", n=1, k="1", **flags))
+        assert f"{n} held-out prompts of --task chain are scored, 1 samples" in capsys.readouterr().out
+
+
 def test_against_itself_and_another(run, stages, tmp_path):
     """Against itself: one half within its error (the two sample apart), KL 0. Another: both are reported."""
     sft = f"{stages.folder}/sft/model"
-    out = run(reward=[f"{__file__}:begins"], against=sft)
+    out = run(reward=[f"{__file__}:begins"], ref=sft)
     assert 0 < abs(out["win"] - 0.5) < 4 * out["win_se"]
     assert abs(out["kl"]) < 1e-6 and abs(out["kl_k1"]) < 1e-5
     model, tok = hub.load(sft)
@@ -176,8 +210,8 @@ def test_against_itself_and_another(run, stages, tmp_path):
     hub.save(model, tok, tmp_path / "other")
     pairs = [dict(prompt="abc=", chosen=w, rejected=l) for w, l in ("ab", "bc", "ca", "ac", "aa")]
     path = jsonl(tmp_path / "p.jsonl", pairs)
-    out = run(reward=[f"{__file__}:begins"], against=f"{tmp_path}/other", pairs=path)
-    assert out["kl"] > 0.001 and 0 < out["win"] < 1 and out["against_len"] != out["len"]
+    out = run(reward=[f"{__file__}:begins"], ref=f"{tmp_path}/other", pairs=path)
+    assert out["kl"] > 0.001 and 0 < out["win"] < 1 and out["ref_len"] != out["len"]
     assert out["kl_per_token"] == pytest.approx(out["kl"] / out["len"], rel=1e-4)
     sft_model = hub.load(sft)[0]
     with torch.no_grad():
@@ -188,7 +222,7 @@ def test_against_itself_and_another(run, stages, tmp_path):
             h[y] = (logp - base)[[3, 4], ids[4:]].sum()
     right = sum(h[w] > h[l] for w, l in ("ab", "bc", "ca", "ac"))  # the equal pair is dropped
     assert out["implicit_acc"] == pytest.approx(right / 4)
-    assert "kl" not in run(against=f"{tmp_path}/other", temperature=0.0)  # greedy samples say nothing of a KL
+    assert "kl" not in run(ref=f"{tmp_path}/other", temperature=0.0)  # greedy samples say nothing of a KL
 
 
 def test_reward_model_accuracy(run, stages, tmp_path):
@@ -220,8 +254,8 @@ def test_reward_model_accuracy(run, stages, tmp_path):
     (dict(), "nothing to measure by"),
     (dict(model="no"), "--model no does not exist; make it with: python train_sft.py"),
     (dict(reward=["no.py:f"]), "there is no file no.py"),
-    (dict(reward=[f"{__file__}:begins"], against="SFT", pairs="no.jsonl"), "--pairs: no.jsonl: "),
-    (dict(reward=[f"{__file__}:begins"], pairs="no.jsonl"), "--pairs: give --rm or --against"),
+    (dict(reward=[f"{__file__}:begins"], ref="SFT", pairs="no.jsonl"), "--pairs: no.jsonl: "),
+    (dict(reward=[f"{__file__}:begins"], pairs="no.jsonl"), "--pairs: give --rm or --ref"),
     (dict(answer="("), "--answer .: not a regular expression"),
     (dict(out="nowhere/e.json"), "--out nowhere/e.json: there is no folder nowhere"),
     (dict(k="0"), "--k 0: must lie between 1 and --n"),
@@ -259,9 +293,139 @@ def test_half_a_character_waits_for_its_other_half(capsys):
             seen.append(capsys.readouterr().out)
 
     assert sample.show(tokens(), tok) == (ids, -0.5 * len(ids))
-    assert seen == ["", "é", "", "", "€", "x", ""] and capsys.readouterr().out == "\n"
+    assert seen == ["", "é", "", "", "€", "x", ""] and capsys.readouterr().out == " [EOS]\n"
     sample.show(((i, 0.0) for i in "a€".encode()[:-1]), tok)
-    assert capsys.readouterr().out == "a\ufffd\n"
+    assert capsys.readouterr().out == "a\ufffd [cut after 3 tokens]\n"
+
+
+def test_the_end_of_an_answer_is_visible(capsys):
+    """EOS, another id that ends a turn, or the limit; also beside log-probs, and where nothing was said."""
+    tok = Tokenizer.from_bytes()
+    for ids, stops, said, end in (
+        ([104, 105, tok.eos_id], (), "hi", "[EOS]"),
+        ([104, 105], (), "hi", "[cut after 2 tokens]"),
+        ([104, 105], (105,), "h", "[EOS]"),
+        ([tok.eos_id], (), "", "[EOS]"),
+    ):
+        assert sample.show(((i, -1.0) for i in ids), tok, stops=stops) == (ids, -1.0 * len(ids))
+        assert capsys.readouterr().out == f"{said} {end}\n"
+        sample.show(((i, -1.0) for i in ids), tok, logprobs=True, stops=stops)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(ids) + 1 and lines[-1].endswith(f"in all, {len(ids)} tokens, {end}")
+        assert lines[-2].endswith("  EOS" if end == "[EOS]" else "  'i'")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """terminal(columns) → a file that says it is a terminal of that many columns, in place of stdout."""
+
+    def make(columns):
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return screen
+
+    return make
+
+
+def typed(text, pieces):
+    """Write a text in pieces of so many characters."""
+    screen = sample.Screen()
+    for i in range(0, len(text), pieces):
+        screen.write(text[i : i + pieces])
+    screen.end()
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 1000])
+@pytest.mark.parametrize("text, want", [
+    ("the quick brown fox", "the quick\nbrown fox\n"),
+    ("0123456789", "0123456789\n"),  # a line that is just full
+    ("01234 6789 x", "01234 6789\nx\n"),
+    ("a\nbb ccc dddd", "a\nbb ccc\ndddd\n"),
+    ("a\n\n  b", "a\n\n  b\n"),  # indented code stays so
+    ("0123456789012 x", "0123456789012\nx\n"),  # a word of more than a line: the terminal breaks it
+    ("ab 0123456789012", "ab\n0123456789012\n"),
+    ("中文字符很多的", "中文字符很\n多的\n"),  # two columns each
+    ("ab 中文字符很", "ab 中文字\n符很\n"),
+    ("", "\n"),
+])  # fmt: skip
+def test_words_do_not_break_at_the_edge(text, want, pieces, terminal):
+    screen = terminal(10)
+    typed(text, pieces)
+    assert screen.getvalue() == want
+
+
+@pytest.mark.parametrize("columns", [7, 20, 80])
+def test_no_line_is_longer_than_the_terminal(columns, terminal):
+    """Random texts: no word is cut or lost, and no line could have taken the first word of the next."""
+    rng = random.Random(columns)
+    for _ in range(50):
+        words = ["x" * rng.randint(1, columns) for _ in range(rng.randint(1, 40))]
+        screen = terminal(columns)
+        typed(" ".join(words), rng.randint(1, 9))
+        lines = screen.getvalue().splitlines()
+        assert " ".join(lines).split() == words and max(map(len, lines)) <= columns
+        for line, following in itertools.pairwise(lines):
+            assert len(line) + 1 + len(following.split()[0]) > columns
+
+
+def test_what_is_no_terminal_gets_the_text_as_it_is(capsys):
+    typed("word " * 100, 7)
+    assert capsys.readouterr().out == "word " * 100 + "\n"
+
+
+def test_an_answer_begins_behind_its_prompt(stages, terminal):
+    screen = terminal(9)
+    flags = dict(model=f"{stages.folder}/sft/model", prompt="abc=", max_new_tokens=5)
+    ((ids, _),) = sample.main(sample.Config(**flags))
+    lines = screen.getvalue().splitlines()
+    assert lines[0].startswith("abc=") and max(map(len, lines)) <= 9 and "[" in screen.getvalue()
+
+
+OBEYED = ["\x1b[2J", "\x1b]0;title\x07", "a\rb", "\x9b31m", "\u202egnp.exe", "\b\x7f", "\u2028"]
+
+
+@pytest.mark.parametrize("bad", OBEYED)
+def test_control_sequences_are_shown(bad, tmp_path, capsys):
+    """On the screen, in prompts and answers, in samples.jsonl, in warnings and errors."""
+    assert not any(c in log.visible(bad) for c in bad if not c.isprintable())
+    assert json.loads(f'"{log.visible(bad)}"') == bad and log.visible("é 中\n\t😀") == "é 中\n\t😀"
+    tok = Tokenizer.from_bytes()
+    sample.show(((i, 0.0) for i in bad.encode()), tok)
+    sample.show(((i, 0.0) for i in bad.encode()), tok, logprobs=True)
+    hub.save(tiny(vocab_size=tok.vocab_size, max_len=64), tok, tmp_path / "m")
+    sample.main(sample.Config(model=f"{tmp_path}/m", prompt=bad, max_new_tokens=1))
+    run = log.Log(tmp_path, ["step"], [], 1)
+    run.samples(0, [{"prompt": bad}], [bad], None)
+    run.say(bad)
+
+    def stops(cfg):
+        raise RunError(f"prompt {bad}")
+
+    assert run_cli(sample.Config, stops, "", []) == 1
+    out, err = capsys.readouterr()
+    text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    for shown in (out, err, text):
+        assert shown.count("\n") >= 1 and not any(c in shown for c in bad if not c.isprintable())
+    assert out.count(log.visible(bad)) >= 3
+    assert json.loads(text) == {"step": 0, "prompt": bad, "response": bad}
+
+
+def test_help_while_talking(stages, monkeypatch, capsys):
+    """/help is no prompt; the hint to it stands only before who types."""
+    flags = dict(model=f"{stages.folder}/sft/model", max_new_tokens=5)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/help\nabc=\n /help \n\n"))
+    assert len(sample.main(sample.Config(**flags))) == 1
+    out = capsys.readouterr().out
+    assert out.count(sample.HELP) == 2 and "/help" not in out
+    monkeypatch.setattr(sys, "stdin", Terminal("\n"))
+    monkeypatch.setattr("builtins.input", lambda ask: "")
+    assert sample.main(sample.Config(**flags)) == [] and "/help" in capsys.readouterr().out
 
 
 def test_talking_to_a_checkpoint(stages, capsys, monkeypatch):

@@ -18,8 +18,8 @@ UP = {
     "data": {"hub.formats", "run.dist"},  # files of demonstrations; who computes which rows
     "generate": {"kernels.slots", "run.dist"},  # a GPU's decode loop; many processes
     "model": {"kernels", "kernels.torch_backend"},  # log-probs without logits, attention of one token
-    "pairs": {"hub.files", "hub.formats", "run.dist"},  # files of preferences; who writes them
-    "rewards": {"hub.formats", "run.device"},  # files of prompts; --save_memory
+    "pairs": {"hub.files", "run.dist"},  # files of preferences; who writes them
+    "rewards": {"run.device"},  # --save_memory
     "rollout": {"run.device"},  # --save_memory
 }
 

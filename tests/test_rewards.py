@@ -1,15 +1,17 @@
 """Rewards of whole responses: a function's errors, sums, the reward model's place; which prompts are kept."""
 
 import csv
-import multiprocessing
+import functools
 import os
 import re
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
 from stages import words
@@ -20,8 +22,9 @@ from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.hub.files import write_jsonl
 from nanorlhf.rewards import evaluate, load_prompts, score_responses
+from nanorlhf.run.reward_functions import UserFunction
 from nanorlhf.run.worker import RewardFunction, Rewards, call_reward, rewards_of
-from nanorlhf.tokenizer import Tokenizer
+from nanorlhf.tokenizer import Chat, Tokenizer
 
 TOK = Tokenizer.from_chars("abcdef=")
 
@@ -145,7 +148,16 @@ def test_what_a_reward_function_does_ends_with_the_call(mischief, capfd):
     assert out.startswith(says) and len(out.splitlines()) == 1 and "noise" in err and "Traceback" not in err
     assert os.getpid() not in mischief.pids() and len(mischief.pids()) >= 4
     wait_for_the_end(mischief.pids())
-    assert multiprocessing.active_children() == []
+
+
+def test_a_warning_shows_control_sequences(tmp_path, capsys):
+    """The text of an exception may quote the response."""
+    (tmp_path / "r.py").write_text("def f(p, r):\n    raise ValueError(r) if len(r) > 1 else SystemExit\n")
+    rows = [dict(prompt="p")] * 3
+    with rewards_of(None, [f"{tmp_path}/r.py:f"], 30.0) as rewards, pytest.raises(RunError):
+        rewards.values(0, ["\x1b[2J\x9b2J", "", ""], rows)
+    out = capsys.readouterr().out
+    assert "reward f raised ValueError: \\u001b[2J\\u009b2J (prompt" in out and out.isascii()
 
 
 @posix
@@ -164,14 +176,16 @@ def test_a_value_that_is_no_number_stops_the_run_at_once(mischief):
 
 
 def test_a_file_that_cannot_be_imported_there_is_a_run_error(tmp_path):
-    """It imports here; in the other process, whose parent it looks for, it does not."""
-    source = "import multiprocessing\nassert multiprocessing.parent_process() is None\n"
-    (tmp_path / "r.py").write_text(source + "def f(prompt, response): return 1.0\n")
-    cfg = SimpleNamespace(reward=[f"{tmp_path}/r.py:f"], reward_timeout=1.0)
-    says = "the process that imports .*r.py:f ended"
-    with rewards_of(None, cfg.reward, cfg.reward_timeout) as rewards, pytest.raises(RunError, match=says):
-        rewards.values(0, ["x"], [dict(prompt="ab")])
-    assert multiprocessing.active_children() == []
+    """It imports here; in the other process, where pytest is not, it does not."""
+    for does, says in (("raise KeyError(1)", "importing .*r.py fails: KeyError: 1"),
+                       ("os._exit(3)", "the process that imports .*r.py:f ended or hangs")):  # fmt: skip
+        source = f"import os, sys\nif 'pytest' not in sys.modules: {does}\n"
+        (tmp_path / "r.py").write_text(source + "def f(prompt, response): return 1.0\n")
+        cfg = SimpleNamespace(reward=[f"{tmp_path}/r.py:f"], reward_timeout=1.0)
+        with rewards_of(None, cfg.reward, cfg.reward_timeout) as rewards:
+            with pytest.raises(RunError, match=says):
+                rewards.values(0, ["x"], [dict(prompt="ab")])
+            assert rewards.process is None
 
 
 def test_rewards_of_one_name_are_refused(tmp_path):
@@ -185,16 +199,19 @@ def test_rewards_of_one_name_are_refused(tmp_path):
 
 RUN = """
 import sys; sys.path.insert(0, {root!r})
+print("the script runs", flush=True)
 import train_grpo
-if __name__ == "__main__":
-    train_grpo.train(train_grpo.Config(**{flags!r}))
+train_grpo.train(train_grpo.Config(**{flags!r}))
 """
 
 
 @posix
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_killed_trainer_leaves_no_process(stages, tmp_path):
-    """kill -9 while the reward function hangs: its process ends by itself."""
+    """kill -9 while the reward function hangs: its process ends by itself.
+
+    The trainer is a script without a main guard, which the process of the rewards must not run once more.
+    """
     (tmp_path / "r.py").write_text(f"""import os, time
 def f(prompt, response):
     with open({str(tmp_path / "pid")!r}, "w") as log: log.write(f"{{os.getpid()}} ")
@@ -203,12 +220,15 @@ def f(prompt, response):
     own = dict(reward=[f"{tmp_path}/r.py:f"], rm="", reward_timeout=500.0)
     flags = stages.flags(train_grpo, tmp_path / "run", **own)
     (tmp_path / "run.py").write_text(RUN.format(root=str(Path(__file__).parents[1]), flags=flags))
-    trainer = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], stdout=subprocess.DEVNULL)
+    with open(tmp_path / "out", "w") as out:
+        trainer = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], stdout=out, stderr=out)
     pid = tmp_path / "pid"
     while trainer.poll() is None and not (pid.exists() and pid.read_text().endswith(" ")):
         time.sleep(0.02)
     trainer.kill()
     trainer.wait()
+    out = (tmp_path / "out").read_text()
+    assert out.count("the script runs") == 1 and "Traceback" not in out
     wait_for_the_end({int(pid.read_text())})
 
 
@@ -233,7 +253,235 @@ def g(prompt, response):
     shares = [float(row.pop("reward_failed")) for row in tables[0]]
     assert [row.pop("reward_failed") for row in tables[1]] == [""] * 3
     assert tables[0] == tables[1] and 0 < max(shares) < 0.5
-    assert multiprocessing.active_children() == []
+
+
+# signatures
+
+VALUES = dict(prompt="p", _at="f.jsonl:3", _ids=[1], answer="4", row="own", level=2, extra_info={"n": 1})
+
+
+def called(function, row=VALUES, prompt="p", response="r"):
+    """What the function returns, with its arguments as the process of the rewards would pass them."""
+    return UserFunction(function)(prompt, response, row)
+
+
+@pytest.mark.parametrize(
+    "function, want",
+    [
+        (lambda prompt, response: (prompt, response), ("p", "r")),
+        (lambda x, y: (x, y), ("p", "r")),
+        (lambda *args: args, ("p", "r")),
+        (lambda p, *rest: (p, rest), ("p", ("r",))),
+        (lambda p, r, scale=2.0: scale, 2.0),
+        (lambda p, r, row: row is VALUES, True),
+        (lambda p, r, row=None: row is VALUES, True),
+        (lambda p, r, *, row: row is VALUES, True),
+        (lambda p, r, answer: answer, "4"),
+        (lambda p, r, answer, level: (answer, level), ("4", 2)),
+        (lambda p, r, level=7, other=8: (level, other), (2, 8)),
+        (lambda p, r, extra_info: extra_info, {"n": 1}),
+        (lambda prompt, r, **kw: sorted(kw), ["answer", "extra_info", "level", "row"]),
+        (functools.partial(lambda p, r, a, b: (p, r, a, b), a=1, b=2), ("p", "r", 1, 2)),
+    ],
+)  # fmt: skip
+def test_parameters_are_keys_of_the_row(function, want):
+    assert called(function) == want
+
+
+def test_a_parameter_that_is_annotated_as_a_dict_is_the_row():
+
+    def function(prompt, response, x):
+        return x
+
+    for annotation in (dict, dict[str, str], "dict", "dict[str, object]", typing.Dict[str, int]):  # noqa: UP006
+        function.__annotations__["x"] = annotation
+        assert called(function) is VALUES and UserFunction(function).missing({}) == []
+    for annotation in (list[dict], str, "list[dict]", "Dictionary"):
+        function.__annotations__["x"] = annotation
+        assert UserFunction(function).missing(VALUES) == ["x"]
+
+    def a_key(prompt, response, extra_info: dict):
+        return extra_info
+
+    assert called(a_key) == {"n": 1}
+
+
+class Scorer:
+    def __call__(self, prompt, response, answer):
+        return response == answer
+
+    def method(self, prompt, response, row):
+        return response == row["answer"]
+
+
+def test_methods_and_objects_are_functions_too():
+    assert called(Scorer(), response="4") and called(Scorer().method, response="4")
+    assert not called(Scorer()) and not called(Scorer().method)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: 0.0,
+        lambda response: 0.0,
+        lambda response, answer: 0.0,
+        lambda response, prompt: 0.0,
+        lambda prompt, answer: 0.0,
+        lambda prompt, row: 0.0,
+        lambda row, response: 0.0,
+        lambda *args, answer: 0.0,
+        lambda *, prompt, response: 0.0,
+        lambda p, r, row, /: 0.0,
+        max,
+        3,
+    ],
+)
+def test_any_other_signature_shows_those_accepted(function):
+    says = r"takes neither \(prompt, response, row\) nor .*TRL's \(prompts, comp.*verl's \(data_source"
+    with pytest.raises(UserError, match=says):
+        UserFunction(function)
+
+
+def test_a_parameter_without_a_key_is_an_error_at_the_start(tmp_path):
+    """It names file, line, function and key, before any model samples."""
+    (tmp_path / "r.py").write_text("def f(prompt, response, answer, level): return 0.0\n")
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": f"{w}=", "answer": "a", "level": 1} for w in "abcdef"])
+    rewards = rewards_of(None, [f"{tmp_path}/r.py:f"])
+    cfg = prompts_cfg(data=f"{tmp_path}/p.jsonl")
+    load_prompts(cfg, tasks.get("reviews"), TOK, 12, 5, rewards)
+    with open(tmp_path / "p.jsonl", "a") as f:
+        f.write('{"prompt": "fed=", "answer": "a"}\n')
+    says = r"p.jsonl:7: reward f takes neither .*; the row has no level \(its keys are prompt, answer\)"
+    with pytest.raises(UserError, match=says):
+        load_prompts(cfg, tasks.get("reviews"), TOK, 12, 5, rewards)
+
+
+def trl(prompts, completions, answer, **kwargs):
+    return [float(c == a) + len(kwargs["level"]) for c, a in zip(completions, answer, strict=True)]
+
+
+def trl_short(completions, **kwargs):
+    return [float(len(completions)) for _ in kwargs["answer"]]
+
+
+def trl_chat(completions, **kwargs):
+    return [float(completion[0]["content"] == "r") for completion in completions]
+
+
+def test_functions_written_for_trl():
+    assert called(trl, response="4") == 2.0 and called(trl) == 1.0 and called(trl_short) == 1.0
+    chat = Chat([{"role": "user", "content": "hi"}])
+    assert called(trl_chat, prompt=chat) == 1.0 and called(trl_chat, prompt=chat, response="s") == 0.0
+    assert called(lambda prompts, completions: prompts, prompt=chat) == chat.messages
+    assert UserFunction(trl).missing({"prompt": "p", "level": 1}) == ["answer"]
+    for returns, shown in (([1.0, 2.0], "[1.0, 2.0]"), ([], "[]"), ([None], "None"), (["1"], "'1'"),
+                           ([[1.0]], "[1.0]")):  # fmt: skip
+        function = UserFunction(lambda completions, returns=returns: returns)
+        with pytest.raises(RunError, match=f"^reward f returned {re.escape(shown)} "):
+            call_reward("f", function, "p", "r", {})
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(solution_str == ground_truth), "source": data_source, "extra": extra_info}
+
+
+def test_functions_written_for_verl():
+    nested = dict(prompt="p", data_source="gsm8k", reward_model={"style": "rule", "ground_truth": "4"})
+    for row in (dict(prompt="p", answer="4"), dict(answer="5", ground_truth="4"), nested):
+        assert called(compute_score, row, response="4") == 1.0 and called(compute_score, row) == 0.0
+        assert UserFunction(compute_score).missing(row) == []
+    assert UserFunction(compute_score).missing({"prompt": "p"}) == ["ground_truth"]
+    plain = lambda solution_str, ground_truth, **kwargs: len(kwargs["data_source"])  # noqa: E731
+    assert called(plain, nested) == 5
+    for returns, shown in (({}, "None"), ({"score": "1"}, "'1'"), ([1.0], "[1.0]"), (None, "None")):
+        function = UserFunction(lambda solution_str, returns=returns: returns)
+        with pytest.raises(RunError, match=f"^reward f returned {re.escape(shown)} "):
+            call_reward("f", function, "p", "r", {})
+
+
+# files and their neighbours
+
+
+def test_a_reward_file_imports_its_neighbours(tmp_path):
+    """helpers.py of its own folder, though the tests have one too, and although two folders have one each."""
+    specs = []
+    for folder, value in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "helpers.py").write_text(f"def score(): return {value}\n")
+        source = "from helpers import score\ndef {0}(p, r):\n    return score()\n"
+        (tmp_path / folder / "r.py").write_text(source.format(folder))
+        specs.append(f"{tmp_path}/{folder}/r.py:{folder}")
+    theirs = helpers
+    for timeout in (0.0, 30.0):
+        with rewards_of(None, specs, timeout) as rewards:
+            row = dict(prompt="p")
+            assert [rewards.values(i, ["r"], [row]) for i in (0, 1)] == [[1.0], [2.0]]
+    assert sys.modules["helpers"] is theirs
+
+
+def test_a_script_that_names_its_own_file(tmp_path):
+    """Without a main guard, importing it trains once more, and that run would import it again, and so on."""
+    spec = f"{tmp_path}/s.py:f"
+    source = "from nanorlhf.run.worker import rewards_of\ndef f(p, r): return 1.0\n"
+    run = f"rewards_of(None, [{spec!r}])\n"
+    (tmp_path / "s.py").write_text(source + run)
+    with pytest.raises(UserError, match=r"give the function itself: reward=\[score\]$") as error:
+        rewards_of(None, [spec])
+    assert str(error.value).count("importing") == 1
+    (tmp_path / "s.py").write_text(f"{source}if __name__ == '__main__': {run}")
+    assert rewards_of(None, [spec]).values(0, ["r"], [dict(prompt="p")]) == [1.0]
+
+
+def test_a_neighbour_may_be_imported_when_the_function_is_called(tmp_path):
+    (tmp_path / "only_here.py").write_text("VALUE = 3\n")
+    (tmp_path / "r.py").write_text("def f(p, r):\n    import only_here\n    return only_here.VALUE\n")
+    with rewards_of(None, [f"{tmp_path}/r.py:f"], 30.0) as rewards:
+        assert rewards.values(0, ["r"], [dict(prompt="p")]) == [3.0]
+
+
+def test_the_process_imports_neither_torch_nor_the_main_module(tmp_path, monkeypatch):
+    (tmp_path / "main.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__file__", str(tmp_path / "main.py"), raising=False)
+    monkeypatch.setattr(main, "__spec__", None)  # as of a script
+    (tmp_path / "r.py").write_text("import sys\ndef f(p, r): return 'torch' in sys.modules\n")
+    with rewards_of(None, [f"{tmp_path}/r.py:f"], 30.0) as rewards:
+        assert rewards.values(0, ["r"], [dict(prompt="p")]) == [0.0]
+    assert not (tmp_path / "ran").exists() and sys.modules["__main__"] is main
+
+
+# functions of this process
+
+
+def test_python_functions_run_here_beside_those_of_files(tmp_path, capsys):
+    """Said once; the file's runs in its own process, and a function that raises is a RunError."""
+    (tmp_path / "r.py").write_text("import os\ndef there(p, r): return os.getpid()\n")
+
+    def here(prompt, response, answer):
+        return os.getpid() + (0 if answer else 1 / 0)
+
+    rows = [dict(prompt="p", answer=1)]
+    with rewards_of(None, [here, f"{tmp_path}/r.py:there"], 30.0) as rewards:
+        said = capsys.readouterr().out
+        assert said == "reward here is called in this process, where no --reward_timeout guards it\n"
+        assert rewards.columns() == ["reward/here", "reward/there"]
+        assert rewards.values(0, ["r"], rows) == [os.getpid()] and rewards.process is None
+        assert rewards.values(1, ["r"], rows)[0] not in (os.getpid(), 0.0)
+        with pytest.raises(RunError, match="reward here raised ZeroDivisionError"):
+            rewards.values(0, ["r"], [dict(prompt="p", answer=0)])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("reward, says", [
+    ("r.py:f", r"reward='r.py:f': must be a list"),
+    (len, "must be a list"),
+    ([lambda: 0.0], r"reward <lambda>: takes neither"),
+    ([Scorer().method, Scorer().method], "two are called method"),
+    ([3], "--reward 3"),
+])
+def test_python_functions_that_cannot_be(reward, says):
+    with pytest.raises(UserError, match=says):
+        rewards_of(None, reward)
 
 
 # a rollout

@@ -12,18 +12,18 @@ from pathlib import Path
 from nanorlhf.errors import UserError, blame, require
 
 
-def read_jsonl(path, required, nonempty=()):
+def read_jsonl(path, required, nonempty=(), flag="--data"):
     """Read a file whose rows have our own keys, in any form that `read_objects` takes → list of dicts.
 
     required   tuple of the keys that every row must have, with strings as values; other keys stay as they are
     nonempty   those of the required keys whose value must be more than whitespace
 
-    Each row also gets "_at", its place as "file:line". UserError, naming --data, the file and the line, for a
-    row that is not so.
+    Each row also gets "_at", its place as "file:line". UserError, naming flag, file and line, for a row
+    that is not so.
     """
     rows = []
-    for at, item in read_objects(path, "--data", required):
-        with blame(f"--data: {at}"):
+    for at, item in read_objects(path, flag, required):
+        with blame(f"{flag}: {at}"):
             row = parse(item)
             check_text(row, required, nonempty)
         row["_at"] = at

@@ -9,7 +9,6 @@ derived from (seed, step), so that weights, optimizer and step are the whole sta
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.run import dist, replay, sharding
+from nanorlhf.run.cli import to_json
 from nanorlhf.run.folders import new_folder, require_plain, sync_folder, take_lock, verify
 from nanorlhf.run.log import Log, import_wandb
 
@@ -129,7 +129,7 @@ class Run:
         self.models = models
         self.optimizer = optimizer
         self.frozen = [_checksum(model) for model in frozen]
-        config = dataclasses.asdict(self.cfg)
+        config = to_json(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
         state = {"step": 0, "extra": {}, "sizes": {}, "last": {}}
         with self._usable():
@@ -333,7 +333,7 @@ class Run:
                 sharding.write(shards, tensors)
             return
         # The rows before this step must not be lost after it is saved.
-        state |= {"sizes": self.log.sync(), "last": self.log.last}
+        state |= {"sizes": self.log.sync(), "last": dict(self.log.last, rows=self.log.last.rows)}
         with new_folder(folder, manifest=True) as tmp:
             if self.cfg.shard:
                 sharding.write(shards, tensors)

@@ -20,6 +20,8 @@ import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.run import dist
+from nanorlhf.run.log import visible
+from nanorlhf.run.reward_functions import reward_name
 
 # ------------------------------------------------------------------------------------------------------------
 # the flags that all trainers share
@@ -37,6 +39,7 @@ class Flags:
     """
 
     # data
+    eval_data: str = ""  # file of held-out rows for --data; empty: 15% of its prompts are, by a hash
     skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
 
     # run
@@ -57,10 +60,20 @@ class Flags:
         Order of precedence: command line, recipe, BY_TASK[task] of the class, defaults.
         """
         require(self.task in self.BY_TASK, f"--task {self.task}: must be one of {', '.join(self.BY_TASK)}")
+        needs = "needs --data, the file to train on; a built-in task has held-out rows of its own"
+        require(self.data or not self.eval_data, f"--eval_data {self.eval_data}: {needs}")
         for values in (recipe or {}, self.BY_TASK[self.task], defaults or {}):
             for name, value in values.items():
                 if getattr(self, name) is None:
                     setattr(self, name, value)
+
+
+def to_json(cfg):
+    """A Config as config.json has it: a reward that is a Python function by its name."""
+    flags = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
+    if "reward" in flags:
+        flags["reward"] = [reward_name(reward) for reward in cfg.reward]
+    return flags
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
@@ -262,7 +275,7 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
 
 def _ending(error, cfg):
     """What ended a run → the line to print, the exit status. Status 0: a bug, whose traceback is needed."""
-    message = r"\n".join(str(error).splitlines())  # one line, whatever value of the user's it quotes
+    message = visible(r"\n".join(str(error).splitlines()))  # one line, whatever value of the user's it quotes
     first_line = str(error).partition("\n")[0]
     if isinstance(error, UserError):
         return f"error: {message}", 2

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,30 @@ from nanorlhf.run import dist
 FILES = ("metrics.csv", "samples.jsonl")
 
 
+# What a terminal obeys: escape sequences, a carriage return, the marks that turn text from right to left.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text):
+    """Show control characters as their JSON escapes; newlines and tabs stay.
+
+    >>> print(visible("a" + chr(27) + "[31mb"))
+    a\\u001b[31mb
+    """
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+class Result(dict):
+    """What train(cfg) returns: the figures measured last, with the folder and every step of the whole run.
+
+    path   the run folder
+    rows   one dict a step, with all columns of metrics.csv; None where nothing was measured
+    """
+
+    path = ""
+    rows = ()
+
+
 class Log:
     """metrics.csv (one row a step), samples.jsonl, about 20 console lines within 80 columns, a bar with ETA.
 
@@ -23,7 +48,8 @@ class Log:
     the first writes.
 
     start, sizes and last are those of the checkpoint that a resumed run goes on from: its step, the bytes of
-    each file, and the figures measured last. What was written after it is cut off: those steps run again.
+    each file, the figures measured last and, as "rows", those of every step. What was written after it is
+    cut off: those steps run again.
     """
 
     def __init__(self, out, columns, show, steps, start=0, wandb="", config=None, sizes=None, last=None):
@@ -34,7 +60,9 @@ class Log:
         self.every = max(1, steps // 20)  # steps between console lines
         self.printed = False  # whether the names stand above the console lines
         self.disk_is_full = False
-        self.last = last or {}  # name → the figure measured last
+        self.last = Result(last or {})  # name → the figure measured last
+        self.last.path = str(out)
+        self.last.rows = self.last.pop("rows", [])
         self.writes = dist.rank() == 0
         self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
                         desc=self.out.name, file=sys.stdout)
@@ -76,7 +104,7 @@ class Log:
     def say(self, text):
         """Print a line, above the progress bar."""
         self.bar.clear()
-        print(text, flush=True)
+        print(visible(text), flush=True)
         self.bar.refresh()
 
     def row(self, step, metrics):
@@ -86,6 +114,7 @@ class Log:
         for name in metrics.keys() - measured.keys():
             self.last.pop(name, None)
         self.last |= measured
+        self.last.rows.append({name: measured.get(name) for name in self.columns} | {"step": step})
         cells = [f"{measured[name]:.6g}" if name in measured else "" for name in self.columns]
         cells[0] = str(step)
         self._append("metrics.csv", ",".join(cells) + "\n")
@@ -109,7 +138,7 @@ class Log:
             sample = {"step": step, "prompt": row["prompt"], "response": text}
             if score is not None:
                 sample["reward"] = round(score[i].item(), 4)
-            lines.append(json.dumps(sample, ensure_ascii=False) + "\n")
+            lines.append(visible(json.dumps(sample, ensure_ascii=False)) + "\n")
         self._append("samples.jsonl", "".join(lines))
 
     def close(self, panels=()):

@@ -21,6 +21,7 @@ from nanorlhf import lora
 from nanorlhf.errors import UserError, require
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.run import dist, sharding
+from nanorlhf.run.cli import to_json
 from nanorlhf.run.device import setup, to_device
 
 
@@ -28,7 +29,7 @@ def save(path, trainer, cfg, step, models, batch):
     """Write the file; all processes must call this. models: those that trainer.gradient takes, in order."""
     content = {
         "trainer": trainer,
-        "config": dataclasses.asdict(cfg),
+        "config": to_json(cfg),
         "step": step,
         "models": [_packed(model) for model in models],
         "batch": batch,

@@ -1,34 +1,32 @@
-"""Reward functions: how --reward names them, and how they are called, in a process of their own.
+"""The reward functions of a run, and the trainer's side of the process that calls them.
 
-A reward function is reward(prompt, response, row) → float, where row is the prompt's own row of the data.
+A reward function is reward(prompt, response, row) → float, where row is the prompt's own row of the data. The
+other signatures are in run/reward_functions.py, with the side of the process that calls them.
 """
 
 import contextlib
-import importlib.util
-import inspect
-import math
 import multiprocessing
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable
-from typing import NamedTuple
+import types
 
 from tqdm import tqdm
 
-from nanorlhf.errors import RunError, UserError, require
+from nanorlhf.errors import RunError, UserError, blame, require
 from nanorlhf.run import dist
+from nanorlhf.run.log import visible
+from nanorlhf.run.reward_functions import (
+    SIGNATURES,
+    RewardFunction,
+    UserFunction,
+    load_reward,
+    number,
+    reward_name,
+    serve,
+)
 
 START = 120  # seconds in which the process of the reward functions must have imported them
-
-
-class RewardFunction(NamedTuple):
-    """A reward function with its name in the logs and its weight in the sum of the run's rewards."""
-
-    name: str
-    weight: float
-    call: Callable  # (prompt, response, row) → float
 
 
 def call_reward(name, fn, prompt, text, row):
@@ -39,7 +37,7 @@ def call_reward(name, fn, prompt, text, row):
         raise UserError(f"{row.get('_at', name)}: {e}") from None
     except (Exception, SystemExit) as e:
         raise RunError(f"reward {name} raised {type(e).__name__}: {e} {_sample(prompt, text)}") from e
-    value, wrong = _number(returned)
+    value, wrong = number(returned)
     if wrong:
         raise RunError(f"reward {name} {wrong} {_sample(prompt, text)}; it must be a finite number")
     return value
@@ -49,27 +47,26 @@ def _sample(prompt, text):
     return f"(prompt {prompt!r}, response {text!r})"
 
 
-def _number(returned):
-    """What a function returned → (float, "") or (None, what is wrong). The string "1" is not a number."""
-    try:
-        value = float(returned)
-    except Exception:
-        value = math.nan
-    if isinstance(returned, (str, bytes)) or not math.isfinite(value):
-        return None, f"returned {returned!r:.80}"
-    return value, ""
-
-
 def rewards_of(task, specs, timeout=0.0):
     """The reward functions of a run: those of --reward (specs), else the task's own → Rewards.
 
-    With a timeout those of --reward run in a process of their own; they are loaded here too, to report
-    mistakes at once.
+    With a timeout those of files run in a process of their own; they are loaded here too, to report mistakes
+    at once. In Python a spec may be the function itself, which is called in this process.
     """
-    functions = [load_reward(spec) for spec in specs]
+    right = isinstance(specs, list)
+    require(right, f'reward={specs!r}: must be a list, such as ["my_reward.py:score"] or [score]')
+    functions = [_from_python(spec) if callable(spec) else load_reward(spec) for spec in specs]
     if not functions and task.reward:
         functions = [RewardFunction(task.name, 1.0, task.reward)]
     return Rewards(functions, specs, timeout)
+
+
+def _from_python(function):
+    name = reward_name(function)
+    with blame(f"reward {name}"):
+        call = UserFunction(function)
+    print(f"reward {name} is called in this process, where no --reward_timeout guards it")
+    return RewardFunction(name, 1.0, call)
 
 
 class Rewards:
@@ -105,7 +102,7 @@ class Rewards:
         """Call function i on every text, a response to its row's prompt → its values, a list of floats."""
         name, _, call = self.functions[i]
         pairs = list(zip(texts, rows, strict=True))
-        if not (self.specs and self.timeout):
+        if not self.timeout or not self.specs or callable(self.specs[i]):
             return [call_reward(name, call, row["prompt"], text, row) for text, row in pairs]
         values = []
         failures = 0
@@ -122,11 +119,22 @@ class Rewards:
                 raise RunError(f"more than half of {len(pairs)} calls failed; the last: {message}")
             if not self.warned:
                 file = sys.stderr if dist.rank() else None  # torchrun shows stdout of rank 0 only
-                tqdm.write(f"warning: {message}: scored 0; column reward_failed counts such calls", file=file)
+                message = f"warning: {message}: scored 0; column reward_failed counts such calls"
+                tqdm.write(visible(message), file=file)
                 self.warned = True
         self.calls += len(pairs)
         self.failures += failures
         return values
+
+    def check_rows(self, rows):
+        """UserError, with file and line, if a function has a parameter that is no key of some row."""
+        for name, _, call in self.functions:
+            for row in rows if isinstance(call, UserFunction) else ():
+                missing = call.missing(row)
+                where = row.get("_at", "--task")
+                keys = ", ".join(key for key in row if not key.startswith("_"))
+                lacks = f"the row has no {', '.join(missing)} (its keys are {keys})"
+                require(not missing, f"{where}: reward {name} takes neither {SIGNATURES}; {lacks}")
 
     def columns(self):
         """Columns of metrics.csv, one for each function where there are several."""
@@ -168,14 +176,23 @@ class Rewards:
     def _start(self):
         spawn = multiprocessing.get_context("spawn")  # fork would copy the locks of our threads, and CUDA
         self.pipe, child_pipe = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(child_pipe, self.specs))
-        self.process.start()
+        specs = [spec if isinstance(spec, str) else "" for spec in self.specs]
+        self.process = spawn.Process(target=serve, args=(child_pipe, specs))
+        main = sys.modules["__main__"]
+        # A spawned process imports the main module. The user's script would run there once more, and train.
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            self.process.start()
+        finally:
+            sys.modules["__main__"] = main
         child_pipe.close()
+        problem = f"--reward: the process that imports {', '.join(specs)} ended or hangs"
         with contextlib.suppress(EOFError, OSError):
-            if self.pipe.poll(START) and self.pipe.recv():  # it is ready; --reward_timeout counts from here
-                return
-        self._end()
-        raise RunError(f"--reward: the process that imports {', '.join(self.specs)} ended or hangs")
+            if self.pipe.poll(START):
+                problem = self.pipe.recv()
+        if problem:
+            self._end()
+            raise RunError(problem)  # without one it is ready: --reward_timeout counts from here
 
     def _end(self):
         if self.process is None:
@@ -187,99 +204,3 @@ class Rewards:
         self.process.close()
         self.pipe.close()
         self.process = None
-
-
-def _serve(pipe, specs):
-    """Main loop of the other process: answer (index, arguments) with (value, why) until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
-    if hasattr(os, "setsid"):
-        os.setsid()  # a group of its own: killpg then also ends what the functions start
-    os.dup2(2, 1)  # the functions' prints go to stderr, not between the lines of the log
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    functions = [load_reward(spec).call for spec in specs]
-    me = os.getpid()
-    pipe.send("ready")
-    while True:
-        try:
-            i, args = pipe.recv()
-        except EOFError:
-            return
-        try:
-            answer = _number(functions[i](*args))
-        except BaseException as e:  # sys.exit and KeyboardInterrupt among them
-            answer = 0.0, " ".join(f"raised {type(e).__name__}: {e}".split())
-        if os.getpid() != me:
-            os._exit(0)  # the function called os.fork, and this is the child: only the parent may answer
-        pipe.send(answer)
-
-
-def _end_with_parent():
-    """End this process when the trainer is killed. A function that hangs never sees the closed pipe."""
-    multiprocessing.parent_process().join()
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Functions from a user's file
-
-
-def load_reward(spec: str) -> RewardFunction:
-    """`path/to/file.py:name` or `path/to/file.py:name*0.2` → RewardFunction. Raises UserError for mistakes.
-
-    The file is run. A function that cannot take three arguments is called with (prompt, response).
-    """
-
-    def wrong(problem):
-        return UserError(f"--reward {spec}: {problem}")
-
-    path, _, rest = spec.rpartition(":")  # the last colon: C:\rewards.py:name has two
-    name, star, factor = rest.partition("*")
-    if not path or not name:
-        raise wrong("expected path/to/file.py:name or path/to/file.py:name*0.2")
-    try:
-        weight = float(factor) if star else 1.0
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise wrong("what stands after * is not a finite number")
-    if not os.path.isfile(path):
-        raise wrong(f"there is no file {path}")
-    # The file's own name would not do: a/r.py and b/r.py are two modules.
-    module_name = f"reward_{hash(os.path.abspath(path))}"
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    if module_spec is None:
-        raise wrong(f"{path} is not a .py file")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module  # dataclasses and pickle look their module up there
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file does at import
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise wrong(f"importing {path} fails: {reason}") from error
-    function = getattr(module, name, None)
-    if function is None:
-        raise wrong(f"{path} defines no {name}")
-    if _wants_row(function):
-        return RewardFunction(name, weight, function)
-    if _takes(function, 2):
-        return RewardFunction(name, weight, lambda prompt, response, row: function(prompt, response))
-    raise wrong(f"{name} takes neither (prompt, response, row) nor (prompt, response)")
-
-
-def _wants_row(function) -> bool:
-    """Whether to pass the row. A third parameter with a default, as in f(prompt, response, scale=1.0), is an
-    option of the function's own unless its name is `row`."""
-    if not _takes(function, 3):
-        return False
-    names = list(inspect.signature(function).parameters)
-    return names[2:3] == ["row"] or not _takes(function, 2)
-
-
-def _takes(function, count: int) -> bool:
-    try:
-        inspect.signature(function).bind(*range(count))
-    except (TypeError, ValueError):  # ValueError: some builtins, max for one, have no signature
-        return False
-    return True

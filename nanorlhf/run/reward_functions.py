@@ -1,0 +1,215 @@
+"""Reward functions of the user: which parameters they may have, and the process that calls them.
+
+This file imports no torch, so that the process is ready after 0.1 seconds and not after 3.
+"""
+
+import importlib.util
+import inspect
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from nanorlhf.errors import UserError, require
+
+SIGNATURES = (
+    "(prompt, response, row) nor (prompt, response) nor (prompt, response, answer), where answer may be any "
+    "keys of the row; nor TRL's (prompts, completions, **kwargs), nor verl's (data_source, solution_str, "
+    "ground_truth, extra_info)"
+)
+DICT = re.compile(r"(<class ')?(typing\.)?[Dd]ict\b")  # an annotation: dict, dict[str, str], "dict"
+
+
+class RewardFunction(NamedTuple):
+    """A reward function with its name in the logs and its weight in the sum of the run's rewards."""
+
+    name: str
+    weight: float
+    call: Callable  # (prompt, response, row) → float
+
+
+def reward_name(reward):
+    """The name of a reward in config.json: what --reward says, or that of a Python function."""
+    if isinstance(reward, str):
+        return reward
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+class UserFunction:
+    """A user's function, called as (prompt, response, row) whichever of the SIGNATURES it has.
+
+    UserError for any other signature. The first two parameters may have names of their own, such as (p, r). A
+    further one gets the key of the row that it is named after, or the row if it is called `row` or annotated
+    as a dict. **kwargs get all keys. TRL's functions are given one completion at a time.
+
+    >>> function = UserFunction(lambda prompt, response, answer: float(response == answer))
+    >>> function("1+1=", "2", {"prompt": "1+1=", "answer": "2"})
+    1.0
+    """
+
+    def __init__(self, function):
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # no function; and some builtins, max for one, have no signature
+            raise UserError(f"takes neither {SIGNATURES}") from None
+        names = list(signature.parameters)
+        self.function = function
+        self.trl = "completions" in names
+        self.verl = "solution_str" in names
+        self.ours = not (self.trl or self.verl)
+        self.first = names[:2] if self.ours else []  # by position; the others by name
+        later = [signature.parameters[name] for name in names[len(self.first) :]]
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in later)
+        self.named = [p for p in later if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        # (response, answer) would be called with the prompt as its response, and never fail
+        fits = self.first[:1] != ["response"] and not {"row", "answer"} & set(self.first)
+        try:
+            prompt_and_response = ("", "") if self.ours else ()
+            signature.bind(*prompt_and_response, **{p.name: None for p in self.named})
+        except TypeError:
+            fits = False
+        require(fits, f"takes neither {SIGNATURES}; its parameters are {signature}")
+
+    def __call__(self, prompt, response, row):
+        values = self.values(prompt, response, row)
+        if not self.takes_all:
+            values = {p.name: values[p.name] for p in self.named if p.name in values}
+        if self.ours:
+            return self.function(prompt, response, **values)
+        returned = self.function(**values)
+        if self.verl and isinstance(returned, dict):
+            return returned.get("score")
+        if self.trl and isinstance(returned, list) and len(returned) == 1:
+            return returned[0]
+        return returned  # two numbers for one completion are no number: an error
+
+    def values(self, prompt, response, row):
+        """→ {name: value} of all that the function may have parameters for, besides the first two."""
+        values = {k: v for k, v in row.items() if k[:1] != "_" and k not in self.first}
+        if self.trl:  # lists of one
+            messages = getattr(prompt, "messages", None)  # of a prompt that is a conversation
+            answer = [{"role": "assistant", "content": response}]
+            values |= {"prompts": messages or prompt, "completions": answer if messages else response}
+            return {key: [value] for key, value in values.items()}
+        if self.verl:
+            values = {"data_source": "", "extra_info": None, "solution_str": response} | values
+            if "answer" in row:
+                values.setdefault("ground_truth", row["answer"])
+            nested = row.get("reward_model")  # {"style": "rule", "ground_truth": "42"}
+            return values | (nested if isinstance(nested, dict) else {})
+        annotated = [p.name for p in self.named if DICT.match(str(p.annotation))]
+        return dict.fromkeys(annotated, row) | values | {"row": row}
+
+    def missing(self, row):
+        """The parameters without a default for which the row has no key."""
+        values = self.values("", "", row)
+        return [p.name for p in self.named if p.default is p.empty and p.name not in values]
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """`path/to/file.py:name` or `path/to/file.py:name*0.2` → RewardFunction. Raises UserError for mistakes.
+
+    The file is run, and may import the files beside it.
+    """
+
+    def wrong(problem):
+        return UserError(f"--reward {spec}: {problem}")
+
+    path, _, rest = str(spec).rpartition(":")  # the last colon: C:\rewards.py:name has two
+    name, star, factor = rest.partition("*")
+    if not path or not name:
+        raise wrong("expected path/to/file.py:name or path/to/file.py:name*0.2")
+    try:
+        weight = float(factor) if star else 1.0
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise wrong("what stands after * is not a finite number")
+    if not os.path.isfile(path):
+        raise wrong(f"there is no file {path}")
+    # The file's own name would not do: a/r.py and b/r.py are two modules.
+    module_name = f"reward_{hash(os.path.abspath(path))}"
+    if getattr(sys.modules.get(module_name), "is_loading", False):  # this call comes from its own import
+        hint = 'write `if __name__ == "__main__":` before that, or give the function itself: reward=[score]'
+        raise wrong(f"the file trains when it is imported; {hint}")
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    if module_spec is None:
+        raise wrong(f"{path} is not a .py file")
+    module = importlib.util.module_from_spec(module_spec)
+    module.is_loading = True
+    sys.modules[module_name] = module  # dataclasses and pickle look their module up there
+    # The file may import its neighbours. Its helpers.py comes before one of the same name from elsewhere.
+    folder = os.path.dirname(os.path.abspath(path))
+    beside = [file[:-3] for file in os.listdir(folder) if file.endswith(".py")]
+    others = {name: sys.modules.pop(name) for name in beside if name in sys.modules}
+    sys.path.insert(0, folder)
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file does at import
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise wrong(f"importing {path} fails: {reason}") from error
+    finally:
+        module.is_loading = False
+        sys.modules.update(others)
+    function = getattr(module, name, None)
+    if function is None:
+        raise wrong(f"{path} defines no {name}")
+    try:
+        return RewardFunction(name, weight, UserFunction(function))
+    except UserError as error:
+        raise wrong(f"{name} {error}") from None
+
+
+def number(returned):
+    """What a function returned → (float, "") or (None, what is wrong). The string "1" is not a number."""
+    try:
+        value = float(returned)
+    except Exception:
+        value = math.nan
+    if isinstance(returned, (str, bytes)) or not math.isfinite(value):
+        return None, f"returned {returned!r:.80}"
+    return value, ""
+
+
+def serve(pipe, specs):
+    """Main loop of the process: answer (index, arguments) with (value, why) until the pipe closes.
+
+    specs: what --reward says; "" for a function that the trainer calls itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
+    if hasattr(os, "setsid"):
+        os.setsid()  # a group of its own: killpg then also ends what the functions start
+    os.dup2(2, 1)  # the functions' prints go to stderr, not between the lines of the log
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        functions = [load_reward(spec).call if spec else None for spec in specs]
+    except UserError as e:
+        pipe.send(str(e))
+        return
+    me = os.getpid()
+    pipe.send("")
+    while True:
+        try:
+            i, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = number(functions[i](*args))
+        except BaseException as e:  # sys.exit and KeyboardInterrupt among them
+            answer = 0.0, " ".join(f"raised {type(e).__name__}: {e}".split())
+        if os.getpid() != me:
+            os._exit(0)  # the function called os.fork, and this is the child: only the parent may answer
+        pipe.send(answer)
+
+
+def _end_with_parent():
+    """End this process when the trainer is killed. A function that hangs never sees the closed pipe."""
+    multiprocessing.parent_process().join()
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
