@@ -18,8 +18,9 @@ from typing import Literal
 
 import torch
 
+from nanorlhf import tasks
 from nanorlhf.errors import Interrupted, RunError, UserError, require
-from nanorlhf.run import dist
+from nanorlhf.run import defaults, dist
 
 # ------------------------------------------------------------------------------------------------------------
 # the flags that all trainers share
@@ -51,16 +52,65 @@ class Flags:
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
-    def fill_by_task(self, recipe=None, defaults=None):
+    def fill(self, method, recipe=None, table=None):
         """Give every field that is None its value from the first table {field: value} that has it.
 
-        Order of precedence: command line, recipe, BY_TASK[task] of the class, defaults.
+        Order of precedence: command line, recipe, size of a large model, BY_TASK[task] of the class, table.
+        With --data and no --task the lengths, steps and held-out prompts of a task would be those of a toy:
+        they stay None until the data is read. `notes` is printed when the run starts.
         """
+        self.method = method
+        self.own_data = bool(self.data) and not self.task
+        self.task = self.task or next(iter(self.BY_TASK))
         require(self.task in self.BY_TASK, f"--task {self.task}: must be one of {', '.join(self.BY_TASK)}")
-        for values in (recipe or {}, self.BY_TASK[self.task], defaults or {}):
+        self._name_folders()
+        by_task = self.BY_TASK[self.task]
+        by_size, self.notes = defaults.by_size(self, method, by_task)
+        recipe = recipe or {}
+        tables = {"recipe": recipe, "size": by_size, "task": by_task, "default": table or {}}
+        origin = {}
+        for source, values in tables.items():
             for name, value in values.items():
-                if getattr(self, name) is None:
+                waits = self.own_data and name in defaults.DERIVED
+                if getattr(self, name) is None and not waits:
                     setattr(self, name, value)
+                    origin[name] = source
+        if getattr(self, "recipe", ""):
+            self.notes += defaults.recipe_lines(self, recipe, origin)
+
+    def _name_folders(self):
+        """--out is runs/NAME-method: by the name of the data file, or the task. --ref is --init."""
+        name = self.task
+        if self.data:
+            name = os.path.basename(self.data).partition(".")[0]
+        self.out = self.out or f"runs/{name}-{self.method}"
+        if self.method != "sft":
+            self.init = self.init or f"runs/{self.task}-sft/model"
+        if hasattr(self, "ref"):
+            self.ref = self.ref or self.init
+
+    def fill_judge(self):
+        """Without --rm and --reward: the task's reward function, or else runs/TASK-rm/model."""
+        if self.rm or self.reward:
+            return
+        judge = "give --reward my_reward.py:score, or a reward model with --rm"
+        require(not self.own_data, f"--data {self.data}: prompts of your own need a reward: {judge}")
+        if not tasks.get(self.task).reward:
+            self.rm = f"runs/{self.task}-rm/model"
+
+    def fill_limit(self, limit):
+        """--max_new_tokens, where it waits for the data's lengths."""
+        self.max_new_tokens = limit
+        self.limits = [limit]  # GRPO's schedule of one
+        print(f"--max_new_tokens {limit}: from the lengths in {self.data} and the model's context")
+
+    def fill_steps(self, rows):
+        """--steps, where it waits for the training rows."""
+        if self.steps is None:
+            batch = getattr(self, "batch_size", None) or self.prompts_per_step
+            self.steps = defaults.steps_for(self.method, len(rows), batch)
+            passes = f"{self.steps * batch / len(rows):.1f} passes over {len(rows):,} rows, {batch} a step"
+            print(f"--steps {self.steps}: {passes}")
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
