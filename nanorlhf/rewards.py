@@ -173,7 +173,7 @@ def load_prompts(cfg, task, tok, max_len, limit):
         with blame(row.get("_at", "--task")):  # for a character that this model has no token for
             row["_ids"] = tok.encode_prompt(row["prompt"])
     if limit is None:
-        limit = response_limit([len(row["_ids"]) for row in rows], max_len)
+        limit = response_limit(max(len(row["_ids"]) for row in rows), max_len)
         cfg.fill_limit(limit)
     room = max_len - limit
     fit = [row for row in rows if len(row["_ids"]) <= room]  # detail 2: N+ truncates

@@ -19,7 +19,7 @@ UP = {
     "generate": {"kernels.slots", "run.dist"},  # a GPU's decode loop; many processes
     "model": {"kernels", "kernels.torch_backend"},  # log-probs without logits, attention of one token
     "pairs": {"hub.files", "hub.formats", "run.dist"},  # files of preferences; who writes them
-    "rewards": {"hub.formats", "run.device"},  # files of prompts; --save_memory
+    "rewards": {"hub.formats", "run.defaults", "run.device"},  # files of prompts, their lengths; memory
     "rollout": {"run.device"},  # --save_memory
 }
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
+from nanorlhf.hub.files import read_json
 from nanorlhf.run import dist, replay, sharding
 from nanorlhf.run.folders import new_folder, sync_folder, take_lock, verify
 from nanorlhf.run.log import Log, import_wandb
@@ -78,13 +79,14 @@ class Run:
         require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
 
     def __enter__(self):
-        choices = "add --resume to go on with it, --overwrite to replace it, or name another folder"
         with self._usable():
             may_exist = self.cfg.resume or self.cfg.overwrite
-            require(may_exist or not self.config.exists(), f"--out {self.out} holds a run: {choices}")
+            require(may_exist or not self.config.exists(), f"--out {self.out} holds a run{self._choices()}")
             os.makedirs(self.out, exist_ok=True)
             if self.first:
                 self.lock = take_lock(self.out)
+        for line in getattr(self.cfg, "notes", ()):
+            print(line)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -96,6 +98,15 @@ class Run:
             os.close(self.lock)
         if kind is None:
             print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png")
+
+    def _choices(self):
+        """What to do about the run in --out, which nobody wants replaced by a run on other data."""
+        old = read_json(self.config)
+        for name in ("data", "task"):
+            was = old.get(name)
+            if was and was != getattr(self.cfg, name, was):
+                return f" of --{name} {was}; name another folder"
+        return ": add --resume to go on with it, --overwrite to replace it, or name another folder"
 
     @contextlib.contextmanager
     def _usable(self):

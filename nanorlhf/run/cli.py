@@ -55,35 +55,29 @@ class Flags:
     def fill(self, method, recipe=None, table=None):
         """Give every field that is None its value from the first table {field: value} that has it.
 
-        Order of precedence: command line, recipe, size of a large model, BY_TASK[task] of the class, table.
-        With --data and no --task the lengths, steps and held-out prompts of a task would be those of a toy:
-        they stay None until the data is read. `notes` is printed when the run starts.
+        Order of precedence: command line, recipe, BY_TASK[task] of the class, table. With --data and no
+        --task the lengths, steps and held-out prompts of a task would be those of a toy: they stay None until
+        the data is read. A large model has learning rates of its own. `notes` is printed when the run starts.
         """
         self.method = method
         self.own_data = bool(self.data) and not self.task
         self.task = self.task or next(iter(self.BY_TASK))
         require(self.task in self.BY_TASK, f"--task {self.task}: must be one of {', '.join(self.BY_TASK)}")
         self._name_folders()
-        by_task = self.BY_TASK[self.task]
-        by_size, self.notes = defaults.by_size(self, method, by_task)
-        recipe = recipe or {}
-        tables = {"recipe": recipe, "size": by_size, "task": by_task, "default": table or {}}
-        origin = {}
-        for source, values in tables.items():
+        rates = [name for name in ("lr", "critic_lr") if getattr(self, name, 0) is None]
+        for values in (recipe or {}, self.BY_TASK[self.task], table or {}):
             for name, value in values.items():
-                waits = self.own_data and name in defaults.DERIVED
+                waits = self.own_data and name in defaults.FROM_DATA
                 if getattr(self, name) is None and not waits:
                     setattr(self, name, value)
-                    origin[name] = source
+        self.notes = defaults.fill_rates(self, rates)
         if getattr(self, "recipe", ""):
-            self.notes += defaults.recipe_lines(self, recipe, origin)
+            self.notes += defaults.recipe_lines(self, recipe)
 
     def _name_folders(self):
-        """--out is runs/NAME-method: by the name of the data file, or the task. --ref is --init."""
-        name = self.task
-        if self.data:
-            name = os.path.basename(self.data).partition(".")[0]
-        self.out = self.out or f"runs/{name}-{self.method}"
+        """--out is runs/NAME-method, by the data file's name or the task's; --ref is --init."""
+        file = os.path.basename(self.data).partition(".")[0]
+        self.out = self.out or f"runs/{file or self.task}-{self.method}"
         if self.method != "sft":
             self.init = self.init or f"runs/{self.task}-sft/model"
         if hasattr(self, "ref"):
@@ -99,18 +93,19 @@ class Flags:
             self.rm = f"runs/{self.task}-rm/model"
 
     def fill_limit(self, limit):
-        """--max_new_tokens, where it waits for the data's lengths."""
+        """--max_new_tokens, where it waited for the data."""
         self.max_new_tokens = limit
-        self.limits = [limit]  # GRPO's schedule of one
-        print(f"--max_new_tokens {limit}: from the lengths in {self.data} and the model's context")
+        self.limits = [limit]  # of GRPO, which may lengthen it
+        print(f"--max_new_tokens {limit}: by {self.data} and the model's context")
 
     def fill_steps(self, rows):
-        """--steps, where it waits for the training rows."""
+        """--steps, where it waits for the training rows: three passes in SFT, else one; 100 at least."""
         if self.steps is None:
-            batch = getattr(self, "batch_size", None) or self.prompts_per_step
-            self.steps = defaults.steps_for(self.method, len(rows), batch)
-            passes = f"{self.steps * batch / len(rows):.1f} passes over {len(rows):,} rows, {batch} a step"
-            print(f"--steps {self.steps}: {passes}")
+            batch = getattr(self, "batch_size", 0) or self.prompts_per_step
+            passes = 3 if self.method == "sft" else 1
+            self.steps = max(defaults.LEAST_STEPS, math.ceil(passes * len(rows) / batch))
+            passes = self.steps * batch / len(rows)
+            print(f"--steps {self.steps}: {passes:.1f} passes over {len(rows):,} rows, {batch} a step")
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):

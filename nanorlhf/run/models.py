@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from nanorlhf import hub, lora, tasks
+from nanorlhf import hub, lora
 from nanorlhf.data import encode_demonstrations
 from nanorlhf.errors import UserError
 from nanorlhf.model import GPT, ScalarModel
@@ -39,18 +39,17 @@ def _remedy(flag, folder, command, kind):
     if re.fullmatch(HUB_NAME, folder) and not os.path.isdir(run or folder):
         local = f"models/{name}"
         return f" here; fetch it: hf download {folder} --local-dir {local}, and give {flag} {local}"
-    if name != "model" or not run or os.path.exists(folder):
+    if name != "model" or not run or os.path.isfile(folder):
         return ""
     named = re.fullmatch(RUN_NAME, os.path.basename(run))
     if named:
         task, method = named.groups()
-        if method in ("rm", "dpo") and tasks.get(task).reward:
-            return ""  # such a task has no preferences
         made_by = f"python train_{method}.py --task {task}"
         if not command.startswith(made_by):
             command = made_by
     makes = "reward model" if "train_rm" in command else "language model"
-    if not command or kind not in ("", makes):
+    no_pairs = re.search(r"(rm|dpo)\.py --task (chain|countdown)", command)  # they have a reward function
+    if not command or no_pairs or kind not in ("", makes):
         return ""
     return f"; make it with: {command} --out {run}"
 
@@ -58,13 +57,6 @@ def _remedy(flag, folder, command, kind):
 def sft_command(cfg):
     """The command that makes an SFT model for this run."""
     return f"python train_sft.py {'--data demos.jsonl' if cfg.own_data else f'--task {cfg.task}'}"
-
-
-def _rm_command(cfg):
-    """The command that makes a reward model for this run: only --task reviews has preferences of its own."""
-    own = cfg.own_data or tasks.get(cfg.task).reward
-    command = f"python train_rm.py {'--data pairs.jsonl' if own else f'--task {cfg.task}'}"
-    return command if cfg.init == f"runs/{cfg.task}-sft/model" else f"{command} --init {cfg.init}"
 
 
 def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=True):
@@ -119,7 +111,9 @@ def load_models_and_critic(cfg, device):
     """
     ppo = hasattr(cfg, "critic_init")
     sft = sft_command(cfg)
-    pairs = _rm_command(cfg)
+    pairs = f"python train_rm.py {'--data pairs.jsonl' if cfg.own_data else f'--task {cfg.task}'}"
+    if cfg.init != f"runs/{cfg.task}-sft/model":
+        pairs += f" --init {cfg.init}"
     options = dict(shard=cfg.shard, weights=device.type != "meta")
     policy, tok = load_model("--init", cfg.init, sft, "language model", **options)
     options["like"] = tok
