@@ -80,8 +80,8 @@ class Run:
 
     def __enter__(self):
         with self._usable():
-            may_exist = self.cfg.resume or self.cfg.overwrite
-            require(may_exist or not self.config.exists(), f"--out {self.out} holds a run{self._choices()}")
+            if self.config.exists() and not (self.cfg.resume or self.cfg.overwrite):
+                raise UserError(f"--out {self.out} holds a run{self._choices()}")
             os.makedirs(self.out, exist_ok=True)
             if self.first:
                 self.lock = take_lock(self.out)
