@@ -54,7 +54,6 @@ def plot_curves(out, panels):
 
 def nats(ax):
     """Make a KL axis readable to a nat: a line at each up to 10; above, the scale is logarithmic."""
-    lowest = ax.dataLim.y0
     high = ax.get_ylim()[1]
     if high < 2:  # there is no whole nat to read
         return
@@ -63,7 +62,7 @@ def nats(ax):
     ticks = [tick for tick in (*range(11), 20, 50, 100, 200, 500, 1000) if tick <= high]
     ax.set_yticks(ticks, map(str, ticks), fontsize=8)
     ax.grid(axis="y", alpha=0.3)
-    ax.set_ylim(min(lowest, 0) - 0.5, high)
+    ax.set_ylim(min(ax.dataLim.y0, 0) - 0.5, high)
 
 
 @functools.cache

@@ -104,8 +104,7 @@ class Flags:
             batch = getattr(self, "batch_size", 0) or self.prompts_per_step
             passes = 3 if self.method == "sft" else 1
             self.steps = max(defaults.LEAST_STEPS, math.ceil(passes * len(rows) / batch))
-            passes = self.steps * batch / len(rows)
-            print(f"--steps {self.steps}: {passes:.1f} passes over {len(rows):,} rows, {batch} a step")
+            print(f"--steps {self.steps}: from {len(rows):,} rows, {batch} a step")
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):

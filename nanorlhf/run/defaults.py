@@ -65,16 +65,16 @@ def context_for(pairs):
 
 
 def response_limit(longest_prompt, max_len):
-    """Tokens that a response may have: the room behind the longest prompt, at least half the context.
+    """Tokens that a response may have: the room behind the longest prompt.
 
-    UserError above LONGEST, where --max_new_tokens must be given: such responses take minutes a step.
+    UserError where there is none, and above LONGEST: responses of minutes must be asked for.
 
-    >>> response_limit(24, max_len=64), response_limit(60, max_len=64)
-    (40, 32)
+    >>> response_limit(24, max_len=64)
+    40
     """
-    room = max(max_len - longest_prompt, max_len // 2)
-    ask = f"there is room for {room:,} tokens; give the longest response, such as --max_new_tokens 512"
-    require(room <= LONGEST, f"--max_new_tokens: {ask}")
+    room = max_len - longest_prompt
+    ask = f"the longest prompt leaves room for {room:,} tokens; give the longest response, such as 512"
+    require(0 < room <= LONGEST, f"--max_new_tokens: {ask}")
     return room
 
 

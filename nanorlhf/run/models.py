@@ -34,7 +34,7 @@ def _remedy(flag, folder, command, kind):
 
     command   makes a run of a model of this kind; but runs/chain-grpo/model comes from train_grpo.py
     """
-    folder = re.sub(r"^https?:/+huggingface\.co/", "", os.path.normpath(folder))
+    folder = os.path.normpath(folder)
     run, name = os.path.split(folder)
     if re.fullmatch(HUB_NAME, folder) and not os.path.isdir(run or folder):
         local = f"models/{name}"
