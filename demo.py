@@ -32,7 +32,7 @@ import train_sft
 from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import Interrupted, RunError, derive_seed, require
 from nanorlhf.hub.files import read_jsonl, write_jsonl
-from nanorlhf.look.plots import pyplot, save_figure
+from nanorlhf.look.plots import nats, pyplot, save_figure
 from nanorlhf.metrics import mean_se
 from nanorlhf.run.cli import run_cli
 from nanorlhf.run.device import setup
@@ -226,23 +226,27 @@ def draw(out):
     curve(rm, column(f"{out}/rm", "acc"), "training, noisy labels", "silver")
     curve(rm, column(f"{out}/rm", "eval/acc"), "held out, no noise", "tab:green", "o-")
     curve(rm, column(f"{out}/rm", "eval/acc_len_only"), "held out, by length only", "black", ":")
-    titles = [
-        "reward model's score (proxy)",
-        "over-optimisation: proxy and gold",
-        "KL to the SFT model, nats",
-        "entropy, nats per token",
-        "response length, tokens",
-        "gold against √KL",
-        "SFT loss, nats per token",
-        "reward model accuracy",
-    ]
-    for ax, title in zip(axes.flat, titles):
-        ax.set(title=title, xlabel="step")
+    names = {
+        "reward model's score (proxy)": "mean score of the samples",
+        "over-optimisation: proxy and gold": "mean score of the samples",
+        "KL to the SFT model": "nats a response",
+        "entropy": "nats a token",
+        "response length": "tokens",
+        "gold against √KL": "gold, the hidden judge's mean score",
+        "SFT loss": "nats a token",
+        "reward model accuracy": "share of pairs in order",
+    }
+    for ax, (title, unit) in zip(axes.flat, names.items()):
+        ax.set(title=title, xlabel="step", ylabel=unit)
+        ax.locator_params(axis="x", integer=True, min_n_ticks=1)  # there is no step 0.5
         ax.legend(fontsize=8)
-    both.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.3))  # the corners are full of curves
-    frontier.set_xlabel("√KL")
-    if kl.get_ylim()[1] > 10:
-        kl.set_yscale("symlog", linthresh=10)
+    low, high = both.get_ylim()
+    both.set_ylim(bottom=low - 0.4 * (high - low))  # room for the legend
+    meaning = "proxy: the reward model's score, gold: the hidden judge's"
+    both.legend(fontsize=8, title=meaning, title_fontsize=8, ncols=2, loc="lower center")
+    frontier.set_xlabel("√KL to the SFT model, √nats")
+    nats(kl)
+    kl.legend(fontsize=8, loc="lower right")
     save_figure(fig, f"{out}/report.png")
 
 

@@ -62,13 +62,13 @@ from nanorlhf.run.worker import rewards_of
 @dataclass
 class Config(Flags):
     # data
-    task: str = "reviews"  # built-in task; only reviews has preferences (others need --data or --online)
+    task: str = ""  # built-in task; only reviews, the default, has preferences (else --data or --online)
     data: str = ""  # file of preferences (formats: nanorlhf/hub/formats.py); with kto also of labelled ones
     pairs: int = 8000  # pairs to make for the built-in task; online: prompts to sample for, in all rounds
     tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     ref: str = ""  # reference model folder; empty: --init
-    out: str = ""  # run folder; empty: runs/TASK-dpo
+    out: str = ""  # run folder; empty: runs/TASK-dpo, or with --data runs/FILE-dpo
 
     # method
     loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "dpo_nll"] = "dpo"  # above
@@ -83,7 +83,7 @@ class Config(Flags):
     judge: Literal["", "self"] = ""  # online: self ranks by the policy's own β log π/π_ref
 
     # optimisation
-    steps: int | None = None  # optimizer steps, divided among the rounds
+    steps: int | None = None  # optimizer steps, divided among the rounds; of --data: 1 pass, at least 100
     batch_size: int = 32  # pairs a step (kto: responses)
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.0  # AdamW; it pulls the policy to 0, not to the reference
@@ -94,7 +94,7 @@ class Config(Flags):
     # sampling
     group_size: int = 4  # online: samples per prompt
     temperature: float = 1.0  # online: of sampling; log-probs are always those at 1
-    max_new_tokens: int | None = None  # longest response, EOS included
+    max_new_tokens: int | None = None  # longest response, EOS included; of --data: its longest
     no_eos_score: float | None = None  # online: score of a response that never ends
 
     # evaluation
@@ -114,10 +114,7 @@ class Config(Flags):
     def __post_init__(self):
         if self.beta is None:
             self.beta = OWN_BETA.get(self.loss, 1.0 if self.online else None)
-        self.fill_by_task()
-        self.init = self.init or f"runs/{self.task}-sft/model"
-        self.ref = self.ref or self.init
-        self.out = self.out or f"runs/{self.task}-dpo"
+        self.fill("dpo")
         if self.label_smoothing is None:
             self.label_smoothing = 0.1 if self.loss in ("cdpo", "robust") else 0.0
         above_zero = (
@@ -132,9 +129,10 @@ class Config(Flags):
         require(len(judges) <= 1, "--reward, --rm and --judge: give one of the three")
         if self.online:
             require(self.group_size > 1, "--group_size 1: best against worst needs at least 2 samples")
-            require(min(self.steps, self.pairs) >= self.online, "--online: more than --steps or --pairs")
-            if not judges and not tasks.get(self.task).reward:
-                self.rm = f"runs/{self.task}-rm/model"
+            fewest = min(self.steps or self.online, self.pairs)
+            require(fewest >= self.online, "--online: more than --steps or --pairs")
+            if not judges:
+                self.fill_judge()
         else:
             require(not judges, "--reward, --rm and --judge rank fresh samples: add --online 3")
         require(self.ref != "none", "--ref none: a reference is needed, for the figure kl with every loss")

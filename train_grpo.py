@@ -16,7 +16,8 @@ DeepScaleR (context-length curriculum), KL estimators (joschu.net/blog/kl-approx
 
 CPU   python train_grpo.py                       23 s with its SFT; accuracy 0.41 → 0.98, greedy 0.1 → 1.0
       python train_grpo.py --task countdown      62 s; accuracy 0.22 → 0.49, greedy 0.38 → 0.54 (seed 0)
-GPU   python train_grpo.py --init runs/sft/model --data prompts.jsonl --reward my.py:score --dtype bfloat16
+GPU   python train_grpo.py --data prompts.jsonl --init runs/sft/model --max_new_tokens 512 --dtype bfloat16 \
+          --reward nanorlhf/answers.py:numeric_answer
       not measured yet
 """
 
@@ -104,14 +105,14 @@ CISPO_CAP = 5.0  # largest weight of a token in CISPO
 @dataclass
 class Config(Flags):
     # data
-    task: str = "chain"  # built-in task: chain, countdown or reviews; sets the defaults that differ by task
+    task: str = ""  # built-in task: chain (the default), countdown or reviews; sets many defaults
     data: str = ""  # file of prompts (formats: docs/data.md), in place of the task's own
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder, where the task has no reward function; empty: runs/TASK-rm/model
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     ref: str = ""  # reference model folder for the KL; empty: --init; none: no reference
-    out: str = ""  # run folder; empty: runs/TASK-grpo
+    out: str = ""  # run folder; empty: runs/TASK-grpo, or with --data runs/FILE-grpo
 
     # method
     recipe: Literal[tuple(RECIPES)] = ""  # flags of a published recipe; flags given explicitly win
@@ -128,7 +129,7 @@ class Config(Flags):
     ref_every: int | None = None  # steps after which the reference becomes the policy; 0: never
 
     # optimisation
-    steps: int | None = None  # rollouts; each is used for epochs × minibatches optimizer steps
+    steps: int | None = None  # rollouts, each for epochs × minibatches updates; of own data: 1 pass
     epochs: int = 1  # passes over each rollout
     minibatches: int | None = None  # optimizer steps in each pass
     lr: float | None = None  # learning rate: 5 steps of warm-up, then linear to 0
@@ -149,14 +150,14 @@ class Config(Flags):
     overlong_penalty: float | None = None  # soft penalty over this last share of the length; 0: none
 
     # evaluation
-    eval_prompts: int = 512  # held-out prompts for eval/reward and eval/greedy
+    eval_prompts: int | None = None  # held-out prompts for eval/reward and eval/greedy; own data: 128
     eval_every: int = 0  # steps between these; 0: only before the first step and after the last
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
 
     # run
     save_every: int = 50  # steps between checkpoints; 0: only at the end
 
-    DEFAULTS: ClassVar = RECIPES[""]  # of the fields that recipes set
+    DEFAULTS: ClassVar = RECIPES[""] | {"eval_prompts": 512}
     BY_TASK: ClassVar = {
         "chain": dict(
             steps=50,
@@ -188,18 +189,14 @@ class Config(Flags):
         require(self.recipe in RECIPES, f"--recipe {self.recipe}: must be one of {', '.join(RECIPES)[2:]}")
         kl_given = self.kl
         beta_given = self.beta
-        self.fill_by_task(RECIPES[self.recipe], self.DEFAULTS)
+        self.fill("grpo", RECIPES[self.recipe], self.DEFAULTS)
         if self.kl == "none":
             remedy = "add --kl k3 (in the loss), or --kl k1 --kl_in reward"
             require(not beta_given, f"--beta {beta_given}: there is no KL that it could weigh; {remedy}")
         elif kl_given and beta_given is None:
             remedy = "has no effect without --beta; give one, such as --beta 0.04"
             require(self.beta, f"--kl {kl_given}: {remedy}")
-        self.init = self.init or f"runs/{self.task}-sft/model"
-        self.ref = self.ref or self.init
-        if not (self.rm or self.reward or tasks.get(self.task).reward):
-            self.rm = f"runs/{self.task}-rm/model"
-        self.out = self.out or f"runs/{self.task}-grpo"
+        self.fill_judge()
         counts = "steps prompts_per_step epochs minibatches max_rounds sample_every"
         check_ranges(self, f"{counts} lr temperature std_eps max_grad_norm".split())
         G = self.group_size
@@ -465,8 +462,8 @@ def train(cfg):
     rewards = rewards_of(task, cfg.reward, cfg.reward_timeout)
     policy, ref, rm, tok = load_models(cfg, device)
     freeze(cfg, ref, rm, trained=[policy])
+    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, cfg.limits[-1], rewards)
     longest = cfg.limits[-1]
-    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest, rewards)
     sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
     dist.spread(cfg, policy, frozen=(ref, rm))  # one process: as they are; several: all get the same
     opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)

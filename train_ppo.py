@@ -16,7 +16,8 @@ their own.
 
 CPU   python train_ppo.py                  25 s on one core; gold + 1.8 to + 2.4 at a KL of 4 to 5
       python train_ppo.py --task chain     11 s; sampled accuracy 0.43 → 0.98, greedy 0.1 → 1.0
-GPU   python train_ppo.py --init runs/sft/model --rm runs/rm/model --data prompts.jsonl --dtype bfloat16
+GPU   python train_ppo.py --data prompts.jsonl --init runs/sft/model --rm runs/rm/model --max_new_tokens 512 \
+          --dtype bfloat16
       not measured yet
 """
 
@@ -52,18 +53,18 @@ KL_HORIZON = 1000  # samples over which the adaptive beta moves
 @dataclass
 class Config(Flags):
     # data
-    task: str = "reviews"  # built-in task: reviews, chain or countdown; sets the defaults that differ by task
-    data: str = ""  # file of prompts (formats: docs/data.md); --task still sets the defaults
+    task: str = ""  # built-in task: reviews (the default), chain or countdown; sets many defaults
+    data: str = ""  # file of prompts (formats: docs/data.md), in place of the task's own
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
     rm: str = ""  # reward model folder; empty: runs/TASK-rm/model, unless there is a reward function
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     ref: str = ""  # reference model folder; empty: --init
     critic_init: str = ""  # folder the critic starts from; empty: the reward model, else the policy
-    out: str = ""  # run folder; empty: runs/TASK-ppo
+    out: str = ""  # run folder; empty: runs/TASK-ppo, or with --data runs/FILE-ppo
 
     # method
-    beta: float | None = None  # KL coefficient, reward per nat
+    beta: float | None = None  # KL coefficient, reward per nat; with --reward 0
     kl_target: float = 0.0  # nats per sequence that an adaptive beta steers to; 0: beta is fixed
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's λ
@@ -73,7 +74,7 @@ class Config(Flags):
     whiten_rewards: bool = False  # divide rewards by their standard deviation (detail 24)
 
     # optimisation
-    steps: int | None = None  # rollouts; each is used for epochs × minibatches optimizer steps
+    steps: int | None = None  # rollouts, each for epochs × minibatches updates; of own data: 1 pass
     epochs: int = 1  # passes over each rollout
     minibatches: int | None = None  # optimizer steps in each pass
     lr: float | None = None  # policy learning rate, linear to 0 (detail 20)
@@ -85,17 +86,18 @@ class Config(Flags):
     # sampling
     prompts_per_step: int | None = None  # prompts a rollout
     group_size: int = 1  # samples per prompt
-    max_new_tokens: int | None = None  # longest response in tokens, EOS included
+    max_new_tokens: int | None = None  # longest response, EOS included; own data: what the context holds
     temperature: float = 1.0  # of sampling, and of every log-prob
 
     # evaluation
-    eval_prompts: int = 256  # held-out prompts for eval/reward and eval/greedy
+    eval_prompts: int | None = None  # held-out prompts for eval/reward and eval/greedy; own data: 128
     eval_every: int = 0  # steps between these; 0: only before the first step and after the last
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
 
     # run
     save_every: int = 20  # steps between checkpoints; 0: only at the end
 
+    DEFAULTS: ClassVar = {"eval_prompts": 256}
     BY_TASK: ClassVar = {
         "reviews": dict(
             steps=60,
@@ -130,15 +132,11 @@ class Config(Flags):
     }
 
     def __post_init__(self):
-        if self.rm and self.beta is None:
-            self.beta = 0.3  # a learnt reward is over-optimised without a penalty, whatever the task
-        self.fill_by_task()
-        self.init = self.init or f"runs/{self.task}-sft/model"
-        self.ref = self.ref or self.init
-        if not (self.rm or self.reward or tasks.get(self.task).reward):
-            self.rm = f"runs/{self.task}-rm/model"
+        if self.beta is None and (self.rm or self.reward):
+            self.beta = 0.3 if self.rm else 0.0  # a learnt reward is over-optimised without a penalty
+        self.fill("ppo", table=self.DEFAULTS)
+        self.fill_judge()
         self.critic_init = self.critic_init or self.rm or self.init
-        self.out = self.out or f"runs/{self.task}-ppo"
         counts = "steps prompts_per_step group_size max_new_tokens epochs minibatches sample_every"
         above_zero = f"{counts} lr critic_lr temperature max_grad_norm".split()
         check_ranges(self, above_zero, any_sign=("seed", "no_eos_score"))
@@ -326,8 +324,8 @@ def train(cfg):
     # detail 22: the critic starts as the reward model
     policy, ref, critic, rm, tok = load_models_and_critic(cfg, device)
     freeze(cfg, ref, rm, trained=(policy, critic))
+    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, cfg.max_new_tokens, rewards)
     longest = cfg.max_new_tokens
-    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest, rewards)
     dist.spread(cfg, policy, critic, frozen=(ref, rm))  # one process: as they are; several: all get the same
     groups = [
         {"params": policy.parameters(), "peak": cfg.lr},

@@ -45,17 +45,17 @@ from train_rm import PANELS, SHOW, evaluate, load_model, log_samples, to_batch
 @dataclass
 class Config(Flags):
     # data
-    task: str = "reviews"  # built-in task: reviews, chain or countdown; sets --steps, --lr and folder names
+    task: str = ""  # built-in task: reviews (the default), chain or countdown; its --steps and --lr
     data: str = ""  # JSONL of {"prompt", "response", "labels": [1, 0, null]}, a label a step, null for none
     step_end: str = ""  # process: the characters that end a step; the end of the response always does
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
-    out: str = ""  # run folder; empty: runs/TASK-prm
+    out: str = ""  # run folder; empty: runs/FILE-prm
 
     # method
     kind: Literal["process", "outcome"] = "process"  # labels of each step, or one of the whole response
 
     # optimisation
-    steps: int | None = None  # optimizer steps
+    steps: int | None = None  # optimizer steps; without --task: 1 pass over the data, at least 100
     batch_size: int = 48  # responses a step
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW
@@ -72,9 +72,7 @@ class Config(Flags):
     BY_TASK = train_rm.Config.BY_TASK
 
     def __post_init__(self):
-        self.fill_by_task()
-        self.init = self.init or f"runs/{self.task}-sft/model"
-        self.out = self.out or f"runs/{self.task}-prm"
+        self.fill("prm")
         check_ranges(self, ("steps", "batch_size", "lr"))
         require(not self.step_end or self.kind == "process", "--step_end: belongs to --kind process")
 
@@ -162,6 +160,7 @@ def load_judged(cfg, tok, step_ids, max_len):
         n_labels(train) and n_labels(test),
         f"--data {cfg.data}: {n_labels(train)} labels are left to train on, {n_labels(test)} are held out"
     )
+    cfg.fill_steps(train)
     return train, test
 
 
@@ -179,7 +178,8 @@ def encode_judged(rows, tok, step_ids, max_len):
             and len(labels) == len(ends)
             and all(label in (0, 1, None) for label in labels)
         )
-        require(fits, f'--data: {row["_at"]}: "labels" is {labels!r:.80}, expected {len(ends)} of 1, 0, null')
+        expected = f"expected {len(ends)} of 1, 0, null"
+        require(fits, f'--data: {row["_at"]}: "labels" is {labels!r:.80}, {expected}')
         judged.append((*pair, label_tokens(ends, labels)))
     if len(judged) < len(rows):
         print(f"dropped {len(rows) - len(judged)} of {len(rows)} responses: longer than {max_len} tokens")

@@ -13,7 +13,8 @@ pairs_heldout.jsonl). Training reads nothing else. Held-out accuracy is measured
 gold, without label noise, and is printed beside the accuracy of a judge that looks at the length only.
 
 CPU   python train_rm.py                   34 s on one core; 82 to 89% right, by length alone 53%
-GPU   python train_rm.py --data pairs.jsonl --init runs/sft/model --dtype bfloat16        not measured yet
+GPU   python train_rm.py --data pairs.jsonl --init runs/sft/model --dtype bfloat16
+      not measured yet
 """
 
 import sys
@@ -43,16 +44,16 @@ from nanorlhf.run.log import Clock, due
 @dataclass
 class Config(Flags):
     # data
-    task: str = "reviews"  # built-in task; only reviews has preferences (others need --data)
+    task: str = ""  # built-in task; only reviews, the default, has preferences (others need --data)
     data: str = ""  # file of preferences (formats: docs/data.md), in place of the task's own pairs
     pairs: int = 4000  # pairs to make for the built-in task
     tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
     references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
-    out: str = ""  # run folder; empty: runs/TASK-rm
+    out: str = ""  # run folder; empty: runs/TASK-rm, or with --data runs/FILE-rm
 
     # optimisation
-    steps: int | None = None  # optimizer steps
+    steps: int | None = None  # optimizer steps; of --data: 1 pass, at least 100
     batch_size: int = 48  # pairs a step
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW
@@ -73,9 +74,7 @@ class Config(Flags):
     }
 
     def __post_init__(self):
-        self.fill_by_task()
-        self.init = self.init or f"runs/{self.task}-sft/model"
-        self.out = self.out or f"runs/{self.task}-rm"
+        self.fill("rm")
         check_ranges(self, ("pairs", "steps", "batch_size", "lr"))
         require(
             self.data or self.task == "reviews",
@@ -173,6 +172,7 @@ def load_pairs(cfg, task, policy, tok):
     train = encode_pairs(train_rows, tok, policy.cfg.max_len, "training")
     test = encode_pairs(test_rows, tok, policy.cfg.max_len, "held-out")
     require_both(cfg, train, test)
+    cfg.fill_steps(train)
     return train, test
 
 
@@ -266,7 +266,7 @@ def log_samples(log, step, model, answers, tok):
 
 def load_model(cfg, device):
     """→ reward model on the trunk of the SFT model, tokenizer."""
-    hint = f"python train_sft.py --task {cfg.task}"
+    hint = models.sft_command(cfg)
     read = device.type != "meta"  # --dry_run reads no weights
     policy, tok = models.load_model("--init", cfg.init, hint, "language model", shard=cfg.shard, weights=read)
     model = ScalarModel(policy)

@@ -45,7 +45,8 @@ def trained(trainer, **config):
     final.json in it holds the metrics that train returned, log.txt what it printed. On one CPU thread unless
     config says otherwise. Raises what the trainer raises.
     """
-    config = {"device": "cpu", "threads": 1, "save_every": 0} | config
+    task = next(iter(trainer.Config.BY_TASK))  # a lab's --data is of this task, whose defaults it takes
+    config = {"device": "cpu", "threads": 1, "save_every": 0, "task": task} | config
     with open(trainer.__file__, "rb") as f:  # an edited trainer trains anew
         key = [trainer.__name__, hashlib.sha256(f.read()).hexdigest(), sorted(config.items())]
     key = trainer.__name__ + "-" + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
 """Runs the labs, one file a paper, and lists them.
 
-    python -m labs                   each with the CPU time and the verdict of its last run, and its paper
+    python -m labs                   each with the verdict and the CPU time of its last run, and its question
     python -m labs scaling           one lab: results.csv, verdict.json and figure.png in out/labs/scaling
     python -m labs NAME --smoke      its smallest size, in seconds: shows that the code runs, and nothing else
     python -m labs all               every lab, one after the other
@@ -8,7 +8,8 @@
 A lab is a module with
 
     PAPER, QUESTION, PREDICTION, STATISTIC, DIFFERS    sentences
-    CHANGES, SEEDS                                     a list of what was changed after a full run; 3 or 5
+    CHANGES, SEEDS                                     a list of what was changed after a full run; 3 or 5;
+                                                       a change of STATISTIC begins with "Statistic: "
     points(smoke) -> [dict]                            points of the sweep: numbers and short strings
     run(point, seed, smoke) -> [dict]                  rows of one point and one seed
     verdict(rows) -> seen, sentence, {name: number}    from the rows of results.csv alone
@@ -213,8 +214,12 @@ def run_lab(name, cfg):
 
 
 def said(verdict):
-    """verdict.json → 'seen, 4.2 CPU-min'"""
-    word = "smoke run, no evidence" if verdict["smoke"] else "seen" if verdict["seen"] else "not seen"
+    """verdict.json → 'effect seen, 4.2 CPU-min'"""
+    word = "effect seen" if verdict["seen"] else "effect not seen"
+    if verdict["seen"] and any(change.startswith("Statistic: ") for change in verdict["changes"]):
+        word = "seen with a changed statistic"
+    if verdict["smoke"]:
+        word = "smoke run, no evidence"
     return f"{word}, {verdict['cpu_minutes']:.1f} CPU-min"
 
 
@@ -227,7 +232,7 @@ def show(verdict):
 
 
 def listing(root):
-    """One line a lab and one for its paper: the last full run here, else the one that is committed."""
+    """One line a lab, of its last full run here or else the committed one, and the question that it asks."""
     for name in names():
         found = [p for p in (f"{root}/{name}/verdict.json", f"{HERE}/results/{name}/verdict.json")
                  if os.path.exists(p)]
@@ -236,7 +241,7 @@ def listing(root):
             with open(found[0], encoding="utf-8") as f:
                 last = said(json.load(f))
         print(f"{name:<22}{last}")
-        print(textwrap.fill(load(name).PAPER, 80, initial_indent=" " * 4, subsequent_indent=" " * 4))
+        print(textwrap.fill(load(name).QUESTION, 80, initial_indent=" " * 4, subsequent_indent=" " * 4))
 
 
 def main(argv):

@@ -50,7 +50,7 @@ RECIPES = {
     "bf16 logits": {},
 }
 SFT = {64: {}, 32: dict(d_model=32, steps=1600), 16: dict(d_model=16, steps=1600, lr=8e-3)}  # by width
-GRPO = dict(steps=80, lr=2e-4, eval_every=4, eval_prompts=640, sample_every=1000)
+GRPO = dict(task="chain", steps=80, lr=2e-4, eval_every=4, eval_prompts=640, sample_every=1000)
 PROMPTS = 640  # for training: 40 steps an epoch, so that each comes twice
 A_STEP = 0.02  # differences of A below it are none, says the paper
 

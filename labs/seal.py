@@ -42,8 +42,8 @@ DIFFERS = (
     "Features are planted and read exactly, where the paper has a language model tag and rewrite; flipped "
     "labels are known; before training is a random head on the SFT trunk, not a reward model of other data."
 )
-CHANGES = ["Imprint of sentiment after training, not after − before: a random head has one of either sign, "
-           "and the interval measured only that (`change`, +0.95 ± 1.30).",
+CHANGES = ["Statistic: imprint of sentiment after training, not after − before: a random head has one of "
+           "either sign, and the interval measured only that (`change`, +0.95 ± 1.30).",
            "Three seeds, not the five first planned: cut for CPU time before any result."]
 SEEDS = 3
 

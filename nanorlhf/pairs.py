@@ -175,6 +175,9 @@ def load_examples(cfg, task, policy, tok, kto):
     train = encode_examples(train_rows, tok, kto, max_len, "training")
     test = encode_examples(test_rows, tok, kto, max_len, "held-out")
     require_both(cfg, train, test)
+    cfg.fill_steps(train)
+    if cfg.max_new_tokens is None:
+        cfg.fill_limit(max(max(len(e.first), len(e.second)) for e in train))
     room = max_len - cfg.max_new_tokens
 
     def fits(row):

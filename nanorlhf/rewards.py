@@ -9,6 +9,7 @@ from tqdm import tqdm
 from nanorlhf import generate
 from nanorlhf.data import fill_rows, load_split
 from nanorlhf.errors import blame, derive_seed, require
+from nanorlhf.run.defaults import HELD_OUT, response_limit
 from nanorlhf.run.device import at_work
 
 SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to bound memory
@@ -116,10 +117,13 @@ def health(metrics, mean_adv, tokens, ref_is_init=True):
 
 
 def length_schedule(max_new_tokens, lengthen_at):
-    """--max_new_tokens 24,40,64 with --lengthen_at 40,80 → limits [24, 40, 64], one after the other."""
+    """--max_new_tokens 24,40,64 with --lengthen_at 40,80 → limits [24, 40, 64], one after the other.
+
+    [None] where --max_new_tokens is to be read from the data.
+    """
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens]
     shown = ",".join(map(str, limits))
-    rising = limits and limits[0] > 0 and limits == sorted(set(limits))
+    rising = limits == [None] or limits and limits[0] > 0 and limits == sorted(set(limits))
     require(rising, f"--max_new_tokens {shown}: must be an integer, or rising ones such as 24,40,64")
     lengthenings = len(limits) - 1
     steps = [0, *lengthen_at]
@@ -171,6 +175,9 @@ def load_prompts(cfg, task, tok, max_len, limit, rewards=None):
     for row in rows:
         with blame(row.get("_at", "--task")):  # for a character that this model has no token for
             row["_ids"] = tok.encode_prompt(row["prompt"])
+    if limit is None:
+        limit = response_limit(max(len(row["_ids"]) for row in rows), max_len)
+        cfg.fill_limit(limit)
     room = max_len - limit
     train = [row for row in train if len(row["_ids"]) <= room]  # detail 2: N+ truncates
     test = [row for row in test if len(row["_ids"]) <= room]
@@ -181,6 +188,10 @@ def load_prompts(cfg, task, tok, max_len, limit, rewards=None):
     require(train, f"{cfg.data or task.name}: no training prompt is left: {dropped}, {held_out}")
     if n_long:
         print(f"{dropped}; dropped")
+    if cfg.own_data:
+        cfg.fill_steps(train)
+        if cfg.eval_prompts is None:
+            cfg.eval_prompts = min(len(test), HELD_OUT)
     if cfg.data and 0 < cfg.eval_prompts < len(test):
         print(f"held out: the first {cfg.eval_prompts} of {len(test)} prompts are used (--eval_prompts)")
     return train, test[: cfg.eval_prompts]

@@ -16,6 +16,8 @@ import re
 
 from nanorlhf.errors import UserError
 
+OWN_REWARD = "prompts of your own need --reward my_reward.py:score"
+
 
 def held_out(prompt: str) -> bool:
     """True for the 15% of all prompts that are kept for testing, by a hash of the text."""
@@ -289,7 +291,7 @@ class Chain(Task):
     def reward(self, prompt: str, response: str, row: dict | None = None) -> float:
         """1 if the whole response is `|digit` or `<digits>|digit` and the last digit is right, else 0."""
         if not re.fullmatch(r"[0-9]+=", prompt):
-            raise UserError(f"--task chain: the prompt {prompt!r} is not digits and a final =")
+            raise UserError(f"--task chain: the prompt {prompt!r} is not of this task; {OWN_REWARD}")
         answer = sum(map(int, prompt[:-1])) % 10
         # [0-9] and not \d, which takes Arabic and fullwidth digits too. Any thought will do: the answer pays.
         match = re.fullmatch(r"(<[0-9]*>)?\|([0-9])", response)
@@ -366,7 +368,7 @@ class Countdown(Task):
         """1 if the response is one expression of exactly the prompt's numbers hitting the target, else 0."""
         match = re.fullmatch(r"([1-9]) ([1-9]) ([1-9])=([0-9]+):", prompt)
         if match is None:
-            raise UserError(f"--task countdown: the prompt {prompt!r} is not of the form '3 7 2=13:'")
+            raise UserError(f"--task countdown: the prompt {prompt!r} is not of this task; {OWN_REWARD}")
         *numbers, target = match.groups()
         hits_target = self.value(response) == int(target)
         uses_numbers = sorted(response[::2]) == sorted(numbers)

@@ -25,6 +25,9 @@ FLAGS="--recipe deepscaler --temperature 0.6 --lr 1e-6 --epochs 1 --minibatches 
 FLAGS="$FLAGS --dtype bfloat16"
 FLAGS="$FLAGS --data data/deepscaler.jsonl --reward nanorlhf/answers.py:exact_answer --eval_prompts 16"
 
+echo "deepscaler, after DeepScaleR (Luo et al. 2025): every stage with its flags"
+set -x
+
 python train_grpo.py --init "$MODEL" --out runs/deepscaler-8k $FLAGS \
     --prompts_per_step $PROMPTS --group_size 8 --max_new_tokens 8192 --steps 1040 "$@"
 

@@ -17,6 +17,9 @@
 set -e
 MODEL=${MODEL:-models/Qwen2.5-1.5B}
 
+echo "dpo_ultrafeedback, after Zephyr (arXiv 2310.16944): every stage with its flags"
+set -x
+
 python train_sft.py --data data/ultrachat.jsonl --init "$MODEL" --out runs/ultrachat-sft --skip_bad_rows \
     --steps 345 --batch_size 512 --lr 2e-5 --weight_decay 0 --tokens_per_microbatch 4096 \
     --dtype bfloat16 "$@"

@@ -30,6 +30,9 @@ PROMPTS=${PROMPTS:-512}
 LORA="--lora_rank 64" LR=3e-5
 if [ "$SIZE" = 1b ]; then LORA="--lora_rank 0" LR=3e-6; fi
 
+echo "nplus_tldr, after N+ (arXiv 2403.17031): every stage with its flags"
+set -x
+
 python train_sft.py --data data/tldr_sft.jsonl --init "$MODEL" --out "$RUN-sft" --loss_on_prompt \
     --steps 775 --batch_size 128 --lr $LR --weight_decay 0.01 --max_grad_norm 1e6 $LORA \
     --tokens_per_microbatch 4096 --dtype bfloat16 "$@"

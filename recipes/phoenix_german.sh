@@ -19,6 +19,9 @@
 set -e
 MODEL=${MODEL:-models/Qwen2.5-1.5B}
 
+echo "phoenix_german, after PHOENIX (arXiv 2401.10580): every stage with its flags"
+set -x
+
 python train_sft.py --data data/ultrachat_de.jsonl --init "$MODEL" --out runs/phoenix-sft --skip_bad_rows \
     --steps 345 --batch_size 512 --lr 2e-5 --weight_decay 0 --tokens_per_microbatch 4096 \
     --dtype bfloat16 "$@"

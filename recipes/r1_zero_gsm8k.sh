@@ -34,6 +34,9 @@ with open(sys.argv[1], encoding="utf-8") as f, open(sys.argv[2], "w", encoding="
         out.write(json.dumps({"prompt": template.format(row["question"]), "answer": answer}) + "\n")
 PY
 
+echo "r1_zero_gsm8k, after DeepSeek-R1-Zero (arXiv 2501.12948): every stage with its flags"
+set -x
+
 python train_grpo.py --recipe r1_zero --data "$PROMPTS" --init "$MODEL" --out "runs/r1-zero-gsm8k-$SIZE" \
     --reward nanorlhf/answers.py:numeric_answer --reward "nanorlhf/answers.py:think_format*0.2" \
     --prompts_per_step 32 --group_size 16 --max_new_tokens 512 --minibatches 1 --steps 198 --lr 1e-6 \

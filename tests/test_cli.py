@@ -251,24 +251,44 @@ def test_statuses(module, cli):
         (train_rm, "", "--init runs/reviews-sft/model MISSING {sft} reviews --out runs/reviews-sft"),
         (train_ppo, "", "--init runs/reviews-sft/model MISSING {sft} reviews --out runs/reviews-sft"),
         (train_ppo, "--task chain", "--init runs/chain-sft/model MISSING {sft} chain --out runs/chain-sft"),
-        (train_ppo, "--init SFT", "--rm runs/reviews-rm/model MISSING {rm} reviews --out runs/reviews-rm"),
-        (train_ppo, "--init SFT --rm RM --critic_init nope", "--critic_init nope MISSING {rm} reviews"),
-        (train_ppo, "--init SFT --rm RM --ref nope", "--ref nope MISSING {sft} reviews"),
+        (train_ppo, "--init SFT",
+         "--rm runs/reviews-rm/model MISSING {rm} reviews --init SFT --out runs/reviews-rm"),
         (train_grpo, "", "--init runs/chain-sft/model MISSING {sft} chain --out runs/chain-sft"),
-        (train_grpo, "--init SFT --ref nope", "--ref nope MISSING {sft} chain"),
         (train_grpo, "--init SFT --task reviews",
-         "--rm runs/reviews-rm/model MISSING {rm} reviews --out runs/reviews-rm"),
+         "--rm runs/reviews-rm/model MISSING {rm} reviews --init SFT --out runs/reviews-rm"),
         (train_dpo, "", "--init runs/reviews-sft/model MISSING {sft} reviews --out runs/reviews-sft"),
-        (train_dpo, "--init SFT --ref nope", "--ref nope MISSING {sft} reviews"),
         (train_dpo, "--init SFT --online 2",
-         "--rm runs/reviews-rm/model MISSING {rm} reviews --out runs/reviews-rm"),
+         "--rm runs/reviews-rm/model MISSING {rm} reviews --init SFT --out runs/reviews-rm"),
+        # another name than that of the run's own task: the command of the trainer in the name, or none
+        (sample, "--model runs/chain-grpo/model",
+         "--model runs/chain-grpo/model MISSING python train_grpo.py --task chain --out runs/chain-grpo"),
+        (train_ppo, "--init mine/model", "--init mine/model MISSING {sft} reviews --out mine"),
+        (train_ppo, "--data p.jsonl --reward r.py:f --init mine/model",
+         "--init mine/model MISSING python train_sft.py --data demos.jsonl --out mine"),
+        (train_ppo, "--init SFT --rm RM --critic_init nope", "--critic_init nope does not exist"),
+        (train_ppo, "--init SFT --rm RM --ref nope", "--ref nope does not exist"),
+        (train_grpo, "--init SFT --rm runs/chain-rm/model", "--rm runs/chain-rm/model does not exist"),
+        (train_grpo, "--init runs/chain-dpo/model", "--init runs/chain-dpo/model does not exist"),
+        (train_grpo, "--init runs/reviews-rm/model", "--init runs/reviews-rm/model does not exist"),
+        (train_dpo, "--init models/Qwen2.5-1.5B", "--init models/Qwen2.5-1.5B does not exist"),
+        (train_dpo, "--init ../Qwen2.5-1.5B", "--init ../Qwen2.5-1.5B does not exist"),
+        # names on the Hugging Face Hub
+        *((train_dpo, f"--init {name}", "--init NAME does not exist here; fetch it: hf download "
+           "meta-llama/Llama-3.2-1B --local-dir models/Llama-3.2-1B, and give --init models/Llama-3.2-1B")
+          for name in ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B/")),
+        (sample, "--model gpt2", "--model gpt2 does not exist here; fetch it: hf download gpt2 "
+         "--local-dir models/gpt2, and give --model models/gpt2"),
     ],
-)
-def test_missing_checkpoint_names_the_command(module, flags, says, cli, stages, tmp_path, monkeypatch):
+)  # fmt: skip
+def test_missing_checkpoint_names_what_could_make_it(module, flags, says, cli, stages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.py").write_text("def f(prompt, response):\n    return 1.0\n")
     folders = {"SFT": f"{stages.folder}/sft/model", "RM": f"{stages.folder}/rm/model"}
-    status, lines = cli(module, *(folders.get(flag, flag) for flag in flags.split()), train=module.train)
-    says = says.replace("MISSING", "does not exist; make it with:")
+    argv = [folders.get(flag, flag) for flag in flags.split()]
+    start = module.train if hasattr(module, "train") else module.main
+    status, lines = cli(module, *argv, train=start)
+    says = says.replace("MISSING", "does not exist; make it with:").replace("SFT", folders["SFT"])
+    says = says.replace("NAME", "meta-llama/Llama-3.2-1B")
     says = says.format(sft="python train_sft.py --task", rm="python train_rm.py --task")
     assert (status, lines) == (2, [f"{module.__name__}.py: error: {says}"])
     assert not (tmp_path / "runs").exists()

@@ -19,7 +19,7 @@ UP = {
     "generate": {"kernels.slots", "run.dist"},  # a GPU's decode loop; many processes
     "model": {"kernels", "kernels.torch_backend"},  # log-probs without logits, attention of one token
     "pairs": {"hub.files", "run.dist"},  # files of preferences; who writes them
-    "rewards": {"run.device"},  # --save_memory
+    "rewards": {"run.defaults", "run.device"},  # lengths that the data gives; --save_memory
     "rollout": {"run.device"},  # --save_memory
 }
 

@@ -802,7 +802,9 @@ def test_bad_folder(style, fault, file, says, tmp_path):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(UserError, match="--rm .*no does not exist; make it with: python train_rm.py"):
+    with pytest.raises(UserError, match="--rm .*no/model does not exist; make it with: python train_rm"):
+        models.load_model("--rm", tmp_path / "no/model", "python train_rm.py")
+    with pytest.raises(UserError, match="--rm .*no does not exist$"):  # a trainer never leaves such a folder
         models.load_model("--rm", tmp_path / "no", "python train_rm.py")
     with pytest.raises(UserError, match="--rm .*no does not exist$"):
         models.load_model("--rm", tmp_path / "no")

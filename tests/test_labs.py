@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import re
 import tokenize
 from pathlib import Path
 
@@ -98,6 +99,27 @@ def test_committed_verdict_follows_from_committed_rows(name):
     assert (folder / "figure.png").stat().st_size <= 100_000
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_gallery_says_what_the_verdict_says(name):
+    published = json.loads((HERE / "results" / name / "verdict.json").read_text(encoding="utf-8"))
+    word, minutes = run.said(published).split(", ")
+    assert word in ("effect seen", "effect not seen", "seen with a changed statistic")
+    assert published["changes"] == run.load(name).CHANGES
+    text = " ".join((HERE / "README.md").read_text(encoding="utf-8").split())
+    row = re.search(rf"\| \[{name}\]\(#\S+\) \| ([0-9.]+), (\d+) \| ([a-z ]+) \|", text)
+    said = re.search(rf"labs {name}`, ([0-9.]+) CPU-minutes, (\d+) seeds: \*\*([a-z ]+)\*\*", text)
+    assert row.groups() == said.groups() == (minutes.split()[0], str(published["seeds"]), word)
+
+
+def test_a_smoke_run_and_a_changed_statistic_are_named():
+    verdict = {"smoke": False, "seen": True, "cpu_minutes": 4.21, "changes": ["more seeds"]}
+    assert run.said(verdict) == "effect seen, 4.2 CPU-min"
+    changed = verdict | {"changes": ["more seeds", "Statistic: another one"]}
+    assert run.said(changed) == "seen with a changed statistic, 4.2 CPU-min"
+    assert run.said(changed | {"seen": False}) == "effect not seen, 4.2 CPU-min"
+    assert run.said(changed | {"smoke": True}) == "smoke run, no evidence, 4.2 CPU-min"
+
+
 @pytest.mark.parametrize("n, quantile", list(enumerate(common.T975, start=2)))
 def test_quantiles_of_students_t(n, quantile):
     df, x = n - 1, torch.linspace(0, quantile, 100_001, dtype=torch.float64)
@@ -129,7 +151,8 @@ def test_lab_runs_resumes_and_recomputes(fake, capsys):
     published = json.loads((fake / "results/fake/verdict.json").read_text(encoding="utf-8"))
     assert not published["seen"]
     assert run.main(["--out", out]) == 0
-    assert "not seen" in capsys.readouterr().out
+    listed = capsys.readouterr().out.splitlines()[-2:]
+    assert re.fullmatch("fake +effect not seen, 0.0 CPU-min", listed[0]) and listed[1] == "    text"
     (fake / "fake.py").write_text(source.replace("0.5}", "1.5}"))  # another run: all of them again
     run.sys.modules.pop("labs.fake")
     assert run.main(["fake", "--out", out, "--workers", "1"]) == 0

@@ -240,7 +240,10 @@ def test_every_command_of_a_recipe_parses_and_goes_on_from_the_one_before(recipe
     env = os.environ | env | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     command, how = ["bash", script, "--seed", "7"], dict(capture_output=True, text=True)
     run = subprocess.run(command, cwd=tmp_path, env=env, **how)
-    assert (run.returncode, run.stderr) == (0, "")
+    assert run.returncode == 0 and re.fullmatch(rf"{recipe}, after .* [(].*\d{{4}}.*[)]: .*\n", run.stdout)
+    shown = re.findall(r"^\+ python (train_\w+)\.py (.*)$", run.stderr, re.M)
+    assert [name for name, _ in shown] == [f"train_{stage}" for stage in stages]
+    assert all("$" not in flags for _, flags in shown)
     lines = [line.rstrip("\t").split("\t") for line in (tmp_path / "argv").read_text().splitlines()]
     commands = [line for line in lines if line[0] != "-"]
     assert [name for name, *_ in commands] == [f"train_{stage}.py" for stage in stages]

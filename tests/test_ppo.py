@@ -787,8 +787,8 @@ OTHER = Tokenizer.from_chars("dcba=")
 
 
 @pytest.mark.parametrize("kw, words", [
-    (dict(init="missing"), ["--init missing does not exist", "python train_sft.py --task reviews"]),
-    (dict(rm="missing"), ["--rm missing does not exist", "python train_rm.py --task reviews"]),
+    (dict(init="missing/model"), ["--init missing/model does not exist", "train_sft.py --data demos.jsonl"]),
+    (dict(rm="missing/model"), ["--rm missing/model does not exist", "train_rm.py --data pairs.jsonl"]),
     (dict(ref="missing"), ["--ref missing does not exist"]),
     (dict(rm="@alien"), ["--rm", "vocabulary"]),
     (dict(rm="@other"), ["--rm", "must be a reward model"]),

@@ -427,7 +427,7 @@ def test_wandb_gets_every_row(stages, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     cfg = stages.config(train_sft, tmp_path / "run", wandb="project")
     train_sft.train(cfg)
-    assert calls == [dict(project="project", name="run", config=vars(cfg))] and finished == [1]
+    assert calls == [dict(project="project", name="run", config=dataclasses.asdict(cfg))] and finished == [1]
     for (step, row), line in zip(rows, metrics(tmp_path / "run"), strict=True):
         assert step == int(line["step"]) and row["loss"] == pytest.approx(float(line["loss"]), rel=1e-5)
 

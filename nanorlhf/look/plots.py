@@ -5,6 +5,22 @@ import functools
 import math
 import os
 
+WORDS = {  # column of metrics.csv → what the y axis says; docs/00-notation.md has the rest
+    "loss": "loss of the batch",
+    "reward": "mean score",
+    "kl": "KL, nats a response",
+    "entropy": "nats a token",
+    "len": "tokens a response",
+    "dead": "share of prompts",
+    "clip": "share of tokens",
+    "explained_var": "share of variance",
+    "acc": "share in order",
+    "margin": "score difference",
+    "logp_chosen": "nats a response",
+    "gnorm": "gradient norm",
+    "lr": "learning rate",
+}
+
 
 def plot_curves(out, panels):
     """Draw out/metrics.csv into out/curves.png: one small panel per column, or per tuple of columns."""
@@ -27,10 +43,26 @@ def plot_curves(out, panels):
             values = [float(row[name]) for row in measured]
             marker = "." if len(steps) < 15 else None  # a curve of one point would not be seen
             ax.plot(steps, values, label=name, marker=marker)
-        ax.set(title=", ".join(panel), xlabel="step")
+        ax.set(title=", ".join(panel), xlabel="step", ylabel=WORDS.get(panel[0], panel[0]))
+        ax.locator_params(axis="x", integer=True, min_n_ticks=1)  # there is no step 0.5
+        if "kl" in panel:
+            nats(ax)
         if len(panel) > 1:
             ax.legend()
     save_figure(fig, os.path.join(out, "curves.png"))
+
+
+def nats(ax):
+    """Make a KL axis readable to a nat: a line at each up to 10; above, the scale is logarithmic."""
+    high = ax.get_ylim()[1]
+    if high < 2:  # there is no whole nat to read
+        return
+    if high > 11:
+        ax.set_yscale("symlog", linthresh=10, linscale=2)
+    ticks = [tick for tick in (*range(11), 20, 50, 100, 200, 500, 1000) if tick <= high]
+    ax.set_yticks(ticks, map(str, ticks), fontsize=8)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_ylim(min(ax.dataLim.y0, 0) - 0.5, high)
 
 
 @functools.cache

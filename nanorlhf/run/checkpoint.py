@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
+from nanorlhf.hub.files import read_json
 from nanorlhf.run import dist, replay, sharding
 from nanorlhf.run.cli import to_json
 from nanorlhf.run.folders import new_folder, require_plain, sync_folder, take_lock, verify
@@ -89,14 +90,15 @@ class Run:
         require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
 
     def __enter__(self):
-        choices = "add --resume to go on with it, --overwrite to replace it, or name another folder"
         with self._usable():
-            may_exist = self.cfg.resume or self.cfg.overwrite
-            require(may_exist or not self.config.exists(), f"--out {self.out} holds a run: {choices}")
+            if self.config.exists() and not (self.cfg.resume or self.cfg.overwrite):
+                raise UserError(f"--out {self.out} holds a run{self._choices()}")
             os.makedirs(self.out, exist_ok=True)
             require_plain(self.out)
             if self.first:
                 self.lock = take_lock(self.out)
+        for line in getattr(self.cfg, "notes", ()):
+            print(line)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -108,6 +110,15 @@ class Run:
             os.close(self.lock)
         if kind is None:
             print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png")
+
+    def _choices(self):
+        """What to do about the run in --out, which nobody wants replaced by a run on other data."""
+        old = read_json(self.config)
+        for name in ("data", "task"):
+            was = old.get(name)
+            if was and was != getattr(self.cfg, name, was):
+                return f" of --{name} {was}; name another folder"
+        return ": add --resume to go on with it, --overwrite to replace it, or name another folder"
 
     @contextlib.contextmanager
     def _usable(self):

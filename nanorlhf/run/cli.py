@@ -18,8 +18,9 @@ from typing import Literal
 
 import torch
 
+from nanorlhf import tasks
 from nanorlhf.errors import Interrupted, RunError, UserError, require
-from nanorlhf.run import dist
+from nanorlhf.run import defaults, dist
 from nanorlhf.run.log import visible
 from nanorlhf.run.reward_functions import reward_name
 
@@ -54,18 +55,61 @@ class Flags:
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
-    def fill_by_task(self, recipe=None, defaults=None):
+    def fill(self, method, recipe=None, table=None):
         """Give every field that is None its value from the first table {field: value} that has it.
 
-        Order of precedence: command line, recipe, BY_TASK[task] of the class, defaults.
+        Order of precedence: command line, recipe, BY_TASK[task] of the class, table. With --data and no
+        --task the lengths, steps and held-out prompts of a task would be those of a toy: they stay None until
+        the data is read. A large model has learning rates of its own. `notes` is printed when the run starts.
         """
+        self.method = method
+        self.own_data = bool(self.data) and not self.task
+        self.task = self.task or next(iter(self.BY_TASK))
         require(self.task in self.BY_TASK, f"--task {self.task}: must be one of {', '.join(self.BY_TASK)}")
         needs = "needs --data, the file to train on; a built-in task has held-out rows of its own"
         require(self.data or not self.eval_data, f"--eval_data {self.eval_data}: {needs}")
-        for values in (recipe or {}, self.BY_TASK[self.task], defaults or {}):
+        self._name_folders()
+        rates = [name for name in ("lr", "critic_lr") if getattr(self, name, 0) is None]
+        for values in (recipe or {}, self.BY_TASK[self.task], table or {}):
             for name, value in values.items():
-                if getattr(self, name) is None:
+                waits = self.own_data and name in defaults.FROM_DATA
+                if getattr(self, name) is None and not waits:
                     setattr(self, name, value)
+        self.notes = defaults.fill_rates(self, rates)
+        if getattr(self, "recipe", ""):
+            self.notes += defaults.recipe_lines(self, recipe)
+
+    def _name_folders(self):
+        """--out is runs/NAME-method, by the data file's name or the task's; --ref is --init."""
+        file = os.path.basename(self.data).partition(".")[0]
+        self.out = self.out or f"runs/{file or self.task}-{self.method}"
+        if self.method != "sft":
+            self.init = self.init or f"runs/{self.task}-sft/model"
+        if hasattr(self, "ref"):
+            self.ref = self.ref or self.init
+
+    def fill_judge(self):
+        """Without --rm and --reward: the task's reward function, or else runs/TASK-rm/model."""
+        if self.rm or self.reward:
+            return
+        judge = "give --reward my_reward.py:score, or a reward model with --rm"
+        require(not self.own_data, f"--data {self.data}: prompts of your own need a reward: {judge}")
+        if not tasks.get(self.task).reward:
+            self.rm = f"runs/{self.task}-rm/model"
+
+    def fill_limit(self, limit):
+        """--max_new_tokens, where it waited for the data."""
+        self.max_new_tokens = limit
+        self.limits = [limit]  # of GRPO, which may lengthen it
+        print(f"--max_new_tokens {limit}: by {self.data} and the model's context")
+
+    def fill_steps(self, rows):
+        """--steps, where it waits for the training rows: three passes in SFT, else one; 100 at least."""
+        if self.steps is None:
+            batch = getattr(self, "batch_size", 0) or self.prompts_per_step
+            passes = 3 if self.method == "sft" else 1
+            self.steps = max(defaults.LEAST_STEPS, math.ceil(passes * len(rows) / batch))
+            print(f"--steps {self.steps}: from {len(rows):,} rows, {batch} a step")
 
 
 def to_json(cfg):

@@ -1,14 +1,19 @@
 """The models of a run, read from the folders that its flags name; an error begins with the flag."""
 
 import contextlib
+import math
 import os
+import re
 
 import torch
 
 from nanorlhf import hub, lora
+from nanorlhf.data import encode_demonstrations
 from nanorlhf.errors import UserError
 from nanorlhf.model import GPT, ScalarModel
+from nanorlhf.run import defaults
 from nanorlhf.run.device import to_device
+from nanorlhf.tokenizer import Tokenizer
 
 
 @contextlib.contextmanager
@@ -19,20 +24,51 @@ def _named(flag):
         raise UserError(f"{flag} {error}") from None
 
 
+# owner/name on the Hugging Face Hub, and the old names there that have no owner
+HUB_NAME = r"(?!(runs|models|out|data|\.+)/)[\w.-]+/(?!model$)[\w.-]+|(distil)?gpt2(-medium|-large|-xl)?"
+RUN_NAME = r"(reviews|chain|countdown)-(sft|rm|ppo|grpo|dpo)"  # of --out, where it is not given
+
+
+def _remedy(flag, folder, command, kind):
+    """What to add to "does not exist": the line that makes or fetches this very folder, or nothing.
+
+    command   makes a run of a model of this kind; but runs/chain-grpo/model comes from train_grpo.py
+    """
+    folder = os.path.normpath(folder)
+    run, name = os.path.split(folder)
+    if re.fullmatch(HUB_NAME, folder) and not os.path.isdir(run or folder):
+        local = f"models/{name}"
+        return f" here; fetch it: hf download {folder} --local-dir {local}, and give {flag} {local}"
+    if name != "model" or not run or os.path.isfile(folder):
+        return ""
+    named = re.fullmatch(RUN_NAME, os.path.basename(run))
+    if named:
+        task, method = named.groups()
+        made_by = f"python train_{method}.py --task {task}"
+        if not command.startswith(made_by):
+            command = made_by
+    makes = "reward model" if "train_rm" in command else "language model"
+    no_pairs = re.search(r"(rm|dpo)\.py --task (chain|countdown)", command)  # they have a reward function
+    if not command or no_pairs or kind not in ("", makes):
+        return ""
+    return f"; make it with: {command} --out {run}"
+
+
+def sft_command(cfg):
+    """The command that makes an SFT model for this run."""
+    return f"python train_sft.py {'--data demos.jsonl' if cfg.own_data else f'--task {cfg.task}'}"
+
+
 def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=True):
     """hub.load(folder, …) → (model, tokenizer). UserError begins with `flag`.
 
-    hint: the command that makes such a folder; an error says it where there is none.
+    hint: the command that makes such a folder with --out; an error says it where it could make this one.
     """
     with _named(flag):
         try:
             model, tok = hub.load(folder, kind, like=like, shard=shard, weights=weights)
         except hub.Missing as error:
-            if not hint:
-                raise
-            run, name = os.path.split(os.path.normpath(folder))
-            out = f" --out {run}" if run and name == "model" else ""
-            raise UserError(f"{error}; make it with: {hint}{out}") from None
+            raise UserError(f"{error}{_remedy(flag, os.path.normpath(folder), hint, kind)}") from None
     if hasattr(model, "fill"):  # --shard: the files are read later, by dist.spread
         read = model.fill
 
@@ -42,6 +78,19 @@ def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=T
 
         model.fill = fill
     return model, tok
+
+
+def new_tokenizer(cfg, task, rows, test_rows):
+    """Train the tokenizer of SFT's new model on the demonstrations; they say --max_len of own data."""
+    kind = cfg.tokenizer or ("bpe" if cfg.data else task.tokenizer)
+    if kind == "chars":  # the characters of the held-out rows belong to the alphabet, or they had no ids
+        rows = rows + test_rows
+    texts = [row[key] for row in rows for key in ("prompt", "response")]
+    tok = Tokenizer.learn(kind, texts, task.alphabet, cfg.vocab_size)
+    if cfg.max_len is None:
+        cfg.max_len = defaults.context_for(encode_demonstrations(rows, tok, max_len=math.inf))
+        print(f"--max_len {cfg.max_len}: the longest prompt and the longest response of {cfg.data}")
+    return tok
 
 
 def load_models(cfg, device):
@@ -61,8 +110,10 @@ def load_models_and_critic(cfg, device):
     A critic that starts from a language model gets a head of zeros: the best first guess of a return.
     """
     ppo = hasattr(cfg, "critic_init")
-    sft = f"python train_sft.py --task {cfg.task}"
-    pairs = f"python train_rm.py --task {cfg.task}"
+    sft = sft_command(cfg)
+    pairs = f"python train_rm.py {'--data pairs.jsonl' if cfg.own_data else f'--task {cfg.task}'}"
+    if cfg.init != f"runs/{cfg.task}-sft/model":
+        pairs += f" --init {cfg.init}"
     options = dict(shard=cfg.shard, weights=device.type != "meta")
     policy, tok = load_model("--init", cfg.init, sft, "language model", **options)
     options["like"] = tok

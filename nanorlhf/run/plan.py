@@ -276,6 +276,7 @@ def rl(cfg, load):
     task = tasks.get(cfg.task)
     rewards = worker.rewards_of(task, cfg.reward)
     data, test = load_prompts(cfg, task, tok, policy.cfg.max_len, new, rewards)
+    new = new or cfg.max_new_tokens
     prompts = [len(tok.encode_prompt(row["prompt"])) for row in data]
     longest = max(prompts) + new
     rows = cfg.prompts_per_step * cfg.group_size

@@ -1,0 +1,84 @@
+"""The figures of a run: ticks at whole steps, KL readable to a nat, axes named in words."""
+
+import matplotlib.pyplot as plt
+import pytest
+
+import demo
+import train_dpo
+import train_grpo
+import train_ppo
+import train_prm
+import train_rm
+import train_sft
+from nanorlhf.look import plots
+
+TRAINERS = [train_sft, train_rm, train_prm, train_ppo, train_grpo, train_dpo]
+
+
+def drawn(monkeypatch, owner, draw):
+    """The figure that a function hands to `save_figure`; laying it out would take a second."""
+    figures = []
+    monkeypatch.setattr(owner, "save_figure", lambda fig, path: figures.append(fig))
+    draw()
+    (fig,) = figures
+    plt.close(fig)
+    return fig
+
+
+def table(path, columns, steps, value=lambda step: float(step)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [",".join([str(step)] + [str(value(step))] * (len(columns) - 1)) for step in range(steps)]
+    path.write_text("\n".join([",".join(columns), *rows]) + "\n")
+
+
+def inside(axis):
+    low, high = sorted(axis.get_view_interval())
+    return [tick for tick in axis.get_ticklocs() if low <= tick <= high]
+
+
+@pytest.mark.parametrize("trainer, steps", [(train_ppo, 1), (train_ppo, 2), *((t, 3) for t in TRAINERS)],
+                         ids=lambda x: getattr(x, "__name__", x))  # fmt: skip
+def test_curves(trainer, steps, tmp_path, monkeypatch):
+    table(tmp_path / "metrics.csv", trainer.COLUMNS, steps)
+    fig = drawn(monkeypatch, plots, lambda: plots.plot_curves(tmp_path, trainer.PANELS))
+    panels = [ax for ax in fig.axes if ax.lines]
+    assert len(panels) >= 2
+    for ax in panels:
+        ticks = inside(ax.xaxis)
+        assert ticks and all(tick == round(tick) for tick in ticks), f"half a step: {ticks}"
+        label = ax.get_ylabel()
+        assert label in plots.WORDS.values() and "_" not in label and ax.get_xlabel() == "step"
+
+
+@pytest.mark.parametrize("high", [0.01, 4.7, 10.5, 210.0])
+def test_kl_is_readable_to_a_nat(high, tmp_path, monkeypatch):
+    table(tmp_path / "metrics.csv", ["step", "kl"], 9, lambda step: high * step / 8 - 0.001)
+    (ax, *_) = drawn(monkeypatch, plots, lambda: plots.plot_curves(tmp_path, ["kl"])).axes
+    low, top = ax.get_ylim()
+    assert low < -0.001 and top >= high - 0.001  # nothing is cut off
+    ticks = inside(ax.yaxis)
+    if high >= 2:
+        assert ticks[: min(int(high), 10) + 1] == list(range(min(int(high), 10) + 1))
+        pixels = [ax.transData.transform((0, tick))[1] for tick in ticks]
+        assert min(b - a for a, b in zip(pixels, pixels[1:])) > 8  # points: two labels do not touch
+        assert [label.get_text() for label in ax.get_yticklabels()] == [str(tick) for tick in ticks]
+
+
+def test_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "gold_along", lambda folder: {0: -0.8, 1: 0.5, 2: -2.0})
+    for run, high in (("ppo", 4.0), ("ppo_nokl", 180.0)):
+        table(tmp_path / run / "metrics.csv", train_ppo.COLUMNS, 3, lambda step, high=high: high * step / 2)
+    table(tmp_path / "sft/metrics.csv", train_sft.COLUMNS, 3)
+    table(tmp_path / "rm/metrics.csv", train_rm.COLUMNS, 3)
+    fig = drawn(monkeypatch, demo, lambda: demo.draw(str(tmp_path)))
+    titles = {ax.get_title(): ax for ax in fig.axes}
+    assert len(titles) == 8
+    for title, ax in titles.items():
+        assert ax.get_ylabel() and ax.get_xlabel() and ax.get_legend() is not None
+        if "√KL" not in title:
+            assert all(tick == round(tick) for tick in inside(ax.xaxis))
+    legend = titles["over-optimisation: proxy and gold"].get_legend()
+    assert "proxy: the reward model's score" in legend.get_title().get_text()
+    assert "gold: the hidden judge's" in legend.get_title().get_text()
+    ticks = inside(titles["KL to the SFT model"].yaxis)
+    assert ticks[:11] == list(range(11)) and ticks[11:] == [20, 50, 100]
