@@ -15,7 +15,8 @@ from nanorlhf.kernels import reference
 triton_decode = pytest.importorskip("nanorlhf.kernels.triton_decode", reason="triton is not installed")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 
 def operands(B, H, KV, hd, T, seed=0, std=1.0, dtype=torch.float32):
@@ -123,7 +124,7 @@ def test_the_kernel_compiles_for_a_gpu():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("heads, hd", [((12, 12), 64), ((12, 2), 128)])
 def test_gpu_real_size(heads, hd):
     for B, T in ((64, 256), (256, 1024)):

@@ -18,9 +18,12 @@ triton_backend = pytest.importorskip("nanorlhf.kernels.triton_backend", reason="
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 INF = float("inf")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # at numbers that tl.where discards
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # at numbers that tl.where discards
+    pytest.mark.gpu,
+]
 designs = pytest.mark.parametrize("design", ["fused", "stored"])
-gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
 def small(design):
@@ -411,7 +414,7 @@ def test_the_kernels_compile_for_a_gpu():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@gpu
+@needs_gpu
 @designs
 @pytest.mark.parametrize("dtype, tol", [(torch.bfloat16, 5e-3), (torch.float32, 1e-5)])
 def test_gpu_real_size(design, dtype, tol):
@@ -433,7 +436,7 @@ def test_gpu_real_size(design, dtype, tol):
         assert all(torch.equal(a, b) for x, y in zip(*runs) for a, b in zip(x, y))
 
 
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("V, D", [(50304, 1024), (50257, 4096), (512, 768)])
 def test_gpu_memory_and_more_than_31_bits(V, D):
     """N·V up to 3.3e9: at most 160 MiB above inputs, gradients and one fp32 buffer of the weight's shape."""

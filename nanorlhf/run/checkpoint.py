@@ -324,5 +324,10 @@ class Run:
 
 def _checksum(model):
     """The sum of all weights of a model, in float64: enough to tell one reference from another."""
-    sums = [p.detach().double().sum() for p in model.parameters()]
-    return sum(sharding.full(x).item() for x in sums)
+    total = 0.0
+    for p in model.parameters():
+        weights = p.detach()
+        if weights.device.type == "mps":  # a Mac's GPU has no float64
+            weights = weights.cpu()
+        total += sharding.full(weights.double().sum()).item()
+    return total
