@@ -24,7 +24,7 @@ import torch
 
 from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.run import dist, replay, sharding
-from nanorlhf.run.folders import new_folder, sync_folder, take_lock, verify
+from nanorlhf.run.folders import new_folder, sha256, sync_folder, take_lock, verify
 from nanorlhf.run.log import Log, import_wandb
 
 KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
@@ -76,6 +76,7 @@ class Run:
         self.first = dist.rank() == 0  # of several processes, the one that writes
         import_wandb(cfg.wandb)  # if it is missing, say so before anything is touched
         require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
+        require(cfg.resume or not cfg.new_data, "--new_data: belongs to --resume")
 
     def __enter__(self):
         choices = "add --resume to go on with it, --overwrite to replace it, or name another folder"
@@ -117,6 +118,7 @@ class Run:
         self.models = models
         self.optimizer = optimizer
         self.frozen = [_checksum(model) for model in frozen]
+        self.data = sha256(self.cfg.data) if self.cfg.data else ""
         config = dataclasses.asdict(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
         state = {"step": 0, "extra": {}, "sizes": {}, "last": {}}
@@ -156,7 +158,7 @@ class Run:
         except (ValueError, TypeError):
             raise UserError(f"{self.config} is damaged: it is not JSON; --overwrite starts anew") from None
         changed = []
-        for name in sorted(config.keys() & old.keys() - {"resume", "overwrite"}):
+        for name in sorted(config.keys() & old.keys() - {"resume", "overwrite", "new_data"}):
             if old[name] != config[name]:
                 changed.append(f"--{name} was {old[name]}, is now {config[name]}")
         for change in changed:
@@ -199,9 +201,23 @@ class Run:
         for was, now in zip(state["frozen"], self.frozen):
             same = math.isclose(was, now, rel_tol=1e-9)
             require(same, f"--resume: the reference is not the one that {self.out} was started with")
+        self._compare_data(state.get("data", self.data))
         self._load_moments(state["optimizer"]["state"])
         print(f"resume: {self.out} from step {state['step']}")
         return state
+
+    def _compare_data(self, saved):
+        """UserError if --data is not the file of the checkpoint, whose sha256 is `saved`, without --new_data.
+
+        A step takes its rows by their numbers: from a changed file it would take some twice and others never.
+        """
+        if saved == self.data:
+            return
+        hashes = f"sha256 {saved[:12] or 'none'} then, {self.data[:12] or 'none'} now"
+        changed = f"--data {self.cfg.data or 'none'} is not what {self.out} was trained on ({hashes})"
+        remedy = "put the old file back, or add --new_data to go on with other rows"
+        require(self.cfg.new_data, f"--resume: {changed}; {remedy}")
+        print(f"resume: {changed}")
 
     def _load_moments(self, saved):
         """Adam's moments of each weight, by its number. Learning rate and weight decay are this run's own."""
@@ -291,6 +307,7 @@ class Run:
         With --shard every process writes its own pieces of the tensors into the same new folder.
         """
         state = {"step": step, "trainer": trainer_of(self.cfg), "extra": extra or {}, "frozen": self.frozen}
+        state["data"] = self.data
         models = {name: model.state_dict() for name, model in self.models.items()}
         tensors = {"models": models, "optimizer": self.optimizer.state_dict()}
         folder = self._folder(step)
