@@ -1,37 +1,16 @@
-"""Settings of every test, fixtures that several files share, and how far a long run of tests is.
+import hypothesis
+import pytest
+import session  # before torch, which reads the environment that it sets
+import torch
 
-    NANORLHF_TEST_GPU=1 pytest      the tests marked `gpu`, on the GPU; without it no test sees a GPU
-"""
+from nanorlhf.look import plots
 
-import os
-
-TEST_GPU = os.environ.get("NANORLHF_TEST_GPU") == "1"
-if not TEST_GPU:  # set before torch is imported; processes that a test starts inherit it
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # somebody may be training there, and the numbers are the CPU's
-
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-from nanorlhf.look import plots  # noqa: E402
-
-if not TEST_GPU:
-    torch.backends.mps.is_available = lambda: False  # a Mac's GPU; no variable of the environment hides it
-    os.environ["TRITON_INTERPRET"] = "1"  # the very kernels that run on a GPU, in Python; read when imported
+pytest_collection_modifyitems = session.pytest_collection_modifyitems
+pytest_collection_finish = session.pytest_collection_finish
+pytest_xdist_node_collection_finished = session.pytest_xdist_node_collection_finished
 hypothesis.settings.register_profile("course", derandomize=True)  # in class, every run is the same run
 hypothesis.settings.load_profile("course")
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
-
-
-def pytest_collection_modifyitems(config, items):
-    """With NANORLHF_TEST_GPU=1 only the tests marked `gpu` run: the others hold numbers of the CPU."""
-    if not TEST_GPU:
-        return
-    if not torch.cuda.is_available():
-        raise pytest.UsageError("NANORLHF_TEST_GPU=1, but this torch sees no GPU")
-    others = [item for item in items if item.get_closest_marker("gpu") is None]
-    items[:] = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@
 
 STAGES: a folder that stages.Stages has filled. The runs of one process are made by the same functions.
 Twice the processes are killed in mid-run; what they have begun is resumed the third time. This does what
-`torchrun --standalone --nproc_per_node=2 --max_restarts=2` does, but forks the six processes from one that has
-imported torch: seven imports were a third of the time.
+`torchrun --standalone --nproc_per_node=2 --max_restarts=2` does, but forks the six processes from one that
+has imported torch: seven imports were a third of the time.
 """
 
 import contextlib
@@ -192,9 +192,9 @@ def fork(rank, attempt, port, argv):
     pid = os.fork()
     if pid:
         return pid
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                       MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="tests",
-                       TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=str(attempt))  # fmt: skip
+    os.environ |= dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT=f"{port}", TORCHELASTIC_RUN_ID="tests")
+    os.environ |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=f"{attempt}")
     status = 1
     try:
         main(*argv)

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import conftest
 import pytest
+import session
 import torch
 from mac import OnMac, pretended
 from runs import metrics
@@ -114,7 +114,7 @@ def test_wins_are_exact():
     assert evaluate.wins(score, torch.ones(3)).tolist() == [0.0, 0.5, 1.0]
 
 
-@pytest.mark.skipif(conftest.TEST_GPU, reason="NANORLHF_TEST_GPU=1")
+@pytest.mark.skipif(session.TEST_GPU, reason="NANORLHF_TEST_GPU=1")
 def test_no_test_sees_a_gpu():
     """Nor a process that a test starts: CUDA reads this variable."""
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "-1"
@@ -128,18 +128,48 @@ def test_with_a_gpu_only_the_tests_marked_gpu_run(monkeypatch):
     def collected():
         items, dropped = [*everyone], []
         hook = SimpleNamespace(pytest_deselected=lambda items: dropped.extend(items))
-        conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+        session.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
         return items, dropped
 
     everyone = item("gpu"), item(), item("slow", "gpu"), item("slow")
-    monkeypatch.setattr(conftest, "TEST_GPU", False)
+    monkeypatch.setattr(session, "TEST_GPU", False)
     assert collected() == ([*everyone], [])
-    monkeypatch.setattr(conftest, "TEST_GPU", True)
+    monkeypatch.setattr(session, "TEST_GPU", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert collected() == ([everyone[0], everyone[2]], [everyone[1], everyone[3]])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(pytest.UsageError, match="sees no GPU"):
         collected()
+
+
+def test_progress_is_told_by_time_and_not_by_tests():
+    """Of test_dist.py's 50 s each of 50 tests has one; the two others have 3 s together: 53 s for one."""
+    dist = [f"tests/test_dist.py::test_{i}" for i in range(50)]
+    others = ["tests/test_a.py::test_1", "tests/test_a.py::test_2"]
+    lines, now = [], [0.0]
+    progress = session.Progress([*dist, *others], 1, lines.append, clock=lambda: now[0])
+    assert lines == ["52 tests, about 1 minutes on 1 slow core"]
+    for nodeid in (*others, *dist):
+        now[0] += 60
+        progress.pytest_runtest_logfinish(nodeid)
+    assert lines[1] == "11% after 5.0 minutes, about 39.2 to go"  # 3 + 3 of 53 seconds in 5 minutes
+    assert len(lines) == 9 and "to go" in lines[-1] and progress.seconds == {}
+    session.Progress([*dist, *others], 2, lines.append)
+    assert lines[-1] == "52 tests, about 0 minutes on two slow cores"
+
+
+def test_every_file_that_the_estimate_names_is_there():
+    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    assert session.SECONDS.keys() <= names
+
+
+def test_workers_begin_with_the_slowest_files():
+    items = [SimpleNamespace(nodeid=f"tests/{name}.py::test") for name in ("test_a", "test_dpo", "test_dist")]
+    a, dpo, dist = items
+    session.pytest_collection_modifyitems(SimpleNamespace(), items)
+    assert items == [a, dpo, dist]
+    session.pytest_collection_modifyitems(SimpleNamespace(workerinput={}), items)
+    assert items == [dist, dpo, a]
 
 
 def test_an_installed_torch_stays():

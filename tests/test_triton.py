@@ -77,7 +77,7 @@ def rounding(std, D, temperature):
     return 5e-7 * (1 + 4 * std / temperature)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=24, deadline=None)
 @given(**shapes, part=st.sampled_from(["logp", "entropy", "both"]))
 def test_logprob_is_the_oracle(N, V, D, temperature, std, seed, with_bias, design, part):
     """Any shape on either side of a block, every temperature and size of logits, either output or both."""
@@ -99,7 +99,7 @@ def test_logprob_is_the_oracle(N, V, D, temperature, std, seed, with_bias, desig
     check(run(linear_logprob, targets.to(DEVICE)), oracle, inputs, design, tol, 30 * tol, floor)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(**{k: v for k, v in shapes.items() if k != "design"}, entropy_too=st.booleans())
 def test_one_pass_is_the_oracle(N, V, D, temperature, std, seed, with_bias, entropy_too):
     """A loss of each row's log-prob and entropy, chunks of a few rows, times what comes from upstream."""
@@ -152,7 +152,7 @@ def test_one_pass_has_the_gradients_of_two(dtype):
             assert (x - y).abs().max() <= scale * x.abs().max()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(**shapes, reverse=st.booleans(), ref_d=st.sampled_from([16, 8]))
 def test_kl_is_the_oracle(N, V, D, temperature, std, seed, with_bias, design, reverse, ref_d):
     """Both directions, a reference of another width."""
