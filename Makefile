@@ -1,5 +1,5 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Each sets up .venv by itself.
-# `make test-all` is `make test` and the rows marked slow: kills, signals, thousands of malformed inputs.
+# `make test-all` is `make test`, the rows marked slow (kills, signals, malformed inputs), every lab at its smallest.
 # On a machine with a GPU the tests leave it alone; NANORLHF_TEST_GPU=1 .venv/bin/python -m pytest runs those for it.
 # PYTHON=python3.12 picks another interpreter (3.10 to 3.13); ARGS="--seed 1" is handed on to the demo.
 PYTHON ?= python3
@@ -16,10 +16,10 @@ demo: .venv/.ready
 test: .venv/.ready lint
 	$(TESTS) -m "not slow"
 	$(BIN)/python demo.py --smoke --overwrite --out runs/smoke
-	$(BIN)/python -m labs all --smoke
 
 test-all: test
 	$(TESTS) -m slow
+	$(BIN)/python -m labs all --smoke
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -81,7 +81,8 @@ class Progress:
             return
         self.next = share + 0.1
         passed = (self.clock() - self.start) / 60
-        self.say(f"{share:.0%} after {passed:.1f} minutes, about {passed / share - passed:.1f} to go")
+        left = passed / share - passed
+        self.say(f"{share:.0%} of the work after {passed:.1f} minutes, about {left:.1f} to go")
 
 
 def begin(config, nodeids):
@@ -94,8 +95,7 @@ def begin(config, nodeids):
         return
 
     def say(line):
-        reporter.ensure_newline()
-        reporter.write_line(line)
+        reporter.write_line(f"\n{line}")
 
     workers = getattr(config.option, "numprocesses", None) or 1
     plugins.register(Progress(nodeids, workers, say), "progress")

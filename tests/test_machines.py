@@ -152,7 +152,7 @@ def test_progress_is_told_by_time_and_not_by_tests():
     for nodeid in (*others, *dist):
         now[0] += 60
         progress.pytest_runtest_logfinish(nodeid)
-    assert lines[1] == "11% after 5.0 minutes, about 39.2 to go"  # 3 + 3 of 53 seconds in 5 minutes
+    assert lines[1] == "11% of the work after 5.0 minutes, about 39.2 to go"  # (3 + 3) of 53 s
     assert len(lines) == 9 and "to go" in lines[-1] and progress.seconds == {}
     session.Progress([*dist, *others], 2, lines.append)
     assert lines[-1] == "52 tests, about 0 minutes on two slow cores"

@@ -406,6 +406,7 @@ for name in ("logprob_forward", "logprob_backward", "kl_forward", "kl_backward")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
 def test_the_kernels_compile_for_a_gpu():
     """Without a GPU: every kernel, in both designs, compiled for sm_90 and its tensor cores."""
