@@ -102,11 +102,13 @@ def test_the_oracle_reads_a_model_on_a_mac(stages):
 
 
 def test_means_are_float64_wherever_the_numbers_are():
-    """0.1 has 24 bits in fp32 and 53 here; its mean over three is not rounded back."""
-    x = torch.full((3, 2), 0.1)
+    """A mean of thirds has 53 bits, and not the 24 of fp32."""
+    x = torch.tensor([0.1, 0.2, 0.4])
     with pretended():
         on_gpu = mean_se(x.to("mps"))
-    assert on_gpu == mean_se(x) == (x.double().mean().item(), 0.0)
+    mean = sum(x.tolist()) / 3
+    variance = sum((value - mean) ** 2 for value in x.tolist()) / 2
+    assert on_gpu == mean_se(x) == pytest.approx((mean, (variance / 3) ** 0.5), rel=1e-14)
 
 
 def test_wins_are_exact():
