@@ -105,7 +105,7 @@ def voted(text, pattern):
 
 def wins(score, other):
     """1 where a score is higher than the other, 0.5 where they tie, 0 elsewhere."""
-    return (score > other).double() + 0.5 * (score == other).double()
+    return (score > other).float() + 0.5 * (score == other).float()
 
 
 def win_rate(score, other):
@@ -144,7 +144,7 @@ def pairs_accuracy(pairs, device, score):
         tokens, lengths, mask = pad_responses(rows, device)
         scores = score(tokens, lengths, mask)
         chosen_score, rejected_score = scores.view(-1, 2).unbind(1)
-        right[batch] = wins(chosen_score, rejected_score).float().cpu()
+        right[batch] = wins(chosen_score, rejected_score).cpu()
     return mean_se(right)
 
 

@@ -64,8 +64,8 @@ class Tree:
         tokens, lengths = pad(sequences, 0)
         hidden = model(tokens.to(model.device))  # (S, T, D)
         last = hidden[torch.arange(len(tokens)), lengths - 1]  # (S, D)
-        logits = model.head_logits(last).double() / temperature
-        return logits.log_softmax(-1).cpu()
+        logits = model.head_logits(last).cpu().double() / temperature  # a Mac's GPU has no float64
+        return logits.log_softmax(-1)
 
     def token_logp(self, table):
         """(S, V) → (N, T): log-prob of each token of each response, 0 outside the mask."""

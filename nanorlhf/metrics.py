@@ -75,7 +75,7 @@ def maj_at_k(answers, rewards, k):
 
 def mean_se(x):
     """Mean of the prompts' means (P, n) or (P,), and its standard error."""
-    x = x.double().reshape(len(x), -1).mean(1)
+    x = x.cpu().double().reshape(len(x), -1).mean(1)  # on the CPU: a Mac's GPU has no float64
     return x.mean().item(), (x.std(correction=1) / math.sqrt(len(x))).item() if len(x) > 1 else math.nan
 
 

@@ -1,13 +1,13 @@
-import os
-
 import hypothesis
 import pytest
+import session  # before torch, which reads the environment that it sets
 import torch
 
 from nanorlhf.look import plots
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # the very kernels that run on a GPU, in Python; read when imported
+pytest_collection_modifyitems = session.pytest_collection_modifyitems
+pytest_collection_finish = session.pytest_collection_finish
+pytest_xdist_node_collection_finished = session.pytest_xdist_node_collection_finished
 hypothesis.settings.register_profile("course", derandomize=True)  # in class, every run is the same run
 hypothesis.settings.load_profile("course")
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits

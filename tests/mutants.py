@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PPO, LEARNING = "tests/test_ppo.py::test_", "tests/test_learning_ppo.py::test_"
 DPO, REWARDS = "tests/test_dpo.py::test_", "tests/test_rewards.py::test_"
 HUB, LORA = "tests/test_hub.py::test_", "tests/test_lora.py::test_"
-TRITON = "tests/test_triton.py::test_"
+TRITON, MACHINES = "tests/test_triton.py::test_", "tests/test_machines.py::test_"
 DIST = "tests/test_dist.py::test_"  # two processes: a minute each
 SLOTS, DECODE = "tests/test_slots.py::test_", "tests/test_decode.py::test_"
 ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
@@ -375,6 +375,18 @@ MUTANTS = [
     ("processes: a sharded model's new head is another one", "nanorlhf/hub/folder.py",
      "if self.draw:", "if False:",
      [DIST + "two_processes_take_the_steps_of_one[rm-fsdp]"]),
+    ("Mac: a mean in float64 on its GPU", "nanorlhf/metrics.py",
+     "x = x.cpu().double()", "x = x.double()",
+     [MACHINES + "means_are_float64_wherever_the_numbers_are"]),
+    ("Mac: a mean in fp32", "nanorlhf/metrics.py",
+     "x = x.cpu().double()", "x = x.cpu()",
+     [MACHINES + "means_are_float64_wherever_the_numbers_are"]),
+    ("Mac: checksums in float64 on its GPU", "nanorlhf/run/checkpoint.py",
+     'weights.device.type == "mps"', 'weights.device.type == "cuda"',
+     [MACHINES + "every_trainer_runs_on_a_mac[train_ppo]"]),
+    ("--resume takes any --data", "nanorlhf/run/checkpoint.py",
+     "require(self.cfg.new_data, f\"--resume: {changed}", "require(True, f\"--resume: {changed}",
+     ["tests/test_runs.py::test_resume_on_changed_data_goes_on_only_with_a_flag[train_grpo]"]),
 ]  # fmt: skip
 
 

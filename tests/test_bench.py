@@ -70,6 +70,7 @@ def test_the_kernels_csv_becomes_rows_with_goals(tmp_path):
     assert not found["two passes", "TRL"]["verdict"] and len(found) == 2 * len(heads.PEERS)
 
 
+@pytest.mark.slow
 def test_quick_measures_what_needs_no_peer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table, "QUICK", str(tmp_path))
     monkeypatch.setattr(install, "present", lambda name, known=install.present: name != "trl" and known(name))
@@ -81,6 +82,7 @@ def test_quick_measures_what_needs_no_peer(tmp_path, monkeypatch, capsys):
     assert "torch" not in size["note"].split() and "A whole step" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_worker_does_a_step_when_it_is_told_to(monkeypatch):
     """Ours alone, in a process of its own: the peers of this row are not installed, or not asked for."""
     monkeypatch.setattr(training, "QUICK", [("tiny", {training.NANOGPT: None}, "tiny", 0)])

@@ -15,7 +15,8 @@ from nanorlhf.kernels import reference
 triton_decode = pytest.importorskip("nanorlhf.kernels.triton_decode", reason="triton is not installed")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 
 def operands(B, H, KV, hd, T, seed=0, std=1.0, dtype=torch.float32):
@@ -45,7 +46,7 @@ def check(args, live, backend, tol):
             assert (cache[b, :, n + 1 :].abs() == 1e4).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     B=st.integers(1, 4), heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (7, 1), (20, 1)]),
     hd=st.sampled_from([6, 16, 24]), T=st.sampled_from([1, 15, 16, 17, 50, 130]),
@@ -115,6 +116,7 @@ compile(td.decode_merge, 1, "*bf16", HD=128, BLOCK_D=128, SPLITS=8)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
 def test_the_kernel_compiles_for_a_gpu():
     """Without a GPU: for sm_90, with tensor cores and wide asynchronous loads, splits or none."""
@@ -123,7 +125,7 @@ def test_the_kernel_compiles_for_a_gpu():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("heads, hd", [((12, 12), 64), ((12, 2), 128)])
 def test_gpu_real_size(heads, hd):
     for B, T in ((64, 256), (256, 1024)):

@@ -68,7 +68,7 @@ def runs(stages, tmp_path_factory):
                     ranks.run(stages, name, f"{out}/{name}-one")
             for name in ("sft", "ppo"):
                 shutil.copytree(f"{out}/{name}-one", f"{out}/{name}-begun")
-                keep_first(f"{out}/{name}-begun", 10)
+                keep_first(f"{out}/{name}-begun", ranks.HALF)
         for name in ("sft", "dpo"):
             ranks.run(stages, name, f"{out}/{name}-fp32-one")
         for name in ranks.ROUGH:
@@ -76,14 +76,14 @@ def runs(stages, tmp_path_factory):
         for style in ranks.FILES:
             hub.save(tiny(style), None, out / style)
         hub.save(tiny("llama", vocab_size=1000, d_model=512, d_ff=1024, n_layer=8), None, out / "large")
-        job = torchrun("--max_restarts=2", "tests/ranks.py", stages.folder, out, cwd=ROOT)
+        job = torchrun("tests/ranks.py", stages.folder, out, by=[sys.executable], cwd=ROOT)
         printed, said = job.communicate(timeout=NEVER)
         assert job.returncode == 0, said[-3000:]
         assert printed.count("written: ") == len(list(out.glob("*-ddp"))) + len(list(out.glob("*-fsdp"))) + 2
         with ranks.precision(torch.float64):
             for name in ("sft", "ppo"):  # begun by two processes with FSDP2
                 shutil.copytree(f"{out}/{name}-fsdp", f"{out}/{name}-ended")
-                keep_first(f"{out}/{name}-ended", 10)
+                keep_first(f"{out}/{name}-ended", ranks.HALF)
                 ranks.run(stages, name, f"{out}/{name}-ended", resume=True)
     return out
 
@@ -155,12 +155,13 @@ def test_resumed_by_another_number_of_processes(runs, name, way):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_killed_in_mid_run_and_resumed(runs, kind):
-    """Row 1 of tests/faults: torchrun starts both anew, and the end is bit-equal to that of the whole run."""
+    """Row 1 of tests/faults: both start anew, and the end is bit-equal to that of the whole run."""
     whole, killed = (f"{runs}/dpo-{x}-{kind}" for x in ("fp32", "killed"))
-    assert len(exact(killed)) == 10 and torch.equal(exact(killed), exact(whole)[-10:])
+    resumed = exact(killed)
+    assert len(resumed) == ranks.HALF and torch.equal(resumed, exact(whole)[-ranks.HALF :])
     same_run(whole, killed)
     if kind == "fsdp":
-        ends = [sharding.read(f"{out}/state/step-000020/shards") for out in (whole, killed)]
+        ends = [sharding.read(f"{out}/state/step-{ranks.STEPS:06d}/shards") for out in (whole, killed)]
         assert ends[0].keys() == {"models", "optimizer"} and equal(*ends)
 
 
@@ -168,7 +169,7 @@ def test_killed_in_mid_run_and_resumed(runs, kind):
 def test_damaged_checkpoint_of_a_sharded_run(runs, file, stages, tmp_path, no_curves, capsys):
     """Row 7 of tests/faults: skipped by name, and the older one is used."""
     shutil.copytree(f"{runs}/sft-fsdp", tmp_path / "run")
-    path = tmp_path / "run/state/step-000020/shards" / file
+    path = tmp_path / f"run/state/step-{ranks.STEPS:06d}/shards" / file
     good = path.read_bytes()
     with ranks.precision(torch.float64):
         for bad in (b"", good[: len(good) // 2], bytes([*good[:-99], good[-99] ^ 1, *good[-98:]])):
@@ -176,7 +177,7 @@ def test_damaged_checkpoint_of_a_sharded_run(runs, file, stages, tmp_path, no_cu
             assert re.search(f"shards/{file}: wrong checksum", damage(path.parents[1]))
         ranks.run(stages, "sft", tmp_path / "run", resume=True)
     assert re.search(f"skipped as damaged: .*shards/{file}: wrong checksum", capsys.readouterr().out)
-    close(exact(tmp_path / "run"), exact(f"{runs}/sft-one")[10:], 1e-9)
+    close(exact(tmp_path / "run"), exact(f"{runs}/sft-one")[ranks.HALF :], 1e-9)
 
 
 def test_a_sharded_step_that_is_not_finite_can_be_replayed(runs):

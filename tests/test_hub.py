@@ -264,7 +264,10 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the high-water mark is Linux's")
-@pytest.mark.parametrize("dtype, size", [(torch.bfloat16, 2), (torch.float32, 4)])
+@pytest.mark.parametrize("dtype, size", [
+    (torch.bfloat16, 2),
+    pytest.param(torch.float32, 4, marks=pytest.mark.slow),
+])
 def test_peak_memory_of_load(dtype, size, tmp_path):
     """The model in the dtype asked for and one of its three shards, seen from a process of its own."""
     model = tiny("llama", vocab_size=16000, d_model=512, d_ff=1024, n_layer=4, tied=False).bfloat16()

@@ -21,6 +21,7 @@ def test_fit_finds_the_parameters_of_exact_data():
     assert torch.allclose(scaling.sigmoid(C, 0.4, *found), curve(C), atol=4e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRUE)
 def test_intervals_hold_the_truth_in_19_of_20_draws(name):
     C, noise = torch.linspace(2, 60, 30).double(), torch.Generator().manual_seed(0)

@@ -23,6 +23,7 @@ import optimum  # noqa: E402
 from optimum import ALGORITHMS, Problem, run  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_curves")
+QUICK = "ppo", "grpo_k1_reward", "dpo", "k3_loss"  # one of each kind; the others are rows of `make test-all`
 EOS = 3
 TREE = Tree(4, 3, EOS)  # 4 tokens, at most 3: 13 prefixes, 1 + 3 + 9 responses that end and 27 that are cut
 
@@ -199,21 +200,27 @@ def test_the_distributions_to_be_told_apart_are_far_apart(problem):
         assert optimum.kl(problem.fixed_point(rule), star) >= 0.07
 
 
-@pytest.mark.parametrize("name", [name for name, (*_, rule) in ALGORITHMS.items() if rule is optimum.pi_star])
+def algorithms(wanted):
+    """The names of those whose fixed point is wanted; seven seconds each, so all but QUICK are slow."""
+    names = [name for name, (*_, rule) in ALGORITHMS.items() if wanted(rule)]
+    marks = {name: () if name in QUICK else pytest.mark.slow for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in names])
+
+
+@algorithms(lambda rule: rule is optimum.pi_star)
 def test_reaches_the_optimum_of_rlhf(problem, name):
     """KL(π_θ‖π*) ≤ 0.02 nats: k1 in the reward, under any norm, and DPO on Bradley–Terry preferences."""
     assert run(name, problem)["star"] <= 0.02
 
 
-@pytest.mark.parametrize("name", [
-    name for name, (*_, rule) in ALGORITHMS.items() if rule not in (None, optimum.pi_star)
-])
+@algorithms(lambda rule: rule not in (None, optimum.pi_star))
 def test_reaches_its_own_fixed_point_and_not_the_optimum(problem, name):
     """A KL in the loss is a penalty at each prefix alone: no token is charged for the KL that it leads to."""
     got = run(name, problem)
     assert got["own"] <= 0.02 and got["star"] >= 0.05
 
 
+@pytest.mark.slow
 def test_k1_in_the_loss_holds_nothing(problem):
     """Past π* without stopping: more reward, and far more KL to the reference."""
     star = problem.measure(problem.fixed_point(optimum.pi_star), None)
@@ -221,6 +228,7 @@ def test_k1_in_the_loss_holds_nothing(problem):
     assert got["reward"] > star["reward"] + 0.1 and got["ref"] > 1.5 * star["ref"]
 
 
+@pytest.mark.slow
 def test_k3_in_the_reward_settles_elsewhere(problem):
     """It leaves π_ref, and ends further from π* than an untrained policy may be, let alone PPO."""
     got = run("k3_reward", problem)

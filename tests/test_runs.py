@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -11,16 +12,17 @@ import signal
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from runs import EACH, Crash, crash, disk_full, equal, flip, metrics, same_run, snapshot, state, states
-from stages import TRAINERS
+from stages import TRAINERS, jsonl
 
 import train_grpo
 import train_ppo
 import train_sft
-from nanorlhf import hub
+from nanorlhf import hub, tasks
 from nanorlhf.errors import Interrupted, RunError, UserError
 from nanorlhf.hub.files import write_jsonl
 from nanorlhf.look import plots
@@ -335,6 +337,55 @@ def test_resume_refuses_another_reference(trainer, stages, tmp_path):
     hub.save(model, tok, ref)
     with pytest.raises(UserError, match="reference is not the one"):
         trainer.train(stages.config(trainer, tmp_path / "run", steps=4, ref=str(ref), resume=True))
+
+
+@EACH
+def test_resume_on_changed_data_goes_on_only_with_a_flag(trainer, stages, tmp_path, capsys):
+    """Steps take rows by their numbers. The same bytes under another name are the same data."""
+    data = Path(stages.config(trainer, "").data)
+    mine = tmp_path / "mine.jsonl"
+    shutil.copy(data, mine)
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=2))
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=3, data=str(mine), resume=True))
+    rows = mine.read_bytes().splitlines(keepends=True)
+    mine.write_bytes(b"".join([*rows[1:], rows[0]]))  # the same rows in another order
+    before = snapshot(tmp_path / "run")
+    more = dict(steps=4, data=str(mine), resume=True)
+    then, now = (hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in (data, mine))
+    changed = f"--data {mine} is not what {tmp_path}/run was trained on (sha256 {then} then, {now} now)"
+    with pytest.raises(UserError) as error:
+        trainer.train(stages.config(trainer, tmp_path / "run", **more))
+    assert str(error.value).startswith(f"--resume: {changed}; put the old file back, or add --new_data")
+    assert snapshot(tmp_path / "run") == before, "nothing was touched"
+    capsys.readouterr()
+    trainer.train(stages.config(trainer, tmp_path / "run", new_data=True, **more))
+    assert f"resume: {changed}\n" in capsys.readouterr().out and len(metrics(tmp_path / "run")) == 4
+    trainer.train(stages.config(trainer, tmp_path / "run", **more | dict(steps=5)))  # its data from now on
+    assert "sha256" not in capsys.readouterr().out
+
+
+def test_resume_without_the_data_it_had(stages, tmp_path):
+    """A run of a file is not resumed on the task's own rows, nor is --new_data a flag of a new run."""
+    flags = dict(task="countdown", tokenizer="chars")
+    rows = tasks.get("countdown").demonstrations(40, 0)
+    data = jsonl(tmp_path / "data.jsonl", rows)
+    train_sft.train(stages.config(train_sft, tmp_path / "run", **flags, data=data, steps=2))
+    with pytest.raises(UserError, match="^--resume: --data none is not what "):
+        train_sft.train(stages.config(train_sft, tmp_path / "run", **flags, data="", demos=40, resume=True))
+    with pytest.raises(UserError, match="^--new_data: belongs to --resume$"):
+        train_sft.train(stages.config(train_sft, tmp_path / "new", new_data=True))
+
+
+def test_checkpoints_from_before_data_was_compared_are_resumed(stages, tmp_path, monkeypatch):
+    """Their state.pt has no "data": nothing can be compared."""
+    monkeypatch.setattr(checkpoint, "damage", lambda folder: None)
+    train_sft.train(stages.config(train_sft, tmp_path / "run", steps=2))
+    (path,) = (tmp_path / "run/state").glob("*/state.pt")
+    saved = torch.load(path, weights_only=True)
+    del saved["data"]
+    torch.save(saved, path)
+    train_sft.train(stages.config(train_sft, tmp_path / "run", steps=3, resume=True))
+    assert len(metrics(tmp_path / "run")) == 3
 
 
 def test_resume_and_overwrite_together_are_refused(stages, tmp_path):

@@ -19,7 +19,7 @@ from nanorlhf.sampling import Sampling
 F64, BF16 = torch.float64, torch.bfloat16
 EOS = 3
 PROMPTS = [[5], [1, 2, 4, 6, 7, 8], [9, EOS, 9], [1, 2, 4, 6, 7, 8], [EOS], [12, 11]]  # ragged, one twice
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def same(a, b, tol=1e-5):
@@ -202,7 +202,8 @@ def test_how_many(monkeypatch):
     assert slots.how_many(model, 999, length) == slots.SLOTS
 
 
-@gpu
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("style", ["gpt2", "llama-gqa-untied"])
 def test_gpu_graphs_are_the_eager_step(style, dtype):

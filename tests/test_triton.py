@@ -18,9 +18,12 @@ triton_backend = pytest.importorskip("nanorlhf.kernels.triton_backend", reason="
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 INF = float("inf")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # at numbers that tl.where discards
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # at numbers that tl.where discards
+    pytest.mark.gpu,
+]
 designs = pytest.mark.parametrize("design", ["fused", "stored"])
-gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
 def small(design):
@@ -74,7 +77,7 @@ def rounding(std, D, temperature):
     return 5e-7 * (1 + 4 * std / temperature)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=24, deadline=None)
 @given(**shapes, part=st.sampled_from(["logp", "entropy", "both"]))
 def test_logprob_is_the_oracle(N, V, D, temperature, std, seed, with_bias, design, part):
     """Any shape on either side of a block, every temperature and size of logits, either output or both."""
@@ -96,7 +99,7 @@ def test_logprob_is_the_oracle(N, V, D, temperature, std, seed, with_bias, desig
     check(run(linear_logprob, targets.to(DEVICE)), oracle, inputs, design, tol, 30 * tol, floor)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(**{k: v for k, v in shapes.items() if k != "design"}, entropy_too=st.booleans())
 def test_one_pass_is_the_oracle(N, V, D, temperature, std, seed, with_bias, entropy_too):
     """A loss of each row's log-prob and entropy, chunks of a few rows, times what comes from upstream."""
@@ -149,7 +152,7 @@ def test_one_pass_has_the_gradients_of_two(dtype):
             assert (x - y).abs().max() <= scale * x.abs().max()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(**shapes, reverse=st.booleans(), ref_d=st.sampled_from([16, 8]))
 def test_kl_is_the_oracle(N, V, D, temperature, std, seed, with_bias, design, reverse, ref_d):
     """Both directions, a reference of another width."""
@@ -403,6 +406,7 @@ for name in ("logprob_forward", "logprob_backward", "kl_forward", "kl_backward")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
 def test_the_kernels_compile_for_a_gpu():
     """Without a GPU: every kernel, in both designs, compiled for sm_90 and its tensor cores."""
@@ -411,7 +415,7 @@ def test_the_kernels_compile_for_a_gpu():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@gpu
+@needs_gpu
 @designs
 @pytest.mark.parametrize("dtype, tol", [(torch.bfloat16, 5e-3), (torch.float32, 1e-5)])
 def test_gpu_real_size(design, dtype, tol):
@@ -433,7 +437,7 @@ def test_gpu_real_size(design, dtype, tol):
         assert all(torch.equal(a, b) for x, y in zip(*runs) for a, b in zip(x, y))
 
 
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("V, D", [(50304, 1024), (50257, 4096), (512, 768)])
 def test_gpu_memory_and_more_than_31_bits(V, D):
     """N·V up to 3.3e9: at most 160 MiB above inputs, gradients and one fp32 buffer of the weight's shape."""

@@ -25,12 +25,13 @@ from nanorlhf.errors import Interrupted, RunError, UserError, require
 from nanorlhf.hub.files import read_json
 from nanorlhf.run import dist, replay, sharding
 from nanorlhf.run.cli import to_json
-from nanorlhf.run.folders import new_folder, require_plain, sync_folder, take_lock, verify
+from nanorlhf.run.folders import new_folder, require_plain, sha256, sync_folder, take_lock, verify
 from nanorlhf.run.log import Log, import_wandb
 
 STATE = dict(  # what a checkpoint holds, and of which type
     step=int,
     trainer=str,
+    data=str,
     extra=dict,
     frozen=list,
     sizes=dict,
@@ -88,6 +89,7 @@ class Run:
         self.first = dist.rank() == 0  # of several processes, the one that writes
         import_wandb(cfg.wandb)  # if it is missing, say so before anything is touched
         require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
+        require(cfg.resume or not cfg.new_data, "--new_data: belongs to --resume")
 
     def __enter__(self):
         with self._usable():
@@ -140,6 +142,7 @@ class Run:
         self.models = models
         self.optimizer = optimizer
         self.frozen = [_checksum(model) for model in frozen]
+        self.data = sha256(self.cfg.data) if self.cfg.data else ""
         config = to_json(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
         state = {"step": 0, "extra": {}, "sizes": {}, "last": {}}
@@ -179,7 +182,7 @@ class Run:
         except (ValueError, TypeError):
             raise UserError(f"{self.config} is damaged: it is not JSON; --overwrite starts anew") from None
         changed = []
-        for name in sorted(config.keys() & old.keys() - {"resume", "overwrite"}):
+        for name in sorted(config.keys() & old.keys() - {"resume", "overwrite", "new_data"}):
             if old[name] != config[name]:
                 changed.append(f"--{name} was {old[name]}, is now {config[name]}")
         for change in changed:
@@ -223,6 +226,7 @@ class Run:
         for was, now in zip(state["frozen"], self.frozen):
             same = math.isclose(was, now, rel_tol=1e-9)
             require(same, f"--resume: the reference is not the one that {self.out} was started with")
+        self._compare_data(state["data"])
         self._load_moments(state["optimizer"]["state"], path)
         print(f"resume: {self.out} from step {state['step']}")
         return state
@@ -241,6 +245,19 @@ class Run:
         require(path.parent == self._folder(step), f"{foreign} (its step is {step}); --overwrite starts anew")
         beyond = f"--resume: {self.out} is at step {step}, beyond --steps {self.cfg.steps}; give more steps"
         require(step <= self.cfg.steps, beyond)
+
+    def _compare_data(self, saved):
+        """UserError if --data is not the file of the checkpoint, whose sha256 is `saved`, without --new_data.
+
+        A step takes its rows by their numbers: from a changed file it would take some twice and others never.
+        """
+        if saved == self.data:
+            return
+        hashes = f"sha256 {saved[:12] or 'none'} then, {self.data[:12] or 'none'} now"
+        changed = f"--data {self.cfg.data or 'none'} is not what {self.out} was trained on ({hashes})"
+        remedy = "put the old file back, or add --new_data to go on with other rows"
+        require(self.cfg.new_data, f"--resume: {changed}; {remedy}")
+        print(f"resume: {changed}")
 
     def _load_moments(self, saved, path):
         """Adam's moments of each weight, by its number. Learning rate and weight decay are this run's own."""
@@ -335,6 +352,7 @@ class Run:
         With --shard every process writes its own pieces of the tensors into the same new folder.
         """
         state = {"step": step, "trainer": trainer_of(self.cfg), "extra": extra or {}, "frozen": self.frozen}
+        state["data"] = self.data
         models = {name: model.state_dict() for name, model in self.models.items()}
         tensors = {"models": models, "optimizer": self.optimizer.state_dict()}
         folder = self._folder(step)
@@ -376,5 +394,10 @@ class Run:
 
 def _checksum(model):
     """The sum of all weights of a model, in float64: enough to tell one reference from another."""
-    sums = [p.detach().double().sum() for p in model.parameters()]
-    return sum(sharding.full(x).item() for x in sums)
+    total = 0.0
+    for p in model.parameters():
+        weights = p.detach()
+        if weights.device.type == "mps":  # a Mac's GPU has no float64
+            weights = weights.cpu()
+        total += sharding.full(weights.double().sum()).item()
+    return total

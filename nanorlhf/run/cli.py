@@ -45,6 +45,7 @@ class Flags:
 
     # run
     resume: bool = False  # go on with the run in --out, from its newest checkpoint that is not damaged
+    new_data: bool = False  # with --resume: go on although --data is not the file that the run began with
     overwrite: bool = False  # replace the run in --out
     seed: int = 0  # every random number of the run is derived from it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute

@@ -121,12 +121,17 @@ def describe(folder):
         name = path.relative_to(folder).as_posix()
         if name == MANIFEST:
             continue
-        digest = hashlib.sha256()
-        with open(path, "rb") as f:
-            while block := f.read(1 << 22):
-                digest.update(block)
-        found[name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+        found[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return found
+
+
+def sha256(path):
+    """The sha256 of a file, in hexadecimal. The file may be larger than the memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def verify(folder):

@@ -437,6 +437,7 @@ def test_row_38_same_seed_same_run(trainer, run, tmp_path):
 
 
 @posix
+@pytest.mark.slow
 def test_row_39_two_processes_on_one_folder(run, stages, tmp_path, at_step):
     """R | a second trainer on the same --out, even with --overwrite | refused; the first one goes on
     untouched; a dead one's lock is free"""
