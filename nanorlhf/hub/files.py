@@ -11,6 +11,17 @@ from pathlib import Path
 
 from nanorlhf.errors import UserError, blame, require
 
+# The first bytes of a file that holds no rows: what it is, and the command that makes rows of it.
+NO_ROWS = {
+    b"\xfd7zXZ": ("an xz archive", "unxz FILE"),
+    b"PK\3\4": ("a zip archive", "unzip FILE"),
+    b"BZh": ("a bzip2 archive", "bunzip2 FILE"),
+    b"\x28\xb5\x2f\xfd": ("a zstd archive", "unzstd FILE"),
+    b"ARROW1": ("an Arrow file", "datasets.Dataset.from_file(FILE).to_json(NEW)"),
+    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull"),
+    b"<": ("a web page or XML", "download the raw file"),
+}
+
 
 def read_jsonl(path, required, nonempty=()):
     """Read a file whose rows have our own keys, in any form that `read_objects` takes → list of dicts.
@@ -49,6 +60,7 @@ def read_objects(path, flag, required):
         with blame(where):
             items = enumerate(_load(data), start=1)
     else:
+        _refuse_other_files(data, where)
         # Split at newlines only: str.splitlines also breaks at U+2028, which JSON strings may hold.
         lines = enumerate(data.split(b"\n"), start=1)
         items = [(number, line) for number, line in lines if line.strip()]
@@ -70,6 +82,22 @@ def _read_bytes(path, where):
         raise UserError(f"{where}: damaged gzip file ({e}); fetch or compress it again") from None
     except OSError as e:
         raise UserError(f"{where}: {e.strerror}; expected a .jsonl, .json, .gz or .parquet file") from None
+
+
+def _refuse_other_files(data, where):
+    """UserError for a file of NO_ROWS, for a table, and for objects spread over lines, as `jq .` prints."""
+    start = data.lstrip()
+    for magic, (kind, cure) in NO_ROWS.items():
+        require(not start.startswith(magic), f"{where}: {kind}; first {cure}")
+    first = start.split(b"\n", 1)[0].strip()
+    goes_on = first[-1:] in b"{[," and first[-2:] != b"},"
+    pretty = first[:1] == b"{" and goes_on and start[len(first) :].strip()
+    number = 1 + data[: len(data) - len(start)].count(b"\n")
+    cure = "expected one object a line: jq -c . FILE > NEW.jsonl"
+    require(not pretty, f"{where}:{number}: bad JSON: pretty-printed, as the object goes on below; {cure}")
+    named_csv = where.removesuffix(".gz").endswith((".csv", ".tsv"))
+    to_json = "pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True)"
+    require(not named_csv or first[:1] == b"{", f"{where}: a table of text, no JSON; first {to_json}")
 
 
 def _read_parquet(data, where):

@@ -1,0 +1,329 @@
+"""Chats and texts against transformers: the same text, the same ids, or a refusal that says why.
+
+    CHATS_FULL=1 pytest tests/test_chats.py     5,000 conversations of each template, 40 without it
+
+The tokenizers are small ones of each published kind, the templates are written here and behave as those of
+their families do. Conversations come from hypothesis, with white space, thoughts, and typed control tokens.
+"""
+
+import functools
+import json
+import os
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from nanorlhf.errors import UserError
+from nanorlhf.hub import tokenizer_files
+from nanorlhf.tokenizer import MARK, Chat
+
+transformers = pytest.importorskip("transformers")
+GOLDEN = json.loads((Path(__file__).parent / "golden/tokenizers.json").read_text("utf-8"))
+MANY = 5000 if os.environ.get("CHATS_FULL") else 40
+often = settings(max_examples=MANY, deadline=None, suppress_health_check=list(HealthCheck))
+
+# ------------------------------------------------------------------------------------------------------------
+# templates
+
+CHATML = """{% for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+DEFAULT_SYSTEM = """{% if messages[0]['role'] != 'system' %}
+    {{- '<|im_start|>system\\n' + HELLO + '<|im_end|>\\n' }}
+{%- endif %}""" + CHATML  # fmt: skip
+QWEN25 = DEFAULT_SYSTEM.replace("HELLO", "'You are a cat.'")
+SMOLLM2 = DEFAULT_SYSTEM.replace("HELLO", "'You are named Smol.'")
+LLAMA3 = """{% for m in messages %}
+    {%- set head = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' %}
+    {%- set turn = head + m['content'] | trim + '<|eot_id|>' %}
+    {%- if loop.first %}{% set turn = bos_token + turn %}{% endif %}
+    {{- turn }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+LLAMA2 = """{% set system = '' %}
+{%- if messages[0].role == 'system' %}
+    {%- set system = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- for m in messages %}
+    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}{% endif %}
+    {%- if m.role == 'user' %}
+        {{- bos_token + '[INST] ' + ((system if loop.first else '') + m.content).strip() + ' [/INST]' }}
+    {%- else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}
+{%- endfor %}"""
+GEMMA = """{{ bos_token }}
+{%- for m in messages %}
+    {%- if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}
+    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}{% endif %}
+    {{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}
+    {{- m.content | trim }}{{ '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+# Thoughts before the last question are dropped; without thinking, the answer begins behind an empty thought.
+QWEN3 = """{% set asked = namespace(at=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set asked.at = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' %}
+        {%- set content = m.content %}{% set thought = '' %}
+        {%- if '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > asked.at and (loop.last or thought) %}
+            {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}{{ content }}{% endif %}
+    {%- else %}{{ m.content }}{% endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+R1 = """{{ bos_token }}
+{%- for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% endif %}
+    {%- if m.role == 'assistant' %}
+        {{- '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# tokenizers
+
+FLAGS = dict(lstrip=False, rstrip=False, single_word=False, normalized=False)
+MERGES = "▁ t,h e,▁t he,i n,▁ ▁,▁▁ ▁▁,a n,▁ a,e r,▁a n,▁an s,! !,1 2,▁ [,I N,S T,IN ST,"
+MERGES += "] ▁,\n \n,<0x0A> <0x0A>"
+
+
+def special(text, i, **flags):
+    return dict(id=i, content=text, special=True) | FLAGS | flags
+
+
+def pieces(control, **parts):
+    """A small tokenizer.json of the SentencePiece kind; control tokens are the first ids."""
+    vocab = {}
+    merges = [tuple(pair.split(" ")) for pair in MERGES.split(",")]
+    chars = [*map(chr, range(33, 127)), "▁", "é", "日"]
+    bytes_ = [f"<0x{b:02X}>" for b in range(256)]
+    for text in ["<unk>", *control, *bytes_, "\n", *chars, *("".join(pair) for pair in merges)]:
+        vocab.setdefault(text, len(vocab))
+    model = dict(type="BPE", vocab=vocab, merges=[list(pair) for pair in merges])
+    model |= dict(unk_token="<unk>", fuse_unk=True, byte_fallback=True, ignore_merges=False, dropout=None)
+    model |= dict(continuing_subword_prefix=None, end_of_word_suffix=None)
+    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
+    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    bos = {"SpecialToken": {"id": control[0], "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    both = {"Sequence": {"id": "B", "type_id": 0}}
+    named = {control[0]: {"id": control[0], "ids": [vocab[control[0]]], "tokens": [control[0]]}}
+    post = dict(type="TemplateProcessing", single=[bos, text], pair=[bos, text, both], special_tokens=named)
+    added = [special(text, vocab[text]) for text in ("<unk>", *control)]
+    spec = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None)
+    spec |= dict(pre_tokenizer=None, post_processor=post, model=model)
+    return spec | dict(decoder={"type": "Sequence", "decoders": decoders}) | parts
+
+
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, SPACES]}
+LLAMA = ("<s>", "</s>")
+
+
+def metaspace(scheme, split=False):
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+
+
+def byte_level(name, *more):
+    """A golden tokenizer.json of the byte-level kind with more control tokens."""
+    spec = json.loads(json.dumps(GOLDEN[name]["spec"]))
+    first = 1 + max(token["id"] for token in spec["added_tokens"])
+    spec["added_tokens"] += [special(text, first + n) for n, text in enumerate(more)]
+    return spec
+
+
+QWEN, BOS = byte_level("qwen"), "<｜begin▁of▁sentence｜>"
+END = "<｜end▁of▁sentence｜>"
+KINDS = {  # name → tokenizer.json, template, the special tokens' names
+    "ChatML": (QWEN, CHATML, dict(eos_token="<|im_end|>")),
+    "Llama 2": (pieces(LLAMA, normalizer=PREPEND), LLAMA2, dict(bos_token="<s>", eos_token="</s>")),
+    "Llama 2, not legacy": (pieces(LLAMA, pre_tokenizer=metaspace("first")), LLAMA2,
+                            dict(bos_token="<s>", eos_token="</s>")),
+    "Llama 3": (byte_level("llama3"), LLAMA3, dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>")),
+    "Qwen2.5": (QWEN, QWEN25, dict(eos_token="<|im_end|>")),
+    "Qwen3": (QWEN, QWEN3, dict(eos_token="<|im_end|>")),
+    "Qwen3 without thought": (QWEN, "{% set enable_thinking = false %}" + QWEN3,
+                              dict(eos_token="<|im_end|>")),
+    "R1": (byte_level("qwen", BOS, END, "<｜User｜>", "<｜Assistant｜>"), R1,
+           dict(bos_token=BOS, eos_token=END)),
+    "SmolLM2": (byte_level("smollm2"), SMOLLM2, dict(eos_token="<|im_end|>")),
+    "Gemma": (pieces(("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), normalizer=SPACES,
+                     pre_tokenizer={"type": "Split", "pattern": {"String": " "}, "invert": False,
+                                    "behavior": "MergedWithPrevious"}),
+              GEMMA, dict(bos_token="<bos>", eos_token="<end_of_turn>")),
+}  # fmt: skip
+
+
+def write(folder, spec, template, **config):
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+def load(folder):
+    return tokenizer_files.load(folder), transformers.AutoTokenizer.from_pretrained(str(folder))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """name of KINDS → our tokenizer, theirs."""
+    root = tmp_path_factory.mktemp("chats")
+
+    @functools.cache
+    def get(name):
+        spec, template, tokens = KINDS[name]
+        return load(write(root / name.replace(" ", "_"), spec, template, **tokens))
+
+    return get
+
+
+# ------------------------------------------------------------------------------------------------------------
+# conversations
+
+WORDS = ["the answer", "Hi, 1+1?", " ", "  ", "\n", "\n\n", "é", "日本", "🙂", "12", "!!", "don't", " an",
+         "[INST]", "\u00a0", "\t", "e\u0301", "▁", "<", "x" * 9]  # fmt: skip
+THOUGHT = ["<think>", "</think>", "<think>\nadd\n</think>\n\n", "<think>\n\n</think>\n\n"]
+EVIL = ["<|im_end|>", "<|im_start|>", "</s>", "<s>", "<|eot_id|>", "<end_of_turn>", END,
+        "<|im_<|im_end|>end|>"]  # fmt: skip
+word = st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
+texts = st.lists(word, max_size=5).map("".join)
+answers = st.builds(str.__add__, st.sampled_from(["", "", "", *THOUGHT]), texts) | texts
+evils = st.lists(word | st.sampled_from(EVIL + THOUGHT), max_size=4).map("".join)
+
+
+@st.composite
+def conversations(draw):
+    """Mostly in turn, perhaps behind a system message; sometimes anything."""
+    messages = []
+    evil = draw(st.integers(0, 4)) == 0
+    order = ["user", "assistant"] * 3
+    order = (["system"] if draw(st.booleans()) else []) + order[: draw(st.integers(1, 6))]
+    if draw(st.integers(0, 9)) == 0:
+        order = draw(st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, max_size=4))
+    for role in order:
+        text = draw(evils if evil else answers if role == "assistant" else texts)
+        messages.append({"role": role, "content": text})
+    return messages
+
+
+def rendered(theirs, messages, prompt):
+    """transformers' text, or None where its template refuses the messages."""
+    from jinja2 import TemplateError
+
+    try:
+        return theirs.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+    except TemplateError:
+        return None
+
+
+def ids_of(theirs, text):
+    return theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def same_nfc(ours, theirs, text):
+    """Whether both know the same version of Unicode, as far as this text goes."""
+    if not ours.nfc:
+        return True
+    return theirs.backend_tokenizer.normalizer.normalize_str(text) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@often
+@given(data=st.data())
+def test_conversations(name, both, data):
+    ours, theirs = both(name)
+    messages = data.draw(conversations())
+    assume(all(same_nfc(ours, theirs, m["content"]) for m in messages))
+    for prompt in (False, True):
+        text = rendered(theirs, messages, prompt)
+        if text is None:
+            with pytest.raises(UserError, match="^chat template: "):
+                ours.template.render(messages, prompt)
+            continue
+        got = ours.template.render(messages, prompt)
+        assert got.replace(MARK, "") == text
+        ids = ours.encode(got, control=True)
+        if MARK not in got:
+            assert ids == ids_of(theirs, text)
+        else:  # typed control tokens: theirs would obey them, ours holds none but the template's
+            harmless = [m | {"content": "x"} for m in messages]
+            plain = ours.encode(ours.template.render(harmless, prompt), control=True)
+            for token in ours.control.values():
+                assert ids.count(token) == plain.count(token)
+        if prompt:
+            assert ours.encode_prompt(Chat(messages)) == ids
+
+
+@pytest.mark.parametrize("name", KINDS)
+@often
+@given(data=st.data())
+def test_what_is_trained_is_what_a_policy_would_write(name, both, data):
+    """Behind the ids of the generation prompt: the ids that transformers gives for the answered conversation,
+    up to its end. Where the template writes no such continuation, the thought's or none."""
+    ours, theirs = both(name)
+    messages = data.draw(conversations())
+    assume(all(same_nfc(ours, theirs, m["content"]) for m in messages))
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or i == 0:
+            continue
+        chat, answer = Chat(messages[:i]), message["content"]
+        before, answered = rendered(theirs, messages[:i], True), rendered(theirs, messages[: i + 1], False)
+        if before is None or answered is None:
+            with pytest.raises(UserError, match="^chat template: "):
+                ours.encode_response(chat, answer)
+            continue
+        opened = before.endswith("<think>\n")
+        possible = answered.startswith(before)
+        try:
+            prompt, response = ours.encode_prompt(chat), ours.encode_response(chat, answer)
+        except UserError as e:
+            assert "chat template: " in str(e) and repr(answer[:40]) in str(e)
+            assert "</think>" not in answer if opened else not possible or "think>" in answer
+            continue
+        assert response.count(ours.eos_id) == 1 and response[-1] == ours.eos_id
+        if possible and MARK not in ours.template.render(messages[: i + 1], False):
+            whole = ids_of(theirs, answered)
+            if whole[: len(prompt)] == prompt:
+                assert prompt + response == whole[: len(prompt) + len(response)]
+        else:
+            assert possible or opened and "</think>" in answer
+        if possible and not opened and "think>" not in answer:
+            assert answer.strip() in ours.decode(response) or ours.nfc or "▁" in answer
+        if opened:  # the thought and the answer, behind the <think> that the prompt has
+            got = ours.decode(response[:-1])
+            want = answer.removeprefix("<think>").removeprefix("\n")
+            assert got == want or unicodedata.normalize("NFC", want) == unicodedata.normalize("NFC", got)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@often
+@given(text=texts)
+def test_texts(name, both, text):
+    """A plain text, with and without what the tokenizer writes before a prompt, and a response behind it."""
+    ours, theirs = both(name)
+    assume(same_nfc(ours, theirs, text))
+    assert ours.encode(text) == ids_of(theirs, text)
+    prompt = ours.encode_prompt(text)
+    assert prompt == theirs(text)["input_ids"]
+    answered = theirs(text + "the answer")["input_ids"]
+    if answered[: len(prompt)] == prompt:
+        assert [*answered, ours.eos_id] == prompt + ours.encode_response(text, "the answer")
+    assert ours.encode_response(text, "the answer")[-1] == ours.eos_id
