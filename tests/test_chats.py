@@ -9,6 +9,7 @@ their families do. Conversations come from hypothesis, with white space, thought
 import functools
 import json
 import os
+import random
 import unicodedata
 from pathlib import Path
 
@@ -203,23 +204,38 @@ WORDS = ["the answer", "Hi, 1+1?", " ", "  ", "\n", "\n\n", "é", "日本", "�
 THOUGHT = ["<think>", "</think>", "<think>\nadd\n</think>\n\n", "<think>\n\n</think>\n\n"]
 EVIL = ["<|im_end|>", "<|im_start|>", "</s>", "<s>", "<|eot_id|>", "<end_of_turn>", END,
         "<|im_<|im_end|>end|>"]  # fmt: skip
-word = st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=4)
-texts = st.lists(word, max_size=5).map("".join)
-answers = st.builds(str.__add__, st.sampled_from(["", "", "", *THOUGHT]), texts) | texts
-evils = st.lists(word | st.sampled_from(EVIL + THOUGHT), max_size=4).map("".join)
+PLANES = [(0x20, 0x7E), (0x80, 0x24F), (0x300, 0x36F), (0x600, 0x6FF), (0x1E00, 0x206F), (0x3000, 0x30FF),
+          (0x4E00, 0x4FFF), (0xAC00, 0xACFF), (0xFB00, 0xFDCF), (0x1F300, 0x1FAFF),
+          (0x10000, 0x10FFFF)]  # fmt: skip
+seeds = st.integers(0, 2**64 - 1)
 
 
-@st.composite
-def conversations(draw):
-    """Mostly in turn, perhaps behind a system message; sometimes anything."""
+def random_text(rng, more=(), longest=5):
+    """Words, white space and characters of all planes, and some of these strings."""
+    out = []
+    for _ in range(rng.randint(0, longest)):
+        if more and rng.random() < 0.3:
+            out.append(rng.choice(more))
+        elif rng.random() < 0.7:
+            out.append(rng.choice(WORDS))
+        else:
+            low, high = rng.choice(PLANES)
+            out += [chr(rng.randint(low, high)) for _ in range(rng.randint(1, 4))]
+    return "".join(out)
+
+
+def conversation(rng):
+    """Mostly in turn, perhaps behind a system message; sometimes anything. One in five has control tokens."""
+    evil = EVIL + THOUGHT if rng.random() < 0.2 else []
+    order = ["system"] if rng.random() < 0.5 else []
+    order += (["user", "assistant"] * 3)[: rng.randint(1, 6)]
+    if rng.random() < 0.1:
+        order = [rng.choice(["system", "user", "assistant"]) for _ in range(rng.randint(1, 4))]
     messages = []
-    evil = draw(st.integers(0, 4)) == 0
-    order = ["user", "assistant"] * 3
-    order = (["system"] if draw(st.booleans()) else []) + order[: draw(st.integers(1, 6))]
-    if draw(st.integers(0, 9)) == 0:
-        order = draw(st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, max_size=4))
     for role in order:
-        text = draw(evils if evil else answers if role == "assistant" else texts)
+        text = random_text(rng, evil)
+        if role == "assistant" and rng.random() < 0.4:
+            text = rng.choice(THOUGHT) + text
         messages.append({"role": role, "content": text})
     return messages
 
@@ -247,10 +263,11 @@ def same_nfc(ours, theirs, text):
 
 @pytest.mark.parametrize("name", KINDS)
 @often
-@given(data=st.data())
-def test_conversations(name, both, data):
+@given(seed=seeds)
+def test_conversations(name, both, seed):
+    """Prompts, and the conversations as far as they go: text and ids of transformers, or refused as there."""
     ours, theirs = both(name)
-    messages = data.draw(conversations())
+    messages = conversation(random.Random(seed))
     assume(all(same_nfc(ours, theirs, m["content"]) for m in messages))
     for prompt in (False, True):
         text = rendered(theirs, messages, prompt)
@@ -270,55 +287,57 @@ def test_conversations(name, both, data):
                 assert ids.count(token) == plain.count(token)
         if prompt:
             assert ours.encode_prompt(Chat(messages)) == ids
-
-
-@pytest.mark.parametrize("name", KINDS)
-@often
-@given(data=st.data())
-def test_what_is_trained_is_what_a_policy_would_write(name, both, data):
-    """Behind the ids of the generation prompt: the ids that transformers gives for the answered conversation,
-    up to its end. Where the template writes no such continuation, the thought's or none."""
-    ours, theirs = both(name)
-    messages = data.draw(conversations())
-    assume(all(same_nfc(ours, theirs, m["content"]) for m in messages))
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i == 0:
-            continue
-        chat, answer = Chat(messages[:i]), message["content"]
-        before, answered = rendered(theirs, messages[:i], True), rendered(theirs, messages[: i + 1], False)
-        if before is None or answered is None:
-            with pytest.raises(UserError, match="^chat template: "):
-                ours.encode_response(chat, answer)
-            continue
-        opened = before.endswith("<think>\n")
-        possible = answered.startswith(before)
-        try:
-            prompt, response = ours.encode_prompt(chat), ours.encode_response(chat, answer)
-        except UserError as e:
-            assert "chat template: " in str(e) and repr(answer[:40]) in str(e)
-            assert "</think>" not in answer if opened else not possible or "think>" in answer
-            continue
-        assert response.count(ours.eos_id) == 1 and response[-1] == ours.eos_id
-        if possible and MARK not in ours.template.render(messages[: i + 1], False):
-            whole = ids_of(theirs, answered)
-            if whole[: len(prompt)] == prompt:
-                assert prompt + response == whole[: len(prompt) + len(response)]
-        else:
-            assert possible or opened and "</think>" in answer
-        if possible and not opened and "think>" not in answer:
-            assert answer.strip() in ours.decode(response) or ours.nfc or "▁" in answer
-        if opened:  # the thought and the answer, behind the <think> that the prompt has
-            got = ours.decode(response[:-1])
-            want = answer.removeprefix("<think>").removeprefix("\n")
-            assert got == want or unicodedata.normalize("NFC", want) == unicodedata.normalize("NFC", got)
+        if message["role"] == "assistant" and i > 0:
+            check_answer(ours, theirs, messages[:i], message)
+
+
+def check_answer(ours, theirs, messages, message):
+    """What is trained is what a policy would write.
+
+    Behind the ids of the generation prompt stand the ids that transformers gives for the answered
+    conversation, up to its end; behind a thought that the prompt opened, the answer from there on. It is
+    refused only where the template writes no such continuation.
+    """
+    chat = Chat(messages)
+    answer = message["content"]
+    before = rendered(theirs, messages, True)
+    answered = rendered(theirs, [*messages, message], False)
+    if before is None or answered is None:
+        with pytest.raises(UserError, match="^chat template: "):
+            ours.encode_response(chat, answer)
+        return
+    opened = before.endswith("<think>\n")
+    possible = answered.startswith(before)
+    try:
+        response = ours.encode_response(chat, answer)
+    except UserError as e:
+        assert str(e).startswith("chat template: ") and repr(answer[:40]) in str(e)
+        assert "</think>" not in answer if opened else not possible or "think>" in answer
+        return
+    assert response.index(ours.eos_id) == len(response) - 1
+    if opened:  # the thought and the answer, behind the <think> that the prompt has
+        want = answer.removeprefix("<think>").removeprefix("\n")
+        got = ours.decode(response[:-1])
+        assert unicodedata.normalize("NFC", got) == unicodedata.normalize("NFC", want)
+        return
+    assert possible
+    if MARK not in ours.template.render([*messages, message], False):
+        prompt = ours.encode_prompt(chat)
+        whole = ids_of(theirs, answered)
+        if whole[: len(prompt)] == prompt:
+            assert prompt + response == whole[: len(prompt) + len(response)]
+        else:  # a token would span prompt and response: both are cut alone
+            assert ours.decode(prompt + response) == ours.decode(whole)[: len(ours.decode(prompt + response))]
 
 
 @pytest.mark.parametrize("name", KINDS)
 @often
-@given(text=texts)
-def test_texts(name, both, text):
+@given(seed=seeds)
+def test_texts(name, both, seed):
     """A plain text, with and without what the tokenizer writes before a prompt, and a response behind it."""
     ours, theirs = both(name)
+    text = random_text(random.Random(seed), longest=9)
     assume(same_nfc(ours, theirs, text))
     assert ours.encode(text) == ids_of(theirs, text)
     prompt = ours.encode_prompt(text)

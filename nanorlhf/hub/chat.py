@@ -49,22 +49,22 @@ class Template:
         """
         before = self.render(messages, True)
         answered = self.render([*messages, {"role": "assistant", "content": response}], False)
-        parts = [part.strip() for part in self._disarm(response).split("</think>")]
-        thought = parts[0].removeprefix("<think>").strip()
+        text = self._disarm(response).removeprefix("<think>")
+        parts = [part.strip() for part in text.split("</think>")]  # a template may write other white space
         after = answered.removeprefix(before)
-        if answered.startswith(before) and thought in after and parts[-1] in after:
+        kept = all(part in after for part in parts) and (len(parts) == 1 or "</think>" in after)
+        if answered.startswith(before) and kept:
             return before, after
         opening = before[before.rfind("<think>") :]
         opens = opening.strip() == "<think>"
         shown = f"{response[:40]!r} behind its generation prompt, {before[-40:]!r}"
         require(opens, f"chat template: it does not write the response {shown}")
         require(len(parts) > 1, f"chat template: no thought, ended by </think>, in the response {shown}")
-        text = self._disarm(response).removeprefix("<think>")
         if opening.endswith("\n"):
             text = text.removeprefix("\n")
-        if parts[-1]:
-            text = text.rstrip() + answered.rpartition(parts[-1])[2]
-        return before, text
+        any_answer = {"role": "assistant", "content": "\ufdd0"}  # no character: its one place shows the end
+        end = self.render([*messages, any_answer], False).rpartition("\ufdd0")[2]
+        return before, text + end
 
     def _disarm(self, text):
         """A text of a message with a MARK behind the first character of every control token in it."""
