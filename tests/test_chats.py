@@ -346,3 +346,154 @@ def test_texts(name, both, seed):
     if answered[: len(prompt)] == prompt:
         assert [*answered, ours.eos_id] == prompt + ours.encode_response(text, "the answer")
     assert ours.encode_response(text, "the answer")[-1] == ours.eos_id
+
+
+# ------------------------------------------------------------------------------------------------------------
+# tokenizers of every kind
+
+
+def flagged(**flags):
+    """The byte-level tokenizer of Qwen, whose control tokens have these flags."""
+    spec = byte_level("qwen")
+    spec["added_tokens"] = [token | (flags if token["special"] else {}) for token in spec["added_tokens"]]
+    return spec
+
+
+def words_flagged(**flags):
+    spec = byte_level("qwen")
+    spec["added_tokens"] = [token | ({} if token["special"] else flags) for token in spec["added_tokens"]]
+    return spec
+
+
+def spaced():
+    spec = byte_level("gpt2")
+    return spec | {"pre_tokenizer": spec["pre_tokenizer"] | {"add_prefix_space": True}}
+
+
+def unigram(scheme):
+    """A Unigram model, as T5 and older Gemma have it."""
+    spec = pieces(LLAMA, pre_tokenizer=metaspace(scheme, True))
+    spec["added_tokens"] = [special("<unk>", 0), special("<s>", 400), special("</s>", 401)]
+    texts = [text for text in spec["model"]["vocab"] if text not in LLAMA]
+    vocab = [[text, -float(n % 7 + (len(text) < 2))] for n, text in enumerate(texts)]
+    vocab += [[f"unused {n}", -99.0] for n in range(len(vocab), 400)]
+    model = dict(type="Unigram", unk_id=0, vocab=vocab, byte_fallback=True)
+    spec["post_processor"]["special_tokens"]["<s>"]["ids"] = [400]
+    return spec | {"model": model}
+
+
+VARIANTS = {
+    "lstrip": flagged(lstrip=True),
+    "rstrip": flagged(rstrip=True),
+    "single_word": flagged(single_word=True),
+    "all three": flagged(lstrip=True, rstrip=True, single_word=True),
+    "words with lstrip": words_flagged(lstrip=True),
+    "words with single_word": words_flagged(single_word=True),
+    "words, normalized": words_flagged(normalized=True),
+    "pieces with rstrip": pieces(LLAMA, normalizer=PREPEND, added_tokens=[
+        special("<unk>", 0), special("<s>", 1, rstrip=True), special("</s>", 2, lstrip=True, rstrip=True)]),
+    "Prepend": pieces(LLAMA, normalizer=PREPEND),
+    "Unigram, first": unigram("first"),
+    "Unigram, always": unigram("always"),
+    "add_prefix_space": spaced(),
+    **{f"{scheme}, {split}": pieces(LLAMA, pre_tokenizer=metaspace(scheme, split))
+       for scheme in ("first", "always", "never") for split in (True, False)},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory):
+    root = tmp_path_factory.mktemp("variants")
+
+    @functools.cache
+    def get(name):
+        spec = VARIANTS[name]
+        eos = next(t["content"] for t in spec["added_tokens"] if t["special"] and t["content"] != "<unk>")
+        return load(write(root / name.replace(" ", "_"), spec, CHATML, eos_token=eos))
+
+    return get
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@often
+@given(seed=seeds)
+def test_control_tokens_of_every_kind(name, variant, seed):
+    """A template's text with control tokens anywhere in it, and texts without."""
+    ours, theirs = variant(name)
+    rng = random.Random(seed)
+    text = random_text(rng, [*ours.control, *THOUGHT, "x", " x "], longest=9)
+    assume(same_nfc(ours, theirs, text))
+    assert ours.encode(text, control=True) == ids_of(theirs, text)
+    plain = random_text(rng, THOUGHT, longest=9)
+    assume(same_nfc(ours, theirs, plain))
+    assert ours.encode(plain) == ids_of(theirs, plain)
+    assert ours.encode_prompt(plain) == theirs(plain)["input_ids"]
+    evil = random_text(rng, [*ours.control], longest=9)
+    assert not set(ours.encode(evil)) & set(ours.control.values()) - {ours.control.get("<unk>")}
+    message = [{"role": "user", "content": evil}]
+    if "word" in name or name == "all three":  # beside a letter the template's own is none, as theirs
+        return
+    ids = ours.encode_prompt(Chat(message))
+    plain = ours.encode_prompt(Chat([{"role": "user", "content": ""}]))
+    for token in set(ours.control.values()) - {ours.control.get("<unk>")}:
+        assert ids.count(token) == plain.count(token)
+
+
+LLAMA_CLASS = {"tokenizer_class": "LlamaTokenizer"}
+UNIGRAM_LLAMA = pieces(LLAMA, pre_tokenizer=metaspace("first"), model=dict(
+    type="Unigram", unk_id=0, byte_fallback=False,
+     vocab=[["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0], ["s", -1.0]]))
+REFUSED = {
+    "a user's text '<s>' is a control token": UNIGRAM_LLAMA,
+    "could not be told": flagged(normalized=True, lstrip=True),
+    "writes tokens behind a text": pieces(LLAMA, post_processor=dict(
+        type="TemplateProcessing", pair=[], special_tokens={}, single=[
+            {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}])),
+    "post-processor is of type Roberta": byte_level("gpt2") | {"post_processor": {
+        "type": "RobertaProcessing", "sep": ["a", 0], "cls": ["a", 0], "trim_offsets": True,
+        "add_prefix_space": False}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("says", REFUSED)
+def test_a_tokenizer_that_would_differ_is_refused(says, tmp_path):
+    eos = next(t["content"] for t in REFUSED[says]["added_tokens"] if t["special"])
+    with pytest.raises(UserError, match=f"tokenizer.json: .*{says}"):
+        tokenizer_files.load(write(tmp_path, REFUSED[says], CHATML, eos_token=eos))
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(add_bos_token=False), "add_bos_token=False"),
+    (dict(add_eos_token=True), "add_eos_token=True"),
+    (dict(add_prefix_space=False), "add_prefix_space=False"),
+    (dict(added_tokens_decoder={"2": special("</s>", 2, lstrip=True)}), "the token '</s>' otherwise"),
+    (dict(added_tokens_decoder={"9": special("<x>", 9)}), "the token '<x>' otherwise"),
+    (dict(bos_token="<begin>", chat_template="{{ bos_token }}" + CHATML), "bos_token is no control token"),
+    (dict(tokenizer_class="LlamaTokenizer"), "versions of transformers differ on a LlamaTokenizer"),
+    (dict(tokenizer_class="LlamaTokenizerFast", legacy=True), "versions of transformers differ"),
+    (dict(add_bos_token=True, add_prefix_space=True, add_eos_token=False, legacy=True), None),
+    (dict(added_tokens_decoder={"2": special("</s>", 2)}), None),
+], ids=str)  # fmt: skip
+def test_a_config_that_contradicts_the_tokenizer(change, says, tmp_path):
+    """tokenizer_config.json against tokenizer.json; where it agrees, the ids are theirs."""
+    config = dict(bos_token="<s>", eos_token="</s>") | change
+    for token in config.get("added_tokens_decoder", {}).values():
+        token.pop("id", None)
+    folder = write(tmp_path, pieces(LLAMA, normalizer=PREPEND), config.pop("chat_template", CHATML), **config)
+    if says:
+        with pytest.raises(UserError, match=f"tokenizer.json: .*{says}"):
+            tokenizer_files.load(folder)
+        return
+    ours, theirs = load(folder)
+    for text in ("Hi  there", " a", "▁", ""):
+        assert ours.encode_prompt(text) == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_llama_tokenizer_whose_class_agrees(legacy, tmp_path):
+    spec = pieces(LLAMA, pre_tokenizer=metaspace("always" if legacy else "first"))
+    config = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=legacy)
+    ours, theirs = load(write(tmp_path, spec, LLAMA2, tokenizer_class="LlamaTokenizer", **config))
+    for seed in range(200):
+        text = random_text(random.Random(seed), LLAMA, longest=9)
+        assert ours.encode(text, control=True) == ids_of(theirs, text)

@@ -308,7 +308,12 @@ def _load_with_library(path, reason):
         for token in spec["added_tokens"]:
             plain = len(token["content"]) > 1 and not token["normalized"]
             _need(plain or not token["special"], f"{token['content']!r} could not be told from a user's text")
-        return LibraryTokenizer(spec, control, _roles(path.parent, control, spec))
+        tok = LibraryTokenizer(spec, control, _roles(path.parent, control, spec))
+        unknown = (spec["model"].get("unk_id"), spec["model"].get("unk_token"))
+        for text, i in control.items():
+            harmless = i in unknown or text in unknown or i not in tok.encode(text)
+            _need(harmless, f"a user's text {text!r} is a control token")
+        return tok
     except Exception as e:  # Inexact, or what the package raises: a bare Exception
         raise UserError(f"{path}: {reason}; {' '.join(str(e).split())}") from None
 
