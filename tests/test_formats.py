@@ -185,18 +185,18 @@ def test_files(tmp_path, monkeypatch):
 
 
 OTHER_FILES = {
-    b"\xfd7zXZ\0...": "an xz archive; first unxz FILE",
-    b"PK\3\4...": "a zip archive; first unzip FILE",
-    b"BZh91AY": "a bzip2 archive; first bunzip2",
-    b"\x28\xb5\x2f\xfd...": "a zstd archive; first unzstd",
-    b"ARROW1\0\0": "an Arrow file; first datasets.Dataset.from_file",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n": "a Git LFS pointer.*git lfs pull",
-    b"\n<!DOCTYPE html><html>": "a web page or XML; first download",
-    b'\n{\n  "prompt": "p"\n}\n{\n  "prompt": "q"\n}\n': "2: bad JSON: pretty-printed.*jq -c",
-    b'{\n  "data": [\n  {"prompt": "p"}]}': "1: bad JSON: pretty-printed",
-    b'{"prompt": "p",\n "answer": 3}\n': "1: bad JSON: pretty-printed",
-    b'{"messages": [\n {}]}\n': "1: bad JSON: pretty-printed",
-    b'{"prompt": "p"},\n{"prompt": "q"}\n': "1: bad JSON at column 16",
+    b"\xfd7zXZ\0...": " an xz archive; unpack it first: unxz",
+    b"PK\3\4...": " a zip archive; unpack it first: unzip",
+    b"BZh91AY": " a bzip2 archive; unpack it first: bunzip2",
+    b"\x28\xb5\x2f\xfd...": " a zstd archive; unpack it first: unzstd",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n": " a Git LFS pointer.*git lfs pull",
+    b"<!DOCTYPE html><html>": " a web page or XML, no JSON; download",
+    b'\n{\n  "prompt": "p"\n}\n{\n  "prompt": "q"\n}\n': "2: bad JSON at column 2.*each object on one line",
+    b'{\n  "data": [\n  {"prompt": "p"}]}': "1: bad JSON.*each object on one line",
+    b'{"prompt": "p",\r\n "answer": 3}\n': "1: bad JSON.*each object on one line",
+    b'{"messages": [\n {}]}\n': "1: bad JSON.*each object on one line",
+    b'{"prompt": "p"},\n{"prompt": "q"}\n': "1: bad JSON at column 16 .Extra data",
+    b"question,answer\n1+1,2\n": "1: bad JSON at column 1 .*expected an object",
 }
 
 
@@ -204,12 +204,9 @@ OTHER_FILES = {
 def test_a_file_of_another_kind_names_its_cure(data, tmp_path):
     for packed in (data, gzip.compress(data)):
         (tmp_path / "x.json").write_bytes(packed)
-        with pytest.raises(UserError, match=f"^--data: {tmp_path}/x.json:[ ]?{OTHER_FILES[data]}") as e:
+        with pytest.raises(UserError, match=f"^--data: {tmp_path}/x.json:{OTHER_FILES[data]}") as e:
             read_rows(tmp_path / "x.json", "prompts")
         assert "\n" not in str(e.value)
-    (tmp_path / "x.csv").write_text("question,answer\n1+1,2\n")
-    with pytest.raises(UserError, match=r"x.csv: a table of text, no JSON; first pandas.read_csv"):
-        read_rows(tmp_path / "x.csv", "prompts")
 
 
 def test_parquet(tmp_path, monkeypatch):
@@ -293,8 +290,6 @@ def test_parquet(tmp_path, monkeypatch):
      '"chosen" begins with a turn of the user'),
     ("pairs", {"prompt": [HI], "chosen": [YES | {"weight": 0}], "rejected": [NO]},
      'no answer of "chosen" is to be'),
-    ("pairs", {"prompt": "q" * 30, "chosen": "q" * 30 + "a", "rejected": "q" * 30 + "b"},
-     "repeat the prompt"),
     ("demos", {"prompt": "p", "response": "r", "label": 0},
      '"label" beside "response" is a labelled completion'),
     ("demos", {"instruction": "p", "output": "r", "label": True},

@@ -11,15 +11,14 @@ from pathlib import Path
 
 from nanorlhf.errors import UserError, blame, require
 
-# The first bytes of a file that holds no rows: what it is, and the command that makes rows of it.
-NO_ROWS = {
-    b"\xfd7zXZ": ("an xz archive", "unxz FILE"),
-    b"PK\3\4": ("a zip archive", "unzip FILE"),
-    b"BZh": ("a bzip2 archive", "bunzip2 FILE"),
-    b"\x28\xb5\x2f\xfd": ("a zstd archive", "unzstd FILE"),
-    b"ARROW1": ("an Arrow file", "datasets.Dataset.from_file(FILE).to_json(NEW)"),
-    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull"),
-    b"<": ("a web page or XML", "download the raw file"),
+# The first bytes of files that hold no rows: what they are, and what to do.
+OTHER_FILES = {
+    b"\xfd7zXZ": "an xz archive; unpack it first: unxz FILE",
+    b"PK\3\4": "a zip archive; unpack it first: unzip FILE",
+    b"BZh": "a bzip2 archive; unpack it first: bunzip2 FILE",
+    b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it first: unzstd FILE",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch that: git lfs pull",
+    b"<": "a web page or XML, no JSON; download the file itself",
 }
 
 
@@ -60,7 +59,8 @@ def read_objects(path, flag, required):
         with blame(where):
             items = enumerate(_load(data), start=1)
     else:
-        _refuse_other_files(data, where)
+        for start, message in OTHER_FILES.items():
+            require(not data.startswith(start), f"{where}: {message}")
         # Split at newlines only: str.splitlines also breaks at U+2028, which JSON strings may hold.
         lines = enumerate(data.split(b"\n"), start=1)
         items = [(number, line) for number, line in lines if line.strip()]
@@ -82,22 +82,6 @@ def _read_bytes(path, where):
         raise UserError(f"{where}: damaged gzip file ({e}); fetch or compress it again") from None
     except OSError as e:
         raise UserError(f"{where}: {e.strerror}; expected a .jsonl, .json, .gz or .parquet file") from None
-
-
-def _refuse_other_files(data, where):
-    """UserError for a file of NO_ROWS, for a table, and for objects spread over lines, as `jq .` prints."""
-    start = data.lstrip()
-    for magic, (kind, cure) in NO_ROWS.items():
-        require(not start.startswith(magic), f"{where}: {kind}; first {cure}")
-    first = start.split(b"\n", 1)[0].strip()
-    goes_on = first[-1:] in b"{[," and first[-2:] != b"},"
-    pretty = first[:1] == b"{" and goes_on and start[len(first) :].strip()
-    number = 1 + data[: len(data) - len(start)].count(b"\n")
-    cure = "expected one object a line: jq -c . FILE > NEW.jsonl"
-    require(not pretty, f"{where}:{number}: bad JSON: pretty-printed, as the object goes on below; {cure}")
-    named_csv = where.removesuffix(".gz").endswith((".csv", ".tsv"))
-    to_json = "pandas.read_csv(FILE).to_json(NEW, orient='records', lines=True)"
-    require(not named_csv or first[:1] == b"{", f"{where}: a table of text, no JSON; first {to_json}")
 
 
 def _read_parquet(data, where):
@@ -137,7 +121,10 @@ def _load(data):
         at = f"column {e.colno}"
         if b"\n" in data.strip():
             at = f"line {e.lineno}, {at}"
-        raise UserError(f"bad JSON at {at} ({e.msg}); expected an object") from None
+        cure = "an object"
+        if data.rstrip()[-1:] in (b"{", b"[", b","):  # pretty-printed
+            cure = "each object on one line: jq -c . FILE > NEW.jsonl"
+        raise UserError(f"bad JSON at {at} ({e.msg}); expected {cure}") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"bad JSON ({e}); expected an object") from None
 

@@ -215,9 +215,6 @@ def _pair(row):
         return _pair_of_transcripts(row)
     prompt = _prompt(row, key, "pairs")
     check_text(row, ("chosen", "rejected"))
-    twice = row["chosen"].startswith(prompt) and row["rejected"].startswith(prompt)
-    twice = twice and len(prompt) > 20  # two answers begin with a shorter one by chance
-    require(not twice, '"chosen" and "rejected" repeat the prompt; give the answers alone')
     found = {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
     return f"{key} + chosen + rejected", found
 

@@ -17,6 +17,11 @@ from nanorlhf.hub.files import read_json
 from nanorlhf.tokenizer import MARK, Extras, Tokenizer
 
 REMOVED = "\ufdd0\ufdd1\ufdd2\ufdd3"  # no characters, so no text holds them; LibraryTokenizer's MARK
+NO_PREFIX = {
+    r'"prepend": "[^"]*"': '"prepend": ""',
+    r'"prepend_scheme": "(first|always)"': '"prepend_scheme": "never"',
+    r'"add_prefix_space": true': '"add_prefix_space": false',
+}
 FILE = "nanorlhf_tokenizer.json"  # of kind "chars"; the others are saved as tokenizer.json
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN = (
@@ -149,15 +154,14 @@ def _check_config(config, spec, bos):
     for i, token in (config.get("added_tokens_decoder") or {}).items():
         same = in_file.get(int(i), {}) | token == in_file.get(int(i))
         _need(same, f"tokenizer_config.json describes the token {token['content']!r} otherwise")
-    steps = [*_steps(spec.get("normalizer")), *_steps(spec.get("pre_tokenizer"))]
-    schemes = [step.get("prepend_scheme", step["type"]) for step in steps]
-    prefix = not {"Prepend", "first", "always"}.isdisjoint(schemes)
-    prefix = prefix or any(step.get("add_prefix_space") for step in steps)
+    steps = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer")}
+    prefix = _without_prefix(steps) != json.dumps(steps)
     for key, right in (("add_bos_token", bool(bos)), ("add_prefix_space", prefix), ("add_eos_token", False)):
         agrees = config.get(key) in (None, right)
         _need(agrees, f"tokenizer_config.json has {key}={config.get(key)}, tokenizer.json has not")
-    if str(config.get("tokenizer_class")).startswith("Llama") and "ByteLevel" not in str(spec):
-        same = schemes == ["always" if config.get("legacy") else "first"]
+    if str(config.get("tokenizer_class")).startswith("Llama") and "ByteLevel" not in str(steps):
+        scheme = "always" if config.get("legacy") else "first"
+        same = not steps["normalizer"] and steps["pre_tokenizer"].get("prepend_scheme") == scheme
         cure = 'or take the file as it stands: "tokenizer_class": "PreTrainedTokenizerFast"'
         _need(same, f"versions of transformers differ on a LlamaTokenizer with this tokenizer.json; {cure}")
 
@@ -233,7 +237,7 @@ class LibraryTokenizer(Tokenizer):
     """
 
     def __init__(self, spec, control, extras):
-        self.library = _run_by_library(spec)
+        self.library = _run_by_library(json.dumps(spec))
         self.inside = _run_by_library(_without_prefix(spec))
         super().__init__("library", "", {}, control, extras)
         self.vocab_size = max(self.vocab_size, self.library.get_vocab_size())
@@ -268,13 +272,13 @@ class LibraryTokenizer(Tokenizer):
         return self.library.decode(known, skip_special_tokens=False)
 
 
-def _run_by_library(spec):
+def _run_by_library(text):
     """The package's tokenizer of a tokenizer.json. It takes REMOVED out once it has found control tokens."""
     import tokenizers
 
+    spec = json.loads(text)
     remove = {"type": "Replace", "pattern": {"String": REMOVED}, "content": ""}
-    steps = [remove, *_steps(spec.get("normalizer"))]
-    spec = spec | {"normalizer": {"type": "Sequence", "normalizers": steps}}
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [remove, *_steps(spec.get("normalizer"))]}
     library = tokenizers.Tokenizer.from_str(json.dumps(spec))
     library.no_truncation()
     library.no_padding()
@@ -282,17 +286,11 @@ def _run_by_library(spec):
 
 
 def _without_prefix(spec):
-    """The same tokenizer.json, but that writes no space before a text."""
-    normalizers = [step for step in _steps(spec.get("normalizer")) if step["type"] != "Prepend"]
-    splits = []
-    for step in _steps(spec.get("pre_tokenizer")):
-        if step["type"] in ("ByteLevel", "Metaspace"):
-            step = step | {"add_prefix_space": False, "prepend_scheme": "never"}
-        splits.append(step)
-    return spec | {
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
-    }
+    """The text of this tokenizer.json, but that it writes no space before a text."""
+    text = json.dumps(spec)
+    for setting, never in NO_PREFIX.items():
+        text = regex.sub(setting, never, text)
+    return text
 
 
 def _load_with_library(path, reason):
