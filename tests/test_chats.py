@@ -444,8 +444,8 @@ UNIGRAM_LLAMA = pieces(LLAMA, pre_tokenizer=metaspace("first"), model=dict(
     type="Unigram", unk_id=0, byte_fallback=False,
      vocab=[["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0], ["s", -1.0]]))
 REFUSED = {
-    "a user's text '<s>' is a control token": UNIGRAM_LLAMA,
-    "could not be told": flagged(normalized=True, lstrip=True),
+    "a user's text '<s>' would be": UNIGRAM_LLAMA,
+    "a user's text .* would be the control token": flagged(normalized=True, lstrip=True),
     "writes tokens behind a text": pieces(LLAMA, post_processor=dict(
         type="TemplateProcessing", pair=[], special_tokens={}, single=[
             {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}])),

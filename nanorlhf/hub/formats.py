@@ -10,6 +10,7 @@ its other keys. A question, an instruction or a conversation becomes a `Chat`, w
 a "prompt" that is a string is taken as it stands. A key that changes what is learnt is used or refused.
 """
 
+import itertools
 import re
 
 from nanorlhf.errors import UserError, require
@@ -140,7 +141,7 @@ def _recognise(row, want):
 
 def _labelled(row, want, label):
     """One completion, liked or not. As a demonstration it might be a bad one, so only KTO takes it."""
-    key = _first(row, (*RESPONSES, *CHATS), "completion")
+    key = _first(row, (*RESPONSES, *CHATS))
     message = f'"label" beside "{key}" is a labelled completion, not a pair of "chosen" and "rejected"'
     require(want == "kto", f"{message}; train_dpo.py --loss kto reads such rows")
     require(isinstance(label, bool), f'"label" is {label!r}, expected true or false')
@@ -210,7 +211,7 @@ def _pair(row):
     """Strings, messages or transcripts."""
     if isinstance(row.get("chosen"), (list, dict)):
         return _pair_of_messages(row)
-    key = _first(row, QUESTIONS, "prompt")
+    key = _first(row, QUESTIONS)
     if key not in row and row.keys() >= {"chosen", "rejected"}:
         return _pair_of_transcripts(row)
     prompt = _prompt(row, key, "pairs")
@@ -282,17 +283,19 @@ def _message(m, place):
     m = m if isinstance(m, dict) else {}
     _refuse_keys(m, place)
     name = m.get("role", m.get("from"))
-    key = _first(m, ("content", "value"), None)
-    require(isinstance(name, str) and key, f'{place} has no "role" and "content" (or "from" and "value")')
+    right = isinstance(name, str) and not m.keys().isdisjoint(("content", "value"))
+    require(right, f'{place} has no "role" and "content" (or "from" and "value")')
+    key = _first(m, ("content", "value"))
+    text = m.get(key)
     cure = 'expected one string (of a list of parts their joined text, "" for null)'
-    require(isinstance(m[key], str), f'"{key}" of {place} is a {json_type(m[key])}, {cure}')
+    require(isinstance(text, str), f'"{key}" of {place} is a {json_type(text)}, {cure}')
     role = next((role for role, names in ROLES.items() if name.strip().lower() in names), None)
     require(role, f'the role {name!r} of {place} is unknown; expected user, assistant or system')
-    message = {"role": role, "content": _with_thought(m, m[key])}
+    message = {"role": role, "content": _with_thought(m, text)}
     for key in ("weight", "train"):
         right = m.get(key) in (None, 0, role == "assistant")
         require(right, f'"{key}" of {place} is {m.get(key)!r}; an answer has 0 or 1, other messages 0')
-        if m.get(key) == 0:
+        if m.get(key) == 0 and role == "assistant":
             message["train"] = False
     return message
 
@@ -310,15 +313,16 @@ def _with_thought(item, text):
 
 def _system(row):
     """The system's turn, if it stands in a key of its own."""
-    key = _first(row, ("system", "system_prompt"), "system")
+    key = _first(row, ("system", "system_prompt"))
     if not row.get(key):
         return []
     check_text(row, (key,))
     return [{"role": "system", "content": row[key]}]
 
 
-def _first(row, names, default):
-    return next((name for name in names if name in row), default)
+def _first(row, names):
+    """The first of these keys that has a value."""
+    return next((name for name in names if row.get(name)), names[0])
 
 
 def _single(row, want):
@@ -376,7 +380,7 @@ def _prompt(row, key, want):
 
 def _choices(row):
     """[(label, text)] of a list, of an object {"A": text}, or of ARC's {"text": [...], "label": [...]}."""
-    key = _first(row, ("options", "choices"), None)
+    key = _first(row, ("options", "choices"))
     choices = row.get(key)
     if not choices:
         return []
@@ -384,10 +388,10 @@ def _choices(row):
     if isinstance(choices, list) and len(choices) <= len(LETTERS):
         pairs = list(zip(LETTERS, choices))
     elif isinstance(choices, dict) and choices.keys() == {"text", "label"}:
-        pairs = list(zip(choices["label"], choices["text"]))
+        pairs = list(itertools.zip_longest(choices["label"], choices["text"]))
     elif isinstance(choices, dict):
         pairs = [(label, text) for label, text in choices.items() if text is not None]
-    right = pairs and all(isinstance(text, (str, int, float)) for _, text in pairs)
+    right = pairs and all(isinstance(x, (str, int, float)) for pair in pairs for x in pair)
     require(right, f'"{key}" is {choices!r:.40}, expected at most {len(LETTERS)} choices of text')
     return [(str(label), str(text)) for label, text in pairs]
 

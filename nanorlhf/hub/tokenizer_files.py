@@ -303,14 +303,11 @@ def _load_with_library(path, reason):
     try:
         spec = json.loads(path.read_text("utf-8"))
         control = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
-        for token in spec["added_tokens"]:
-            plain = len(token["content"]) > 1 and not token["normalized"]
-            _need(plain or not token["special"], f"{token['content']!r} could not be told from a user's text")
         tok = LibraryTokenizer(spec, control, _roles(path.parent, control, spec))
-        unknown = (spec["model"].get("unk_id"), spec["model"].get("unk_token"))
+        unknown = spec["model"].get("unk_id", control.get(spec["model"].get("unk_token")))
         for text, i in control.items():
-            harmless = i in unknown or text in unknown or i not in tok.encode(text)
-            _need(harmless, f"a user's text {text!r} is a control token")
+            typed = tok.encode(text[0] + MARK + text[1:], control=True)
+            _need(i == unknown or i not in typed, f"a user's text {text!r} would be the control token")
         return tok
     except Exception as e:  # Inexact, or what the package raises: a bare Exception
         raise UserError(f"{path}: {reason}; {' '.join(str(e).split())}") from None
