@@ -254,27 +254,30 @@ class Tokenizer:
 
         It is tokenized apart from the prompt, because no policy can sample a merge across the boundary. The
         response to a Chat is what the template writes behind its own generation prompt, up to the end of the
-        turn; it is the bare response where the template rewrites the prompt once it is answered.
+        turn. UserError where that would not be the response.
 
         >>> Tokenizer.from_chars("ab=").encode_response("a=", "b")  # EOS is 3
         [1, 3]
         """
         if isinstance(prompt, Chat) and self.template:
-            before = self.template.render(prompt.messages, True)
-            answer = {"role": "assistant", "content": response.removeprefix(" ")}  # a transcript's space
-            answered = self.template.render([*prompt.messages, answer], False)
-            if answered.startswith(before):
-                ids = self.encode(answered[len(before) :], control=True)
-                for i, token in enumerate(ids):
-                    if token in self.stop_ids:
-                        return ids[: i + 1]
-                return [*ids, self.eos_id]
-        return [*self.encode(response), self.eos_id]
+            if prompt.endswith(":"):  # of a transcript, where a space follows; a template writes its own
+                response = response.removeprefix(" ")
+            before, text = self.template.render_response(prompt.messages, response)
+            ids = self.encode_behind(before, text, control=True)
+            for i, token in enumerate(ids):
+                if token in self.stop_ids:
+                    return ids[: i + 1]
+            return [*ids, self.eos_id]
+        return [*self.encode_behind(prompt, response), self.eos_id]
+
+    def encode_behind(self, before, text, control=False):
+        """Text that stands behind another → its ids, apart from those of the other."""
+        return self.encode(text, control)
 
     def encode_chat(self, messages):
         """A conversation, [{"role", "content"}] → list of rows (ids, mask).
 
-        The mask is True on the tokens that the assistant is to sample.
+        The mask is True on the tokens that the assistant is to sample, but for answers of "train": False.
 
         It is one row if every turn's prompt begins with the ids of the turns before. If a template rewrites
         earlier turns (Qwen3 drops their thoughts), or ends none with EOS, such a turn gets a row of its own:
@@ -288,7 +291,7 @@ class Tokenizer:
         """
         rows = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or i == 0:
+            if message["role"] != "assistant" or i == 0 or not message.get("train", True):
                 continue
             chat = Chat(messages[:i])
             prompt = self.encode_prompt(chat)

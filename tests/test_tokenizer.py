@@ -597,13 +597,53 @@ def test_a_template_that_rewrites_gives_every_turn_its_own_row(chatty):
     assert "add" not in tok.decode(rows[1][0])
 
 
-def test_a_template_whose_generation_prompt_is_not_what_follows(chatty):
-    """It begins the answer with <think>, and drops the thought once answered: the bare response then."""
+def test_a_template_that_opens_a_thought(chatty):
+    """A response goes on behind the <think>, and ends it; one without a thought is refused."""
     ending = "assistant\\n' }}\n{%- endif"
     tok = chatty("qwen", CHATML.replace(ending, ending.replace("\\n", "\\n<think>\\n")))
     prompt = Chat(TALK[:1])
     assert tok.encode_prompt(prompt)[-2] == tok.words["<think>"]
-    assert tok.encode_response(prompt, "x</think>y") == [*tok.encode("x</think>y"), tok.eos_id]
+    for response in ("x</think>y", "<think>\nx</think>y", "<think>x</think>y"):
+        assert tok.encode_response(prompt, response) == [*tok.encode("x</think>y"), tok.eos_id]
+    for response in ("y", "", "<think>x"):
+        with pytest.raises(UserError, match=f"^chat template: no thought, ended by </think>, .*{response!r}"):
+            tok.encode_response(prompt, response)
+
+
+@pytest.mark.parametrize("change, response", [
+    ((".lstrip('\\n')", "[:3]"), "a long answer"),  # it shortens answers
+    (("{%- set thought = ", "{%- set thought = '' and "),
+     "<think>\nadd\n</think>\n\nTwo."),  # it drops thoughts
+    (("<|im_start|>assistant\\n", "<|im_start|>bot\\n"), "Two."),  # it asks one name, another answers
+], ids=str)  # fmt: skip
+def test_a_template_that_does_not_write_the_response_is_refused(change, response, chatty):
+    tok = chatty("qwen", THINKING)
+    tok.encode_response(Chat(TALK[:1]), response)
+    template = THINKING.replace(*change)
+    assert template != THINKING
+    tok = chatty("qwen", template)
+    with pytest.raises(UserError,
+     match="^chat template: it does not write the response .*behind its generation"):
+        tok.encode_response(Chat(TALK[:1]), response)
+
+
+def test_answers_that_are_not_learnt(chatty):
+    """They stand in the row, outside the mask; a row of its own they do not get."""
+    tok = chatty("qwen", CHATML)
+    ((ids, mask),) = tok.encode_chat(TALK)
+    ((same, less),) = tok.encode_chat([TALK[0], TALK[1] | {"train": False}, *TALK[2:]])
+    assert same == ids and sum(less) == len(tok.encode("Yes")) + 1
+    ((ids, mask),) = tok.encode_chat([*TALK[:3], TALK[3] | {"train": False}])
+    assert ids == same[: len(ids)] and sum(mask) == len(tok.encode(TALK[1]["content"])) + 1
+    assert tok.encode_chat([TALK[0], TALK[1] | {"train": False}]) == []
+
+
+def test_the_space_of_a_transcript(chatty):
+    """HH-RLHF's "Assistant: yes": a template writes its own separator; other answers keep their spaces."""
+    tok = chatty("qwen", CHATML)
+    assert tok.encode_response(Chat(TALK[:1], "\n\nHuman: Hi\n\nAssistant:"), " Yes") == [*tok.encode("Yes"),
+     tok.eos_id]
+    assert tok.encode_response(Chat(TALK[:1]), " Yes") == [*tok.encode(" Yes"), tok.eos_id]
 
 
 @pytest.mark.parametrize("template", [CHATML, THINKING])

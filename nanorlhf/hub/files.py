@@ -11,6 +11,16 @@ from pathlib import Path
 
 from nanorlhf.errors import UserError, blame, require
 
+# The first bytes of files that hold no rows: what they are, and what to do.
+OTHER_FILES = {
+    b"\xfd7zXZ": "an xz archive; unpack it first: unxz FILE",
+    b"PK\3\4": "a zip archive; unpack it first: unzip FILE",
+    b"BZh": "a bzip2 archive; unpack it first: bunzip2 FILE",
+    b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it first: unzstd FILE",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch that: git lfs pull",
+    b"<": "a web page or XML, no JSON; download the file itself",
+}
+
 
 def read_jsonl(path, required, nonempty=(), flag="--data"):
     """Read a file whose rows have our own keys, in any form that `read_objects` takes → list of dicts.
@@ -49,6 +59,8 @@ def read_objects(path, flag, required):
         with blame(where):
             items = enumerate(_load(data), start=1)
     else:
+        for start, message in OTHER_FILES.items():
+            require(not data.startswith(start), f"{where}: {message}")
         # Split at newlines only: str.splitlines also breaks at U+2028, which JSON strings may hold.
         lines = enumerate(data.split(b"\n"), start=1)
         items = [(number, line) for number, line in lines if line.strip()]
@@ -109,7 +121,10 @@ def _load(data):
         at = f"column {e.colno}"
         if b"\n" in data.strip():
             at = f"line {e.lineno}, {at}"
-        raise UserError(f"bad JSON at {at} ({e.msg}); expected an object") from None
+        cure = "an object"
+        if data.rstrip()[-1:] in (b"{", b"[", b","):  # pretty-printed
+            cure = "each object on one line: jq -c . FILE > NEW.jsonl"
+        raise UserError(f"bad JSON at {at} ({e.msg}); expected {cure}") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"bad JSON ({e}); expected an object") from None
 

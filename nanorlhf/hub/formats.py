@@ -7,9 +7,10 @@
 
 A format is known by its keys; where several fit, the first in the order of `_recognise` counts. A row keeps
 its other keys. A question, an instruction or a conversation becomes a `Chat`, which a chat template renders;
-a "prompt" that is a string is taken as it stands.
+a "prompt" that is a string is taken as it stands. A key that changes what is learnt is used or refused.
 """
 
+import itertools
 import re
 
 from nanorlhf.errors import UserError, require
@@ -19,14 +20,23 @@ from nanorlhf.tokenizer import Chat
 TURN = "\n\nAssistant:"  # of HH-RLHF; the last one starts the response
 QUESTIONS = ("prompt", "question", "problem", "instruction")
 RESPONSES = ("response", "completion", "output", "solution", "summary")
-ANSWERS = ("answer", "final_answer", "ground_truth", "correct")
+ANSWERS = ("answer", "final_answer", "ground_truth", "correct", "answerKey")
 WANTED = {
     "prompts": ("prompt",),
     "demos": ("prompt", "response"),
     "pairs": ("prompt", "chosen", "rejected"),
     "kto": ("prompt", "chosen", "rejected"),
 }
-ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's {"from", "value"}
+CHATS = ("messages", "conversations")
+ROLES = {
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "model", "chatgpt", "bot", "bing", "bard"),
+    "system": ("system", "developer"),
+}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+REFUSED = """tools functions tool_calls function_call tool_call_id documents chat_template_kwargs history
+    prefix mask masks loss loss_mask trainable train_detail image images video videos audio audios""".split()
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHOWN = 20  # line numbers in one message
 
 
@@ -78,27 +88,46 @@ def _convert(row, want):
 
     UserError, without the place, for a row that cannot be used.
     """
+    _refuse_keys(row, "the row")
+    for key in ("weight", "train"):
+        require(row.get(key) in (None, 1), f'"{key}" of the row is {row.get(key)!r}; drop the row or the key')
     name, found = _recognise(row, want)
     if want == "demos" and "chosen" in found:
         name = f"{name}, the chosen ones"
         found["response"] = found["chosen"]
+    prompt = found["prompt"]
+    cure = 'is no part of the prompt; a "prompt" of text is taken as it stands, call it "question"'
+    if prompt is not None:
+        told = [turn["content"] for turn in getattr(prompt, "messages", [])]
+        require(all(turn["content"] in told for turn in _system(row)), f'"system" {cure}')
+        require(all(text in prompt for _, text in _choices(row)), f"the list of choices {cure}")
     keys = [*WANTED[want], "answer"]
     if want == "demos":
         keys.append("turns")
+    if want == "kto":
+        keys += ["completion", "label"]
     return name, {key: found[key] for key in keys if key in found}
 
 
+def _refuse_keys(item, place):
+    """UserError for a key with which others would render, or learn, other tokens than we do."""
+    for key in REFUSED:
+        empty = item.get(key) in (None, "", "[]", [], {})
+        require(empty, f'"{key}" of {place} is not supported; drop the row, or remove the key')
+
+
 def _recognise(row, want):
-    labelled = isinstance(row.get("label"), bool)
-    if "completion" in row:
-        labelled = labelled or "label" in row or want == "kto"
+    label = row.get("label", row.get("kto_tag"))
+    labelled = isinstance(label, bool)
+    if not row.keys().isdisjoint(RESPONSES):
+        labelled = labelled or label in (0, 1) or (want == "kto" and "label" in row)
     if labelled and "chosen" not in row and want != "prompts":
-        return _labelled(row, want)
+        return _labelled(row, want, label)
     if row.keys() >= {"info", "summaries", "choice"}:
         return _comparison(row)
     if want in ("pairs", "kto") or row.keys() >= {"chosen", "rejected"}:
         return _pair(row)
-    for key in ("messages", "conversations"):
+    for key in CHATS:
         if key in row:
             return _conversation(row, key, want)
     if row.keys() >= {"post", "summary"}:
@@ -110,14 +139,16 @@ def _recognise(row, want):
     return _single(row, want)
 
 
-def _labelled(row, want):
+def _labelled(row, want, label):
     """One completion, liked or not. As a demonstration it might be a bad one, so only KTO takes it."""
-    message = 'a labelled completion, not a pair of "chosen" and "rejected"'
+    key = _first(row, (*RESPONSES, *CHATS))
+    message = f'"label" beside "{key}" is a labelled completion, not a pair of "chosen" and "rejected"'
     require(want == "kto", f"{message}; train_dpo.py --loss kto reads such rows")
-    check_text(row, ("prompt", "completion"), ("prompt",))
-    label = row.get("label")
     require(isinstance(label, bool), f'"label" is {label!r}, expected true or false')
-    return "prompt + completion + label", {"prompt": row["prompt"]}
+    name, found = _conversation(row, key, "demos") if key in CHATS else _single(row, "demos")
+    if "turns" in found:
+        _require_learnt(found["turns"][-1:], key)
+    return f"{name} + label", found | {"completion": found["response"], "label": label}
 
 
 def _comparison(row):
@@ -135,42 +166,80 @@ def _comparison(row):
 
 
 def _conversation(row, key, want):
-    turns = _messages(row, key)
-    last = turns[-1]
-    prompt = turns
-    if last["role"] == "assistant" and len(turns) > 1:
-        prompt = turns[:-1]
-    else:
-        require(want == "prompts", f'the last of "{key}" is not an answer of the assistant')
-    return key, {"prompt": Chat(prompt), "response": last["content"], "turns": turns}
+    turns = _behind(_system(row), _messages(row, key), key)
+    if want == "prompts":
+        return key, {"prompt": _open(turns, key, want)}
+    found = _answered(turns, key)
+    _require_learnt(turns[1:], key)
+    return key, found
+
+
+def _open(turns, key, want):
+    """The Chat that the assistant is to answer. In a file of prompts the answers behind it are left out."""
+    while want == "prompts" and turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    asks = turns and turns[-1]["role"] == "user"
+    require(asks, f'the last turn of "{key}" is not one of the user, which could be answered')
+    return Chat(turns)
+
+
+def _answered(turns, key):
+    """Turns that end in an answer → the prompt before it, the response, and all turns."""
+    *prompt, last = turns
+    right = prompt and last["role"] == "assistant"
+    require(right, f'the last of "{key}" is not an answer of the assistant to a turn before it')
+    return {"prompt": Chat(prompt), "response": last["content"], "turns": turns}
+
+
+def _require_learnt(turns, key):
+    learnt = any(turn["role"] == "assistant" and turn.get("train", True) for turn in turns)
+    require(learnt, f'no answer of "{key}" is to be learnt (weight 0 or train false); drop the row')
+
+
+def _behind(before, turns, key):
+    """The turns before and these, which may repeat those before."""
+    if turns[: len(before)] == before:
+        return turns
+    last = before[-1]["role"]
+    first = turns[0]["role"]
+    fits = (last == "user") == (first == "assistant")
+    require(fits, f'"{key}" begins with a turn of the {first}, behind one of the {last}')
+    return before + turns
 
 
 def _pair(row):
     """Strings, messages or transcripts."""
     if isinstance(row.get("chosen"), (list, dict)):
         return _pair_of_messages(row)
-    if "prompt" not in row and row.keys() >= {"chosen", "rejected"}:
+    key = _first(row, QUESTIONS)
+    if key not in row and row.keys() >= {"chosen", "rejected"}:
         return _pair_of_transcripts(row)
-    check_text(row, WANTED["pairs"], ("prompt",))
-    return "prompt + chosen + rejected", {key: row[key] for key in WANTED["pairs"]}
+    prompt = _prompt(row, key, "pairs")
+    check_text(row, ("chosen", "rejected"))
+    found = {"prompt": prompt, "chosen": row["chosen"], "rejected": row["rejected"]}
+    return f"{key} + chosen + rejected", found
 
 
 def _pair_of_messages(row):
     """UltraFeedback and TRL, where each side may repeat the prompt; LlamaFactory's conversations."""
     name = "chosen + rejected messages"
-    before = []
+    before = _system(row)
     for key in ("prompt", "conversations"):
         if isinstance(row.get(key), list):
             name = f"{key} + chosen + rejected"
-            before = _messages(row, key)
-    *prompt, chosen = before + _messages(row, "chosen")
-    *other, rejected = before + _messages(row, "rejected")
-    found = {"prompt": None, "chosen": chosen["content"], "rejected": rejected["content"]}
-    if prompt == other:
-        if not prompt:
-            check_text(row, ("prompt",), ("prompt",))
-            prompt = [{"role": "user", "content": row["prompt"]}]
-        found["prompt"] = Chat(prompt)
+            before = _behind(before, _messages(row, key), key)
+    sides = {}
+    for key in ("chosen", "rejected"):
+        turns = _messages(row, key)
+        asked = {"role": "user", "content": row.get("prompt")}
+        if isinstance(asked["content"], str) and asked not in turns:
+            turns = _behind([asked], turns, key)
+        turns = _behind(before, turns, key)
+        sides[key] = _answered(turns, key)
+        _require_learnt(turns[-1:], key)
+    found = {key: side["response"] for key, side in sides.items()}
+    prompt, other = (side["prompt"] for side in sides.values())
+    found["prompt"] = prompt if prompt.messages == other.messages else None
     return name, found
 
 
@@ -198,22 +267,62 @@ def _transcript(text):
 
 
 def _messages(row, key):
-    """[{"role", "content"}], or ShareGPT's [{"from", "value"}], checked → the former."""
+    """[{"role", "content"}], or ShareGPT's [{"from", "value"}], checked → the former.
+
+    A thought becomes part of the content. "train": False marks an answer that is not to be learnt.
+    """
     messages = row[key]
     if isinstance(messages, dict):
         messages = [messages]
     right = isinstance(messages, list) and messages
     require(right, f'"{key}" is {json_type(messages)} {messages!r:.40}, expected messages')
-    out = []
-    for m in messages:
-        if not isinstance(m, dict):
-            m = {}
-        role = m.get("role", m.get("from"))
-        content = m.get("content", m.get("value"))
-        right = isinstance(role, str) and isinstance(content, str)
-        require(right, f'a message of "{key}" has no "role" and "content" (or "from" and "value") of text')
-        out.append({"role": ROLES.get(role, role), "content": content})
-    return out
+    return [_message(m, f'message {n} of "{key}"') for n, m in enumerate(messages, start=1)]
+
+
+def _message(m, place):
+    m = m if isinstance(m, dict) else {}
+    _refuse_keys(m, place)
+    name = m.get("role", m.get("from"))
+    right = isinstance(name, str) and not m.keys().isdisjoint(("content", "value"))
+    require(right, f'{place} has no "role" and "content" (or "from" and "value")')
+    key = _first(m, ("content", "value"))
+    text = m.get(key)
+    cure = 'expected one string (of a list of parts their joined text, "" for null)'
+    require(isinstance(text, str), f'"{key}" of {place} is a {json_type(text)}, {cure}')
+    role = next((role for role, names in ROLES.items() if name.strip().lower() in names), None)
+    require(role, f'the role {name!r} of {place} is unknown; expected user, assistant or system')
+    message = {"role": role, "content": _with_thought(m, text)}
+    for key in ("weight", "train"):
+        right = m.get(key) in (None, 0, role == "assistant")
+        require(right, f'"{key}" of {place} is {m.get(key)!r}; an answer has 0 or 1, other messages 0')
+        if m.get(key) == 0 and role == "assistant":
+            message["train"] = False
+    return message
+
+
+def _with_thought(item, text):
+    """An answer behind its thought, as models write it that think."""
+    there = [key for key in THOUGHTS if item.get(key)]
+    if not there:
+        return text
+    thought = item[there[0]]
+    right = len(there) == 1 and isinstance(thought, str) and "</think>" not in text + thought
+    require(right, f"{' and '.join(there)}: expected one thought, of text, and none in the answer itself")
+    return f"<think>\n{thought.strip()}\n</think>\n\n{text.lstrip()}"
+
+
+def _system(row):
+    """The system's turn, if it stands in a key of its own."""
+    key = _first(row, ("system", "system_prompt"))
+    if not row.get(key):
+        return []
+    check_text(row, (key,))
+    return [{"role": "system", "content": row[key]}]
+
+
+def _first(row, names):
+    """The first of these keys that has a value."""
+    return next((name for name in names if row.get(name)), names[0])
 
 
 def _single(row, want):
@@ -229,27 +338,62 @@ def _single(row, want):
     if gsm8k:
         keys["response"] = "answer"
         used.append("answer (GSM8K)")
+    names = [keys.get(part, part) for part in WANTED[want]]
+    check_text(row, [name for name in names if not isinstance(row.get(name), list)])
     found = {part: row[key] for part, key in keys.items()}
-    if isinstance(found.get("prompt"), list):
-        found["prompt"] = Chat(_messages(found, "prompt"))
-    check_text(found, WANTED[want], ("prompt",))
-    if keys["prompt"] != "prompt":
-        found["prompt"] = _question(row, found["prompt"])
+    found["prompt"] = _prompt(row, keys["prompt"], want)
+    if want == "demos" and isinstance(found["response"], list):
+        found |= _completed(found["prompt"], _messages(row, keys["response"]), keys["response"])
+    elif want == "demos":
+        found["response"] = _with_thought(row, found["response"])
     if gsm8k:  # <<48/2=24>> is for a calculator
         found["response"] = re.sub(r"<<[^<>]*>>", "", found["response"])
     return " + ".join(used), found
 
 
-def _question(row, text):
-    """A question with its input and its choices, as Alpaca and multiple-choice files have them → Chat."""
+def _completed(prompt, completion, key):
+    """TRL's prompt and completion of messages. The answers in the prompt are not learnt."""
+    before = getattr(prompt, "messages", [{"role": "user", "content": prompt}])
+    found = _answered(_behind(before, completion, key), key)
+    learnt = found["turns"][len(before) :]
+    _require_learnt(learnt, key)
+    found["turns"] = [turn | {"train": False} for turn in before] + learnt
+    return found
+
+
+def _prompt(row, key, want):
+    """A string as it stands; messages, or a question with its input and choices, as a Chat."""
+    if isinstance(row.get(key), list):
+        return _open(_behind(_system(row), _messages(row, key), key), key, want)
+    check_text(row, (key,), (key,))
+    text = row[key]
+    if key == "prompt":
+        return text
     if row.get("input"):
         text = f"{text}\n\n{row['input']}"
-    choices = row.get("options", row.get("choices"))
-    if isinstance(choices, list):
-        for letter, choice in zip("ABCDEFGHIJ", choices):
-            lettered = re.match(rf"\(?{letter}[).:]", str(choice))
-            text += f"\n{choice}" if lettered else f"\n{letter}) {choice}"
-    return Chat([{"role": "user", "content": text}], f"{text}\n")
+    for label, choice in _choices(row):
+        lettered = re.match(rf"\(?{re.escape(label)}[).:]", choice)
+        text += f"\n{choice}" if lettered else f"\n{label}) {choice}"
+    turns = [*_system(row), {"role": "user", "content": text}]
+    return Chat(turns, f"{text}\n" if len(turns) == 1 else None)
+
+
+def _choices(row):
+    """[(label, text)] of a list, of an object {"A": text}, or of ARC's {"text": [...], "label": [...]}."""
+    key = _first(row, ("options", "choices"))
+    choices = row.get(key)
+    if not choices:
+        return []
+    pairs = []
+    if isinstance(choices, list) and len(choices) <= len(LETTERS):
+        pairs = list(zip(LETTERS, choices))
+    elif isinstance(choices, dict) and choices.keys() == {"text", "label"}:
+        pairs = list(itertools.zip_longest(choices["label"], choices["text"]))
+    elif isinstance(choices, dict):
+        pairs = [(label, text) for label, text in choices.items() if text is not None]
+    right = pairs and all(isinstance(x, (str, int, float)) for pair in pairs for x in pair)
+    require(right, f'"{key}" is {choices!r:.40}, expected at most {len(LETTERS)} choices of text')
+    return [(str(label), str(text)) for label, text in pairs]
 
 
 def _reddit(post):

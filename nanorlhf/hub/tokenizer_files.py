@@ -14,8 +14,14 @@ import regex
 from nanorlhf.errors import UserError, require
 from nanorlhf.hub.chat import Template
 from nanorlhf.hub.files import read_json
-from nanorlhf.tokenizer import Extras, Tokenizer
+from nanorlhf.tokenizer import MARK, Extras, Tokenizer
 
+REMOVED = "\ufdd0\ufdd1\ufdd2\ufdd3"  # no characters, so no text holds them; LibraryTokenizer's MARK
+NO_PREFIX = {
+    r'"prepend": "[^"]*"': '"prepend": ""',
+    r'"prepend_scheme": "(first|always)"': '"prepend_scheme": "never"',
+    r'"add_prefix_space": true': '"add_prefix_space": false',
+}
 FILE = "nanorlhf_tokenizer.json"  # of kind "chars"; the others are saved as tokenizer.json
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN = (
@@ -113,8 +119,8 @@ def stop_ids(folder):
     return [i for i in ids if isinstance(i, int)]
 
 
-def _roles(folder, control):
-    """Extras of a folder: which control token ends a text, which pads; the chat template."""
+def _roles(folder, control, spec):
+    """Extras of a folder: which control tokens begin a text, end it and pad it; the chat template."""
     config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     names = {}
     for key, token in config.items():
@@ -133,9 +139,31 @@ def _roles(folder, control):
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
     if template:
+        strange = [key for key, text in names.items() if key in template and text not in control]
+        _need(not strange, f"the chat template's {' and '.join(strange)} is no control token")
         template = Template(template, names, control)
     pad = names.get("pad_token")
-    return Extras(eos, pad, stop=stop, template=template, source=beside(folder))
+    bos = _bos(spec)
+    _check_config(config, spec, bos and names.get("bos_token"))
+    return Extras(eos, pad, stop=stop, bos=bos, template=template, source=beside(folder))
+
+
+def _check_config(config, spec, bos):
+    """Inexact where tokenizer_config.json contradicts tokenizer.json: transformers 4 and 5 follow either."""
+    in_file = {token["id"]: token for token in spec.get("added_tokens", [])}
+    for i, token in (config.get("added_tokens_decoder") or {}).items():
+        same = in_file.get(int(i), {}) | token == in_file.get(int(i))
+        _need(same, f"tokenizer_config.json describes the token {token['content']!r} otherwise")
+    steps = {key: spec.get(key) for key in ("normalizer", "pre_tokenizer")}
+    prefix = _without_prefix(steps) != json.dumps(steps)
+    for key, right in (("add_bos_token", bool(bos)), ("add_prefix_space", prefix), ("add_eos_token", False)):
+        agrees = config.get(key) in (None, right)
+        _need(agrees, f"tokenizer_config.json has {key}={config.get(key)}, tokenizer.json has not")
+    if str(config.get("tokenizer_class")).startswith("Llama") and "ByteLevel" not in str(steps):
+        scheme = "always" if config.get("legacy") else "first"
+        same = not steps["normalizer"] and steps["pre_tokenizer"].get("prepend_scheme") == scheme
+        cure = 'or take the file as it stands: "tokenizer_class": "PreTrainedTokenizerFast"'
+        _need(same, f"versions of transformers differ on a LlamaTokenizer with this tokenizer.json; {cure}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -203,12 +231,16 @@ LOADERS = {
 
 
 class LibraryTokenizer(Tokenizer):
-    """A tokenizer that the `tokenizers` package runs, because tiktoken would not give the same ids."""
+    """A tokenizer that the `tokenizers` package runs, because tiktoken would not give the same ids.
 
-    def __init__(self, library, control, extras):
-        self.library = library
+    The package gets a text as a whole: what it does at a text's start, and beside control tokens, is its own.
+    """
+
+    def __init__(self, spec, control, extras):
+        self.library = _run_by_library(json.dumps(spec))
+        self.inside = _run_by_library(_without_prefix(spec))
         super().__init__("library", "", {}, control, extras)
-        self.vocab_size = max(self.vocab_size, library.get_vocab_size())
+        self.vocab_size = max(self.vocab_size, self.library.get_vocab_size())
 
     def _make_encoding(self):
         return None
@@ -216,33 +248,69 @@ class LibraryTokenizer(Tokenizer):
     def _parts(self):
         return *super()._parts(), self.library.to_str()
 
-    def _ordinary(self, text):
+    def encode(self, text, control=False):
+        return self._ids(self.library, text, control)
+
+    def encode_behind(self, before, text, control=False):
+        """As transformers cuts both together. Where a token would span them, `text` is cut alone, and as the
+        inside of a text: no space is written before it."""
+        first = self.encode(before, control)
+        both = self.encode(before + text, control)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+        return self._ids(self.inside, text, control)
+
+    def _ids(self, library, text, control):
+        if control:
+            text = text.replace(MARK, REMOVED)
+        library.encode_special_tokens = not control  # without it, a user's text would become control tokens
         text = text.encode(errors="replace").decode()
-        return self.library.encode(text, add_special_tokens=False).ids
+        return library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         known = [i for i in ids if 0 <= i < self.vocab_size]
         return self.library.decode(known, skip_special_tokens=False)
 
 
+def _run_by_library(text):
+    """The package's tokenizer of a tokenizer.json. It takes REMOVED out once it has found control tokens."""
+    import tokenizers
+
+    spec = json.loads(text)
+    remove = {"type": "Replace", "pattern": {"String": REMOVED}, "content": ""}
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [remove, *_steps(spec.get("normalizer"))]}
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    library.no_truncation()
+    library.no_padding()
+    return library
+
+
+def _without_prefix(spec):
+    """The text of this tokenizer.json, but that it writes no space before a text."""
+    text = json.dumps(spec)
+    for setting, never in NO_PREFIX.items():
+        text = regex.sub(setting, never, text)
+    return text
+
+
 def _load_with_library(path, reason):
     try:
-        import tokenizers
+        import tokenizers  # noqa: F401
     except ImportError:
         raise UserError(f"{path}: {reason}; pip install tokenizers lets that package read it") from None
     if path.name != "tokenizer.json":
         raise UserError(f"{path}: {reason}; save it as tokenizer.json with transformers first") from None
     try:
-        library = tokenizers.Tokenizer.from_str(path.read_text("utf-8"))
-        library.encode_special_tokens = True  # text never becomes a control token
-        library.no_truncation()
-        library.no_padding()
-        added = library.get_added_tokens_decoder()
-        control = {token.content: i for i, token in added.items() if token.special}
-        extras = _roles(path.parent, control)
+        spec = json.loads(path.read_text("utf-8"))
+        control = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
+        tok = LibraryTokenizer(spec, control, _roles(path.parent, control, spec))
+        unknown = spec["model"].get("unk_id", control.get(spec["model"].get("unk_token")))
+        for text, i in control.items():
+            typed = tok.encode(text[0] + MARK + text[1:], control=True)
+            _need(i == unknown or i not in typed, f"a user's text {text!r} would be the control token")
+        return tok
     except Exception as e:  # Inexact, or what the package raises: a bare Exception
         raise UserError(f"{path}: {reason}; {' '.join(str(e).split())}") from None
-    return LibraryTokenizer(library, control, extras)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,15 +337,23 @@ def _from_json(spec, folder):
         ranks[bytes(BYTES[char] for char in text)] = i
     _check_merges(vocab, model["merges"], model.get("ignore_merges", False))
     _check_pattern(pattern)
+    nfc = normalizers == "NFC"
+    extras = _roles(folder, control, spec)._replace(words=words, late=late, nfc=nfc)
+    kind = "bpe" if len(ranks) > 256 else "bytes"
+    return Tokenizer(kind, pattern, ranks, control, extras)
+
+
+def _bos(spec):
+    """The ids that the post-processor writes before a text. Inexact where it writes some behind it."""
+    ids = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
     bos = []
     for step in _steps(spec.get("post_processor")):
         if step["type"] == "TemplateProcessing":
-            before = itertools.takewhile(lambda item: "SpecialToken" in item, step["single"])
-            bos = [added[item["SpecialToken"]["id"]] for item in before]
-    nfc = normalizers == "NFC"
-    extras = _roles(folder, control)._replace(words=words, late=late, nfc=nfc, bos=bos)
-    kind = "bpe" if len(ranks) > 256 else "bytes"
-    return Tokenizer(kind, pattern, ranks, control, extras)
+            *bos, text = (item.get("SpecialToken", {}).get("id") for item in step["single"])
+            _need(None not in bos and not text, "its post-processor writes tokens behind a text")
+        else:
+            _need(step["type"] == "ByteLevel", f"its post-processor is of type {step['type']}")
+    return [ids[text] for text in bos]
 
 
 def _steps(part):
