@@ -798,6 +798,15 @@ def test_bad_folder(style, fault, file, says, tmp_path):
     assert line.startswith("--some_flag ") and str(folder) in line and file in line and "\n" not in line
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_git_lfs_pointers(name, tmp_path):
+    """What a clone without git-lfs leaves in place of a file."""
+    folder = copied("llama3", tmp_path)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    with pytest.raises(UserError, match=f"^{folder}/{name}: a Git LFS pointer, .*git lfs pull"):
+        hub.load(folder)
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(UserError, match="--rm .*no does not exist; make it with: python train_rm.py"):
         models.load_model("--rm", tmp_path / "no", "python train_rm.py")
