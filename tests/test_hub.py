@@ -804,6 +804,16 @@ def test_bad_folder(style, fault, file, says, tmp_path):
     assert line.startswith("--some_flag ") and str(folder) in line and file in line and "\n" not in line
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_git_lfs_pointers(name, tmp_path):
+    """What a clone without git-lfs leaves in place of a file."""
+    folder = copied("llama3", tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises(UserError, match=f"^{folder}/{name}: a Git LFS pointer, .*git lfs pull"):
+        hub.load(folder)
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(UserError, match="--rm .*no/model does not exist; make it with: python train_rm"):
         models.load_model("--rm", tmp_path / "no/model", "python train_rm.py")

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from nanorlhf.errors import UserError, blame, require
 
+LFS = b"version https://git-lfs"
 # The first bytes of files that hold no rows: what they are, and what to do.
 OTHER_FILES = {
     b"\xfd7zXZ": "an xz archive; unpack it first: unxz FILE",
     b"PK\3\4": "a zip archive; unpack it first: unzip FILE",
     b"BZh": "a bzip2 archive; unpack it first: bunzip2 FILE",
     b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it first: unzstd FILE",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch that: git lfs pull",
+    LFS: "a Git LFS pointer, not the file itself; fetch that: git lfs pull",
     b"<": "a web page or XML, no JSON; download the file itself",
 }
 

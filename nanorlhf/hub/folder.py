@@ -18,7 +18,7 @@ from nanorlhf import lora
 from nanorlhf.errors import UserError, blame, require
 from nanorlhf.hub import families, tokenizer_files
 from nanorlhf.hub import weights as weight_files
-from nanorlhf.hub.files import read_json
+from nanorlhf.hub.files import LFS, OTHER_FILES, read_json
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run import dist, sharding
 from nanorlhf.run.folders import write_folder
@@ -113,6 +113,10 @@ def _find(folder):
     if os.path.isfile(os.path.join(inner, "config.json")):
         raise UserError(f"{folder} is a run folder; give {inner}")
     if os.path.isfile(os.path.join(folder, "config.json")):
+        for file in filter(os.path.isfile, [os.path.join(folder, name) for name in os.listdir(folder)]):
+            with open(file, "rb") as f:
+                pointer = f.read(len(LFS)) == LFS
+            require(not pointer, f"{file}: {OTHER_FILES[LFS]}")
         return folder
     if os.path.isfile(folder):
         raise Missing(f"{folder} is a file, must be a folder")
