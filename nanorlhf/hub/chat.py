@@ -1,4 +1,4 @@
-"""Chat templates of published models: Jinja programs of strangers, run in a sandbox.
+"""Chat templates of published models: Jinja programs of strangers, run in a sandbox of their own process.
 
 A template writes a conversation as one text, control tokens and all. A user's message must not hold one, so
 every control token in a message is broken by a MARK, which `Tokenizer.encode` takes out again.
@@ -6,12 +6,19 @@ every control token in a message is broken by a MARK, which `Tokenizer.encode` t
 
 import functools
 import json
-from datetime import datetime
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import regex
 
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import require
 from nanorlhf.tokenizer import MARK, any_of
+
+WAIT = 60  # seconds for one text; render.py ends itself after 5 seconds of work, where it can
 
 
 class Template:
@@ -28,17 +35,10 @@ class Template:
         UserError for what the template refuses, or for any error in it.
         """
         safe = [{key: self._disarm(message[key]) for key in ("role", "content")} for message in messages]
-        try:
-            return _compile(self.text).render(
-                messages=safe,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.names,
-            )
-        except Exception as e:  # a stranger's program may raise anything
-            reason = " ".join(f"{e or type(e).__name__}".split())
-            raise UserError(f"chat template: {reason}") from None
+        variables = dict(messages=safe, add_generation_prompt=add_generation_prompt)
+        answer = _answer(self.text, variables | dict(tools=None, documents=None) | self.names)
+        require("text" in answer, f"chat template: {' '.join(answer.get('error', '').split())}")
+        return answer["text"]
 
     def render_response(self, messages, response):
         """The text of the prompt for these messages, and of the response behind it with its end.
@@ -75,27 +75,33 @@ class Template:
 
 
 @functools.lru_cache(4)
-def _compile(text):
-    import jinja2  # here: not every run has a chat template
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _program(pid, text):
+    """The process that renders this template for the process of this number: a fork must not share it."""
+    command = [sys.executable, str(Path(__file__).with_name("render.py"))]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
+    process.stdin.write(json.dumps(text) + "\n")
+    return process
 
-    class Generation(Extension):  # {% generation %} marks answers of the assistant
-        tags = {"generation"}
 
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(x, ensure_ascii=False, **options):
-        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
-
-    extensions = [Generation, "jinja2.ext.loopcontrols"]
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    env.filters["tojson"] = tojson  # jinja2's own escapes HTML
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return env.from_string(text)
+def _answer(text, variables):
+    """Render a template with these variables → {"text": …} or {"error": …}, as render.py has it."""
+    process = _program(os.getpid(), text)
+    alarm = threading.Timer(WAIT, process.kill)
+    alarm.start()
+    line = ""
+    try:
+        process.stdin.write(json.dumps(variables) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except OSError:
+        pass  # the process has ended, as an empty line says
+    finally:
+        alarm.cancel()
+    if line:
+        return json.loads(line)
+    _program.cache_clear()
+    process.kill()
+    status = process.wait()
+    slow = status in (-signal.SIGKILL, -getattr(signal, "SIGXCPU", 0))
+    return {"error": "it takes too long" if slow else f"its process ended with status {status}"}

@@ -5,16 +5,25 @@ of a second. From standard input it reads JSON, a line each: the template, then 
 be rendered. For each of those it writes one line, {"text": …} or {"error": …}.
 """
 
+import contextlib
 import functools
 import json
+import math
 import sys
+import time
 from datetime import datetime
 
 import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 MEMORY = 1 << 30  # bytes that the process may take, of which Python and Jinja need 50 million
+SECONDS = 5  # of the processor's time, for one text
 LONGEST = 10_000_000  # characters of a text
 
 
@@ -60,15 +69,19 @@ def answer(template, variables):
     return {"text": text}
 
 
-def main():
-    try:
-        import resource
+def limit(name, most):
+    """Set a limit of this process. Windows has none, and macOS not all: there chat.py waits, and ends it."""
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        number = getattr(resource, name)
+        _, hard = resource.getrlimit(number)
+        resource.setrlimit(number, (most, hard))
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except (ImportError, ValueError, OSError):
-        pass  # Windows and macOS have no such limit; the time limit of chat.py is left
+
+def main():
+    limit("RLIMIT_AS", MEMORY)
     template = json.loads(sys.stdin.readline())
     for line in sys.stdin:
+        limit("RLIMIT_CPU", math.ceil(time.process_time()) + SECONDS)  # beyond it the process is ended
         print(json.dumps(answer(template, json.loads(line))), flush=True)
 
 
