@@ -291,9 +291,9 @@ def next_commands(out):
     out = shlex.quote(out)
     return f"""Go on with these models:
 
-  {python} train_dpo.py --init {out}/sft/model
+  {python} train_dpo.py --init {out}/sft/model --out {out}/dpo
   {python} train_grpo.py --task reviews --init {out}/sft/model \\
-      --rm {out}/rm/model
+      --rm {out}/rm/model --out {out}/grpo
   {python} sample.py --model {out}/ppo/model \\
       --prompt "Film: The plot was dull."
   {python} evaluate.py --model {out}/ppo/model \\
