@@ -145,6 +145,18 @@ def test_every_trainer_takes_eval_data(trainer, stages, tmp_path, no_curves, cap
     assert f"warning: {2 + both} of 7 prompts of {path} are in {data} too" in said
 
 
+def test_labelled_steps_of_eval_data(tmp_path):
+    tok = Tokenizer.from_chars("abcdef=")
+    letters = "abcdef"
+    rows = [{"prompt": f"{letter}=", "response": "ab", "labels": [1]} for letter in letters]
+    data = jsonl(tmp_path / "d.jsonl", rows)
+    held_out = jsonl(tmp_path / "e.jsonl", [{"prompt": "ff=", "response": "a", "labels": [0]}])
+    cfg = train_prm.Config(data=data, eval_data=held_out)
+    train, test = train_prm.load_judged(cfg, tok, [], 9)
+    assert [row[0] for row in train] == [tok.encode(f"{letter}=") for letter in letters]
+    assert test == [(tok.encode("ff="), [0, tok.eos_id], [-1, -1, -1, -1, 0])]
+
+
 def test_the_held_out_loss_is_that_of_the_file(stages, tmp_path, no_curves):
     """By hand, of the model that SFT leaves: the mean over all response tokens of the file."""
     rows = rows_of(train_sft, 300)

@@ -326,6 +326,8 @@ def test_methods_and_objects_are_functions_too():
         lambda response: 0.0,
         lambda response, answer: 0.0,
         lambda response, prompt: 0.0,
+        lambda completion, target: 0.0,
+        lambda text, prompt: 0.0,
         lambda prompt, answer: 0.0,
         lambda prompt, row: 0.0,
         lambda row, response: 0.0,

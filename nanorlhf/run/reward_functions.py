@@ -67,7 +67,8 @@ class UserFunction:
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in later)
         self.named = [p for p in later if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         # (response, answer) would be called with the prompt as its response, and never fail
-        fits = self.first[:1] != ["response"] and not {"row", "answer"} & set(self.first)
+        swapped = {"response", "completion"} & set(self.first[:1]) or {"prompt"} & set(self.first[1:])
+        fits = not swapped and not {"row", "answer"} & set(self.first)
         try:
             prompt_and_response = ("", "") if self.ours else ()
             signature.bind(*prompt_and_response, **{p.name: None for p in self.named})

@@ -129,12 +129,15 @@ class Rewards:
     def check_rows(self, rows):
         """UserError, with file and line, if a function has a parameter that is no key of some row."""
         for name, _, call in self.functions:
-            for row in rows if isinstance(call, UserFunction) else ():
+            if not isinstance(call, UserFunction):  # a task's own takes any row of the task
+                continue
+            for row in rows:
                 missing = call.missing(row)
-                where = row.get("_at", "--task")
-                keys = ", ".join(key for key in row if not key.startswith("_"))
-                lacks = f"the row has no {', '.join(missing)} (its keys are {keys})"
-                require(not missing, f"{where}: reward {name} takes neither {SIGNATURES}; {lacks}")
+                if missing:
+                    keys = ", ".join(key for key in row if not key.startswith("_"))
+                    lacks = f"the row has no {', '.join(missing)} (its keys are {keys})"
+                    where = row.get("_at", "--task")
+                    raise UserError(f"{where}: reward {name} takes neither {SIGNATURES}; {lacks}")
 
     def columns(self):
         """Columns of metrics.csv, one for each function where there are several."""
