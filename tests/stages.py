@@ -69,9 +69,12 @@ class Stages:
         return found
 
     def flags(self, trainer, out, **more):
-        """The flags of a run of 6 steps into `out`, a checkpoint every 2."""
+        """The flags of a run of 6 steps into `out`, a checkpoint every 2.
+
+        On the CPU, also in a process of its own: a Mac's GPU cannot be hidden from one.
+        """
         flags = dict(data=f"{self.folder}/{trainer.__name__}.jsonl", out=str(out), steps=6, lr=0.01,
-                     save_every=2, threads=1)  # fmt: skip
+                     save_every=2, threads=1, device="cpu")  # fmt: skip
         if trainer is train_sft:
             flags |= dict(n_layer=1, n_head=2, d_model=32, max_len=16, tokenizer="chars", batch_size=8)
         else:

@@ -144,8 +144,10 @@ def test_with_a_gpu_only_the_tests_marked_gpu_run(monkeypatch):
         collected()
 
 
-def test_progress_is_told_by_time_and_not_by_tests():
-    """Of test_dist.py's 50 s each of 50 tests has one; the two others have 3 s together: 53 s for one."""
+def test_progress_is_told_by_time_and_not_by_tests(monkeypatch):
+    """Of test_dist.py's 50 s each of 50 tests has one; the two others have 3 s together: 53 s in all."""
+    monkeypatch.setattr(session, "SECONDS", {"test_dist.py": 50})
+    monkeypatch.setattr(session, "OTHERS", 3)
     dist = [f"tests/test_dist.py::test_{i}" for i in range(50)]
     others = ["tests/test_a.py::test_1", "tests/test_a.py::test_2"]
     lines, now = [], [0.0]

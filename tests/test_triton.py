@@ -130,7 +130,11 @@ def test_one_pass_is_the_oracle(N, V, D, temperature, std, seed, with_bias, entr
         check(fast, oracle, inputs, None, (1 + N) * tol, 30 * tol, tol / temperature * (1 + N) ** 0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+    pytest.param(torch.float16, marks=pytest.mark.slow),
+])
 def test_one_pass_has_the_gradients_of_two(dtype):
     """Operands of 16 bits keep fp32 logits; only what is asked for is formed."""
     hidden, weight, targets, _ = operands(37, 101, D=16, std=6.0, dtype=dtype)
