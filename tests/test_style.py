@@ -89,7 +89,7 @@ def test_size_of_each_trainer(name):
 @counted_alike
 def test_size_of_floor_and_core():
     assert total(READING)["tokens"] <= 36_000
-    assert total(CORE)["tokens"] <= 76_500  # the aim is 74,000
+    assert total(CORE)["tokens"] <= 78_800  # 2,300 of them read answers
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
