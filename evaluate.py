@@ -147,11 +147,11 @@ def pairs_accuracy(pairs, device, score):
     return mean_se(right)
 
 
-def load_rows(cfg, task):
+def load_rows(cfg, task, rewards):
     """The prompts to respond to: the held-out ones of --data (all, if none is held out), or the task's."""
     if not cfg.data:
         return task.prompts("test", cfg.prompts, cfg.seed)
-    rows = read_rows(cfg.data, "prompts")
+    rows = read_rows(cfg.data, "prompts", check=rewards.check)
     _, held_out = split_by_hash(rows)
     if not held_out:
         print(f"--data {cfg.data}: no prompt is held out (15% are, by a hash); all are used")
@@ -239,7 +239,7 @@ def main(cfg):
     rewards = rewards_of(task, cfg.reward)
     has_score = bool(rm or rewards.functions)
     require(has_score or other, "nothing to measure by: give --rm, --reward or --against")
-    rows = load_rows(cfg, task)
+    rows = load_rows(cfg, task, rewards)
 
     figures = {}  # name → (mean, s.e.)
     scores = {}

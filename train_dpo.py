@@ -470,11 +470,10 @@ def train(cfg):
     device = setup(cfg)
     policy, ref, rm, tok = load_models(cfg, device)
     freeze(cfg, ref, rm, trained=(policy,))
+    rewards = rewards_of(tasks.get(cfg.task), cfg.reward)
+    judge = partial(score_responses, rm=rm, rewards=rewards)
     if cfg.uses_labels:
         judge = partial(implicit_reward, policy, ref, cfg)
-    else:
-        rewards = rewards_of(tasks.get(cfg.task), cfg.reward)
-        judge = partial(score_responses, rm=rm, rewards=rewards)
     base = None  # a reference of the loss that moves; `ref` stays that of the judge and of kl
     saved = {"model": policy}
     if cfg.online and cfg.online_ref == "round":
@@ -483,7 +482,7 @@ def train(cfg):
     dist.spread(cfg, policy, frozen=(ref, rm, base))  # one process: as they are; several: all get the same
     opt = adamw(policy.parameters(), device, lr=cfg.lr, weight_decay=cfg.weight_decay)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
-        labelled, held_out, rows, test_rows = load_data(cfg, policy, tok)
+        labelled, held_out, rows, test_rows = load_data(cfg, policy, tok, rewards)
         start, _ = run.start(saved, opt, frozen=(ref,))
         held_out_ref = cache_logps(ref, held_out, cfg)
         measure = partial(

@@ -466,7 +466,7 @@ def train(cfg):
     policy, ref, rm, tok = load_models(cfg, device)
     freeze(cfg, ref, rm, trained=(policy,))
     longest = cfg.limits[-1]
-    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest)
+    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest, rewards)
     sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
     dist.spread(cfg, policy, frozen=(ref, rm))  # one process: as they are; several: all get the same
     opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
@@ -514,7 +514,7 @@ def train(cfg):
             reward = roll.reward + overlong(roll.response_len, limit, cfg.overlong_penalty)  # (B,)
             if cfg.kl != "none" and cfg.kl_in == "reward":
                 k = kl_estimate(old_logp, ref_logp, cfg.kl)  # 0 outside the mask
-                reward = reward - cfg.beta * k.sum(1)
+                reward -= cfg.beta * k.sum(1)
 
             # ---- advantage
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)

@@ -327,7 +327,7 @@ def train(cfg):
     policy, ref, critic, rm, tok = load_models_and_critic(cfg, device)
     freeze(cfg, ref, rm, trained=(policy, critic))
     longest = cfg.max_new_tokens
-    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest)
+    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, longest, rewards)
     dist.spread(cfg, policy, critic, frozen=(ref, rm))  # one process: as they are; several: all get the same
     groups = [
         {"params": policy.parameters(), "peak": cfg.lr},

@@ -190,7 +190,7 @@ def load_examples(cfg, task, policy, tok, kto):
     return train, test, train_rows, test_rows[: cfg.eval_prompts]
 
 
-def load_data(cfg, policy, tok):
+def load_data(cfg, policy, tok, rewards):
     """DPO's data → labelled Examples, held-out Examples, training rows and held-out rows to sample for.
 
     There are no Examples where a reward judges samples from the start.
@@ -198,7 +198,7 @@ def load_data(cfg, policy, tok):
     task = tasks.get(cfg.task)
     if cfg.uses_labels:
         return load_examples(cfg, task, policy, tok, cfg.loss == "kto")
-    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, cfg.max_new_tokens)
+    rows, test_rows = load_prompts(cfg, task, tok, policy.cfg.max_len, cfg.max_new_tokens, rewards)
     return [], [], rows, test_rows
 
 

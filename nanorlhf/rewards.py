@@ -38,6 +38,8 @@ def score_responses(roll, rm, rewards):
         roll.reward_parts = values.to(roll.tokens.device)
         score = torch.zeros_like(roll.logp[:, 0])
         for function, part in zip(functions, roll.reward_parts.unbind(1)):
+            beyond = f"reward {function.name}: its weight {function.weight:g} takes a value beyond fp32"
+            require((function.weight * part).isfinite().all(), beyond)
             score += function.weight * part
         return score
 
@@ -155,18 +157,20 @@ def fresh_samples(policy, ref, tok, rows, max_new_tokens, seed, budget=8192):
     return roll, metrics
 
 
-def load_prompts(cfg, task, tok, max_len, limit):
+def load_prompts(cfg, task, tok, max_len, limit, rewards):
     """→ training rows, held-out rows; each row gets "_ids", its prompt as tokens.
 
-    Prompts without room for a response of `limit` tokens are dropped, and counted.
+    Prompts without room for a response of `limit` tokens are dropped, and counted. A row whose answer one of
+    the rewards cannot read is a bad row: found in mid-run, it would end the run.
     """
     if cfg.data:
-        rows = read_rows(cfg.data, "prompts", skip_bad=cfg.skip_bad_rows)
+        rows = read_rows(cfg.data, "prompts", skip_bad=cfg.skip_bad_rows, check=rewards.check)
     else:
         rows = task.prompts("train", 3000, cfg.seed)
         rows += task.prompts("test", cfg.eval_prompts, cfg.seed)
     for row in rows:
         with blame(row.get("_at", "--task")):  # for a character that this model has no token for
+            rewards.check(row)
             row["_ids"] = tok.encode_prompt(row["prompt"])
     room = max_len - limit
     fit = [row for row in rows if len(row["_ids"]) <= room]  # detail 2: N+ truncates

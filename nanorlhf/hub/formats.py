@@ -27,14 +27,16 @@ WANTED = {
     "kto": ("prompt", "chosen", "rejected"),
 }
 ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's {"from", "value"}
+LETTERS = "ABCDEFGHIJ"  # of choices
 SHOWN = 20  # line numbers in one message
 
 
-def read_rows(path, want, flag="--data", skip_bad=False):
+def read_rows(path, want, flag="--data", skip_bad=False, check=None):
     """The rows of a file of any format above, as `files.read_objects` reads it; says which format it is.
 
     want       "prompts", "demos" or "pairs"; "kto" takes pairs or labelled completions
     skip_bad   drop and count the rows that cannot be read; else the first is a UserError with file and line
+    check      check(row) raises a UserError for a row that cannot be used: rewards read its answer
 
     Pairs that answer different prompts are always dropped and counted. It is a UserError when more than half
     of the rows are dropped, and a bad row when it is of another format than those before.
@@ -48,6 +50,8 @@ def read_rows(path, want, flag="--data", skip_bad=False):
             raw = parse(item)
             form, found = _convert(raw, want)
             require(form == (name or form), f"the format {form}, in a file of {name}")
+            if check:
+                check(raw | found)
         except UserError as e:
             if not skip_bad:
                 raise UserError(f"{flag}: {at}: {e}") from None
@@ -82,10 +86,25 @@ def _convert(row, want):
     if want == "demos" and "chosen" in found:
         name = f"{name}, the chosen ones"
         found["response"] = found["chosen"]
+    _read_answer(row, found)
     keys = [*WANTED[want], "answer"]
     if want == "demos":
         keys.append("turns")
     return name, {key: found[key] for key in keys if key in found}
+
+
+def _read_answer(row, found):
+    """Set found["answer"]: verl nests it in {"reward_model": {"ground_truth"}}, MMLU has a choice's index."""
+    nested = row.get("reward_model")
+    if isinstance(nested, dict) and "ground_truth" in nested:
+        answer = found.setdefault("answer", nested["ground_truth"])
+        same = answer == nested["ground_truth"]
+        require(same, 'ambiguous: "reward_model" and the row have two different answers; keep one')
+    answer = found.get("answer")
+    choices = row.get("options", row.get("choices"))
+    if type(answer) is int and isinstance(choices, list):
+        require(0 <= answer < len(choices), f'"answer" is {answer}, expected the index of a choice, from 0')
+        found["answer"] = LETTERS[answer]
 
 
 def _recognise(row, want):
@@ -246,7 +265,7 @@ def _question(row, text):
         text = f"{text}\n\n{row['input']}"
     choices = row.get("options", row.get("choices"))
     if isinstance(choices, list):
-        for letter, choice in zip("ABCDEFGHIJ", choices):
+        for letter, choice in zip(LETTERS, choices):
             lettered = re.match(rf"\(?{letter}[).:]", str(choice))
             text += f"\n{choice}" if lettered else f"\n{letter}) {choice}"
     return Chat([{"role": "user", "content": text}], f"{text}\n")

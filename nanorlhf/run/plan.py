@@ -274,8 +274,8 @@ def rl(cfg, load):
     freeze(cfg, ref, rm, trained=trained.values())
     new = cfg.limits[-1] if hasattr(cfg, "limits") else cfg.max_new_tokens
     task = tasks.get(cfg.task)
-    worker.rewards_of(task, cfg.reward)
-    data, test = load_prompts(cfg, task, tok, policy.cfg.max_len, new)
+    rewards = worker.rewards_of(task, cfg.reward)
+    data, test = load_prompts(cfg, task, tok, policy.cfg.max_len, new, rewards)
     prompts = [len(tok.encode_prompt(row["prompt"])) for row in data]
     longest = max(prompts) + new
     rows = cfg.prompts_per_step * cfg.group_size

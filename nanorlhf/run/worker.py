@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from nanorlhf.errors import RunError, UserError, require
+from nanorlhf.errors import RunError, UserError, blame, require
 from nanorlhf.run import dist
 
+FP32_MAX = 3.4028234663852886e38  # rewards become fp32
+EXPECTED = "it must be a finite number that fp32 can hold"
 START = 120  # seconds in which the process of the reward functions must have imported them
 
 
@@ -41,7 +43,7 @@ def call_reward(name, fn, prompt, text, row):
         raise RunError(f"reward {name} raised {type(e).__name__}: {e} {_sample(prompt, text)}") from e
     value, wrong = _number(returned)
     if wrong:
-        raise RunError(f"reward {name} {wrong} {_sample(prompt, text)}; it must be a finite number")
+        raise RunError(f"reward {name} {wrong} {_sample(prompt, text)}; {EXPECTED}")
     return value
 
 
@@ -55,7 +57,7 @@ def _number(returned):
         value = float(returned)
     except Exception:
         value = math.nan
-    if isinstance(returned, (str, bytes)) or not math.isfinite(value):
+    if isinstance(returned, (str, bytes)) or not abs(value) <= FP32_MAX:
         return None, f"returned {returned!r:.80}"
     return value, ""
 
@@ -101,6 +103,13 @@ class Rewards:
     def __exit__(self, *error):
         self._end()
 
+    def check(self, row):
+        """UserError for a row whose answer a function cannot read; `call.gold` of answers.py reads it."""
+        for function in self.functions:
+            if hasattr(function.call, "gold"):
+                with blame(function.name):
+                    function.call.gold(row)
+
     def values(self, i, texts, rows):
         """Call function i on every text, a response to its row's prompt → its values, a list of floats."""
         name, _, call = self.functions[i]
@@ -113,7 +122,7 @@ class Rewards:
             value, why = self._call(i, row["prompt"], text, row)
             message = f"reward {name} {why} {_sample(row['prompt'], text)}"
             if value is None:
-                raise RunError(f"{message}; it must be a finite number")
+                raise RunError(f"{message}; {EXPECTED}")
             values.append(value)
             if not why:
                 continue
@@ -242,7 +251,7 @@ def load_reward(spec: str) -> RewardFunction:
         weight = float(factor) if star else 1.0
     except ValueError:
         weight = math.nan
-    if not math.isfinite(weight):
+    if not abs(weight) <= FP32_MAX:  # nan is not, either
         raise wrong("what stands after * is not a finite number")
     if not os.path.isfile(path):
         raise wrong(f"there is no file {path}")
