@@ -293,7 +293,7 @@ def test_a_gold_that_is_no_formula(gold):
 @with_math
 def test_a_comparison_without_end_is_ended_on_every_thread(monkeypatch):
     """No signal handler and no thread could: Python is inside one multiplication."""
-    monkeypatch.setattr(formulas, "LIMIT", 1)
+    monkeypatch.setattr(formulas, "LIMIT", 2)
     row = {"answer": r"\frac{1}{3}"}
     got = []
 
