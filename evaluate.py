@@ -30,7 +30,7 @@ import torch
 
 from nanorlhf import generate, tasks
 from nanorlhf.data import microbatches, pad_responses
-from nanorlhf.errors import UserError, derive_seed, require
+from nanorlhf.errors import UserError, blame, derive_seed, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.kernels import linear_kl
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
@@ -148,15 +148,18 @@ def pairs_accuracy(pairs, device, score):
     return mean_se(right)
 
 
-def load_rows(cfg, task):
+def load_rows(cfg, task, rewards):
     """The prompts to respond to: those of --data, or held-out ones of the task; says how many."""
     if cfg.data:
-        rows = read_rows(cfg.data, "prompts")
+        rows = read_rows(cfg.data, "prompts", check=rewards.check)
         chosen = rows[: cfg.prompts or None]
         print(f"{len(chosen)} of the {len(rows)} prompts of {cfg.data} are scored, {cfg.n} samples of each")
         return chosen
     rows = task.prompts("test", cfg.prompts or 256, cfg.seed)
     print(f"{len(rows)} held-out prompts of --task {cfg.task} are scored, {cfg.n} samples of each")
+    for row in rows:
+        with blame("--task"):
+            rewards.check(row)
     return rows
 
 
@@ -240,8 +243,7 @@ def evaluate(cfg):
     rewards = rewards_of(task, cfg.reward)
     has_score = bool(rm or rewards.functions)
     require(has_score or other, "nothing to measure by: give --rm, --reward or --ref")
-    rows = load_rows(cfg, task)
-    rewards.check_rows(rows)
+    rows = load_rows(cfg, task, rewards)
 
     figures = {}  # name → (mean, s.e.)
     scores = {}

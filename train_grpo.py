@@ -511,7 +511,7 @@ def train(cfg):
             reward = roll.reward + overlong(roll.response_len, limit, cfg.overlong_penalty)  # (B,)
             if cfg.kl != "none" and cfg.kl_in == "reward":
                 k = kl_estimate(old_logp, ref_logp, cfg.kl)  # 0 outside the mask
-                reward = reward - cfg.beta * k.sum(1)
+                reward -= cfg.beta * k.sum(1)
 
             # ---- advantage
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)

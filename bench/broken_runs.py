@@ -59,7 +59,7 @@ FAULTS = [
         "reward and eval/reward disagree", patch=(
         "nanorlhf/generate.py", "[rows[g] for g in roll.group.tolist()]", "list(rows) * n")),
     Fault("kl_sign", "KL in the reward: wrong sign", "kl", "kl runs away, the reward follows",
-        "--kl k1 --kl_in reward --beta 0.3", (GRPO, "= reward - cfg.beta", "= reward + cfg.beta"),
+        "--kl k1 --kl_in reward --beta 0.3", (GRPO, "reward -= cfg.beta", "reward += cfg.beta"),
         beside="broken_kl_right"),
     Fault("kl_k1_loss", "k1 in the loss: no KL penalty", "kl", "kl is where it is without a penalty",
         "--kl k1 --beta 3", beside="broken_kl_k2_loss"),

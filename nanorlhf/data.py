@@ -46,9 +46,9 @@ def read_split(cfg, read):
     return rows, held_out
 
 
-def load_split(cfg, want):
-    """`read_split` of files in other people's formats. want: what `read_rows` is to find in them."""
-    return read_split(cfg, partial(read_rows, want=want, skip_bad=cfg.skip_bad_rows))
+def load_split(cfg, want, check=None):
+    """`read_split` of files in other people's formats. want, check: as in `read_rows`."""
+    return read_split(cfg, partial(read_rows, want=want, skip_bad=cfg.skip_bad_rows, check=check))
 
 
 def load_demonstrations(cfg, task):

@@ -217,9 +217,13 @@ def decode_in_slots(model, batch, sampling, slots):
 def sample_responses(model, tok, rows, n, max_new_tokens, temperature, seed, **filters):
     """n responses to each row's prompt, the tokens row["_ids"] → Rollout with rows and texts.
 
+    Each row gets "_seen", the prompt as the model reads it, for the rewards.
+
     filters: top_k and top_p of `generate`, for evaluation only.
     """
     prompts = [row["_ids"] for row in rows]
+    for row in rows:
+        row["_seen"] = tok.decode(row["_ids"])  # a template may have opened <think>
     roll = generate(model, prompts, n, max_new_tokens, temperature, tok.eos_id, seed, **filters)
     roll.rows = [rows[g] for g in roll.group.tolist()]
     roll.texts = [tok.decode(ids) for ids in roll.responses()]

@@ -38,6 +38,8 @@ def score_responses(roll, rm, rewards):
         roll.reward_parts = values.to(roll.tokens.device)
         score = torch.zeros_like(roll.logp[:, 0])
         for function, part in zip(functions, roll.reward_parts.unbind(1)):
+            beyond = f"reward {function.name}: its weight {function.weight:g} takes a value beyond fp32"
+            require((function.weight * part).isfinite().all(), beyond)
             score += function.weight * part
         return score
 
@@ -158,22 +160,22 @@ def fresh_samples(policy, ref, tok, rows, max_new_tokens, seed, budget=8192):
     return roll, metrics
 
 
-def load_prompts(cfg, task, tok, max_len, limit, rewards=None):
+def load_prompts(cfg, task, tok, max_len, limit, rewards):
     """→ training rows, held-out rows; each row gets "_ids", its prompt as tokens.
 
-    Prompts without room for a response of `limit` tokens are dropped, and counted. UserError for a row that
-    lacks what the reward functions need.
+    Prompts without room for a response of `limit` tokens are dropped, and counted. A row that lacks what one
+    of the rewards needs, such as an answer that it can read, is a bad row: found in mid-run, it would end the
+    run.
     """
     if cfg.data:
-        train, test = load_split(cfg, "prompts")
+        train, test = load_split(cfg, "prompts", rewards.check)
     else:
         train = task.prompts("train", 3000, cfg.seed)
         test = task.prompts("test", cfg.eval_prompts, cfg.seed)
     rows = train + test
-    if rewards is not None:
-        rewards.check_rows(rows)
     for row in rows:
         with blame(row.get("_at", "--task")):  # for a character that this model has no token for
+            rewards.check(row)
             row["_ids"] = tok.encode_prompt(row["prompt"])
     if limit is None:
         limit = response_limit(max(len(row["_ids"]) for row in rows), max_len)

@@ -23,6 +23,7 @@ HUB, LORA = "tests/test_hub.py::test_", "tests/test_lora.py::test_"
 TRITON, MACHINES = "tests/test_triton.py::test_", "tests/test_machines.py::test_"
 DIST = "tests/test_dist.py::test_"  # two processes: a minute each
 SLOTS, DECODE = "tests/test_slots.py::test_", "tests/test_decode.py::test_"
+ANSWERS = "tests/test_answers.py::test_"
 ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
 
 # (name, file, source, replacement, killing tests); a mutant of one line has its smallest direct test first
@@ -172,11 +173,23 @@ MUTANTS = [
      "failures > len(pairs) / 2", "failures >= len(pairs) / 2",
      [REWARDS + "a_value_that_is_no_number_stops_the_run_at_once"]),
     ("one of two answers is enough", "nanorlhf/answers.py",
-     "if len(answers) == 1 else None", "if answers else None",
-     ["tests/test_tasks.py::test_final_answer"]),
+     "return None if values else value", "return value",
+     [ANSWERS + "who_gives_two_answers_is_wrong"]),
+    ("an escaped brace ends a box", "nanorlhf/answers.py",
+     r're.compile(r"\\.|[{}]")', r're.compile(r"[{}]")',
+     [ANSWERS + "final_answer"]),
+    ("the thought that a prompt opened is no thought", "nanorlhf/answers.py",
+     'seen.rstrip().endswith("<think>")', "False",
+     [ANSWERS + "a_thought_that_the_prompt_opened", ANSWERS + "formats_behind_an_opened_thought"]),
+    ("golds are not read before the first step", "nanorlhf/run/worker.py",
+     "function.call.gold(row)", "pass",
+     [ANSWERS + "a_gold_that_cannot_be_read_is_named_by_line"]),
+    ("a reward beyond fp32", "nanorlhf/run/worker.py",
+     "not abs(value) <= FP32_MAX", "not abs(value) < math.inf",
+     [ANSWERS + "a_reward_beyond_fp32_is_named"]),
     ("a row without an answer", "nanorlhf/answers.py",
-     'if want is None or want == "":', "if False:",
-     ["tests/test_tasks.py::test_a_row_that_nobody_could_answer_is_named"]),
+     'require(gold is not None and gold != "",', "require(True,",
+     [ANSWERS + "a_row_that_nobody_could_answer_is_named"]),
     ("figures: a maximum is summed", "nanorlhf/metrics.py",
      "self[name] = max(self[name], value)", "self[name] += value",
      [DIST + "figures_are_added_up_but_for_the_largest"]),

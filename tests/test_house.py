@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WINGS = ("kernels", "hub", "run", "look")
 # Arrows from the floor up into a wing, which a reader of the floor meets. A new one needs a reason.
 UP = {
+    "answers": {"run.formulas"},  # math-verify, in a process of its own
     "data": {"hub.formats", "run.dist"},  # files of demonstrations; who computes which rows
     "generate": {"kernels.slots", "run.dist"},  # a GPU's decode loop; many processes
     "model": {"kernels", "kernels.torch_backend"},  # log-probs without logits, attention of one token

@@ -195,7 +195,7 @@ def test_the_plan_samples_as_many_rows_at_once_as_the_sampler_does(tmp_path, mon
     """
     folder = qwen(tmp_path / "lm", "CausalLM")
     flags = f"--init {folder} --data {prompts(tmp_path)} --dtype bfloat16 --kl none --ref none"
-    flags += f" --reward {ROOT}/nanorlhf/answers.py:exact_answer --prompts_per_step 32 --group_size 16"
+    flags += f" --reward {ROOT}/nanorlhf/answers.py:think_format --prompts_per_step 32 --group_size 16"
     model = without_weights(folder)
     model.compute_dtype = BF16
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)

@@ -18,6 +18,7 @@ from nanorlhf import hub, tasks
 from nanorlhf.errors import UserError
 from nanorlhf.rewards import load_prompts
 from nanorlhf.run.log import Result
+from nanorlhf.run.worker import Rewards
 from nanorlhf.tokenizer import Tokenizer
 
 # what train() returns
@@ -190,7 +191,8 @@ def test_the_prompts_that_eval_prompts_leaves_out_are_counted(tmp_path, capsys):
     tok = Tokenizer.from_chars("abcdef=")
     data = jsonl(tmp_path / "d.jsonl", [{"prompt": "a="}])
     held_out = jsonl(tmp_path / "e.jsonl", [{"prompt": f"{letter}="} for letter in "bcdef"])
-    cfg = SimpleNamespace(data=data, eval_data=held_out, skip_bad_rows=False, seed=0, eval_prompts=3)
-    train, test = load_prompts(cfg, tasks.get("reviews"), tok, 12, 5)
+    cfg = SimpleNamespace(data=data, eval_data=held_out, skip_bad_rows=False, seed=0, eval_prompts=3,
+                          own_data=False)  # fmt: skip
+    train, test = load_prompts(cfg, tasks.get("reviews"), tok, 12, 5, Rewards([]))
     assert [[row["prompt"] for row in rows] for rows in (train, test)] == [["a="], ["b=", "c=", "d="]]
     assert "held out: the first 3 of 5 prompts are used (--eval_prompts)" in capsys.readouterr().out

@@ -580,10 +580,13 @@ def prompts_cfg(**more):
     return SimpleNamespace(**flags | more)
 
 
-def load(tmp_path, rows, max_len=12, tok=TOK, **more):
+NO_REWARDS = Rewards([])
+
+
+def load(tmp_path, rows, max_len=12, tok=TOK, rewards=NO_REWARDS, **more):
     write_jsonl(tmp_path / "p.jsonl", rows)
     cfg = prompts_cfg(data=f"{tmp_path}/p.jsonl", **more)
-    return load_prompts(cfg, tasks.get("reviews"), tok, max_len, 5)
+    return load_prompts(cfg, tasks.get("reviews"), tok, max_len, 5, rewards)
 
 
 def test_prompts_are_split_by_their_text_and_keep_their_rows(tmp_path):
@@ -598,7 +601,7 @@ def test_prompts_are_split_by_their_text_and_keep_their_rows(tmp_path):
 
 def test_builtin_prompts_do_not_meet():
     task = tasks.get("chain")
-    train, test = load_prompts(prompts_cfg(), task, Tokenizer.from_chars(task.alphabet), 32, 5)
+    train, test = load_prompts(prompts_cfg(), task, Tokenizer.from_chars(task.alphabet), 32, 5, NO_REWARDS)
     assert len(train) == 3000 and len(test) == 100 and "answer" in train[0]
     assert not any(tasks.held_out(r["prompt"]) for r in train)
     assert all(tasks.held_out(r["prompt"]) for r in test)
@@ -631,4 +634,4 @@ def test_bad_prompts_are_named_by_file_and_line(rows, says, tmp_path):
 
 def test_a_task_that_the_model_has_no_tokens_for():
     with pytest.raises(UserError, match="--task: tokenizer: character '[0-9]' is not in alphabet"):
-        load_prompts(prompts_cfg(), tasks.get("chain"), TOK, 32, 5)
+        load_prompts(prompts_cfg(), tasks.get("chain"), TOK, 32, 5, NO_REWARDS)

@@ -40,11 +40,12 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHOWN = 20  # line numbers in one message
 
 
-def read_rows(path, want, flag="--data", skip_bad=False):
+def read_rows(path, want, flag="--data", skip_bad=False, check=None):
     """The rows of a file of any format above, as `files.read_objects` reads it; says which format it is.
 
     want       "prompts", "demos" or "pairs"; "kto" takes pairs or labelled completions
     skip_bad   drop and count the rows that cannot be read; else the first is a UserError with file and line
+    check      check(row) raises a UserError for a row that cannot be used: rewards read its answer
 
     Pairs that answer different prompts are always dropped and counted. It is a UserError when more than half
     of the rows are dropped, and a bad row when it is of another format than those before.
@@ -58,6 +59,8 @@ def read_rows(path, want, flag="--data", skip_bad=False):
             raw = parse(item)
             form, found = _convert(raw, want)
             require(form == (name or form), f"the format {form}, in a file of {name}")
+            if check:
+                check(raw | found)
         except UserError as e:
             if not skip_bad:
                 raise UserError(f"{flag}: {at}: {e}") from None
@@ -101,6 +104,7 @@ def _convert(row, want):
         told = [turn["content"] for turn in getattr(prompt, "messages", [])]
         require(all(turn["content"] in told for turn in _system(row)), f'"system" {cure}')
         require(all(text in prompt for _, text in _choices(row)), f"the list of choices {cure}")
+    _read_answer(row, found)
     keys = [*WANTED[want], "answer"]
     if want == "demos":
         keys.append("turns")
@@ -114,6 +118,20 @@ def _refuse_keys(item, place):
     for key in REFUSED:
         empty = item.get(key) in (None, "", "[]", [], {})
         require(empty, f'"{key}" of {place} is not supported; drop the row, or remove the key')
+
+
+def _read_answer(row, found):
+    """Set found["answer"]: verl nests it in {"reward_model": {"ground_truth"}}, MMLU has a choice's index."""
+    nested = row.get("reward_model")
+    if isinstance(nested, dict) and "ground_truth" in nested:
+        answer = found.setdefault("answer", nested["ground_truth"])
+        same = answer == nested["ground_truth"]
+        require(same, 'ambiguous: "reward_model" and the row have two different answers; keep one')
+    answer = found.get("answer")
+    choices = _choices(row)
+    if type(answer) is int and choices:
+        require(0 <= answer < len(choices), f'"answer" is {answer}, expected the index of a choice, from 0')
+        found["answer"] = choices[answer][0]
 
 
 def _recognise(row, want):

@@ -22,6 +22,7 @@ SIGNATURES = (
     "keys of the row; nor TRL's (prompts, completions, **kwargs), nor verl's (data_source, solution_str, "
     "ground_truth, extra_info)"
 )
+FP32_MAX = 3.4028234663852886e38  # rewards become fp32
 DICT = re.compile(r"(<class ')?(typing\.)?[Dd]ict\b")  # an annotation: dict, dict[str, str], "dict"
 
 
@@ -59,6 +60,7 @@ class UserFunction:
             raise UserError(f"takes neither {SIGNATURES}") from None
         names = list(signature.parameters)
         self.function = function
+        self.gold = getattr(function, "gold", None)  # of the checkers in answers.py: reads a row's answer
         self.trl = "completions" in names
         self.verl = "solution_str" in names
         self.ours = not (self.trl or self.verl)
@@ -129,7 +131,7 @@ def load_reward(spec: str) -> RewardFunction:
         weight = float(factor) if star else 1.0
     except ValueError:
         weight = math.nan
-    if not math.isfinite(weight):
+    if not abs(weight) <= FP32_MAX:  # nan is not, either
         raise wrong("what stands after * is not a finite number")
     if not os.path.isfile(path):
         raise wrong(f"there is no file {path}")
@@ -172,7 +174,7 @@ def number(returned):
         value = float(returned)
     except Exception:
         value = math.nan
-    if isinstance(returned, (str, bytes)) or not math.isfinite(value):
+    if isinstance(returned, (str, bytes)) or not abs(value) <= FP32_MAX:  # nan is not, either
         return None, f"returned {returned!r:.80}"
     return value, ""
 

@@ -26,6 +26,7 @@ from nanorlhf.run.reward_functions import (
     serve,
 )
 
+EXPECTED = "it must be a finite number that fp32 can hold"
 START = 120  # seconds in which the process of the reward functions must have imported them
 
 
@@ -39,7 +40,7 @@ def call_reward(name, fn, prompt, text, row):
         raise RunError(f"reward {name} raised {type(e).__name__}: {e} {_sample(prompt, text)}") from e
     value, wrong = number(returned)
     if wrong:
-        raise RunError(f"reward {name} {wrong} {_sample(prompt, text)}; it must be a finite number")
+        raise RunError(f"reward {name} {wrong} {_sample(prompt, text)}; {EXPECTED}")
     return value
 
 
@@ -98,6 +99,19 @@ class Rewards:
     def __exit__(self, *error):
         self._end()
 
+    def check(self, row):
+        """UserError for a row without a key that a function needs, or with an answer that it cannot read."""
+        for name, _, call in self.functions:
+            if not isinstance(call, UserFunction):  # a task's own takes any row of the task
+                continue
+            missing = ", ".join(call.missing(row))
+            keys = ", ".join(key for key in row if not key.startswith("_"))
+            lacks = f"takes neither {SIGNATURES}; the row has no {missing} (its keys are {keys})"
+            require(not missing, f"reward {name} {lacks}")
+            if call.gold:
+                with blame(name):
+                    call.gold(row)
+
     def values(self, i, texts, rows):
         """Call function i on every text, a response to its row's prompt → its values, a list of floats."""
         name, _, call = self.functions[i]
@@ -110,7 +124,7 @@ class Rewards:
             value, why = self._call(i, row["prompt"], text, row)
             message = f"reward {name} {why} {_sample(row['prompt'], text)}"
             if value is None:
-                raise RunError(f"{message}; it must be a finite number")
+                raise RunError(f"{message}; {EXPECTED}")
             values.append(value)
             if not why:
                 continue
@@ -125,19 +139,6 @@ class Rewards:
         self.calls += len(pairs)
         self.failures += failures
         return values
-
-    def check_rows(self, rows):
-        """UserError, with file and line, if a function has a parameter that is no key of some row."""
-        for name, _, call in self.functions:
-            if not isinstance(call, UserFunction):  # a task's own takes any row of the task
-                continue
-            for row in rows:
-                missing = call.missing(row)
-                if missing:
-                    keys = ", ".join(key for key in row if not key.startswith("_"))
-                    lacks = f"the row has no {', '.join(missing)} (its keys are {keys})"
-                    where = row.get("_at", "--task")
-                    raise UserError(f"{where}: reward {name} takes neither {SIGNATURES}; {lacks}")
 
     def columns(self):
         """Columns of metrics.csv, one for each function where there are several."""
