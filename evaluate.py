@@ -30,7 +30,7 @@ import torch
 
 from nanorlhf import generate, tasks
 from nanorlhf.data import microbatches, pad_responses
-from nanorlhf.errors import UserError, derive_seed, require
+from nanorlhf.errors import UserError, blame, derive_seed, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.kernels import linear_kl
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
@@ -148,11 +148,16 @@ def pairs_accuracy(pairs, device, score):
     return mean_se(right)
 
 
-def load_rows(cfg, task):
+def load_rows(cfg, task, tok, max_len):
     """The prompts to respond to: those of --data, or held-out ones of the task; says how many."""
     if cfg.data:
         rows = read_rows(cfg.data, "prompts")
         chosen = rows[: cfg.prompts or None]
+        for row in chosen:
+            with blame(row["_at"]):
+                n = len(tok.encode_prompt(row["prompt"]))
+                room = f"a prompt of {n} tokens leaves no room for --max_new_tokens {cfg.max_new_tokens}"
+                require(n + cfg.max_new_tokens <= max_len, f"{room} in the context of {max_len}")
         print(f"{len(chosen)} of the {len(rows)} prompts of {cfg.data} are scored, {cfg.n} samples of each")
         return chosen
     rows = task.prompts("test", cfg.prompts or 256, cfg.seed)
@@ -240,7 +245,7 @@ def evaluate(cfg):
     rewards = rewards_of(task, cfg.reward)
     has_score = bool(rm or rewards.functions)
     require(has_score or other, "nothing to measure by: give --rm, --reward or --ref")
-    rows = load_rows(cfg, task)
+    rows = load_rows(cfg, task, tok, model.cfg.max_len)
     rewards.check_rows(rows)
 
     figures = {}  # name → (mean, s.e.)
