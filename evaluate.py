@@ -148,11 +148,16 @@ def pairs_accuracy(pairs, device, score):
     return mean_se(right)
 
 
-def load_rows(cfg, task, rewards):
+def load_rows(cfg, task, tok, max_len, rewards):
     """The prompts to respond to: those of --data, or held-out ones of the task; says how many."""
     if cfg.data:
         rows = read_rows(cfg.data, "prompts", check=rewards.check)
         chosen = rows[: cfg.prompts or None]
+        for row in chosen:
+            with blame(row["_at"]):
+                n = len(tok.encode_prompt(row["prompt"]))
+                room = f"a prompt of {n} tokens leaves no room for --max_new_tokens {cfg.max_new_tokens}"
+                require(n + cfg.max_new_tokens <= max_len, f"{room} in the context of {max_len}")
         print(f"{len(chosen)} of the {len(rows)} prompts of {cfg.data} are scored, {cfg.n} samples of each")
         return chosen
     rows = task.prompts("test", cfg.prompts or 256, cfg.seed)
@@ -243,7 +248,7 @@ def evaluate(cfg):
     rewards = rewards_of(task, cfg.reward)
     has_score = bool(rm or rewards.functions)
     require(has_score or other, "nothing to measure by: give --rm, --reward or --ref")
-    rows = load_rows(cfg, task, rewards)
+    rows = load_rows(cfg, task, tok, model.cfg.max_len, rewards)
 
     figures = {}  # name → (mean, s.e.)
     scores = {}

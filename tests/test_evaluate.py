@@ -189,6 +189,17 @@ def test_every_row_of_a_file_is_scored(run, stages, tmp_path, capsys):
         run(reward=[score])
 
 
+@pytest.mark.parametrize("prompt, says", [
+    ("a" * 12, "a prompt of 12 tokens leaves no room for --max_new_tokens 5 in the context of 16"),
+    ("é=", "tokenizer: character 'é' is not in alphabet"),
+])
+def test_a_row_that_cannot_be_scored_is_named(prompt, says, run, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [dict(prompt="a" * 11), dict(prompt=prompt)])
+    with pytest.raises(UserError, match=f"^{path}:2: {says}"):
+        run(data=path, reward=[f"{__file__}:begins"])
+    assert run(data=path, reward=[f"{__file__}:begins"], prompts=1)["len"] > 0
+
+
 def test_held_out_prompts_of_a_task_are_counted(tmp_path, capsys):
     task = tasks.get("chain")
     tok = Tokenizer.from_chars(task.alphabet)

@@ -144,7 +144,8 @@ def test_ppo_and_grpo_read_alike():
     assert ppo == grpo and len(ppo) >= 3 and sum(block.count("\n") for block in ppo) >= 20
 
 
-EXAMPLES = ["data", "exact", "answers", "metrics", "pairs", "rollout", "run.replay"]
+EXAMPLES = ["data", "exact", "answers", "metrics", "pairs", "rollout"]
+EXAMPLES += ["run.replay", "run.log", "run.reward_functions"]
 TRAINERS = ["train_sft", "train_rm", "train_ppo", "train_grpo", "train_dpo"]
 
 

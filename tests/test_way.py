@@ -54,7 +54,7 @@ def passed(tmp_path, monkeypatch):
     monkeypatch.setattr(train_grpo, "sample_step", from_here)
     monkeypatch.setattr(train_grpo, "clip_gradient", to_here)
     cfg = train_grpo.Config(
-        task="sum",
+        task="chain",
         data=f"{tmp_path}/prompts.jsonl",
         init=f"{tmp_path}/model",
         out=f"{tmp_path}/run",
