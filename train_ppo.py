@@ -77,7 +77,7 @@ class Config(Flags):
     epochs: int = 1  # passes over each rollout
     minibatches: int | None = None  # optimizer steps in each pass
     lr: float | None = None  # policy learning rate, linear to 0 (detail 20)
-    critic_lr: float | None = None  # critic learning rate, linear to 0
+    critic_lr: float = 1e-3  # critic learning rate, linear to 0
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norms of policy and critic are clipped to it, each on its own
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
@@ -103,7 +103,6 @@ class Config(Flags):
             max_new_tokens=40,
             minibatches=2,
             lr=5e-4,
-            critic_lr=1e-3,
             beta=0.3,
             no_eos_score=-1.0,
         ),
@@ -113,7 +112,6 @@ class Config(Flags):
             max_new_tokens=11,
             minibatches=4,
             lr=5e-4,
-            critic_lr=1e-3,
             beta=0.0,
             no_eos_score=0.0,
         ),
@@ -123,7 +121,6 @@ class Config(Flags):
             max_new_tokens=6,
             minibatches=4,
             lr=2e-4,
-            critic_lr=1e-3,
             beta=0.0,
             no_eos_score=0.0,
         ),

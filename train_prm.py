@@ -44,7 +44,7 @@ from train_rm import PANELS, SHOW, evaluate, load_model, log_samples, to_batch
 @dataclass
 class Config(Flags):
     # data
-    task: str = "reviews"  # built-in task: reviews, chain or countdown; sets --steps, --lr and folder names
+    task: str = "reviews"  # built-in task: reviews, chain or countdown; sets --steps and folder names
     data: str = ""  # JSONL of {"prompt", "response", "labels": [1, 0, null]}, a label a step, null for none
     step_end: str = ""  # process: the characters that end a step; the end of the response always does
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
@@ -56,7 +56,7 @@ class Config(Flags):
     # optimisation
     steps: int | None = None  # optimizer steps
     batch_size: int = 48  # responses a step
-    lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
+    lr: float = 1e-3  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it

@@ -54,7 +54,7 @@ class Config(Flags):
     # optimisation
     steps: int | None = None  # optimizer steps
     batch_size: int = 48  # pairs a step
-    lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
+    lr: float = 1e-3  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
@@ -67,9 +67,9 @@ class Config(Flags):
     save_every: int = 100  # steps between checkpoints; 0: only at the end
 
     BY_TASK: ClassVar = {
-        "reviews": dict(steps=260, lr=1e-3),
-        "chain": dict(steps=200, lr=1e-3),
-        "countdown": dict(steps=200, lr=1e-3),
+        "reviews": dict(steps=260),
+        "chain": dict(steps=200),
+        "countdown": dict(steps=200),
     }
 
     def __post_init__(self):

@@ -215,12 +215,6 @@ def new_tokenizer(cfg, task, rows, test_rows):
     return Tokenizer.learn(kind, texts, task.alphabet, cfg.vocab_size)
 
 
-def new_model(cfg, tok):
-    new_config = getattr(GPTConfig, cfg.arch)  # GPTConfig.gpt2 or GPTConfig.llama
-    size = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, d_model=cfg.d_model, max_len=cfg.max_len)
-    return GPT(new_config(tok.vocab_size, **size))
-
-
 def load(cfg, device):
     """→ model, tokenizer, training rows and held-out rows of (ids, mask)."""
     task = tasks.get(cfg.task)
@@ -230,7 +224,9 @@ def load(cfg, device):
         model, tok = load_model("--init", cfg.init, "", "language model", shard=cfg.shard, weights=read)
     else:
         tok = new_tokenizer(cfg, task, train_rows, test_rows)
-        model = new_model(cfg, tok)
+        new_config = getattr(GPTConfig, cfg.arch)  # GPTConfig.gpt2 or GPTConfig.llama
+        size = dict(n_layer=cfg.n_layer, n_head=cfg.n_head, d_model=cfg.d_model, max_len=cfg.max_len)
+        model = GPT(new_config(tok.vocab_size, **size))
     lora.add(model, cfg.lora_rank, cfg.dtype)
     data = encode_demonstrations(train_rows, tok, model.cfg.max_len)
     test = encode_demonstrations(test_rows, tok, model.cfg.max_len)

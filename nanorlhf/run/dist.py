@@ -148,11 +148,8 @@ def summed(x):
 
 
 def largest(number):
-    """The largest of every process's integer."""
-    x = torch.tensor(number)
-    if size() > 1:
-        torch_dist.all_reduce(x, torch_dist.ReduceOp.MAX)
-    return int(x)
+    """The largest of every process's number."""
+    return max(gather(number))
 
 
 def wait():
