@@ -443,25 +443,6 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
-@torch.no_grad()
-def evaluate(policy, ref, tok, cfg, held_out, held_out_ref, rows, judge, log, step):
-    """Loss and accuracy on held-out pairs; KL(policy‖--ref), entropy, length, stop rate of fresh samples."""
-    roll, metrics = fresh_samples(policy, ref, tok, rows, cfg.max_new_tokens, cfg.seed)
-    score = judge(roll)  # (B,)
-    log.samples(step, rows, roll.texts, score)
-    if not cfg.uses_labels:
-        metrics["eval/reward"] = score.mean().item()
-    if held_out:
-        batch = step_batch(policy, held_out, held_out_ref, cfg)
-        figures = gradient(policy, batch, cfg)
-        metrics |= {"eval/loss": figures["loss"], "eval/acc": figures["acc"]}
-    return metrics
-
-
-# ------------------------------------------------------------------------------------------------------------
 # train
 
 
@@ -486,9 +467,20 @@ def train(cfg):
         labelled, held_out, rows, test_rows = load_data(cfg, policy, tok)
         start, _ = run.start(saved, opt, frozen=(ref,))
         held_out_ref = cache_logps(ref, held_out, cfg)
-        measure = partial(
-            evaluate, policy, ref, tok, cfg, held_out, held_out_ref, test_rows, judge, run.log
-        )
+
+        @torch.no_grad()
+        def measure(step):
+            """Figures of held-out pairs; KL(policy‖--ref), entropy, length, stop rate of fresh samples."""
+            roll, metrics = fresh_samples(policy, ref, tok, test_rows, cfg.max_new_tokens, cfg.seed)
+            score = judge(roll)  # (B,)
+            run.log.samples(step, test_rows, roll.texts, score)
+            if not cfg.uses_labels:
+                metrics["eval/reward"] = score.mean().item()
+            if held_out:
+                batch = step_batch(policy, held_out, held_out_ref, cfg)
+                figures = gradient(policy, batch, cfg)
+                metrics |= {"eval/loss": figures["loss"], "eval/acc": figures["acc"]}
+            return metrics
 
         rounds = max(1, cfg.online)  # offline is one round
         for step in range(start, cfg.steps):
