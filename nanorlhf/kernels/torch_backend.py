@@ -241,13 +241,11 @@ def differentiate(loss, logp, entropy, rows):
     """Call the loss on a chunk of rows → value, stats, ∂value/∂logp and ∂value/∂entropy, (n,) each."""
     logp = logp.detach().requires_grad_()
     entropy = entropy.detach().requires_grad_()
-    g = h = None
     with torch.enable_grad():
         value, stats = loss(logp, entropy, rows)
-        if value.requires_grad:
-            g, h = torch.autograd.grad(value, (logp, entropy), allow_unused=True)
-    g = torch.zeros_like(logp) if g is None else g
-    h = torch.zeros_like(logp) if h is None else h
+    if not value.requires_grad:
+        return value, stats, torch.zeros_like(logp), torch.zeros_like(entropy)
+    g, h = torch.autograd.grad(value, (logp, entropy), materialize_grads=True)  # 0 for one that is not used
     return value.detach(), stats, g, h
 
 
