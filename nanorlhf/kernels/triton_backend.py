@@ -452,18 +452,23 @@ def _fold(kernel, fields, models, per_row, scale):
 
 def _gradients(kernel, models, per_row, scale, needs, **flags):
     """Gradients of the policy's hidden, weight and bias; None where `needs` does not ask for one."""
-    grads = gradient_sums(models[0], needs)
-    dtype = _dlogits_dtype(models[0][0])
+    x, w, bias = models[0]
+    dx = torch.zeros_like(x) if needs[0] else None
+    dw, db = gradient_sums((w, bias), needs[1:])
+    dtype = _dlogits_dtype(x)
     stored = design(models) == "stored"
     rows, cols, ld = _tiles(models, dtype.itemsize, stored)
     buffers = _buffers(models, rows, ld) if stored else None
     out = _buffers(models[:1], rows, ld, dtype)[0]
     for r in rows:
+        dx_rows = gradient_sums([x[r]], needs)[0]  # in fp32 for these rows only, as there may be many
         for c in cols:
             logits = _stored_logits(models, buffers, r, c)
             _launch(kernel, models, logits, per_row, out, r, c, ld, scale, **flags)
-            _add(grads, out, models[0], r, c)
-    return grads
+            _add(dx_rows, dw, db, out, models[0], r, c)
+        if dx is not None:
+            dx[r] = dx_rows
+    return dx, dw, db
 
 
 def _dlogits_dtype(x):
@@ -471,13 +476,12 @@ def _dlogits_dtype(x):
     return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
-def _add(grads, out, model, r, c):
-    """Add to the gradients what a tile's ∂loss/∂(x·wᵀ), in the buffer `out`, gives."""
+def _add(dx_rows, dw, db, out, model, r, c):
+    """Add what a tile's ∂loss/∂(x·wᵀ), in the buffer `out`, gives to the gradients, fp32 or None."""
     x, w, _ = model
-    dx, dw, db = grads
     dz = view(out, r, c)
-    if dx is not None:
-        _add_matmul(dx[r], dz, w[c])
+    if dx_rows is not None:
+        _add_matmul(dx_rows, dz, w[c])
     if dw is not None:
         _add_matmul(dw[c], dz.T, x[r])
     if db is not None:
@@ -533,7 +537,7 @@ class LinearLoss(torch_backend.LinearLoss):
         logp, entropy, lse, g, h = hidden.new_empty((5, N), dtype=torch.float32)
         total = logp.new_zeros(())
         chunk_stats = []
-        grads = gradient_sums(models[0], ctx.needs_input_grad)
+        dx, dw, db = gradient_sums(models[0], ctx.needs_input_grad)
         dtype = _dlogits_dtype(models[0][0])
         cols = slice(0, V)
         ld = WIDTH * triton.cdiv(V, WIDTH)
@@ -554,8 +558,9 @@ class LinearLoss(torch_backend.LinearLoss):
             chunk_stats.append(stats)
             per_row = [targets, lse, entropy, g, h]
             _launch(logprob_backward, models, logits, per_row, out, r, cols, ld, scale)
-            _add(grads, out, models[0], r, cols)
-        ctx.grads = grads
+            dx_rows = None if dx is None else dx[r]
+            _add(dx_rows, dw, db, out, models[0], r, cols)
+        ctx.grads = [dx, dw, db]
         ctx.mark_non_differentiable(logp, entropy)
         return total, torch_backend.stack_stats(chunk_stats), logp, entropy
 
