@@ -52,7 +52,8 @@ def _tiles(n, vocab, stored=None):
 def _buffers(hidden, count, rows, cols):
     """`count` buffers, each large enough for any tile. A new tensor per tile would cost page faults."""
     n_rows = rows[0].stop if rows else 0
-    return hidden.new_empty(count, n_rows, cols[0].stop, dtype=_wide_dtype(hidden))
+    shape = (n_rows, cols[0].stop)
+    return [hidden.new_empty(shape, dtype=_wide_dtype(hidden)) for _ in range(count)]
 
 
 def view(buffer, r, c):
