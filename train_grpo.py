@@ -493,7 +493,7 @@ def train(cfg):
             clock = Clock()
             # ---- end
             if step and due(step, cfg.ref_every):  # `due` is true at step 0, too
-                ref.load_state_dict(lora.merged(policy).state_dict())
+                ref.load_state_dict(lora.merged_weights(policy))
             if cfg.off_policy_steps:
                 past = progress["past"]  # weights of this and the steps before; the sampler has the oldest
                 past.append(copy.deepcopy(policy.state_dict()))

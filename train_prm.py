@@ -216,9 +216,9 @@ def train(cfg):
             rows = [data[i] for i in order]
             lengths = [len(labels) for _, _, labels in rows]
             denom = max(n_labels(rows), 1)  # without any label in the batch the loss is 0, not 0 / 0
-            batch = {"rows": rows, "padded": lengths, "denom": denom}
+            batch = {"rows": rows, "lengths": lengths, "padded": lengths, "denom": denom}
             opt.zero_grad()
-            part = dist.share(batch, lengths)  # one process: all of it; several: this one's rows
+            part = dist.share(batch)  # one process: all of it; several: this one's rows
             figures = dist.whole_step(gradient(model, part, cfg), model)  # one process: as it is
             gnorm = clip_gradient(model, cfg.max_grad_norm)
             run.check(step, figures["loss"], gnorm, f"a batch of {len(rows)} responses", batch, [model])

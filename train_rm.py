@@ -302,9 +302,9 @@ def train(cfg):
             sides = [(len(p + w), len(p + l)) for p, w, l in rows]
             lengths = [sum(pair) for pair in sides]
             padded = [2 * max(pair) for pair in sides]
-            batch = {"rows": rows, "padded": padded, "denom": len(rows)}
+            batch = {"rows": rows, "lengths": lengths, "padded": padded, "denom": len(rows)}
             opt.zero_grad()
-            part = dist.share(batch, lengths)  # one process: all of it; several: this one's rows
+            part = dist.share(batch)  # one process: all of it; several: this one's rows
             figures = dist.whole_step(gradient(model, part, cfg), model)  # one process: as it is
             gnorm = clip_gradient(model, cfg.max_grad_norm)
             run.check(step, figures["loss"], gnorm, f"a batch of {len(rows)} pairs", batch, [model])

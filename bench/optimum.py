@@ -5,7 +5,7 @@
     python bench/optimum.py --draw           docs/img/optimum.png from the CSV
 
 A policy with 4 tokens and responses of at most 3 has 40 responses: nanorlhf.exact computes the optimum π* ∝
-π_ref exp(r/β) of RLHF, and the fixed points of the losses that lead elsewhere. Here every
+π_ref exp(r/β) of RLHF, and `Tree` the fixed points of the losses that lead elsewhere. Here every
 algorithm is trained from π_ref until it settles, by the trainers' own train(), and KLs are sums over all
 responses. docs/optimum.md explains the results; tests/test_optimum.py asserts them.
 """
@@ -38,13 +38,67 @@ from train_dpo import preference_loss  # noqa: E402
 TOK = Tokenizer.from_chars("ab")  # with EOS and pad four ids; the policy may sample pad like any other
 PROMPT = "a"
 LIMIT, BETA = 3, 1.0
-TREE = exact.Tree(TOK.vocab_size, LIMIT, TOK.eos_id)
+
+
+class Tree(exact.Tree):
+    """All responses, with what dynamic programming from the longest prefixes to the empty one needs.
+
+    levels        one mask (S,) for each length: the prefixes of this length
+    ends, follow  (S, V): whether token a after prefix s ends a response; the index of the response s + a
+                  where it does, of the prefix s + a elsewhere
+    """
+
+    def __init__(self, vocab_size, max_new_tokens, eos_id):
+        super().__init__(vocab_size, max_new_tokens, eos_id)
+        responses = {y: i for i, y in enumerate(self.responses)}
+        prefixes = {s: i for i, s in enumerate(self.prefixes)}
+        longer = [(*s, a) for s in self.prefixes for a in range(vocab_size)]
+        follow = [responses[s] if s in responses else prefixes[s] for s in longer]
+        self.ends = torch.tensor([s in responses for s in longer]).view(-1, vocab_size)
+        self.follow = torch.tensor(follow).view(-1, vocab_size)
+        of_length = torch.tensor([len(s) for s in self.prefixes])
+        self.levels = [of_length == length for length in range(max_new_tokens)]
+
+    def from_logp(self, logp):
+        """Log-probs of the responses (N,) → the policy (S, V): log π(a|s) = log P(s a …) − log P(s …)."""
+        mass = torch.full(self.ends.shape, -torch.inf, dtype=logp.dtype)  # log P(s a …)
+        for level in reversed(self.levels):  # the longest prefixes first
+            prefix_mass = mass.logsumexp(-1)  # (S,)
+            mass[level] = self._after(level, logp, prefix_mass)
+        return mass - mass.logsumexp(-1, keepdim=True)
+
+    def backward_induction(self, ref, reward, rule):
+        """The policy (S, V) that is rule(ref, Q) at every prefix, where Q(s,a) = E_π[r | s,a] under itself.
+
+        ref (S, V); reward (N,); rule takes log π_ref(·|s) and Q(s,·), (k, V) each, and gives log π(·|s), as
+        `exact.optimum` does. The longest prefixes come first: there Q is the reward itself.
+        """
+        table = torch.empty_like(ref)
+        value = torch.zeros(len(ref), dtype=ref.dtype)  # E_π[r | s]
+        for level in reversed(self.levels):
+            q = self._after(level, reward, value)
+            logp = rule(ref[level], q)
+            table[level] = logp
+            value[level] = (logp.exp() * q).sum(-1)
+        return table
+
+    def _after(self, level, of_responses, of_prefixes):
+        """Values of responses (N,) and of prefixes (S,) → (k, V): those of s + a for each s of a level."""
+        ends = self.ends[level]
+        follow = self.follow[level]
+        out = torch.empty(ends.shape, dtype=of_prefixes.dtype)
+        out[ends] = of_responses[follow[ends]]
+        out[~ends] = of_prefixes[follow[~ends]]
+        return out
+
+
+TREE = Tree(TOK.vocab_size, LIMIT, TOK.eos_id)
 TEXTS = [TOK.decode(y[:-1] if y[-1] == TOK.eos_id else y) for y in TREE.responses]  # all different
 
 REWARD_FILE = "def reward(prompt, response, row):\n    return row['reward'][response]\n"
 
 
-# The fixed points of other losses than RLHF's objective, by nanorlhf.exact
+# The fixed points of other losses than RLHF's objective
 
 
 def mean_std(logp, x):

@@ -18,34 +18,23 @@ class Tree:
 
     responses            list of N tuples of ids, with their EOS
     prefixes             list of S tuples, shortest first: what the policy has written when it chooses a token
-    levels               one mask (S,) for each length: the prefixes of this length
     tokens, state, mask  (N, T): the t-th token of a response; the prefix before it; whether there is one
-    ends, follow         (S, V): whether token a after prefix s ends a response; the index of the response
-                         s + a where it does, of the prefix s + a elsewhere
 
     >>> tree = Tree(vocab_size=2, max_new_tokens=2, eos_id=1)
     >>> tree.responses, tree.prefixes
     ([(1,), (0, 0), (0, 1)], [(), (0,)])
-    >>> tree.follow  # prefix () → prefix 1 or response 0; prefix (0,) → response 1 or 2
-    tensor([[1, 0],
-            [1, 2]])
     """
 
     def __init__(self, vocab_size, max_new_tokens, eos_id):
         self.responses = []
         self.prefixes = [()]
-        ends = []
-        follow = []
         for prefix in self.prefixes:  # the loop appends to this list, one length after the other
             for token in range(vocab_size):
                 longer = (*prefix, token)
-                ended = token == eos_id or len(longer) == max_new_tokens
-                sequences = self.responses if ended else self.prefixes
-                ends.append(ended)
-                follow.append(len(sequences))
-                sequences.append(longer)
-        self.ends = torch.tensor(ends).view(-1, vocab_size)
-        self.follow = torch.tensor(follow).view(-1, vocab_size)
+                if token == eos_id or len(longer) == max_new_tokens:
+                    self.responses.append(longer)
+                else:
+                    self.prefixes.append(longer)
 
         number = {prefix: s for s, prefix in enumerate(self.prefixes)}
         states = []
@@ -55,8 +44,6 @@ class Tree:
         self.state, lengths = pad(states, 0)
         self.tokens = pad(self.responses, 0)[0]
         self.mask = torch.arange(max_new_tokens) < lengths[:, None]
-        of_length = torch.tensor([len(prefix) for prefix in self.prefixes])
-        self.levels = [of_length == length for length in range(max_new_tokens)]
 
     def table(self, model, prompt, temperature=1.0):
         """The policy of `model` after a prompt (a list of ids), by one batched forward → (S, V) float64."""
@@ -74,38 +61,6 @@ class Tree:
     def logp(self, table):
         """(S, V) → (N,): log-prob of each response. Their probabilities sum to 1."""
         return self.token_logp(table).sum(1)
-
-    def from_logp(self, logp):
-        """Log-probs of the responses (N,) → the policy (S, V): log π(a|s) = log P(s a …) − log P(s …)."""
-        mass = torch.full(self.ends.shape, -torch.inf, dtype=logp.dtype)  # log P(s a …)
-        for level in reversed(self.levels):  # the longest prefixes first
-            prefix_mass = mass.logsumexp(-1)  # (S,)
-            mass[level] = self._after(level, logp, prefix_mass)
-        return mass - mass.logsumexp(-1, keepdim=True)
-
-    def backward_induction(self, ref, reward, rule):
-        """The policy (S, V) that is rule(ref, Q) at every prefix, where Q(s,a) = E_π[r | s,a] under itself.
-
-        ref (S, V); reward (N,); rule takes log π_ref(·|s) and Q(s,·), (k, V) each, and gives log π(·|s), as
-        `optimum` does. The longest prefixes come first: there Q is the reward itself.
-        """
-        table = torch.empty_like(ref)
-        value = torch.zeros(len(ref), dtype=ref.dtype)  # E_π[r | s]
-        for level in reversed(self.levels):
-            q = self._after(level, reward, value)
-            logp = rule(ref[level], q)
-            table[level] = logp
-            value[level] = (logp.exp() * q).sum(-1)
-        return table
-
-    def _after(self, level, of_responses, of_prefixes):
-        """Values of responses (N,) and of prefixes (S,) → (k, V): those of s + a for each s of a level."""
-        ends = self.ends[level]
-        follow = self.follow[level]
-        out = torch.empty(ends.shape, dtype=of_prefixes.dtype)
-        out[ends] = of_responses[follow[ends]]
-        out[~ends] = of_prefixes[follow[~ends]]
-        return out
 
 
 def kl(logp, other):

@@ -38,14 +38,6 @@ class Adapted(Linear):
         low = x @ self.A.T.to(x.dtype)  # (..., r)
         return super().forward(x) + self.scale * low @ self.B.T.to(x.dtype)
 
-    def merged(self):
-        """→ one plain layer that computes the same."""
-        n_out, n_in = self.weight.shape
-        layer = Linear(n_in, n_out, bias=False, device="meta")
-        layer.weight = nn.Parameter(merge(self.weight, self.A, self.B, self.scale))
-        layer.bias = self.bias
-        return layer
-
 
 @torch.no_grad()
 def merge(weight, A, B, scale):
@@ -65,42 +57,32 @@ def add(model, rank, dtype=None):
         return None
     message = f"--lora_rank {rank} with --dtype bf16_weights: adapters are trained in fp32; use bfloat16"
     require(dtype != "bf16_weights", message)
-    frozen = _twin(model).requires_grad_(False)
-
-    def adapt(layer):
-        adapted = Adapted(layer, rank)
-        if dtype:
-            layer.weight.data = layer.weight.data.to(getattr(torch, dtype))
-        return adapted
-
-    _replace(model, Linear, adapt)
+    # Another model of the very same tensors, whose layers are not replaced with those of this one
+    frozen = copy.deepcopy(model, {id(p): p for p in model.parameters()}).requires_grad_(False)
+    for block in model.trunk.blocks:
+        for part in (block.attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if type(layer) is not Linear:  # a norm
+                    continue
+                setattr(part, name, Adapted(layer, rank))
+                if dtype:
+                    layer.weight.data = layer.weight.data.to(getattr(torch, dtype))
     if hasattr(model, "score"):
         model.score.requires_grad_(True)
     return frozen
 
 
-def merged(model):
-    """→ a model of plain layers that computes what this one computes; itself, if it has no adapters."""
-    if not any(isinstance(layer, Adapted) for layer in model.modules()):
-        return model
-    return _replace(_twin(model), Adapted, Adapted.merged)
+def merged_weights(model):
+    """→ {name: tensor} of the model of plain layers that computes what this one computes."""
+    weights = model.state_dict()
+    for name, layer in model.named_modules():
+        if isinstance(layer, Adapted):
+            A = weights.pop(f"{name}.A")
+            B = weights.pop(f"{name}.B")
+            weights[f"{name}.weight"] = merge(layer.weight, A, B, layer.scale)
+    return weights
 
 
 def rank_in(weights):
     """Rank of the adapters among {name: tensor}; 0 if there are none."""
     return next((len(x) for name, x in weights.items() if name.endswith(".A")), 0)
-
-
-def _twin(model):
-    """Another model of the very same tensors, whose layers can be replaced without touching this one."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def _replace(model, kind, new):
-    """Replace every layer of this class in the blocks by new(layer), in place."""
-    for block in model.trunk.blocks:
-        for part in (block.attn, block.mlp):
-            for name, layer in list(part.named_children()):
-                if type(layer) is kind:
-                    setattr(part, name, new(layer))
-    return model

@@ -258,10 +258,11 @@ def test_every_row_is_somebodys(lengths, size):
             patch.setattr(dist, "rank", lambda rank=rank: rank)
             dealt.append(dist.my_rows(lengths).tolist())
             cut += list(range(len(lengths)))[dist.my_part(len(lengths))]
-            batch = dict(x=torch.tensor(lengths), y=lengths, denom=torch.tensor(3.0), n=(4,) * len(lengths))
-            part = dist.share(batch, lengths)
-            assert part["x"].tolist() == part["y"] and part["n"] == batch["n"] and part["denom"] == 3
-            shared += part["y"]
+            batch = dict(x=torch.tensor(lengths), lengths=lengths, denom=torch.tensor(3.0),
+                         n=(4,) * len(lengths))  # fmt: skip
+            part = dist.share(batch)
+            assert part["x"].tolist() == part["lengths"] and part["n"] == batch["n"] and part["denom"] == 3
+            shared += part["lengths"]
     assert cut == list(range(len(lengths))) == sorted(sum(dealt, []))
     assert sorted(shared) == sorted(lengths)
     work = [sum(lengths[i] for i in rows) for rows in dealt]

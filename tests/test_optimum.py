@@ -14,13 +14,13 @@ import torch
 import train_grpo
 import train_ppo
 from nanorlhf import exact, generate
-from nanorlhf.exact import Tree, kl
+from nanorlhf.exact import kl
 from nanorlhf.model import GPT, GPTConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import optimum  # noqa: E402
-from optimum import ALGORITHMS, Problem, run  # noqa: E402
+from optimum import ALGORITHMS, Problem, Tree, run  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 QUICK = "ppo", "grpo_k1_reward", "dpo", "k3_loss"  # one of each kind; the others are rows of `make test-all`

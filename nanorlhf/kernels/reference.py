@@ -3,12 +3,17 @@
 import torch
 
 
-def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None):
-    """hidden (N, D), weight (V, D), targets (N,) → log-prob (N,) and entropy (N,); builds N×V logits."""
+def log_softmax(hidden, weight, temperature, bias):
+    """hidden (N, D), weight (V, D), bias (V,) or None → log-probs of the whole vocabulary (N, V)."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
-    logp = torch.log_softmax(logits / temperature, dim=-1)  # (N, V)
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None):
+    """hidden (N, D), weight (V, D), targets (N,) → log-prob (N,) and entropy (N,); builds N×V logits."""
+    logp = log_softmax(hidden, weight, temperature, bias)
     p = logp.exp()
     entropy = -torch.where(p > 0, p * logp, 0.0).sum(-1)  # 0 · log 0 = 0
     at_target = logp.gather(1, targets[:, None]).squeeze(1)
@@ -18,14 +23,8 @@ def linear_logprob(hidden, weight, targets, temperature=1.0, bias=None):
 def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=False, bias=None,
               ref_bias=None):
     """Exact KL(policy‖reference) per position (N,), or KL(reference‖policy); builds N×V logits twice."""
-    logits = hidden @ weight.T
-    ref_logits = ref_hidden @ ref_weight.T
-    if bias is not None:
-        logits = logits + bias
-    if ref_bias is not None:
-        ref_logits = ref_logits + ref_bias
-    logp = torch.log_softmax(logits / temperature, dim=-1)
-    logq = torch.log_softmax(ref_logits / temperature, dim=-1)
+    logp = log_softmax(hidden, weight, temperature, bias)
+    logq = log_softmax(ref_hidden, ref_weight, temperature, ref_bias)
     if reverse:
         logp, logq = logq, logp
     terms = logp.exp() * (logp - logq)  # (N, V)
@@ -33,15 +32,14 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
 
 
 def decode_attention(q, k, v, cache_k, cache_v, pos):
-    """q (B, H, hd), k, v (B, KV, hd), caches (B, KV, T, hd), pos (B,) → (B, H, hd); one head at a time."""
+    """q (B, H, hd), k, v (B, KV, hd), caches (B, KV, T, hd), pos (B,) → (B, H, hd); one row at a time."""
     _, H, hd = q.shape
     group = H // k.shape[1]  # query heads that share a key head
     out = torch.zeros_like(q)
     for b, n in enumerate(pos.tolist()):
-        for h in range(H):
-            kv = h // group
-            keys = torch.cat((cache_k[b, kv, :n], k[b, kv : kv + 1]))  # (n + 1, hd)
-            values = torch.cat((cache_v[b, kv, :n], v[b, kv : kv + 1]))
-            scores = keys @ q[b, h] / hd**0.5
-            out[b, h] = scores.softmax(0) @ values
+        keys = torch.cat((cache_k[b, :, :n], k[b, :, None]), 1)  # (KV, n + 1, hd)
+        values = torch.cat((cache_v[b, :, :n], v[b, :, None]), 1)
+        scores = q[b, :, None] @ keys.repeat_interleave(group, 0).mT / hd**0.5  # (H, 1, n + 1)
+        y = scores.softmax(-1) @ values.repeat_interleave(group, 0)  # (H, 1, hd)
+        out[b] = y[:, 0]
     return out

@@ -109,8 +109,6 @@ class Slots:
 
     def forward(self, tokens, cache=None, pos=None, live=None):
         """The model with its weights cast once."""
-        if not self.cast:
-            return self.model(tokens, cache, pos, live)
         return functional_call(self.model, self.cast, (tokens, cache, pos, live))
 
     def index(self, numbers):
@@ -172,28 +170,22 @@ class Slots:
         pos.copy_(torch.where(alive, pos + 1, 0))
 
     def run(self, b, live):
-        """`step`, on a GPU as a graph: the first call runs it plainly, the second records it.
+        """`step`, on a GPU as a graph: the first call runs it plainly and records it, the others replay it.
 
         A graph holds addresses: those of the buffers, of the cast weights and of the model's own weights. It
         must not outlive any of them, and so lives as long as this object, for one call of `generate`.
         """
         key = (b, live)
-        if self.pool is None:  # on a CPU
-            self.step(b, live)
-        elif key not in self.graphs:  # kernels are compiled now, which a graph could not record
-            self.graphs[key] = None
-            self.step(b, live)
-        else:
-            if self.graphs[key] is None:
-                self.graphs[key] = self.record(b, live)
+        if key in self.graphs:
             self.graphs[key].replay()
-
-    def record(self, b, live):
-        """→ the graph of a step, which is not run."""
+            return
+        self.step(b, live)  # kernels are compiled now, which a graph could not record
+        if self.pool is None:  # on a CPU
+            return
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL has a thread
-            self.step(b, live)
-        return graph
+            self.step(b, live)  # is recorded, not run
+        self.graphs[key] = graph
 
 
 def decode(model, batch, sampling, size):
@@ -216,7 +208,7 @@ def decode(model, batch, sampling, size):
         batch_sizes.append(_divide_up(batch_sizes[-1], FEWER))
     b = size  # slots in use: 0 … b-1
     row_in = {}  # slot → its row, until the host sees that it has ended
-    length = {}  # slot → its row's tokens so far
+    sampled = {}  # slot → tokens sampled for its row so far
     prefill = Prefill(range(0), None, None, 0)
 
     while waiting or row_in:
@@ -233,7 +225,8 @@ def decode(model, batch, sampling, size):
             slots.admit(list(started), list(started.values()), prefill)
             for slot, row in started.items():
                 row_in[slot] = row
-                length[slot] = slots.prompt_len[row]
+                sampled[slot] = 0
+        longest = max(slots.prompt_len[row] + sampled[slot] for slot, row in row_in.items())
 
         # 2. once the queue is empty, the rows that are left move together into fewer slots
         fewer = min(n for n in batch_sizes if n >= len(row_in))
@@ -241,16 +234,14 @@ def decode(model, batch, sampling, size):
             movers = [slot for slot in row_in if slot >= fewer]
             holes = [slot for slot in range(fewer) if slot not in row_in]
             holes = holes[: len(movers)]
-            slots.move(holes, movers, max(length.values()))
+            slots.move(holes, movers, longest)
             for hole, mover in zip(holes, movers):
                 row_in[hole] = row_in.pop(mover)
-                length[hole] = length.pop(mover)
+                sampled[hole] = sampled.pop(mover)
             b = fewer
 
         # 3. a few steps, and then a look at which rows have ended
-        longest = max(length.values())
-        ends = {slot: slots.prompt_len[row] + slots.max_new for slot, row in row_in.items()}
-        left = max(ends[slot] - length[slot] for slot in row_in)
+        left = slots.max_new - min(sampled.values())
         steps = min(CHECK, left)
         for i in range(1, steps + 1):
             slots.run(b, _rounded_up(longest + i, slots.T))
@@ -259,9 +250,9 @@ def decode(model, batch, sampling, size):
             raise RunError(NOT_FINITE)
         for slot in list(row_in):
             if flags[slot]:
-                length[slot] += steps
+                sampled[slot] += steps
             else:
-                del row_in[slot], length[slot]
+                del row_in[slot], sampled[slot]
 
     return slots.tokens[:-1], slots.logp[:-1], slots.new[:-1], slots.finished[:-1]
 

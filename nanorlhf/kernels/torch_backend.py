@@ -40,10 +40,6 @@ def spans(n, size):
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _length(span):
-    return span.stop - span.start
-
-
 def _tiles(n, vocab, stored=None):
     """Row slices and column slices of all tiles; the tiles of one row slice have at most `stored` logits."""
     cols = min(vocab, COLS, TILE)
@@ -54,16 +50,15 @@ def _tiles(n, vocab, stored=None):
 
 
 def _buffers(hidden, count, rows, cols):
-    """`count` flat buffers, each large enough for any tile. A new tensor per tile would cost page faults."""
-    size = _length(rows[0]) * _length(cols[0]) if rows else 0
-    return [hidden.new_empty(size, dtype=_wide_dtype(hidden)) for _ in range(count)]
+    """`count` buffers, each large enough for any tile. A new tensor per tile would cost page faults."""
+    n_rows = rows[0].stop if rows else 0
+    shape = (n_rows, cols[0].stop)
+    return [hidden.new_empty(shape, dtype=_wide_dtype(hidden)) for _ in range(count)]
 
 
-def _view(buffer, r, c):
-    """The start of a flat buffer, in the shape of the tile of rows r and columns c."""
-    n_rows = _length(r)
-    n_cols = _length(c)
-    return buffer[: n_rows * n_cols].view(n_rows, n_cols)
+def view(buffer, r, c):
+    """The corner of a buffer that holds the tile of rows r and columns c."""
+    return buffer[: r.stop - r.start, : c.stop - c.start]
 
 
 def _wide_dtype(x):
@@ -127,13 +122,18 @@ def _fold(z, target, masked, shifted, e):
     return torch.stack((m, s, weighted, target_z))
 
 
+def _scales(m, s):
+    """m, s of all tiles (tiles, N) → the rows' maxima (N,) and exp(m − maximum), 0 for a tile of all −inf."""
+    seen = s > 0
+    top = torch.where(seen, m, -torch.inf).amax(0)
+    return top, torch.where(seen, (m - top).exp(), 0.0)
+
+
 def merge(stats):
     """(tiles, 4, N) of _fold → logp, entropy and log-sum-exp, (N,) each."""
     m, s, weighted, target_z = stats.unbind(1)
-    seen = s > 0  # False: this tile is all −inf
-    top = torch.where(seen, m, -torch.inf).amax(0)
-    shift = torch.where(seen, m - top, 0.0)
-    scale = torch.where(seen, shift.exp(), 0.0)
+    top, scale = _scales(m, s)
+    shift = torch.where(scale > 0, m - top, 0.0)
     total = (scale * s).sum(0)
     log_total = total.log()
     mean = (scale * (weighted + s * shift)).sum(0) / total  # Σ p (z − top)
@@ -174,13 +174,6 @@ def _fold_kl(z, r):
     return torch.stack((m, s, difference, m_ref, s_ref))
 
 
-def _scales(m, s):
-    """m, s of all tiles (tiles, N) → the rows' maxima (N,) and exp(m − maximum), 0 for a tile of all −inf."""
-    seen = s > 0
-    top = torch.where(seen, m, -torch.inf).amax(0)
-    return top, torch.where(seen, (m - top).exp(), 0.0)
-
-
 def merge_kl(stats):
     """(tiles, 5, N) of _fold_kl → KL(z‖r) and both log-sum-exps, (N,) each."""
     m, s, difference, m_ref, s_ref = stats.unbind(1)
@@ -196,6 +189,20 @@ def merge_kl(stats):
     return kl, top + total.log(), top_ref + total_ref.log()
 
 
+def _fold_rows(hidden, weight, bias, targets, temperature, r, cols, logits, shifted, spare):
+    """All tiles of rows r → logp, entropy and log-sum-exp, (rows,) each.
+
+    logits: a buffer for each tile. Where there is one for all, it is `shifted` too, and is overwritten.
+    """
+    stats = []
+    for c, buffer in zip(cols, logits):
+        z = view(buffer, r, c)
+        _logits(hidden, weight, bias, r, c, temperature, out=z)
+        target = targets[r] - c.start
+        stats.append(_fold(z, target, bias is not None, view(shifted, r, c), view(spare, r, c)))
+    return merge(torch.stack(stats))
+
+
 class LinearLogprob(torch.autograd.Function):
     """logp and entropy, (N,) each: `kernels.linear_logprob` without a loss."""
 
@@ -203,17 +210,10 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, temperature):
         out = hidden.new_empty(3, len(hidden), dtype=_wide_dtype(hidden))
         rows, cols = _tiles(len(hidden), len(weight))
-        z_buffer, e_buffer = _buffers(hidden, 2, rows, cols)
-        masked = bias is not None
+        z, spare = _buffers(hidden, 2, rows, cols)
+        logits = [z] * len(cols)
         for r in rows:
-            stats = []
-            for c in cols:
-                z = _view(z_buffer, r, c)
-                e = _view(e_buffer, r, c)
-                _logits(hidden, weight, bias, r, c, temperature, out=z)
-                target = targets[r] - c.start
-                stats.append(_fold(z, target, masked, z, e))
-            merged = merge(torch.stack(stats))
+            merged = _fold_rows(hidden, weight, bias, targets, temperature, r, cols, logits, z, spare)
             out[:, r] = torch.stack(merged)
         logp, entropy, lse = out
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
@@ -242,13 +242,11 @@ def differentiate(loss, logp, entropy, rows):
     """Call the loss on a chunk of rows → value, stats, ∂value/∂logp and ∂value/∂entropy, (n,) each."""
     logp = logp.detach().requires_grad_()
     entropy = entropy.detach().requires_grad_()
-    g = h = None
     with torch.enable_grad():
         value, stats = loss(logp, entropy, rows)
-        if value.requires_grad:
-            g, h = torch.autograd.grad(value, (logp, entropy), allow_unused=True)
-    g = torch.zeros_like(logp) if g is None else g
-    h = torch.zeros_like(logp) if h is None else h
+    if not value.requires_grad:
+        return value, stats, torch.zeros_like(logp), torch.zeros_like(entropy)
+    g, h = torch.autograd.grad(value, (logp, entropy), materialize_grads=True)  # 0 for one that is not used
     return value.detach(), stats, g, h
 
 
@@ -272,30 +270,24 @@ class LinearLoss(torch.autograd.Function):
         logp, entropy = hidden.new_empty(2, len(hidden), dtype=_wide_dtype(hidden))
         total = logp.new_zeros(())
         chunk_stats = []
-        grads = _gradient_sums(ctx, hidden, weight, bias)
+        grads = gradient_sums((hidden, weight, bias), ctx.needs_input_grad)
         rows, cols = _tiles(len(hidden), len(weight), STORED)
-        z_buffers = _buffers(hidden, len(cols), rows, cols)
-        shifted_buffer, e_buffer = _buffers(hidden, 2, rows, cols)
+        logits = _buffers(hidden, len(cols), rows, cols)
+        shifted, spare = _buffers(hidden, 2, rows, cols)
         masked = bias is not None
         for r in rows:
-            tiles = [_view(buffer, r, c) for buffer, c in zip(z_buffers, cols)]
-            folded = []
-            for c, z in zip(cols, tiles):
-                _logits(hidden, weight, bias, r, c, temperature, out=z)
-                shifted = _view(shifted_buffer, r, c)
-                e = _view(e_buffer, r, c)
-                target = targets[r] - c.start
-                folded.append(_fold(z, target, masked, shifted, e))
-            logp[r], entropy[r], lse = merge(torch.stack(folded))
+            logp[r], entropy[r], lse = _fold_rows(
+                hidden, weight, bias, targets, temperature, r, cols, logits, shifted, spare
+            )
             value, stats, g, h = differentiate(loss, logp[r], entropy[r], r)
             total += value
             chunk_stats.append(stats)
             g = g / temperature
             h = h / temperature if (h != 0).any() else None
-            for c, z in zip(cols, tiles):
-                spare = _view(shifted_buffer, r, c)
+            for c, buffer in zip(cols, logits):
+                z = view(buffer, r, c)
                 target = targets[r] - c.start
-                dz = _dlogits(z, target, lse, entropy[r], g, h, masked, spare)
+                dz = _dlogits(z, target, lse, entropy[r], g, h, masked, view(spare, r, c))
                 _add(grads, dz, hidden, weight, r, c)
         ctx.grads = grads
         ctx.mark_non_differentiable(logp, entropy)
@@ -364,42 +356,34 @@ def _backward(ctx, hidden, weight, bias, dlogits):
 
     dlogits(r, c, z, spare) → ∂loss/∂(x·wᵀ) of a tile, given its logits z and a tile to be overwritten.
     """
-    grads = _gradient_sums(ctx, hidden, weight, bias)
+    grads = gradient_sums((hidden, weight, bias), ctx.needs_input_grad)
     rows, cols = _tiles(len(hidden), len(weight))
     z_buffer, spare_buffer = _buffers(hidden, 2, rows, cols)
     for r in rows:
         for c in cols:
-            z = _view(z_buffer, r, c)
+            z = view(z_buffer, r, c)
             _logits(hidden, weight, bias, r, c, ctx.temperature, out=z)
-            dz = dlogits(r, c, z, _view(spare_buffer, r, c))
+            dz = dlogits(r, c, z, view(spare_buffer, r, c))
             _add(grads, dz, hidden, weight, r, c)
     return grads
 
 
-def _gradient_sums(ctx, hidden, weight, bias):
-    """Tensors for _add to sum the gradients of hidden, weight and bias in; None where none is asked for.
-
-    They are not cleared, as the first tile overwrites them. With no rows there is no tile, and they are 0.
-    """
-    make = torch.empty_like if len(hidden) else torch.zeros_like
+def gradient_sums(model, needs):
+    """Zeros to sum the gradients of (hidden, weight, bias) in, fp32 or wider; None where `needs` is False."""
     sums = []
-    for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad):
-        sums.append(make(x, dtype=_wide_dtype(x)) if needed else None)
+    for x, needed in zip(model, needs):
+        sums.append(torch.zeros_like(x, dtype=_wide_dtype(x)) if needed else None)
     return sums
 
 
 def _add(grads, dz, hidden, weight, r, c):
-    """Add what a tile's dz = ∂loss/∂(x·wᵀ) gives to the gradients. With beta 0 addmm_ overwrites."""
+    """Add what a tile's dz = ∂loss/∂(x·wᵀ) gives to the gradients."""
     dx, dw, db = grads
     if dx is not None:
-        beta = int(c.start > 0)
-        dx[r].addmm_(dz, widen(weight[c]), beta=beta)
+        dx[r].addmm_(dz, widen(weight[c]))
     if dw is not None:  # a frozen unembedding (LoRA) saves this matmul
-        beta = int(r.start > 0)
-        dw[c].addmm_(dz.T, widen(hidden[r]), beta=beta)
+        dw[c].addmm_(dz.T, widen(hidden[r]))
     if db is not None:
-        if r.start == 0:
-            db[c] = 0
         db[c] += dz.sum(0)
 
 

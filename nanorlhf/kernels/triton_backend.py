@@ -23,7 +23,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from nanorlhf.kernels import torch_backend
-from nanorlhf.kernels.torch_backend import spans
+from nanorlhf.kernels.torch_backend import gradient_sums, spans, view
 
 ADDMM_FP32 = torch.__version__ >= (2, 10)  # before, out_dtype refused an fp32 summand (pytorch#167931)
 DESIGN = None  # "fused" or "stored", set by tests and benchmarks; None: by shape, see design()
@@ -57,7 +57,7 @@ STORED = _config(4, 1024, 16, 8, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The kernels. N rows; columns col0 ≤ v < end of the vocabulary; x (N, D), w (V, D) with row strides sx, sw;
+# The kernels. N rows; columns col0 ≤ v < end of the vocabulary; x (N, D) with row stride sx, w (V, D);
 # `logits` (None in the fused design) and `out` hold the columns from col0 on, with row stride ld. scale is
 # 1 / temperature. Names ending in 2, and r for z, are the reference's.
 
@@ -84,8 +84,7 @@ UPCAST = tl.constexpr(INTERPRETED)  # the interpreter computes bf16 wrongly, wit
 @triton.jit
 def _tile(
     x, w, bias, logits, rows, cols,
-    N, sx, sw, col0, end, ld, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    N, sx, col0, end, ld, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """fp32 logits / temperature, (BLOCK_N, BLOCK_V); −inf in columns from `end` on."""
     # Past the edges the last row and column are read again: cheaper than a mask, and thrown away afterwards
@@ -96,10 +95,10 @@ def _tile(
         # Masked by ld, not by `end`: only a multiple of 16 lets the compiler load several numbers at a time
         z = tl.load(logits + row * ld + at, mask=at < ld, other=0.0)
     else:
-        z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        z = tl.zeros((rows.shape[0], cols.shape[0]), dtype=tl.float32)
         k = tl.arange(0, BLOCK_D)
         a_ptr = x + row * sx + k[None, :]
-        b_ptr = w + col[None, :] * sw + k[:, None]
+        b_ptr = w + col[None, :] * D + k[:, None]
         for d in range(0, D, BLOCK_D):
             if D % BLOCK_D == 0:
                 a = tl.load(a_ptr + d)
@@ -146,7 +145,7 @@ def _store(out, dz, rows, cols, inside, col0, ld):
 @triton.jit
 def logprob_forward(
     x, w, bias, logits, targets, stats,
-    N, sx, sw, col0, end, ld, width, n_all, scale,
+    N, sx, col0, end, ld, width, n_all, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Folds slices of `width` columns into stats (slices, 4, n_all), as torch_backend._fold does.
@@ -157,17 +156,18 @@ def logprob_forward(
     rows, slice = _order(slices, N, BLOCK_N)
     inside = rows < N
     target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
-    m = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
-    s = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    t = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    y = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    zeros = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    m = zeros - float("inf")
+    s = zeros
+    t = zeros
+    y = zeros
     start = col0 + slice * width
     stop = tl.minimum(start + width, end)
     for v in range(start, stop, BLOCK_V):
         cols = v + tl.arange(0, BLOCK_V)
         z = _tile(
             x, w, bias, logits, rows, cols,
-            N, sx, sw, col0, end, ld, scale, D, BLOCK_N, BLOCK_V, BLOCK_D,
+            N, sx, col0, end, ld, scale, D, BLOCK_D,
         )  # fmt: skip
         at_target = cols[None, :] == target[:, None]
         y += tl.sum(tl.where(at_target, z, 0.0), 1)
@@ -186,7 +186,7 @@ def logprob_forward(
 @triton.jit
 def logprob_backward(
     x, w, bias, logits, targets, lse, entropy, g, h, out,
-    N, sx, sw, col0, end, ld, scale,
+    N, sx, col0, end, ld, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out[n, v − col0] = ∂loss/∂(x·wᵀ)[n, v], given ∂loss/∂logp = g and ∂loss/∂entropy = h."""
@@ -196,7 +196,7 @@ def logprob_backward(
     inside = rows < N
     z = _tile(
         x, w, bias, logits, rows, cols,
-        N, sx, sw, col0, end, ld, scale, D, BLOCK_N, BLOCK_V, BLOCK_D,
+        N, sx, col0, end, ld, scale, D, BLOCK_D,
     )  # fmt: skip
     logp = z - _column(lse, rows, inside)
     p = tl.exp(logp)
@@ -214,7 +214,7 @@ def logprob_backward(
 def kl_forward(
     x, w, bias, logits,
     x2, w2, bias2, logits2, stats,
-    N, sx, sw, sx2, sw2, col0, end, ld, width, n_all, scale,
+    N, sx, sx2, col0, end, ld, width, n_all, scale,
     D: tl.constexpr, D2: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -226,22 +226,23 @@ def kl_forward(
     slices = tl.cdiv(end - col0, width)
     rows, slice = _order(slices, N, BLOCK_N)
     inside = rows < N
-    m = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
-    m2 = tl.full((BLOCK_N,), -float("inf"), dtype=tl.float32)
-    s = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    s2 = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    u = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    zeros = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    m = zeros - float("inf")
+    m2 = m
+    s = zeros
+    s2 = zeros
+    u = zeros
     start = col0 + slice * width
     stop = tl.minimum(start + width, end)
     for v in range(start, stop, BLOCK_V):
         cols = v + tl.arange(0, BLOCK_V)
         z = _tile(
             x, w, bias, logits, rows, cols,
-            N, sx, sw, col0, end, ld, scale, D, BLOCK_N, BLOCK_V, BLOCK_D,
+            N, sx, col0, end, ld, scale, D, BLOCK_D,
         )  # fmt: skip
         r = _tile(
             x2, w2, bias2, logits2, rows, cols,
-            N, sx2, sw2, col0, end, ld, scale, D2, BLOCK_N, BLOCK_V, BLOCK_D,
+            N, sx2, col0, end, ld, scale, D2, BLOCK_D,
         )  # fmt: skip
         m, z, moved, factor = _raise(m, z)
         m2, r, moved2, factor2 = _raise(m2, r)
@@ -263,7 +264,7 @@ def kl_forward(
 def kl_backward(
     x, w, bias, logits,
     x2, w2, bias2, logits2, lse, lse2, kl, g, out,
-    N, sx, sw, sx2, sw2, col0, end, ld, scale,
+    N, sx, sx2, col0, end, ld, scale,
     D: tl.constexpr, D2: tl.constexpr, REVERSE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -274,11 +275,11 @@ def kl_backward(
     inside = rows < N
     z = _tile(
         x, w, bias, logits, rows, cols,
-        N, sx, sw, col0, end, ld, scale, D, BLOCK_N, BLOCK_V, BLOCK_D,
+        N, sx, col0, end, ld, scale, D, BLOCK_D,
     )  # fmt: skip
     r = _tile(
         x2, w2, bias2, logits2, rows, cols,
-        N, sx2, sw2, col0, end, ld, scale, D2, BLOCK_N, BLOCK_V, BLOCK_D,
+        N, sx2, col0, end, ld, scale, D2, BLOCK_D,
     )  # fmt: skip
     logp = z - _column(lse, rows, inside)
     logq = r - _column(lse2, rows, inside)
@@ -325,8 +326,7 @@ def _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width=None, *
         flags["D2" if i else "D"] = x.shape[1]
     args += [values[r] for values in per_row]
     args += [out, n]
-    for x, w, _ in models:
-        args += [x.stride(0), w.stride(0)]
+    args += [x.stride(0) for x, _, _ in models]
     args += [c.start, c.stop, ld]
     if width is not None:
         args += [width, out.stride(-2)]
@@ -355,13 +355,12 @@ def _tiles(models, dz_bytes, stored):
     dz_bytes: bytes of a gradient, 0 in the forward pass. stored: the logits are in memory, too.
     """
     hidden, weight, _ = models[0]
-    N = len(hidden)
     V = len(weight)
     ld = WIDTH * triton.cdiv(V, WIDTH * triton.cdiv(V, COLS))
     logit_bytes = 4 * len(models) if stored else 0
     rows = min(ROWS, TILE_BYTES // (ld * (dz_bytes + logit_bytes)))
     rows = 1 << (rows.bit_length() - 1)  # rounded down to a power of two
-    return spans(N, rows), spans(V, ld), ld
+    return spans(len(hidden), rows), spans(V, ld), ld
 
 
 def _slices(N, V, device):
@@ -411,12 +410,19 @@ def _add_matmul(out, a, b):
         out += torch.mm(a, b, out_dtype=torch.float32)
 
 
+def _buffers(models, rows, ld, dtype=torch.float32):
+    """A buffer for each model, large enough for a tile of any of these row slices."""
+    n = rows[0].stop if rows else 0
+    return models[0][0].new_empty((len(models), n, ld), dtype=dtype)
+
+
 def _stored_logits(models, buffers, r, c):
-    """Write the logits x·wᵀ of a tile of each model to its buffer → the written parts."""
+    """Write the logits of a tile of each model to its buffer → the written parts; None without buffers."""
+    if buffers is None:
+        return None
     logits = []
     for (x, w, _), buffer in zip(models, buffers):
-        part = buffer[: r.stop - r.start, : c.stop - c.start]
-        logits.append(_matmul(x[r], w[c].T, part))
+        logits.append(_matmul(x[r], w[c].T, view(buffer, r, c)))
     return logits
 
 
@@ -425,43 +431,39 @@ def _fold(kernel, fields, models, per_row, scale):
     x, w, _ = models[0]
     N = len(x)
     V = len(w)
-    if design(models) == "fused":
+    buffers = None
+    if design(models) == "stored":
+        rows, cols, ld = _tiles(models, 0, stored=True)
+        buffers = _buffers(models, rows, ld)
+        width = ld
+    else:
+        rows = spans(N, max(N, 1))  # all at once; with no rows there is nothing to launch
+        cols = [slice(0, V)]
+        ld = 0
         width = _slices(N, V, x.device)
-        stats = x.new_empty((triton.cdiv(V, width), fields, N), dtype=torch.float32)
-        _launch(kernel, models, None, per_row, stats, slice(0, N), slice(0, V), 0, scale, width)
-        return stats
-    rows, cols, ld = _tiles(models, 0, stored=True)
-    stats = x.new_empty((len(cols), fields, N), dtype=torch.float32)
-    buffers = x.new_empty((len(models), rows[0].stop, ld), dtype=torch.float32)
+    stats = x.new_empty((triton.cdiv(V, width), fields, N), dtype=torch.float32)
     for r in rows:
         for i, c in enumerate(cols):
             logits = _stored_logits(models, buffers, r, c)
-            out = stats[i, :, r.start :]
-            _launch(kernel, models, logits, per_row, out, r, c, ld, scale, ld)
+            out = stats[i:, :, r.start :]
+            _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width)
     return stats
 
 
 def _gradients(kernel, models, per_row, scale, needs, **flags):
     """Gradients of the policy's hidden, weight and bias; None where `needs` does not ask for one."""
     x, w, bias = models[0]
-    dtype = _dlogits_dtype(x)
     dx = torch.zeros_like(x) if needs[0] else None
-    dw = torch.zeros_like(w, dtype=torch.float32) if needs[1] else None
-    db = torch.zeros_like(bias, dtype=torch.float32) if needs[2] else None
-    if len(x) == 0:
-        return dx, dw, db
+    dw, db = gradient_sums((w, bias), needs[1:])
+    dtype = _dlogits_dtype(x)
     stored = design(models) == "stored"
     rows, cols, ld = _tiles(models, dtype.itemsize, stored)
-    buffers = None
-    if stored:
-        buffers = x.new_empty((len(models), rows[0].stop, ld), dtype=torch.float32)
-    out = x.new_empty((rows[0].stop, ld), dtype=dtype)
+    buffers = _buffers(models, rows, ld) if stored else None
+    out = _buffers(models[:1], rows, ld, dtype)[0]
     for r in rows:
-        dx_rows = None
-        if dx is not None:
-            dx_rows = x.new_zeros((r.stop - r.start, x.shape[1]), dtype=torch.float32)
+        dx_rows = gradient_sums([x[r]], needs)[0]  # in fp32 for these rows only, as there may be many
         for c in cols:
-            logits = _stored_logits(models, buffers, r, c) if stored else None
+            logits = _stored_logits(models, buffers, r, c)
             _launch(kernel, models, logits, per_row, out, r, c, ld, scale, **flags)
             _add(dx_rows, dw, db, out, models[0], r, c)
         if dx is not None:
@@ -475,12 +477,9 @@ def _dlogits_dtype(x):
 
 
 def _add(dx_rows, dw, db, out, model, r, c):
-    """Add what a tile's ∂loss/∂(x·wᵀ) gives to the gradients of these rows, the weight and the bias.
-
-    All are fp32, or None where no gradient is asked for. out: the buffer with the tile.
-    """
+    """Add what a tile's ∂loss/∂(x·wᵀ), in the buffer `out`, gives to the gradients, fp32 or None."""
     x, w, _ = model
-    dz = out[: r.stop - r.start, : c.stop - c.start]
+    dz = view(out, r, c)
     if dx_rows is not None:
         _add_matmul(dx_rows, dz, w[c])
     if dw is not None:
@@ -493,11 +492,9 @@ def _operands(hidden, weight, bias):
     """(x, w, bias) of the same dtype, with the D numbers of a row side by side; other views are copied."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     x = hidden.to(dtype)
-    w = weight.to(dtype)
+    w = weight.to(dtype).contiguous()
     if x.stride(1) != 1:
         x = x.contiguous()
-    if w.stride(1) != 1:
-        w = w.contiguous()
     return x, w, None if bias is None else bias.contiguous()
 
 
@@ -507,12 +504,9 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
         targets = targets.contiguous()
-        if len(hidden) == 0:
-            logp, entropy, lse = hidden.new_empty((3, 0), dtype=torch.float32)
-        else:
-            models = [_operands(hidden, weight, bias)]
-            stats = _fold(logprob_forward, 4, models, [targets], 1 / temperature)
-            logp, entropy, lse = torch_backend.merge(stats)
+        models = [_operands(hidden, weight, bias)]
+        stats = _fold(logprob_forward, 4, models, [targets], 1 / temperature)
+        logp, entropy, lse = torch_backend.merge(stats)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.temperature = temperature
         return logp, entropy
@@ -543,22 +537,18 @@ class LinearLoss(torch_backend.LinearLoss):
         logp, entropy, lse, g, h = hidden.new_empty((5, N), dtype=torch.float32)
         total = logp.new_zeros(())
         chunk_stats = []
-        grads = []
-        for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad):
-            grads.append(torch.zeros_like(x, dtype=torch.float32) if needed else None)
-        dx, dw, db = grads
-
+        dx, dw, db = gradient_sums(models[0], ctx.needs_input_grad)
         dtype = _dlogits_dtype(models[0][0])
         cols = slice(0, V)
         ld = WIDTH * triton.cdiv(V, WIDTH)
         n = max(1, min(N, ROWS, STORED_BYTES // (ld * (4 + dtype.itemsize))))
-        buffers = hidden.new_empty((1, n, ld), dtype=torch.float32)
-        if dtype == torch.float32:
-            out = buffers[0]  # in place: a program reads the very numbers that it overwrites
-        else:
-            out = hidden.new_empty((n, ld), dtype=dtype)
+        rows = spans(N, n)
+        buffers = _buffers(models, rows, ld)
+        out = buffers[0]  # in place: a program reads the very numbers that it overwrites
+        if dtype != torch.float32:
+            out = _buffers(models, rows, ld, dtype)[0]
         folded = hidden.new_empty((triton.cdiv(V, COLS), 4, N), dtype=torch.float32)
-        for r in spans(N, n):
+        for r in rows:
             logits = _stored_logits(models, buffers, r, cols)
             of_rows = folded[:, :, r.start :]
             _launch(logprob_forward, models, logits, [targets], of_rows, r, cols, ld, scale, COLS)
@@ -570,7 +560,7 @@ class LinearLoss(torch_backend.LinearLoss):
             _launch(logprob_backward, models, logits, per_row, out, r, cols, ld, scale)
             dx_rows = None if dx is None else dx[r]
             _add(dx_rows, dw, db, out, models[0], r, cols)
-        ctx.grads = grads
+        ctx.grads = [dx, dw, db]
         ctx.mark_non_differentiable(logp, entropy)
         return total, torch_backend.stack_stats(chunk_stats), logp, entropy
 
@@ -583,11 +573,8 @@ class LinearKL(torch.autograd.Function):
         policy = _operands(hidden, weight, bias)
         reference = _operands(ref_hidden, ref_weight, ref_bias)
         models = [reference, policy] if reverse else [policy, reference]
-        if len(hidden) == 0:
-            kl, lse, lse_ref = hidden.new_empty((3, 0), dtype=torch.float32)
-        else:
-            stats = _fold(kl_forward, 5, models, [], 1 / temperature)
-            kl, lse, lse_ref = torch_backend.merge_kl(stats)
+        stats = _fold(kl_forward, 5, models, [], 1 / temperature)
+        kl, lse, lse_ref = torch_backend.merge_kl(stats)
         if reverse:  # then merge_kl's first model is the reference
             lse, lse_ref = lse_ref, lse
         ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, kl, lse, lse_ref)

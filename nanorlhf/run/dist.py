@@ -148,11 +148,8 @@ def summed(x):
 
 
 def largest(number):
-    """The largest of every process's integer."""
-    x = torch.tensor(number)
-    if size() > 1:
-        torch_dist.all_reduce(x, torch_dist.ReduceOp.MAX)
-    return int(x)
+    """The largest of every process's number."""
+    return max(gather(number))
 
 
 def wait():
@@ -215,15 +212,15 @@ def my_rows(lengths):
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def share(batch, lengths=None):
+def share(batch):
     """The batch of an optimizer step → the same of this process's rows alone.
 
     Lists, and tensors with rows, are cut. Other values, such as denominators and counts, belong to the whole
-    step and stay. lengths (B,): tokens of each row, if not batch["lengths"].
+    step and stay. batch["lengths"] (B,): tokens of each row.
     """
     if size() == 1:
         return batch
-    rows = my_rows(batch["lengths"] if lengths is None else lengths)
+    rows = my_rows(batch["lengths"])
     part = dict(batch)
     for name, x in batch.items():
         if isinstance(x, list):
