@@ -39,6 +39,9 @@ class OnMac(torch.Tensor):
     def __repr__(self):
         return f"OnMac({self.content})"
 
+    def __reduce_ex__(self, protocol):  # of torch.save, whose files are read back to the CPU
+        return self.content.__reduce_ex__(protocol)
+
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         return compute(operation, args, kwargs or {})

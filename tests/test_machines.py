@@ -16,6 +16,7 @@ import evaluate
 import sample
 import train_dpo
 import train_grpo
+import train_ppo
 import train_prm
 from nanorlhf import hub
 from nanorlhf.exact import Tree
@@ -75,6 +76,15 @@ def test_every_trainer_runs_on_a_mac(trainer, on_mac, stages, tmp_path, spy):
     assert [device.type for _, device in devices] == ["mps", "cpu"]
     for mac, cpu in zip(figures(tmp_path / "mac"), figures(tmp_path / "cpu"), strict=True):
         assert mac == pytest.approx(cpu, rel=1e-3, abs=1e-5)
+
+
+def test_a_run_goes_on_on_a_mac(on_mac, stages, tmp_path):
+    """Also one that the CPU began: the reference is known by a sum that does not depend on the device."""
+    train_ppo.train(stages.config(train_ppo, tmp_path / "run", steps=2))
+    flags = dict(device="auto", resume=True)
+    for steps in (3, 4):
+        on_mac(train_ppo.train, stages.config(train_ppo, tmp_path / "run", steps=steps, **flags))
+    assert len(figures(tmp_path / "run")) == 4
 
 
 def test_evaluate_and_sample_run_on_a_mac(on_mac, stages):
