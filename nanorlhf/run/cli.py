@@ -63,6 +63,7 @@ class Flags:
         self.own_data = bool(self.data) and not self.task
         self.task = self.task or next(iter(self.BY_TASK))
         require(self.task in self.BY_TASK, f"--task {self.task}: must be one of {', '.join(self.BY_TASK)}")
+        starts_from_task = self.own_data and not self.init
         self._name_folders()
         rates = [name for name in ("lr", "critic_lr") if getattr(self, name, 0) is None]
         for values in (recipe or {}, self.BY_TASK[self.task], table or {}):
@@ -71,6 +72,8 @@ class Flags:
                 if getattr(self, name) is None and not waits:
                     setattr(self, name, value)
         self.notes = defaults.fill_rates(self, rates)
+        if starts_from_task and self.init:
+            self.notes.append(f"--init {self.init}: no other model was given")
         if getattr(self, "recipe", ""):
             self.notes += defaults.recipe_lines(self, recipe)
 
