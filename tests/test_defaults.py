@@ -222,12 +222,23 @@ def test_a_recipe_is_printed_with_its_paper(recipe):
     assert first == f"--recipe {recipe}: {paper}" and re.search(r"\d{4}\.\d{5}|DeepScaleR", paper)
     shown = {line.split()[0]: line.split()[1] for line in lines}
     by = {line.split()[0]: " ".join(line.split()[2:]) for line in lines}
+    assert set(shown) == {f"--{name}" for name in train_grpo.RECIPES[""] | train_grpo.RECIPES[recipe]}
     for name in train_grpo.RECIPES[""] | train_grpo.RECIPES[recipe]:
         assert shown[f"--{name}"] == str(getattr(cfg, name))
         want = "default"
         if name in train_grpo.RECIPES[recipe]:
             want = paper.split(" (")[0].split(";")[0].split(":")[0]
         assert by[f"--{name}"] == ("given" if name == "clip_low" else want)
+
+
+def test_own_data_does_not_start_from_a_toy_in_silence():
+    note = "--init runs/reviews-sft/model: no other model was given"
+    for trainer in (train_rm, train_prm, train_dpo):
+        assert trainer.Config(data="p.jsonl").notes == [note]
+        assert not trainer.Config(data="p.jsonl", init="mine").notes and not trainer.Config().notes
+    assert not train_sft.Config(data="p.jsonl").notes  # a new model
+    cfg = train_grpo.Config(data="p.jsonl", rm="rm", init="mine", recipe="dapo")
+    assert not any("None" in line or "eval_prompts" in line for line in cfg.notes)
 
 
 def test_notes_are_printed_when_the_run_starts(stages, tmp_path, capsys, no_curves):

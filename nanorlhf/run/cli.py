@@ -69,6 +69,7 @@ class Flags:
         require(self.task in self.BY_TASK, f"--task {self.task}: must be one of {', '.join(self.BY_TASK)}")
         needs = "needs --data, the file to train on; a built-in task has held-out rows of its own"
         require(self.data or not self.eval_data, f"--eval_data {self.eval_data}: {needs}")
+        starts_from_task = self.own_data and not self.init
         self._name_folders()
         rates = [name for name in ("lr", "critic_lr") if getattr(self, name, 0) is None]
         for values in (recipe or {}, self.BY_TASK[self.task], table or {}):
@@ -77,6 +78,8 @@ class Flags:
                 if getattr(self, name) is None and not waits:
                     setattr(self, name, value)
         self.notes = defaults.fill_rates(self, rates)
+        if starts_from_task and self.init:
+            self.notes.append(f"--init {self.init}: no other model was given")
         if getattr(self, "recipe", ""):
             self.notes += defaults.recipe_lines(self, recipe)
 

@@ -90,6 +90,8 @@ def recipe_lines(cfg, recipe):
     paper = re.split(" [(]|[;:]", comment)[0]
     lines = [f"--recipe {cfg.recipe}: {comment}"]
     for name, default in (cfg.DEFAULTS | recipe).items():
+        if name in FROM_DATA:
+            continue
         flag = f"--{name} {getattr(cfg, name)}"
         by = paper if name in recipe else "default"
         if getattr(cfg, name) != default:
