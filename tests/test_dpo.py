@@ -420,8 +420,8 @@ KTO_ROWS = [dict(prompt=p, completion=y, label=y == "a") for p in ("ab=", "cd=",
 
 
 @pytest.mark.parametrize("rows, flags, says", [
-    (KTO_ROWS, {}, r"x.jsonl:1: a labelled completion, not a pair .*train_dpo.py --loss kto reads such rows"),
-    ([*FEW, KTO_ROWS[0]], {}, r"x.jsonl:10: a labelled completion"),
+    (KTO_ROWS, {}, r'x.jsonl:1: "label" beside "completion" is a labelled completion.*--loss kto reads'),
+    ([*FEW, KTO_ROWS[0]], {}, r"x.jsonl:10: .* is a labelled completion"),
     ([dict(KTO_ROWS[0], label="yes")], dict(loss="kto"), r"x.jsonl:1: \"label\" is 'yes', expected true"),
     ([dict(KTO_ROWS[0], label=1)], dict(loss="kto"), r"x.jsonl:1: \"label\" is 1, expected true or false"),
     ([dict(prompt="a=", completion="b")], dict(loss="kto"), r'x.jsonl:1: "label" is None'),

@@ -138,7 +138,7 @@ def _recognise(row, want):
     label = row.get("label", row.get("kto_tag"))
     labelled = isinstance(label, bool)
     if not row.keys().isdisjoint(RESPONSES):
-        labelled = labelled or label in (0, 1) or (want == "kto" and "label" in row)
+        labelled = labelled or label in (0, 1) or want == "kto"
     if labelled and "chosen" not in row and want != "prompts":
         return _labelled(row, want, label)
     if row.keys() >= {"info", "summaries", "choice"}:
