@@ -19,10 +19,9 @@ from typing import Literal
 
 import torch
 
-from nanorlhf.errors import UserError, derive_seed, require
+from nanorlhf.errors import UserError, derive_seed, require, visible
 from nanorlhf.run.cli import check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
-from nanorlhf.run.log import visible
 from nanorlhf.run.models import load_model
 from nanorlhf.sampling import Sampling, sample
 from nanorlhf.tokenizer import Chat
@@ -189,7 +188,7 @@ def main(cfg):
             ids = tok.encode_prompt(prompt)
         except UserError as e:
             require(not cfg.prompt, f"--prompt: {e}")
-            print(visible(str(e)))  # a slip of the keyboard does not end the conversation
+            print(e)  # a slip of the keyboard does not end the conversation
             continue
         for i in range(cfg.n):
             if cfg.n > 1:

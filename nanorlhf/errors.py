@@ -5,24 +5,35 @@
 
 import contextlib
 import hashlib
+import re
 
 LONGEST = 500  # characters of an error message
 
 
+# What a terminal obeys: escape sequences, a carriage return, the marks that turn text from right to left; and
+# halves of a character, which cannot be printed.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text):
+    """Show control characters as their JSON escapes; newlines and tabs stay.
+
+    >>> print(visible("a" + chr(27) + "[31mb"))
+    a\\u001b[31mb
+    """
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def shown(text, most=LONGEST):
-    r"""A text as one line for a terminal: without control characters, and without its middle if it is long.
+    """A text as one visible line of at most `most` characters: of a longer one the middle is left out.
 
-    A file, a response or a reward's exception may hold anything. Printed as it is, "\x1b[2J" would clear the
-    screen, and a value of a million characters would scroll everything else away.
+    A value of a million characters in a message would scroll everything else away.
 
-    >>> shown("a\x1b[2Jb\n")
-    'a\\x1b[2Jb\\n'
     >>> shown("0123456789", most=7)
     '01 … 89'
     """
-    head = text[:most]  # escaping makes a text longer, never shorter
-    tail = text[-most:] if len(text) > most else ""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in head + tail)
+    ends = text if len(text) <= 2 * most else text[:most] + text[-most:]
+    line = visible(ends).replace("\n", r"\n").replace("\t", " ")
     if len(line) <= most:
         return line
     part = (most - 3) // 2

@@ -166,7 +166,7 @@ MUTANTS = [
     ("a resumed run forgets its rows", "nanorlhf/run/checkpoint.py",
      "dict(self.log.last, rows=self.log.last.rows)", "dict(self.log.last)",
      ["tests/test_python.py::test_a_resumed_run_has_the_rows_of_all_of_it"]),
-    ("an escape sequence is obeyed", "nanorlhf/run/log.py",
+    ("an escape sequence is obeyed", "nanorlhf/errors.py",
      "\\x0b-\\x1f", "\\x1c-\\x1f",
      ["tests/test_evaluate.py::test_control_sequences_are_shown"]),
     ("half of the calls may not fail", "nanorlhf/run/worker.py",

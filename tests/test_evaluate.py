@@ -16,7 +16,7 @@ from stages import jsonl
 import evaluate
 import sample
 from nanorlhf import generate, hub, tasks
-from nanorlhf.errors import RunError, UserError
+from nanorlhf.errors import RunError, UserError, visible
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
 from nanorlhf.run import log
 from nanorlhf.run.cli import run_cli
@@ -404,8 +404,8 @@ OBEYED = ["\x1b[2J", "\x1b]0;title\x07", "a\rb", "\x9b31m", "\u202egnp.exe", "\b
 @pytest.mark.parametrize("bad", OBEYED)
 def test_control_sequences_are_shown(bad, tmp_path, capsys):
     """On the screen, in prompts and answers, in samples.jsonl, in warnings and errors."""
-    assert not any(c in log.visible(bad) for c in bad if not c.isprintable())
-    assert json.loads(f'"{log.visible(bad)}"') == bad and log.visible("é 中\n\t😀") == "é 中\n\t😀"
+    assert not any(c in visible(bad) for c in bad if not c.isprintable())
+    assert json.loads(f'"{visible(bad)}"') == bad and visible("é 中\n\t😀") == "é 中\n\t😀"
     tok = Tokenizer.from_bytes()
     sample.show(((i, 0.0) for i in bad.encode()), tok)
     sample.show(((i, 0.0) for i in bad.encode()), tok, logprobs=True)
@@ -423,7 +423,7 @@ def test_control_sequences_are_shown(bad, tmp_path, capsys):
     text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
     for shown in (out, err, text):
         assert shown.count("\n") >= 1 and not any(c in shown for c in bad if not c.isprintable())
-    assert out.count(log.visible(bad)) >= 3
+    assert out.count(visible(bad)) >= 3
     assert json.loads(text) == {"step": 0, "prompt": bad, "response": bad}
 
 

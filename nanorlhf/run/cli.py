@@ -19,9 +19,8 @@ from typing import Literal
 import torch
 
 from nanorlhf import tasks
-from nanorlhf.errors import Interrupted, RunError, UserError, require
+from nanorlhf.errors import Interrupted, RunError, UserError, require, shown
 from nanorlhf.run import defaults, dist
-from nanorlhf.run.log import visible
 from nanorlhf.run.reward_functions import reward_name
 
 # ------------------------------------------------------------------------------------------------------------
@@ -323,8 +322,8 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
 
 def _ending(error, cfg):
     """What ended a run → the line to print, the exit status. Status 0: a bug, whose traceback is needed."""
-    message = visible(r"\n".join(str(error).splitlines()))  # one line, whatever value of the user's it quotes
-    first_line = str(error).partition("\n")[0]
+    message = shown(str(error))  # one line, whatever value of the user's it quotes
+    first_line = shown(str(error).partition("\n")[0])
     if isinstance(error, UserError):
         return f"error: {message}", 2
     if isinstance(error, RunError):
@@ -339,7 +338,7 @@ def _ending(error, cfg):
         status = error.args[0] if error.args else 130
         return "interrupted at once; checkpoints saved before are kept", status
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"stopped: the disk is full ({error})", 1
+        return f"stopped: the disk is full ({message})", 1
     no_memory = isinstance(error, RuntimeError) and "can't allocate memory" in first_line  # of the CPU
     if no_memory or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"stopped: out of memory: {first_line}; {_flags_to_lower(cfg)}", 1

@@ -3,31 +3,17 @@
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, visible
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.run import dist
 
 FILES = ("metrics.csv", "samples.jsonl")
-
-
-# What a terminal obeys: escape sequences, a carriage return, the marks that turn text from right to left.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-
-
-def visible(text):
-    """Show control characters as their JSON escapes; newlines and tabs stay.
-
-    >>> print(visible("a" + chr(27) + "[31mb"))
-    a\\u001b[31mb
-    """
-    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 class Result(dict):

@@ -13,9 +13,8 @@ import types
 
 from tqdm import tqdm
 
-from nanorlhf.errors import RunError, UserError, blame, require
+from nanorlhf.errors import RunError, UserError, blame, require, shown
 from nanorlhf.run import dist
-from nanorlhf.run.log import visible
 from nanorlhf.run.reward_functions import (
     SIGNATURES,
     RewardFunction,
@@ -134,7 +133,7 @@ class Rewards:
             if not self.warned:
                 file = sys.stderr if dist.rank() else None  # torchrun shows stdout of rank 0 only
                 message = f"warning: {message}: scored 0; column reward_failed counts such calls"
-                tqdm.write(visible(message), file=file)
+                tqdm.write(shown(message), file=file)
                 self.warned = True
         self.calls += len(pairs)
         self.failures += failures
