@@ -32,14 +32,15 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
 
 
 def decode_attention(q, k, v, cache_k, cache_v, pos):
-    """q (B, H, hd), k, v (B, KV, hd), caches (B, KV, T, hd), pos (B,) → (B, H, hd); one row at a time."""
+    """q (B, H, hd), k, v (B, KV, hd), caches (B, KV, T, hd), pos (B,) → (B, H, hd); one head at a time."""
     _, H, hd = q.shape
     group = H // k.shape[1]  # query heads that share a key head
     out = torch.zeros_like(q)
     for b, n in enumerate(pos.tolist()):
-        keys = torch.cat((cache_k[b, :, :n], k[b, :, None]), 1)  # (KV, n + 1, hd)
-        values = torch.cat((cache_v[b, :, :n], v[b, :, None]), 1)
-        scores = q[b, :, None] @ keys.repeat_interleave(group, 0).mT / hd**0.5  # (H, 1, n + 1)
-        y = scores.softmax(-1) @ values.repeat_interleave(group, 0)  # (H, 1, hd)
-        out[b] = y[:, 0]
+        for h in range(H):
+            kv = h // group
+            keys = torch.cat((cache_k[b, kv, :n], k[b, kv : kv + 1]))  # (n + 1, hd)
+            values = torch.cat((cache_v[b, kv, :n], v[b, kv : kv + 1]))
+            scores = keys @ q[b, h] / hd**0.5
+            out[b, h] = scores.softmax(0) @ values
     return out
