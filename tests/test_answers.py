@@ -3,7 +3,6 @@
 import json
 import re
 import threading
-import time
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from nanorlhf.errors import RunError, UserError
 from nanorlhf.generate import sample_responses
 from nanorlhf.hub.chat import Template
 from nanorlhf.hub.formats import read_rows
-from nanorlhf.run import formulas
+from nanorlhf.run import aside, formulas
 from nanorlhf.run.worker import RewardFunction, Rewards, call_reward, load_reward, rewards_of
 from nanorlhf.tokenizer import Chat, Tokenizer
 
@@ -293,7 +292,7 @@ def test_a_gold_that_is_no_formula(gold):
 @with_math
 def test_a_comparison_without_end_is_ended_on_every_thread(monkeypatch):
     """No signal handler and no thread could: Python is inside one multiplication."""
-    monkeypatch.setattr(formulas, "LIMIT", 2)
+    monkeypatch.setattr(aside, "SECONDS", 1)
     row = {"answer": r"\frac{1}{3}"}
     got = []
 
@@ -301,11 +300,10 @@ def test_a_comparison_without_end_is_ended_on_every_thread(monkeypatch):
         for text in (r"9^{9^{9^{9}}}", r"\frac{2}{6}", r"8^{9^{9^{9}}}", r"\frac{3}{9}"):
             got.append(answers.math_answer("", f"\\boxed{{{text}}}", row))
 
-    start = time.monotonic()
     thread = threading.Thread(target=check)
     thread.start()
     thread.join()
-    assert got == [0, 1, 0, 1] and time.monotonic() - start < 60
+    assert got == [0, 1, 0, 1]
     pid = formulas.JUDGE.process.pid
     assert answers.math_answer("", r"\boxed{\frac{4}{12}}", row) == 1 and formulas.JUDGE.process.pid == pid
 
@@ -322,7 +320,6 @@ def test_formulas_in_the_process_of_the_rewards():
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(formulas.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(formulas, "JUDGE", formulas.Judge())
     says = "^math_answer needs the package math-verify: pip install math-verify$"
     with pytest.raises(UserError, match=says):
         answers.math_answer.gold({"answer": r"\frac{17}{19}"})
@@ -460,7 +457,7 @@ def test_golds_of_others_are_read(row, response, reward, tmp_path):
 def test_golds_of_a_task_are_read_too():
     """countdown's answer is an expression: numeric_answer would have stopped the run at its first sample."""
     functions = Rewards([load_reward(f"{FILE}:numeric_answer")])
-    cfg = SimpleNamespace(data="", seed=0, eval_prompts=2, skip_bad_rows=False)
+    cfg = SimpleNamespace(data="", own_data=False, seed=0, eval_prompts=2, skip_bad_rows=False)
     task = tasks.get("countdown")
     tok = Tokenizer.from_chars(task.alphabet)
     with pytest.raises(UserError, match='^--task: numeric_answer: "answer" is .*, expected a number'):

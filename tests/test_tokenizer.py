@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from nanorlhf.errors import UserError
 from nanorlhf.hub import tokenizer_files
+from nanorlhf.hub.chat import RENDERER
 from nanorlhf.hub.tokenizer_files import CHARS, FILE
+from nanorlhf.run import aside
 from nanorlhf.tokenizer import WORDS, Chat, Tokenizer, merge
 
 DATA = Path(__file__).parents[2] / "shared/data"
@@ -676,6 +678,40 @@ def test_a_template_that_fails_is_one_line(template, says, chatty):
     with pytest.raises(UserError, match=f"^chat template: .*({says})") as e:
         chatty("qwen", template).encode_prompt(Chat(TALK[:1]))
     assert "\n" not in str(e.value)
+
+
+ENDLESS = {
+    "a loop in a loop": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "long"
+    ),
+    "a long text": ("{{ 'x' * 10**10 }}", "1024 MB"),
+    "a long list": ("{{ [0] * 10**10 }}", "1024 MB"),
+    "a wide field": ("{{ 'a'.ljust(10**10) }}", "1024 MB"),
+    "a text that fits": ("{{ 'x' * 20000000 }}", "20,000,000 characters, more than 10,000,000"),
+    "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_row_49_templates_without_end(kind, chatty, monkeypatch):
+    """R | a chat template that never ends, or asks for more memory than there is | one line, after 5 seconds
+    of work or at 1 GB"""
+    monkeypatch.setattr(aside, "SECONDS", 1)
+    template, says = ENDLESS[kind]
+    tok = chatty("qwen", template)
+    with pytest.raises(UserError, match=f"^chat template: .*{says}"):
+        tok.encode_prompt(Chat(TALK[:1]))
+    good = chatty("qwen", CHATML)  # the next template is rendered again
+    assert good.decode(good.encode_prompt(Chat(TALK[:1]))).endswith("<|im_start|>assistant\n")
+
+
+def test_a_template_in_a_process_that_was_forked(chatty):
+    """The pipe to the program that renders belongs to the process that started it."""
+    tok = chatty("qwen", CHATML)
+    want = tok.encode_prompt(Chat(TALK[:1]))
+    before = RENDERER.process
+    RENDERER.pid = -1  # as in a fork
+    assert tok.encode_prompt(Chat(TALK[:1])) == want and RENDERER.process is not before
 
 
 def test_chat_without_a_template(tmp_path):

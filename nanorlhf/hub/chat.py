@@ -4,21 +4,13 @@ A template writes a conversation as one text, control tokens and all. A user's m
 every control token in a message is broken by a MARK, which `Tokenizer.encode` takes out again.
 """
 
-import functools
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-from pathlib import Path
-
 import regex
 
 from nanorlhf.errors import require
+from nanorlhf.run.aside import Aside
 from nanorlhf.tokenizer import MARK, any_of
 
-WAIT = 60  # seconds for one text; render.py ends itself after 5 seconds of work, where it can
+RENDERER = Aside("nanorlhf.run.render")
 
 
 class Template:
@@ -36,7 +28,8 @@ class Template:
         """
         safe = [{key: self._disarm(message[key]) for key in ("role", "content")} for message in messages]
         variables = dict(messages=safe, add_generation_prompt=add_generation_prompt)
-        answer = _answer(self.text, variables | dict(tools=None, documents=None) | self.names)
+        variables |= dict(tools=None, documents=None) | self.names
+        answer = RENDERER.ask([self.text, variables]) or {"error": "it takes too long"}
         require("text" in answer, f"chat template: {' '.join(answer.get('error', '').split())}")
         return answer["text"]
 
@@ -72,36 +65,3 @@ class Template:
         while self.forbidden.search(text):  # again where two of them overlap
             text = self.forbidden.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
         return text
-
-
-@functools.lru_cache(4)
-def _program(pid, text):
-    """The process that renders this template for the process of this number: a fork must not share it."""
-    command = [sys.executable, str(Path(__file__).with_name("render.py"))]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
-    process.stdin.write(json.dumps(text) + "\n")
-    return process
-
-
-def _answer(text, variables):
-    """Render a template with these variables → {"text": …} or {"error": …}, as render.py has it."""
-    process = _program(os.getpid(), text)
-    alarm = threading.Timer(WAIT, process.kill)
-    alarm.start()
-    line = ""
-    try:
-        process.stdin.write(json.dumps(variables) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-    except OSError:
-        pass  # the process has ended, as an empty line says
-    finally:
-        alarm.cancel()
-    if line:
-        return json.loads(line)
-    _program.cache_clear()
-    process.kill()
-    status = process.wait()
-    slow = status in (-signal.SIGKILL, -getattr(signal, "SIGXCPU", 0))
-    return {"error": "it takes too long" if slow else f"its process ended with status {status}"}

@@ -168,8 +168,6 @@ def _build(folder, shard, weights):
         good = isinstance(step_ids, list) and all(type(id) is int and 0 <= id < n_ids for id in step_ids)
         require(good, f"{config}: step_ids must be a list of ids from 0 to {n_ids - 1}")
     if weights:
-        layers = f"{config}: {cfg.n_layer} layers, but the weight files have fewer tensors"
-        require(cfg.n_layer <= weight_files.count(folder), layers)
         with torch.device("meta"), _OnMeta(draw=False):
             outline = ScalarModel(GPT(cfg)) if scalar else GPT(cfg)
         weight_files.match(outline, family, folder)

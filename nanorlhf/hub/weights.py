@@ -108,15 +108,6 @@ def _second_embedding(key, trunk, family):
     return trunk.cfg.tied and key == family.tensors["lm_head"] + ".weight"
 
 
-def count(folder):
-    """The number of tensors in a folder's files."""
-    total = 0
-    for file in _files(folder):
-        with blame(file, *DAMAGE), safe_open(file, "pt") as f:
-            total += len(f.keys())
-    return total
-
-
 @torch.no_grad()
 def fill(model, family, folder):
     """Copy a folder's tensors into the model, one at a time. UserError where `match` has one."""

@@ -40,18 +40,12 @@ def _config(block_n, block_v, block_d, warps, stages):
 
 
 SAFE = _config(64, 128, 32, 4, 3)  # fits every GPU; always taken where runs must be equal bit by bit
-TUNED = [  # timed on the first call of at least 1,024 rows, once for each kernel, D and dtype
+TUNED = [  # of log-probs; timed on the first call of at least 1,024 rows, once for each kernel, D and dtype
     SAFE,
     _config(128, 256, 64, 8, 3),
     _config(128, 256, 64, 8, 4),
     _config(128, 128, 64, 8, 3),
     _config(64, 256, 64, 8, 3),
-]
-TUNED_KL = [  # two tiles of logits at once: half the size, or they do not fit the registers
-    SAFE,
-    _config(128, 128, 64, 8, 3),
-    _config(64, 256, 64, 8, 3),
-    _config(64, 128, 64, 4, 3),
 ]
 STORED = _config(4, 1024, 16, 8, 1)
 
@@ -309,8 +303,7 @@ def design(models):
 
 @functools.cache
 def _tuned(kernel):
-    configs = TUNED if "logprob" in kernel.__name__ else TUNED_KL
-    return triton.autotune(configs, key=["D"])(kernel)
+    return triton.autotune(TUNED, key=["D"])(kernel)
 
 
 def _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width=None, **flags):
@@ -335,7 +328,7 @@ def _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width=None, *
     deterministic = torch.are_deterministic_algorithms_enabled()  # tuning would depend on a stopwatch
     if logits:
         flags |= STORED.all_kwargs()
-    elif n < 1024 or INTERPRETED or deterministic:
+    elif n < 1024 or len(models) > 1 or INTERPRETED or deterministic:  # KL has two tiles of logits at once
         flags |= SAFE.all_kwargs()
     else:
         kernel = _tuned(kernel)

@@ -1,22 +1,18 @@
-r"""Whether two LaTeX formulas are equal, judged by the package math-verify in a process of its own.
+"""Whether two LaTeX formulas are equal, judged by the package math-verify in a program aside (aside.py).
 
-Comparing `9^{9^{9}}` keeps Python inside one multiplication for hours, where no signal handler and no thread
-can interrupt it. In a process of its own the kernel ends it: SIGALRM without a handler ends a process. So the
-limit holds on every thread, and no process outlives it.
+The package's own time limit is a signal handler, which works on the main thread only and cannot interrupt
+`9^{9^{9}}`.
 """
 
 import functools
 import importlib.util
-import json
-import os
+import logging
 import re
-import subprocess
-import sys
-import threading
 
 from nanorlhf.errors import require
+from nanorlhf.run import aside
+from nanorlhf.run.aside import Aside
 
-LIMIT = 5  # seconds for one comparison
 LONG = 500  # characters; a longer text is no formula that anybody asked for
 WORD = r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}"
 NAME = r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?"  # x, \theta, x_1, f(x)
@@ -35,41 +31,7 @@ EQUALS = r"(?<![<>!:\\])=|\\(?:approx|cong|equiv|simeq?)(?![A-Za-z])"
 THOUSANDS = r"(?<![\w.^])\d{1,3}(?:(?:\\[,;! ]| )\d{3})+(?!\d)"  # 70 000, 70\,000
 
 
-class Judge:
-    """The other process, started by the first question and again after one that took too long."""
-
-    def __init__(self):
-        self.process = None
-        self.lock = threading.Lock()  # two threads must not read each other's verdicts
-
-    def ask(self, gold, answer):
-        """Whether the two formulas are equal; False if that takes longer than LIMIT seconds."""
-        with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.start()
-            try:
-                print(json.dumps([LIMIT, gold, answer]), file=self.process.stdin, flush=True)
-                verdict = self.process.stdout.readline()
-            except BrokenPipeError:
-                verdict = ""
-            if not verdict:
-                self.process.wait()
-        return verdict == "True\n"
-
-    def start(self):
-        missing = importlib.util.find_spec("math_verify") is None
-        require(not missing, "math_answer needs the package math-verify: pip install math-verify")
-        path = os.pathsep.join(sys.path)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "nanorlhf.run.formulas"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path},
-        )
-
-
-JUDGE = Judge()
+JUDGE = Aside("nanorlhf.run.formulas")
 
 
 @functools.lru_cache(1 << 16)
@@ -78,32 +40,21 @@ def equal(gold, answer):
 
     A text that is no formula equals nothing. Decimals are exact: 0.33 is not 1/3.
     """
-    return JUDGE.ask(gold, answer)
+    missing = importlib.util.find_spec("math_verify") is None
+    require(not missing, "math_answer needs the package math-verify: pip install math-verify")
+    return bool(JUDGE.ask([gold, answer]))  # None: it took too long
 
 
 # ------------------------------------------------------------------------------------------------------------
 # In the other process
 
 
-def serve():
-    """Answer each line [seconds, gold, answer] with True or False, until the other end closes."""
-    import logging
-    import signal
-
-    logging.disable()  # the package logs that its own time limit is off
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
-    if not hasattr(signal, "alarm"):
-        sys.exit("math_answer needs Linux or macOS: Windows has no SIGALRM")
-    compare("x", "y")  # loads the package and its grammar, which takes a second and does not count
-    for line in sys.stdin:
-        limit, gold, answer = json.loads(line)
-        signal.alarm(limit)
-        try:
-            verdict = compare(gold, answer)
-        except Exception:  # of any kind: a parser of foreign text, and of 9/0
-            verdict = False
-        signal.alarm(0)
-        print(bool(verdict), flush=True)
+def judged(question):
+    """(gold, answer) → whether they are equal; False for what no parser can read."""
+    try:
+        return bool(compare(*question))
+    except Exception:  # of any kind: a parser of foreign text, and of 9/0
+        return False
 
 
 def compare(gold, answer):
@@ -218,4 +169,6 @@ def read(text):
 
 
 if __name__ == "__main__":
-    serve()
+    logging.disable()  # the package logs that its own time limit is off
+    compare("x", "y")  # loads the package and its grammar, which takes a second and does not count
+    aside.serve(judged)

@@ -1,29 +1,16 @@
-"""A chat template, run in a process of its own: a stranger's program may loop for ever or ask for terabytes.
+"""Chat templates, the Jinja programs of strangers, rendered by a program aside (aside.py) for hub/chat.py."""
 
-`chat.py` starts this file as a program. It imports nothing of ours and no torch, so that it starts in a tenth
-of a second. From standard input it reads JSON, a line each: the template, then the variables of each text to
-be rendered. For each of those it writes one line, {"text": …} or {"error": …}.
-"""
-
-import contextlib
 import functools
 import json
-import math
-import sys
-import time
 from datetime import datetime
 
 import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
+from nanorlhf.run import aside
 
 MEMORY = 1 << 30  # bytes that the process may take, of which Python and Jinja need 50 million
-SECONDS = 5  # of the processor's time, for one text
 LONGEST = 10_000_000  # characters of a text
 
 
@@ -45,7 +32,7 @@ def tojson(x, ensure_ascii=False, **options):
     return json.dumps(x, ensure_ascii=ensure_ascii, **options)
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(4)
 def compiled(text):
     """The template, with what transformers gives to templates. In the sandbox no name leads out of it."""
     extensions = [Generation, "jinja2.ext.loopcontrols"]
@@ -56,8 +43,9 @@ def compiled(text):
     return env.from_string(text)
 
 
-def answer(template, variables):
-    """→ {"text": …} or {"error": …}."""
+def rendered(question):
+    """(template, variables) → {"text": …} or {"error": …}."""
+    template, variables = question
     try:
         text = compiled(template).render(variables)
     except MemoryError:
@@ -69,21 +57,5 @@ def answer(template, variables):
     return {"text": text}
 
 
-def limit(name, most):
-    """Set a limit of this process. Windows has none, and macOS not all: there chat.py waits, and ends it."""
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        number = getattr(resource, name)
-        _, hard = resource.getrlimit(number)
-        resource.setrlimit(number, (most, hard))
-
-
-def main():
-    limit("RLIMIT_AS", MEMORY)
-    template = json.loads(sys.stdin.readline())
-    for line in sys.stdin:
-        limit("RLIMIT_CPU", math.ceil(time.process_time()) + SECONDS)  # beyond it the process is ended
-        print(json.dumps(answer(template, json.loads(line))), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    aside.serve(rendered, MEMORY)
