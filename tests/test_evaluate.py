@@ -263,7 +263,7 @@ def test_reward_model_accuracy(run, stages, tmp_path):
 
 @pytest.mark.parametrize("flags, says", [
     (dict(), "nothing to measure by"),
-    (dict(model="no"), "--model no does not exist; make it with: python train_sft.py"),
+    (dict(model="no"), "--model no does not exist"),
     (dict(reward=["no.py:f"]), "there is no file no.py"),
     (dict(reward=[f"{__file__}:begins"], ref="SFT", pairs="no.jsonl"), "--pairs: no.jsonl: "),
     (dict(reward=[f"{__file__}:begins"], pairs="no.jsonl"), "--pairs: give --rm or --ref"),

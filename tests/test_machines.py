@@ -90,11 +90,11 @@ def test_a_run_goes_on_on_a_mac(on_mac, stages, tmp_path):
 def test_evaluate_and_sample_run_on_a_mac(on_mac, stages):
     """With everything that evaluate can measure: rewards, win rate, KL, accuracy on pairs."""
     model, rm = f"{stages.folder}/sft/model", f"{stages.folder}/rm/model"
-    flags = dict(model=model, against=model, rm=rm, pairs=f"{stages.folder}/train_rm.jsonl", n=4, k="1,4")
+    flags = dict(model=model, ref=model, rm=rm, pairs=f"{stages.folder}/train_rm.jsonl", n=4, k="1,4")
     cfg = evaluate.Config(**flags, data=f"{stages.folder}/train_ppo.jsonl", max_new_tokens=5)
-    found = on_mac(evaluate.main, cfg)
+    found = on_mac(evaluate.evaluate, cfg)
     assert found.keys() >= {"reward", "win", "kl", "rm_acc", "implicit_acc"}
-    assert found == pytest.approx(evaluate.main(cfg), rel=1e-3, abs=1e-4)
+    assert found == pytest.approx(evaluate.evaluate(cfg), rel=1e-3, abs=1e-4)
     cfg = sample.Config(model=model, prompt="abc=", max_new_tokens=5)
     ((ids, logp),) = on_mac(sample.main, cfg)
     ((want_ids, want_logp),) = sample.main(cfg)

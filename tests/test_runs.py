@@ -376,18 +376,6 @@ def test_resume_without_the_data_it_had(stages, tmp_path):
         train_sft.train(stages.config(train_sft, tmp_path / "new", new_data=True))
 
 
-def test_checkpoints_from_before_data_was_compared_are_resumed(stages, tmp_path, monkeypatch):
-    """Their state.pt has no "data": nothing can be compared."""
-    monkeypatch.setattr(checkpoint, "damage", lambda folder: None)
-    train_sft.train(stages.config(train_sft, tmp_path / "run", steps=2))
-    (path,) = (tmp_path / "run/state").glob("*/state.pt")
-    saved = torch.load(path, weights_only=True)
-    del saved["data"]
-    torch.save(saved, path)
-    train_sft.train(stages.config(train_sft, tmp_path / "run", steps=3, resume=True))
-    assert len(metrics(tmp_path / "run")) == 3
-
-
 def test_resume_and_overwrite_together_are_refused(stages, tmp_path):
     train_sft.train(stages.config(train_sft, tmp_path / "run"))
     before = snapshot(tmp_path / "run")
