@@ -65,7 +65,7 @@ class Config:
     seed: int = 0  # of sampling
 
     # evaluation
-    k: str = "1,4,16"  # which k of pass@k and maj@k, up to n
+    k: list[int] = field(default_factory=lambda: [1, 4, 16])  # which k of pass@k and maj@k, up to n
     right: float = 0.5  # a sample whose reward is above it is right, for pass@k
     answer: str = ""  # regular expression; its last group votes in maj@k. Empty: the task's own, or all text
 
@@ -77,10 +77,8 @@ class Config:
 
     def __post_init__(self):
         self.max_new_tokens = self.max_new_tokens or tasks.get(self.task).max_new_tokens
-        check_ranges(self, ("n", "top_p"), any_sign=("seed", "right"))
-        require(re.fullmatch(r"\d+(,\d+)*", self.k), f"--k {self.k}: must be numbers such as 1,4,16")
-        ks = [int(k) for k in self.k.split(",")]
-        require(min(ks) > 0 and min(ks) <= self.n, f"--k {self.k}: must lie between 1 and --n {self.n}")
+        check_ranges(self, ("n", "k", "top_p"), any_sign=("seed", "right"))
+        require(min(self.k) <= self.n, f"--k {min(self.k)}: must not be above --n {self.n}")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
         judge = self.rm or self.ref
         require(judge or not self.pairs, "--pairs: give --rm or --ref, whose accuracy it measures")
@@ -143,6 +141,7 @@ def pairs_accuracy(pairs, device, score):
             rows += [(prompt, chosen), (prompt, rejected)]
         tokens, lengths, mask = pad_responses(rows, device)
         scores = score(tokens, lengths, mask)
+        require(scores.isfinite().all(), "--pairs: the model gives scores that are not finite")
         chosen_score, rejected_score = scores.view(-1, 2).unbind(1)
         right[batch] = wins(chosen_score, rejected_score).cpu()
     return mean_se(right)
@@ -180,7 +179,7 @@ def answer_figures(texts, score, cfg):
     votes = [voted(text, pattern) for text in texts]
     right = (score > cfg.right).sum(1).tolist()
     figures = {}
-    for k in map(int, cfg.k.split(",")):
+    for k in cfg.k:
         if k > n:
             continue
         passed = [pass_at_k(n, c, k) for c in right]
@@ -237,8 +236,7 @@ def evaluate(cfg):
     """Measure what the flags ask for, print it, write it to --out → {name: mean, name_se: s.e.}."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    hint = f"python train_sft.py --task {cfg.task}"
-    model, tok = load_model("--model", cfg.model, hint, "language model")
+    model, tok = load_model("--model", cfg.model, "python train_sft.py", "language model")
     other = rm = None
     if cfg.ref:
         other = load_model("--ref", cfg.ref, "", "language model", tok)[0]

@@ -114,9 +114,9 @@ class Config(Flags):
     def __post_init__(self):
         if self.beta is None:
             self.beta = OWN_BETA.get(self.loss, 1.0 if self.online else None)
-        self.fill("dpo")
         if self.label_smoothing is None:
             self.label_smoothing = 0.1 if self.loss in ("cdpo", "robust") else 0.0
+        self.fill("dpo")
         above_zero = (
             "pairs group_size max_new_tokens steps batch_size eval_prompts lr beta temperature "
             "max_grad_norm"
@@ -441,25 +441,6 @@ def sample_pairs(policy, rows, tok, cfg, judge, number):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
-@torch.no_grad()
-def evaluate(policy, ref, tok, cfg, held_out, held_out_ref, rows, judge, log, step):
-    """Loss and accuracy on held-out pairs; KL(policy‖--ref), entropy, length, stop rate of fresh samples."""
-    roll, metrics = fresh_samples(policy, ref, tok, rows, cfg.max_new_tokens, cfg.seed)
-    score = judge(roll)  # (B,)
-    log.samples(step, rows, roll.texts, score)
-    if not cfg.uses_labels:
-        metrics["eval/reward"] = score.mean().item()
-    if held_out:
-        batch = step_batch(policy, held_out, held_out_ref, cfg)
-        figures = gradient(policy, batch, cfg)
-        metrics |= {"eval/loss": figures["loss"], "eval/acc": figures["acc"]}
-    return metrics
-
-
-# ------------------------------------------------------------------------------------------------------------
 # train
 
 
@@ -484,9 +465,20 @@ def train(cfg):
         labelled, held_out, rows, test_rows = load_data(cfg, policy, tok, rewards)
         start, _ = run.start(saved, opt, frozen=(ref,))
         held_out_ref = cache_logps(ref, held_out, cfg)
-        measure = partial(
-            evaluate, policy, ref, tok, cfg, held_out, held_out_ref, test_rows, judge, run.log
-        )
+
+        @torch.no_grad()
+        def measure(step):
+            """Figures of held-out pairs; KL(policy‖--ref), entropy, length, stop rate of fresh samples."""
+            roll, metrics = fresh_samples(policy, ref, tok, test_rows, cfg.max_new_tokens, cfg.seed)
+            score = judge(roll)  # (B,)
+            run.log.samples(step, test_rows, roll.texts, score)
+            if not cfg.uses_labels:
+                metrics["eval/reward"] = score.mean().item()
+            if held_out:
+                batch = step_batch(policy, held_out, held_out_ref, cfg)
+                figures = gradient(policy, batch, cfg)
+                metrics |= {"eval/loss": figures["loss"], "eval/acc": figures["acc"]}
+            return metrics
 
         rounds = max(1, cfg.online)  # offline is one round
         for step in range(start, cfg.steps):

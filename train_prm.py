@@ -27,16 +27,15 @@ from typing import Literal
 import torch.nn.functional as F
 
 import train_rm
-from nanorlhf import hub, lora
-from nanorlhf.data import encode_pair, epoch_batches, read_split
-from nanorlhf.errors import derive_seed, require
+from nanorlhf import lora
+from nanorlhf.data import encode_pair, read_split
+from nanorlhf.errors import require
 from nanorlhf.hub.files import read_jsonl
 from nanorlhf.run import dist
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup
-from nanorlhf.run.log import Clock, due
-from train_rm import PANELS, SHOW, evaluate, load_model, log_samples, to_batch
+from nanorlhf.run.device import setup
+from train_rm import PANELS, SHOW, evaluate, fit, load_model, log_samples, to_batch
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -69,6 +68,7 @@ class Config(Flags):
     # run
     save_every: int = 100  # steps between checkpoints; 0: only at the end
 
+    DEFAULTS = train_rm.Config.DEFAULTS
     BY_TASK = train_rm.Config.BY_TASK
 
     def __post_init__(self):
@@ -201,39 +201,17 @@ def train(cfg):
         model.step_ids = [i for i in range(tok.vocab_size) if tok.decode([i]).endswith(tuple(cfg.step_end))]
         data, test = load_judged(cfg, tok, model.step_ids, model.cfg.max_len)
         shown = [row[:2] for row in test[:8]]  # prompt, response
-        opt = adamw(
-            model.parameters(),
-            device,
-            lr=cfg.lr,
-            betas=(0.9, 0.99),
-            weight_decay=cfg.weight_decay
-        )
-        start, _ = run.start({"model": model}, opt)
-        seed = derive_seed(cfg.seed, "data")
-        for step in range(start, cfg.steps):
-            clock = Clock()
-            order = epoch_batches(len(data), cfg.batch_size, seed, step)
-            rows = [data[i] for i in order]
+
+        def make_batch(rows):
             lengths = [len(labels) for _, _, labels in rows]
             denom = max(n_labels(rows), 1)  # without any label in the batch the loss is 0, not 0 / 0
-            batch = {"rows": rows, "lengths": lengths, "padded": lengths, "denom": denom}
-            opt.zero_grad()
-            part = dist.share(batch)  # one process: all of it; several: this one's rows
-            figures = dist.whole_step(gradient(model, part, cfg), model)  # one process: as it is
-            gnorm = clip_gradient(model, cfg.max_grad_norm)
-            run.check(step, figures["loss"], gnorm, f"a batch of {len(rows)} responses", batch, [model])
-            lr = lr_at(step, cfg.steps, cfg.lr)
-            for group in opt.param_groups:
-                group["lr"] = lr
-            opt.step()
+            return {"rows": rows, "lengths": lengths, "padded": lengths, "denom": denom}
 
-            done = step + 1
-            metrics = figures | {"gnorm": gnorm, "lr": lr} | clock.columns(sum(lengths))
-            if done == cfg.steps or due(done, cfg.eval_every):
-                metrics |= evaluate(model, test, n_labels(test), judged_loss)
-                log_samples(run.log, step, model, shown, tok)
-            run.log.row(step, metrics)
-            run.checkpoint(done, lambda: hub.save(model, tok, f"{cfg.out}/model"))
+        def measure(step):
+            log_samples(run.log, step, model, shown, tok)
+            return evaluate(model, test, n_labels(test), judged_loss)
+
+        fit(cfg, run, model, tok, data, make_batch, gradient, measure)
     return run.log.last
 
 

@@ -67,10 +67,11 @@ class Config(Flags):
     # run
     save_every: int = 100  # steps between checkpoints; 0: only at the end
 
+    DEFAULTS: ClassVar = {"lr": 1e-3}
     BY_TASK: ClassVar = {
-        "reviews": dict(steps=260, lr=1e-3),
-        "chain": dict(steps=200, lr=1e-3),
-        "countdown": dict(steps=200, lr=1e-3),
+        "reviews": dict(steps=260),
+        "chain": dict(steps=200),
+        "countdown": dict(steps=200),
     }
 
     def __post_init__(self):
@@ -203,9 +204,10 @@ def load_references(cfg, task, train, tok, max_len):
 
 def longer_wins(rows):
     """Share of (prompt, chosen, rejected) rows whose chosen response is the longer one; a tie counts half."""
-    longer = sum(len(chosen) > len(rejected) for _, chosen, rejected in rows)
-    equal = sum(len(chosen) == len(rejected) for _, chosen, rejected in rows)
-    return (longer + equal / 2) / len(rows)
+    wins = 0.0
+    for _, chosen, rejected in rows:
+        wins += (len(chosen) > len(rejected)) + (len(chosen) == len(rejected)) / 2
+    return wins / len(rows)
 
 
 def length_only(train, test):
@@ -266,12 +268,54 @@ def log_samples(log, step, model, answers, tok):
 
 def load_model(cfg, device):
     """→ reward model on the trunk of the SFT model, tokenizer."""
-    hint = models.sft_command(cfg)
-    read = device.type != "meta"  # --dry_run reads no weights
-    policy, tok = models.load_model("--init", cfg.init, hint, "language model", shard=cfg.shard, weights=read)
+    policy, tok = models.load_model(
+        "--init",
+        cfg.init,
+        models.sft_command(cfg),
+        "language model",
+        shard=cfg.shard,
+        weights=device.type != "meta"  # --dry_run reads no weights
+    )
     model = ScalarModel(policy)
     to_device(cfg, device, model)
     return model, tok
+
+
+def fit(cfg, run, model, tok, data, make_batch, gradient, measure):
+    """Take the optimizer steps on `data`, and write a line of the log for each.
+
+    make_batch(rows) → the batch of `gradient`, and in "lengths" the tokens of each row. measure(step) →
+    held-out figures.
+    """
+    opt = adamw(
+        model.parameters(),
+        model.device,
+        lr=cfg.lr,
+        betas=(0.9, 0.99),
+        weight_decay=cfg.weight_decay
+    )
+    start, _ = run.start({"model": model}, opt)
+    seed = derive_seed(cfg.seed, "data")
+    for step in range(start, cfg.steps):
+        clock = Clock()
+        order = epoch_batches(len(data), cfg.batch_size, seed, step)
+        batch = make_batch([data[i] for i in order])
+        opt.zero_grad()
+        part = dist.share(batch)  # one process: all of it; several: this one's rows
+        figures = dist.whole_step(gradient(model, part, cfg), model)  # one process: as it is
+        gnorm = clip_gradient(model, cfg.max_grad_norm)
+        run.check(step, figures["loss"], gnorm, f"a batch of {len(order)} rows", batch, [model])
+        lr = lr_at(step, cfg.steps, cfg.lr)
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step()
+
+        done = step + 1
+        metrics = figures | {"gnorm": gnorm, "lr": lr} | clock.columns(sum(batch["lengths"]))
+        if done == cfg.steps or due(done, cfg.eval_every):
+            metrics |= measure(step)
+        run.log.row(step, metrics)
+        run.checkpoint(done, lambda: hub.save(model, tok, f"{cfg.out}/model"))
 
 
 def train(cfg):
@@ -286,45 +330,21 @@ def train(cfg):
         references = load_references(cfg, task, data, tok, model.cfg.max_len)
         acc_len_only = length_only(data, test)
         shown = [(prompt, response) for prompt, *pair in test[:4] for response in pair]  # chosen first
-        opt = adamw(
-            model.parameters(),
-            device,
-            lr=cfg.lr,
-            betas=(0.9, 0.99),
-            weight_decay=cfg.weight_decay,
-        )
-        start, _ = run.start({"model": model}, opt)
-        seed = derive_seed(cfg.seed, "data")
-        for step in range(start, cfg.steps):
-            clock = Clock()
-            order = epoch_batches(len(data), cfg.batch_size, seed, step)
-            rows = [data[i] for i in order]
+
+        def make_batch(rows):
             sides = [(len(p + w), len(p + l)) for p, w, l in rows]
             lengths = [sum(pair) for pair in sides]
             padded = [2 * max(pair) for pair in sides]
-            batch = {"rows": rows, "lengths": lengths, "padded": padded, "denom": len(rows)}
-            opt.zero_grad()
-            part = dist.share(batch)  # one process: all of it; several: this one's rows
-            figures = dist.whole_step(gradient(model, part, cfg), model)  # one process: as it is
-            gnorm = clip_gradient(model, cfg.max_grad_norm)
-            run.check(step, figures["loss"], gnorm, f"a batch of {len(rows)} pairs", batch, [model])
-            lr = lr_at(step, cfg.steps, cfg.lr)
-            for group in opt.param_groups:
-                group["lr"] = lr
-            opt.step()
+            return {"rows": rows, "lengths": lengths, "padded": padded, "denom": len(rows)}
 
-            done = step + 1
-            metrics = figures | {"gnorm": gnorm, "lr": lr}
-            metrics |= clock.columns(sum(lengths))
-            last = done == cfg.steps
-            if last or due(done, cfg.eval_every):
-                metrics |= evaluate(model, test, len(test))
-                metrics["eval/acc_len_only"] = acc_len_only
-                if last:
-                    metrics["eval/reward_reference"] = normalise(model, references)
-                log_samples(run.log, step, model, shown, tok)
-            run.log.row(step, metrics)
-            run.checkpoint(done, lambda: hub.save(model, tok, f"{cfg.out}/model"))
+        def measure(step):
+            metrics = evaluate(model, test, len(test)) | {"eval/acc_len_only": acc_len_only}
+            if step + 1 == cfg.steps:
+                metrics["eval/reward_reference"] = normalise(model, references)
+            log_samples(run.log, step, model, shown, tok)
+            return metrics
+
+        fit(cfg, run, model, tok, data, make_batch, gradient, measure)
     return run.log.last
 
 

@@ -206,7 +206,7 @@ def test_ways_to_write_a_flag():
         (train_dpo, "--online 9 --steps 8", "--online: more than --steps or --pairs"),
         (train_dpo, "--task chain", "--task chain has a reward function, no preferences"),
         (train_dpo, "--task chain --online 2 --judge self", "--task chain has a reward function, no prefer"),
-        (evaluate, "--k 1,x", "--k 1,x: must be numbers such as 1,4,16"),
+        (evaluate, "--k 1,x", "--k 1,x: must be integers such as"),
         (evaluate, "--rm a --reward b.py:f", "--rm and --reward: give one of the two"),
         (sample, "--top_p 1.5", "--top_p 1.5: must not be above 1"),
         (train_ppo, "--temperature 0", "--temperature 0.0: must be above 0"),

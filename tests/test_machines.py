@@ -90,7 +90,7 @@ def test_a_run_goes_on_on_a_mac(on_mac, stages, tmp_path):
 def test_evaluate_and_sample_run_on_a_mac(on_mac, stages):
     """With everything that evaluate can measure: rewards, win rate, KL, accuracy on pairs."""
     model, rm = f"{stages.folder}/sft/model", f"{stages.folder}/rm/model"
-    flags = dict(model=model, ref=model, rm=rm, pairs=f"{stages.folder}/train_rm.jsonl", n=4, k="1,4")
+    flags = dict(model=model, ref=model, rm=rm, pairs=f"{stages.folder}/train_rm.jsonl", n=4, k=[1, 4])
     cfg = evaluate.Config(**flags, data=f"{stages.folder}/train_ppo.jsonl", max_new_tokens=5)
     found = on_mac(evaluate.evaluate, cfg)
     assert found.keys() >= {"reward", "win", "kl", "rm_acc", "implicit_acc"}

@@ -15,8 +15,6 @@ WORDS = {  # column of metrics.csv → what the y axis says; docs/00-notation.md
     "clip": "share of tokens",
     "explained_var": "share of variance",
     "acc": "share in order",
-    "margin": "score difference",
-    "logp_chosen": "nats a response",
     "gnorm": "gradient norm",
     "lr": "learning rate",
 }
@@ -55,14 +53,11 @@ def plot_curves(out, panels):
 def nats(ax):
     """Make a KL axis readable to a nat: a line at each up to 10; above, the scale is logarithmic."""
     high = ax.get_ylim()[1]
-    if high < 2:  # there is no whole nat to read
-        return
     if high > 11:
         ax.set_yscale("symlog", linthresh=10, linscale=2)
     ticks = [tick for tick in (*range(11), 20, 50, 100, 200, 500, 1000) if tick <= high]
-    ax.set_yticks(ticks, map(str, ticks), fontsize=8)
-    ax.grid(axis="y", alpha=0.3)
-    ax.set_ylim(min(ax.dataLim.y0, 0) - 0.5, high)
+    ax.set_yticks(ticks, map(str, ticks))
+    ax.grid(axis="y")
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import textwrap
 import traceback
 import types
 import typing
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -55,10 +55,12 @@ class Flags:
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
     wandb: str = ""  # project name, to log to Weights & Biases as well
 
-    def fill(self, method, recipe=None, table=None):
+    DEFAULTS: ClassVar = {}  # those that are the same for all tasks
+
+    def fill(self, method, recipe=None):
         """Give every field that is None its value from the first table {field: value} that has it.
 
-        Order of precedence: command line, recipe, BY_TASK[task] of the class, table. With --data and no
+        Order of precedence: command line, recipe, BY_TASK[task] and DEFAULTS of the class. With --data and no
         --task the lengths, steps and held-out prompts of a task would be those of a toy: they stay None until
         the data is read. A large model has learning rates of its own. `notes` is printed when the run starts.
         """
@@ -71,7 +73,7 @@ class Flags:
         starts_from_task = self.own_data and not self.init
         self._name_folders()
         rates = [name for name in ("lr", "critic_lr") if getattr(self, name, 0) is None]
-        for values in (recipe or {}, self.BY_TASK[self.task], table or {}):
+        for values in (recipe or {}, self.BY_TASK[self.task], self.DEFAULTS):
             for name, value in values.items():
                 waits = self.own_data and name in defaults.FROM_DATA
                 if getattr(self, name) is None and not waits:
@@ -123,6 +125,9 @@ def to_json(cfg):
     return flags
 
 
+LARGEST = {"threads": 1024, "n_layer": 1000}  # above 10 million no number is a size, and is a slip
+
+
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
     """UserError for a number out of range: those named must be above 0, the others not below it."""
     for field, kind in _fields(type(cfg)):
@@ -130,7 +135,10 @@ def check_ranges(cfg, above_zero, any_sign=("seed",)):
         value = getattr(cfg, name)
         if kind not in NUMBERS or value in (None, []) or name in any_sign:
             continue
-        smallest = min(value) if isinstance(value, list) else value
+        numbers = value if isinstance(value, list) else [value]
+        smallest = min(numbers)
+        most = LARGEST.get(name, 10_000_000)
+        require(max(numbers) <= most, f"--{name} {_plain(value)}: must be at most {most:,}")
         flag = f"--{name} {_plain(value)}"
         least = "must be above 0" if kind is float else "must be at least 1"
         require(smallest > 0 or name not in above_zero, f"{flag}: {least}")
@@ -278,7 +286,7 @@ def _default(Config, field):
     if default is dataclasses.MISSING:
         default = field.default_factory()
     if default is None:
-        default = getattr(Config, "DEFAULTS", {}).get(field.name)
+        default = Config.DEFAULTS.get(field.name)
     if default is not None:
         return _plain(default)
     by_task = Config.BY_TASK.items()
