@@ -34,7 +34,15 @@ from nanorlhf.data import epoch_batches, microbatches, take_rows, trim
 from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures, sample_figures
-from nanorlhf.rewards import evaluate, health, length_schedule, load_prompts, pass_gate, score_responses
+from nanorlhf.rewards import (
+    evaluate,
+    health,
+    length_schedule,
+    load_prompts,
+    pass_gate,
+    score_responses,
+    unit_of,
+)
 from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
@@ -189,7 +197,7 @@ class Config(Flags):
         require(self.recipe in RECIPES, f"--recipe {self.recipe}: must be one of {', '.join(RECIPES)[2:]}")
         kl_given = self.kl
         beta_given = self.beta
-        self.fill("grpo", RECIPES[self.recipe], self.DEFAULTS)
+        self.fill("grpo", RECIPES[self.recipe])
         if self.kl == "none":
             remedy = "add --kl k3 (in the loss), or --kl k1 --kl_in reward"
             require(not beta_given, f"--beta {beta_given}: there is no KL that it could weigh; {remedy}")
@@ -235,6 +243,10 @@ def advantages(reward, group, norm="group_std", std_eps=1e-6, length=None):
     >>> advantages(reward, torch.tensor([0, 0, 1, 1]), norm="none")
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
+    if not reward.isfinite().all():  # NaN is not above itself: its group would pass for a dead one
+        raise ValueError("rewards must be finite")
+    unit = unit_of(reward)  # 1, or large rewards would have infinite squares
+    reward = reward / unit
     n_groups = int(group.max()) + 1
     zeros = reward.new_zeros(n_groups)
     size = group.bincount().to(reward)
@@ -249,7 +261,9 @@ def advantages(reward, group, norm="group_std", std_eps=1e-6, length=None):
     elif norm == "batch_std":
         adv = adv / (adv.std() + std_eps)
     elif norm == "leave_one_out":
-        adv = adv * (size / (size - 1))[group]
+        adv = unit * adv * (size / (size - 1))[group]
+    elif norm == "none":
+        adv = unit * adv
     elif norm == "batch_whiten":
         n = torch.ones_like(reward)
         if length is not None:

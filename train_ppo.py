@@ -33,7 +33,7 @@ from nanorlhf.data import epoch_batches, microbatches, take_rows, trim
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures, sample_figures
-from nanorlhf.rewards import evaluate, health, load_prompts, pass_gate, score_responses
+from nanorlhf.rewards import evaluate, health, load_prompts, pass_gate, score_responses, unit_of
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
@@ -97,7 +97,7 @@ class Config(Flags):
     # run
     save_every: int = 20  # steps between checkpoints; 0: only at the end
 
-    DEFAULTS: ClassVar = {"eval_prompts": 256}
+    DEFAULTS: ClassVar = {"eval_prompts": 256, "critic_lr": 1e-3}
     BY_TASK: ClassVar = {
         "reviews": dict(
             steps=60,
@@ -105,7 +105,6 @@ class Config(Flags):
             max_new_tokens=40,
             minibatches=2,
             lr=5e-4,
-            critic_lr=1e-3,
             beta=0.3,
             no_eos_score=-1.0,
         ),
@@ -115,7 +114,6 @@ class Config(Flags):
             max_new_tokens=11,
             minibatches=4,
             lr=5e-4,
-            critic_lr=1e-3,
             beta=0.0,
             no_eos_score=0.0,
         ),
@@ -125,7 +123,6 @@ class Config(Flags):
             max_new_tokens=6,
             minibatches=4,
             lr=2e-4,
-            critic_lr=1e-3,
             beta=0.0,
             no_eos_score=0.0,
         ),
@@ -134,7 +131,7 @@ class Config(Flags):
     def __post_init__(self):
         if self.beta is None and (self.rm or self.reward):
             self.beta = 0.3 if self.rm else 0.0  # a learnt reward is over-optimised without a penalty
-        self.fill("ppo", table=self.DEFAULTS)
+        self.fill("ppo")
         self.fill_judge()
         self.critic_init = self.critic_init or self.rm or self.init
         counts = "steps prompts_per_step group_size max_new_tokens epochs minibatches sample_every"
@@ -215,13 +212,15 @@ def whiten(x, mask, shift_mean=True):
     tensor([[ 0., -1.,  1.]])
     """
     mask = mask.bool()
+    unit = unit_of(torch.where(mask, x, 0.0))  # 1, or large rewards would have infinite squares
+    x = x / unit
     n = mask.sum().clamp(min=1)
     mean = torch.where(mask, x, 0.0).sum() / n
     centred = torch.where(mask, x - mean, 0.0)
     variance = centred.square().sum() / n
     y = (x - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
-        y = y + mean
+        y = y + unit * mean
     return torch.where(mask, y, 0.0)
 
 

@@ -5,6 +5,7 @@
 
 import contextlib
 import hashlib
+import pickle
 import re
 
 LONGEST = 500  # characters of an error message
@@ -32,8 +33,7 @@ def shown(text, most=LONGEST):
     >>> shown("0123456789", most=7)
     '01 … 89'
     """
-    ends = text if len(text) <= 2 * most else text[:most] + text[-most:]
-    line = visible(ends).replace("\n", r"\n").replace("\t", " ")
+    line = visible(text).replace("\n", r"\n").replace("\t", " ")
     if len(line) <= most:
         return line
     part = (most - 3) // 2
@@ -60,6 +60,13 @@ class Interrupted(Exception):
     def __init__(self, signum):
         super().__init__("interrupted; the checkpoint is saved, --resume goes on from it")
         self.code = 128 + signum
+
+
+def reason_of(error):
+    """The first line of a library's error; not of torch's refusal of a pickle, which advises to allow it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "no file of ours: it is damaged, or loading it would run code"
+    return str(error).partition("\n")[0]
 
 
 def require(ok, message):

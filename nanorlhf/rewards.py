@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from nanorlhf import generate
 from nanorlhf.data import fill_rows, load_split
-from nanorlhf.errors import blame, derive_seed, require
+from nanorlhf.errors import RunError, blame, derive_seed, require
 from nanorlhf.run.defaults import HELD_OUT, response_limit
 from nanorlhf.run.device import at_work
 
@@ -21,7 +21,8 @@ def score_responses(roll, rm, rewards):
 
     The reward model `rm` at the last token (EOS, detail 12 of N+), or the product over the steps where it
     judges steps. Where rm is None, the weighted sum of the reward functions, which see the texts and the rows
-    of the rollout; then roll.reward_parts receives what each gave, (B, functions).
+    of the rollout; then roll.reward_parts receives what each gave, (B, functions). RunError for a score that
+    is not finite.
     """
     B, T = roll.tokens.shape
     if rm is None:
@@ -36,19 +37,34 @@ def score_responses(roll, rm, rewards):
         values = torch.zeros(B, len(functions))  # on the CPU
         fill_rows(values, torch.ones(B), 0, call)
         roll.reward_parts = values.to(roll.tokens.device)
+        name = " + ".join(f"{function.weight:g} × {function.name}" for function in functions)
         score = torch.zeros_like(roll.logp[:, 0])
         for function, part in zip(functions, roll.reward_parts.unbind(1)):
-            beyond = f"reward {function.name}: its weight {function.weight:g} takes a value beyond fp32"
-            require((function.weight * part).isfinite().all(), beyond)
             score += function.weight * part
-        return score
+    else:
 
-    def compute(rows):
-        return rm.scores(roll.tokens[rows], roll.lengths[rows], roll.mask[rows])
+        def compute(rows):
+            return rm.scores(roll.tokens[rows], roll.lengths[rows], roll.mask[rows])
 
-    padded = torch.full((B,), T)  # tokens of each row
-    with at_work(rm):
-        return fill_rows(roll.logp.new_zeros(B), padded, SCORE_TOKENS, compute, rm.values)  # detail 13
+        name = "the reward model"
+        padded = torch.full((B,), T)  # tokens of each row
+        with at_work(rm):
+            score = fill_rows(roll.logp.new_zeros(B), padded, SCORE_TOKENS, compute, rm.values)  # detail 13
+    # NaN would spoil every weight, or pass for a group whose rewards are all equal, and train nothing
+    for i in (~score.isfinite()).nonzero().flatten().tolist():
+        sample = f"prompt {roll.rows[i]['prompt']!r:.150}, response {roll.texts[i]!r:.150}"
+        raise RunError(f"{name}: a reward of {score[i].item():g} ({sample}); it must be finite")
+    return score
+
+
+def unit_of(x):
+    """A power of two that x can be divided by, exactly, so that its squares do not overflow; 1 below 1e15.
+
+    >>> unit_of(torch.tensor([3.0, -5.0])), unit_of(torch.tensor([2.0**100, 1.0])) == 2.0**100
+    (tensor(1.), tensor(True))
+    """
+    largest = x.abs().max()
+    return torch.where(largest < 1e15, 1.0, largest.log2().floor().exp2())
 
 
 def gate_problem(policy, tok, task, limit, seed):

@@ -505,5 +505,5 @@ def test_a_weight_that_leaves_fp32_is_named(tmp_path):
     assert isinstance(function, RewardFunction)
     zeros = torch.zeros(2, 3)
     roll = SimpleNamespace(tokens=zeros, logp=zeros, texts=["", ""], rows=[{"prompt": ""}] * 2)
-    with pytest.raises(UserError, match="^reward f: its weight 100 takes a value beyond fp32$"):
+    with pytest.raises(RunError, match="^100 × f: a reward of inf .prompt '', response ''.; it must"):
         rewards.score_responses(roll, None, Rewards([function]))

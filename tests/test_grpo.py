@@ -108,6 +108,25 @@ def test_dead_groups_are_exactly_zero(norm, value, dtype):
     assert (advantages(reward[:7], group[:7], norm) == 0).all()
 
 
+@pytest.mark.parametrize("norm", ["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"])
+@pytest.mark.parametrize("size", [1e17, 1e30, 1e37])
+def test_squares_of_large_rewards_stay_finite(norm, size):
+    """Advantages of rewards of 1e30 are those of rewards of 1, or 1e30 times them where nothing divides."""
+    reward = torch.tensor([1.0, 0.25, -0.5, 2.0, 2.0, 2.0, 0.0, 1.0])
+    group = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    got = advantages(reward * size, group, norm)
+    want = advantages(reward.double(), group, norm, std_eps=0.0)
+    if norm in ("none", "leave_one_out"):
+        want = want * size
+    assert (got.double() - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_advantages_of_rewards_that_are_not_finite(bad):
+    with pytest.raises(ValueError, match="finite"):
+        advantages(torch.tensor([bad, bad, 1.0, 0.0]), torch.tensor([0, 0, 1, 1]))
+
+
 def test_batch_whiten_counts_tokens():
     """REINFORCE++ whitens over tokens: mean 0 and unbiased variance 1, each advantage length times."""
     reward, length = f64([0, 1, 0, 1, 1, 0, 0.2, 0.7]), torch.tensor([1, 5, 2, 3, 4, 1, 2, 6])

@@ -72,7 +72,20 @@ def test_ctrl_c_in_a_reward_is_no_error_of_the_reward():
 # in a process of its own
 
 MISCHIEF = """
-import os, signal, sys, time
+import os, pickle, signal, stat, struct, sys, time
+class Canary:
+    def __init__(self, path):
+        self.path = path
+    def __reduce__(self):
+        return open, (self.path, "w")
+def to_pipe(data):
+    sockets = [fd for fd in range(3, 64) if fd_kind(fd) and stat.S_ISSOCK(fd_kind(fd))]
+    os.write(sockets[0], data)
+def fd_kind(fd):
+    try:
+        return os.fstat(fd).st_mode
+    except OSError:
+        return 0
 def f(prompt, response, row):
     with open(row["pids"], "a") as log:
         print(os.getpid(), file=log)
@@ -90,6 +103,11 @@ def f(prompt, response, row):
             with open(row["pids"], "a") as log:
                 print(pid, file=log)
         case "print": print("noise", flush=True)
+        case "garbage": to_pipe(b"no answer at all, and long enough")
+        case "pickle":
+            payload = pickle.dumps(Canary(row["pids"] + "-canary"))
+            to_pipe(struct.pack("!i", len(payload)) + payload)
+        case "answer": to_pipe(struct.pack("!i", 9) + b"[0, 99.0]")
         case "nan" | "inf": return float(response)
         case "none": return None
         case "str": return "1.0"
@@ -132,17 +150,18 @@ def wait_for_the_end(pids):
 
 
 @posix
-def test_what_a_reward_function_does_ends_with_the_call(mischief, capfd):
+def test_what_a_reward_function_does_ends_with_the_call(mischief, capfd, tmp_path):
     """Whatever it does, the other samples have their scores, in order; failures are 0, counted, said once."""
-    good = ["x" * n for n in range(9)]
-    bad = ["raise", "interrupt", "sys.exit", "_exit", "hang"]
+    good = ["x" * n for n in range(12)]
+    bad = ["raise", "interrupt", "sys.exit", "_exit", "hang", "garbage", "pickle", "answer"]
     odd = ["fork", "print", "fork and hang"]
     texts = [text for pair in zip(good, [*bad, *odd, "raise"]) for text in pair]
     with mischief(3.0, "f") as rewards:
         want = [0.0 if text in bad else 2.0 + len(text) for text in texts]
         assert mischief.score(rewards, *texts) == want
         assert mischief.score(rewards, "x", "xx") == [3.0, 4.0]  # no answer is left over in the pipe
-        assert rewards.share_failed() == 6 / 20 and rewards.share_failed() is None
+        assert rewards.share_failed() == 9 / 26 and rewards.share_failed() is None
+    assert not list(tmp_path.glob("*canary"))  # nothing that came from the process was unpickled
     out, err = capfd.readouterr()
     says = "warning: reward f raised KeyError: 'two\\nlines' (prompt 'ab', response 'raise'): scored 0"
     assert out.startswith(says) and len(out.splitlines()) == 1 and "noise" in err and "Traceback" not in err

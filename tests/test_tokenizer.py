@@ -665,7 +665,7 @@ def test_a_user_cannot_write_control_tokens_into_a_chat(template, chatty):
 @pytest.mark.parametrize(
     "template, says",
     [
-        ("{{ raise_exception('only users\nmay speak') }}", "only users may speak"),
+        ("{{ raise_exception('only users\nmay speak') }}", r"only users\\nmay speak"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "append"),
         ("{% for i in range(10**9) %}{% endfor %}", "range"),

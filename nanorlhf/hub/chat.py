@@ -29,9 +29,9 @@ class Template:
         safe = [{key: self._disarm(message[key]) for key in ("role", "content")} for message in messages]
         variables = dict(messages=safe, add_generation_prompt=add_generation_prompt)
         variables |= dict(tools=None, documents=None) | self.names
-        answer = RENDERER.ask([self.text, variables]) or {"error": "it takes too long"}
-        require("text" in answer, f"chat template: {' '.join(answer.get('error', '').split())}")
-        return answer["text"]
+        text, error = RENDERER.ask([self.text, variables]) or (None, "it takes too long")
+        require(text is not None, f"chat template: {error}")
+        return text
 
     def render_response(self, messages, response):
         """The text of the prompt for these messages, and of the response behind it with its end.

@@ -188,8 +188,7 @@ def read_config(raw):
     if family.fixed.get("pos") == "rope":
         settings |= _read_rope(raw, family)
     _check_types(settings)
-    layers = settings["n_layer"]
-    require(layers <= 1000, f"{layers} layers: no published model has more than 1,000")
+    require(settings["n_layer"] <= 1000, f"{settings['n_layer']} layers: no model has more than 1,000")
     return GPTConfig(**family.fixed | settings), family
 
 

@@ -95,8 +95,7 @@ def _read_parquet(data, where):
     try:
         return parquet.read_table(BufferReader(data)).to_pylist()
     except (ValueError, OSError) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{where}: damaged Parquet file ({reason})") from None
+        raise UserError(f"{where}: damaged Parquet file ({e})") from None
 
 
 def parse(item):

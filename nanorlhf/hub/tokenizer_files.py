@@ -75,7 +75,9 @@ def load(folder):
         return LOADERS[path.name](path)
     except Inexact as reason:
         return _load_with_library(path, reason)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserError) as e:
+    except UserError as e:
+        raise UserError(f"{path}: damaged: {e}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{path}: damaged ({e!r:.200}); expected a tokenizer's file") from None
 
 
@@ -182,7 +184,17 @@ def _load_ours(path):
 
 
 def _load_json(path):
-    return _from_json(json.loads(path.read_text("utf-8")), path.parent)
+    spec = json.loads(path.read_text("utf-8"))
+    tokens = [(token["content"], token["id"]) for token in spec.get("added_tokens") or []]
+    require(len(dict(tokens)) == len(tokens), "an added token is there twice")
+    vocab = spec["model"]["vocab"]
+    if isinstance(vocab, dict):
+        tokens += vocab.items()
+    owner = {}
+    for text, i in tokens:
+        require(type(i) is int and 0 <= i < 2**31, f"the token {text!r} has the id {i!r}, no id below 2**31")
+        require(owner.setdefault(i, text) == text, f"the tokens {owner[i]!r} and {text!r} have the id {i}")
+    return _from_json(spec, path.parent)
 
 
 def _load_gpt2(path):
@@ -310,7 +322,7 @@ def _load_with_library(path, reason):
             _need(i == unknown or i not in typed, f"a user's text {text!r} would be the control token")
         return tok
     except Exception as e:  # Inexact, or what the package raises: a bare Exception
-        raise UserError(f"{path}: {reason}; {' '.join(str(e).split())}") from None
+        raise UserError(f"{path}: {reason}; {e}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------

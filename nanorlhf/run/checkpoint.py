@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.errors import Interrupted, RunError, UserError, require
+from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require
 from nanorlhf.hub.files import read_json
 from nanorlhf.run import dist, replay, sharding
 from nanorlhf.run.cli import to_json
@@ -52,7 +52,7 @@ def damage(folder):
     except ValueError as e:
         return str(e)
     except (OSError, RuntimeError, pickle.UnpicklingError) as e:
-        return f"{path}: {str(e).splitlines()[0]}"
+        return f"{path}: {reason_of(e)}"
 
 
 def trainer_of(cfg):
@@ -160,7 +160,11 @@ class Run:
             if self.first:
                 self._write_config(config)
         if threading.current_thread() is threading.main_thread():  # other threads may set no handlers
-            for signum in self._stop_signals():
+            signals = {signal.SIGINT, signal.SIGTERM}
+            hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # its terminal is closed; not on Windows
+            if signal.getsignal(hangup) != signal.SIG_IGN:  # nohup asks to ignore it
+                signals.add(hangup)
+            for signum in signals:
                 self.handlers[signum] = signal.signal(signum, self._stop)
         return step, state["extra"]
 
@@ -319,7 +323,7 @@ class Run:
             replay.save(path, trainer_of(self.cfg), self.cfg, step, models, batch)
             advice = f"{path} holds the batch; docs/reliability.md shows how to replay it; {advice}"
         except (OSError, RuntimeError) as e:
-            print(f"warning: {path} could not be written ({str(e).splitlines()[0]})")
+            print(f"warning: {path} could not be written ({reason_of(e)})")
         figures = f"loss {loss:g}, gradient norm {gnorm:g} ({where})"
         raise RunError(f"step {step}: {figures}; this update was not made; {advice}")
 
@@ -376,16 +380,8 @@ class Run:
         for old in so_far[:-KEEP]:
             shutil.rmtree(self._folder(old), ignore_errors=True)
 
-    def _stop_signals(self):
-        """Ctrl-C, SIGTERM, and SIGHUP of a terminal that is closed, unless nohup asked to ignore it."""
-        signals = [signal.SIGINT, signal.SIGTERM]
-        hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-            signals.append(hangup)
-        return signals
-
     def _stop(self, signum, frame):
-        """Handler of these signals: note the first, end at once on the second."""
+        """Handler of Ctrl-C, SIGTERM and SIGHUP: note the first, end at once on the second."""
         if self.signum is not None:
             raise KeyboardInterrupt(128 + signum)
         self.signum = signum

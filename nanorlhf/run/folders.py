@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from nanorlhf.errors import RunError, UserError, require
+from nanorlhf.errors import RunError, UserError, reason_of, require
 
 try:
     import fcntl
@@ -46,7 +46,7 @@ def new_folder(folder, manifest=False):
         shutil.rmtree(tmp, ignore_errors=True)
         restore(folder)
         cause = e if isinstance(e, OSError) else e.__context__
-        reason = getattr(cause, "strerror", None) or str(e).splitlines()[0]
+        reason = getattr(cause, "strerror", None) or reason_of(e)
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(folder))).free
         message = f"cannot save {folder} ({free:,} bytes are free): {reason}; complete checkpoints are kept"
         raise RunError(message) from e

@@ -40,8 +40,8 @@ def equal(gold, answer):
 
     A text that is no formula equals nothing. Decimals are exact: 0.33 is not 1/3.
     """
-    missing = importlib.util.find_spec("math_verify") is None
-    require(not missing, "math_answer needs the package math-verify: pip install math-verify")
+    message = "math_answer needs the package math-verify: pip install math-verify"
+    require(importlib.util.find_spec("math_verify"), message)
     return bool(JUDGE.ask([gold, answer]))  # None: it took too long
 
 

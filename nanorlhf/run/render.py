@@ -44,17 +44,17 @@ def compiled(text):
 
 
 def rendered(question):
-    """(template, variables) → {"text": …} or {"error": …}."""
+    """(template, variables) → (text, "") or (None, what is wrong)."""
     template, variables = question
     try:
         text = compiled(template).render(variables)
     except MemoryError:
-        return {"error": f"it takes more than {MEMORY >> 20} MB"}
+        return None, f"it takes more than {MEMORY >> 20} MB"
     except Exception as e:  # a stranger's program may raise anything
-        return {"error": f"{e or type(e).__name__}"}
+        return None, f"{e or type(e).__name__}"
     if len(text) > LONGEST:
-        return {"error": f"it writes {len(text):,} characters, more than {LONGEST:,}"}
-    return {"text": text}
+        return None, f"it writes {len(text):,} characters, more than {LONGEST:,}"
+    return text, ""
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from nanorlhf import lora
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import UserError, reason_of, require
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.run import dist, sharding
 from nanorlhf.run.cli import to_json
@@ -65,7 +65,7 @@ def load(path):
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path}: cannot be read: {str(e).partition(chr(10))[0]}") from None
+        raise UserError(f"{path}: cannot be read: {reason_of(e)}") from None
     ours = isinstance(content, dict) and str(content.get("trainer")).startswith("train_")
     require(ours, f"{path}: was not written by Run.check")
     trainer = importlib.import_module(content["trainer"])

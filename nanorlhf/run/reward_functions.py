@@ -5,6 +5,7 @@ This file imports no torch, so that the process is ready after 0.1 seconds and n
 
 import importlib.util
 import inspect
+import json
 import math
 import multiprocessing
 import os
@@ -154,8 +155,7 @@ def load_reward(spec: str) -> RewardFunction:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file does at import
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise wrong(f"importing {path} fails: {reason}") from error
+        raise wrong(f"importing {path} fails: {type(error).__name__}: {error}") from error
     finally:
         module.is_loading = False
         sys.modules.update(others)
@@ -180,7 +180,7 @@ def number(returned):
 
 
 def serve(pipe, specs):
-    """Main loop of the process: answer (index, arguments) with (value, why) until the pipe closes.
+    """Main loop of the process: answer (number, index, arguments) with JSON, [number, value, why].
 
     specs: what --reward says; "" for a function that the trainer calls itself.
     """
@@ -192,22 +192,22 @@ def serve(pipe, specs):
     try:
         functions = [load_reward(spec).call if spec else None for spec in specs]
     except UserError as e:
-        pipe.send(str(e))
+        pipe.send_bytes(str(e).encode())
         return
     me = os.getpid()
-    pipe.send("")
+    pipe.send_bytes(b"")
     while True:
         try:
-            i, args = pipe.recv()
+            call, i, args = pipe.recv()
         except EOFError:
             return
         try:
             answer = number(functions[i](*args))
         except BaseException as e:  # sys.exit and KeyboardInterrupt among them
-            answer = 0.0, " ".join(f"raised {type(e).__name__}: {e}".split())
+            answer = 0.0, f"raised {type(e).__name__}: {e}"[:1000]
         if os.getpid() != me:
             os._exit(0)  # the function called os.fork, and this is the child: only the parent may answer
-        pipe.send(answer)
+        pipe.send_bytes(json.dumps([call, *answer]).encode())
 
 
 def _end_with_parent():

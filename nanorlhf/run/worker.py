@@ -5,6 +5,7 @@ other signatures are in run/reward_functions.py, with the side of the process th
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ from nanorlhf.run.reward_functions import (
 )
 
 EXPECTED = "it must be a finite number that fp32 can hold"
+LONGEST = 1 << 20  # bytes of an answer
 START = 120  # seconds in which the process of the reward functions must have imported them
 
 
@@ -91,6 +93,7 @@ class Rewards:
         self.calls = 0
         self.failures = 0
         self.warned = False
+        self.number = 0  # of the last call: an answer has the number of its call
 
     def __enter__(self):
         return self
@@ -165,14 +168,22 @@ class Rewards:
         """→ (value, ""), (0.0, why) for a call that failed, (None, why) for a value that is not a number."""
         if self.process is None:
             self._start()
+        why = f"took more than {self.timeout:g} s (--reward_timeout)"
+        self.number += 1
         try:
-            self.pipe.send((i, args))
+            self.pipe.send((self.number, i, args))
             if self.pipe.poll(self.timeout):
-                return self.pipe.recv()
-            why = f"took more than {self.timeout:g} s (--reward_timeout)"
+                why = "wrote bytes of its own to the pipe of its process"
+                # No pickle: it could run code here. A function may have written to the pipe, too.
+                number, *answer = json.loads(self.pipe.recv_bytes(LONGEST))
+                if number == self.number:
+                    return tuple(answer)
+        except (ValueError, TypeError):  # no JSON, no list
+            pass
         except (EOFError, OSError):
             self.process.join(1)
-            why = f"ended its process (status {self.process.exitcode})"
+            if self.process.exitcode is not None:
+                why = f"ended its process (status {self.process.exitcode})"
         self._end()
         return 0.0, why
 
@@ -192,7 +203,7 @@ class Rewards:
         problem = f"--reward: the process that imports {', '.join(specs)} ended or hangs"
         with contextlib.suppress(EOFError, OSError):
             if self.pipe.poll(START):
-                problem = self.pipe.recv()
+                problem = self.pipe.recv_bytes(LONGEST).decode(errors="replace")
         if problem:
             self._end()
             raise RunError(problem)  # without one it is ready: --reward_timeout counts from here
