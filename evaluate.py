@@ -236,12 +236,12 @@ def evaluate(cfg):
     """Measure what the flags ask for, print it, write it to --out → {name: mean, name_se: s.e.}."""
     device = setup(cfg)
     task = tasks.get(cfg.task)
-    model, tok = load_model("--model", cfg.model, "python train_sft.py", "language model")
+    model, tok = load_model("--model", cfg.model, "language model")
     other = rm = None
     if cfg.ref:
-        other = load_model("--ref", cfg.ref, "", "language model", tok)[0]
+        other = load_model("--ref", cfg.ref, "language model", tok)[0]
     if cfg.rm:
-        rm = load_model("--rm", cfg.rm, "", "reward model", tok)[0]
+        rm = load_model("--rm", cfg.rm, "reward model", tok)[0]
     to_device(cfg, device, model, other, rm)
     rewards = rewards_of(task, cfg.reward)
     has_score = bool(rm or rewards.functions)

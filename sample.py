@@ -177,7 +177,7 @@ def prompts(cfg):
 def main(cfg):
     """Answer every prompt --n times, on the terminal → a list of (ids, summed log-prob)."""
     device = setup(cfg)
-    model, tok = load_model("--model", cfg.model, "python train_sft.py", "language model")
+    model, tok = load_model("--model", cfg.model, "language model")
     to_device(cfg, device, model)
     sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p)
     answers = []

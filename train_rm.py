@@ -271,7 +271,6 @@ def load_model(cfg, device):
     policy, tok = models.load_model(
         "--init",
         cfg.init,
-        models.sft_command(cfg),
         "language model",
         shard=cfg.shard,
         weights=device.type != "meta"  # --dry_run reads no weights

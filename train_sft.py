@@ -217,7 +217,7 @@ def load(cfg, device):
     train_rows, test_rows = load_demonstrations(cfg, task)
     if cfg.init:
         read = device.type != "meta"  # --dry_run reads no weights
-        model, tok = load_model("--init", cfg.init, "", "language model", shard=cfg.shard, weights=read)
+        model, tok = load_model("--init", cfg.init, "language model", shard=cfg.shard, weights=read)
     else:
         tok = new_tokenizer(cfg, task, train_rows, test_rows)
         model = new_model(cfg, tok)

@@ -180,7 +180,7 @@ class Config:
 
 def on_data(cfg):
     """The imprint of length and words on a reward model, and its resistance, on given pairs."""
-    rm, tok = load_model("--reward", cfg.reward, "python train_rm.py --data pairs.jsonl", "reward model")
+    rm, tok = load_model("--reward", cfg.reward, "reward model")
     rows, t = [], []
     for row in pairs.read_pairs(cfg.data):
         both = [row[key] for key in ("chosen", "rejected")]

@@ -82,7 +82,7 @@ def test_a_large_model_has_a_published_learning_rate(trainer, rank, sized):
 
 @each
 def test_a_small_model_keeps_those_of_the_task(trainer, sized):
-    table = trainer.Config.BY_TASK[next(iter(trainer.Config.BY_TASK))]
+    table = trainer.Config.DEFAULTS | trainer.Config.BY_TASK[next(iter(trainer.Config.BY_TASK))]
     for init in ("", sized(50), "nowhere"):
         cfg = trainer.Config(init=init)
         assert cfg.lr == table["lr"] and cfg.steps == table["steps"] and not cfg.notes
@@ -269,7 +269,7 @@ def test_gpu_lines_run_as_they_stand(trainer, stages, tmp_path, monkeypatch, no_
         assert not cfg.init or cfg.init == "runs/sft/model"
         with pytest.raises(UserError) as e:
             trainer.train(cfg)
-        missing = "--init runs/sft/model does not exist; make it with: python train_sft.py --data demos.jsonl"
+        missing = "--init runs/sft/model does not exist"
         assert str(e.value).startswith(missing if cfg.init else f"--data: {cfg.data}: No such file")
     for name in ("sft", "rm"):
         (tmp_path / "runs" / name).mkdir(parents=True)

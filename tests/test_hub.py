@@ -704,7 +704,7 @@ def shard(name=None):
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FAULTS = [  # style, fault, file named, what the line says
-    ("gpt2", remove(CONFIG), "", "has no config.json; make it with: python x.py --out"),
+    ("gpt2", remove(CONFIG), "", "has no config.json$"),
     ("gpt2", write(CONFIG, b"{not json"), CONFIG, "Expecting"),
     ("gpt2", write(CONFIG, b"\xff\xfe{}"), CONFIG, "decode"),
     ("gpt2", write(CONFIG, b"[1, 2]"), CONFIG, "not a JSON object"),
@@ -799,7 +799,7 @@ def test_bad_folder(style, fault, file, says, tmp_path):
     hub.save(scalar() if style == "reward" else tiny(style), TOK, folder)
     fault(folder)
     with pytest.raises(UserError, match=says) as error:
-        models.load_model("--some_flag", folder, "python x.py", "language model")
+        models.load_model("--some_flag", folder, "language model")
     line = str(error.value)
     assert line.startswith("--some_flag ") and str(folder) in line and file in line and "\n" not in line
 
@@ -814,10 +814,6 @@ def test_git_lfs_pointers(name, tmp_path):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(UserError, match="--rm .*no/model does not exist; make it with: python train_rm"):
-        models.load_model("--rm", tmp_path / "no/model", "python train_rm.py")
-    with pytest.raises(UserError, match="--rm .*no does not exist$"):  # a trainer never leaves such a folder
-        models.load_model("--rm", tmp_path / "no", "python train_rm.py")
     with pytest.raises(UserError, match="--rm .*no does not exist$"):
         models.load_model("--rm", tmp_path / "no")
 

@@ -117,8 +117,10 @@ def stop_ids(folder):
     settings = read_json(folder / "config.json") | read_json(folder / "generation_config.json")
     ids = settings.get("eos_token_id")
     if not isinstance(ids, list):
-        ids = [ids]
-    return [i for i in ids if isinstance(i, int)]
+        ids = [] if ids is None else [ids]
+    good = all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    require(good, f"{folder}: eos_token_id is {ids!r}, no id and no list of ids")
+    return ids
 
 
 def _roles(folder, control, spec):
@@ -409,7 +411,7 @@ def _check_pattern(pattern):
     """Inexact for a pattern that leaves out characters between its pieces: tiktoken would drop them."""
     codes = itertools.chain(range(0xD800), range(0xE000, 0x20000, 7))
     sample = "".join(map(chr, codes)) + "it's 12 x\r\n \t."
-    pieces = regex.findall(f"(?:{pattern})", sample)
+    pieces = regex.findall(f"(?:{pattern})", sample, timeout=5)  # TimeoutError: (x*)*y would take for ever
     _need(sample == "".join(pieces), "its split pattern drops characters")
 
 

@@ -183,7 +183,7 @@ class Run:
             return ""
         try:
             old = dict(json.loads(self.config.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{self.config} is damaged: it is not JSON; --overwrite starts anew") from None
         changed = []
         for name in sorted(config.keys() & old.keys() - {"resume", "overwrite", "new_data"}):

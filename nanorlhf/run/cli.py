@@ -125,7 +125,7 @@ def to_json(cfg):
     return flags
 
 
-LARGEST = {"threads": 1024, "n_layer": 1000}  # above 10 million no number is a size, and is a slip
+LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000}  # of others 10 million: more is a slip
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
@@ -143,6 +143,8 @@ def check_ranges(cfg, above_zero, any_sign=("seed",)):
         least = "must be above 0" if kind is float else "must be at least 1"
         require(smallest > 0 or name not in above_zero, f"{flag}: {least}")
         require(smallest >= 0, f"{flag}: must not be negative")
+        finite = name != "temperature" or value == 0 or value >= 1e-3  # logits / 1e-45 are infinite
+        require(finite, f"{flag}: must be at least 0.001")
     require(-(2**63) <= cfg.seed < 2**63, f"--seed {cfg.seed}: must fit into 64 bits")
 
 

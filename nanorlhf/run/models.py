@@ -26,49 +26,30 @@ def _named(flag):
 
 # owner/name on the Hugging Face Hub, and the old names there that have no owner
 HUB_NAME = r"(?!(runs|models|out|data|\.+)/)[\w.-]+/(?!model$)[\w.-]+|(distil)?gpt2(-medium|-large|-xl)?"
-RUN_NAME = r"(reviews|chain|countdown)-(sft|rm|ppo|grpo|dpo)"  # of --out, where it is not given
+# run folders of the trainers' defaults; there are no preferences for chain and countdown
+MADE = r"runs/(?!(?:chain|countdown)-(?:rm|dpo))(reviews|chain|countdown)-(sft|rm|ppo|grpo|dpo)/model"
 
 
-def _remedy(flag, folder, command, kind):
-    """What to add to "does not exist": the line that makes or fetches this very folder, or nothing.
-
-    command   makes a run of a model of this kind; but runs/chain-grpo/model comes from train_grpo.py
-    """
+def _remedy(flag, folder, kind):
+    """What to add to "does not exist": the line that makes or fetches this very folder, or nothing."""
     folder = os.path.normpath(folder)
-    run, name = os.path.split(folder)
-    if re.fullmatch(HUB_NAME, folder) and not os.path.isdir(run or folder):
+    owner, name = os.path.split(folder)
+    if re.fullmatch(HUB_NAME, folder) and not os.path.isdir(owner or folder):
         local = f"models/{name}"
         return f" here; fetch it: hf download {folder} --local-dir {local}, and give {flag} {local}"
-    if name != "model" or not run or os.path.isfile(folder):
+    made = re.fullmatch(MADE, folder)
+    if not made or kind and (kind == "reward model") != (made[2] == "rm"):
         return ""
-    named = re.fullmatch(RUN_NAME, os.path.basename(run))
-    if named:
-        task, method = named.groups()
-        made_by = f"python train_{method}.py --task {task}"
-        if not command.startswith(made_by):
-            command = made_by
-    makes = "reward model" if "train_rm" in command else "language model"
-    no_pairs = re.search(r"(rm|dpo)\.py --task (chain|countdown)", command)  # they have a reward function
-    if not command or no_pairs or kind not in ("", makes):
-        return ""
-    return f"; make it with: {command} --out {run}"
+    return f"; make it with: python train_{made[2]}.py --task {made[1]}"
 
 
-def sft_command(cfg):
-    """The command that makes an SFT model for this run."""
-    return f"python train_sft.py {'--data demos.jsonl' if cfg.own_data else f'--task {cfg.task}'}"
-
-
-def load_model(flag, folder, hint="", kind="", like=None, shard=False, weights=True):
-    """hub.load(folder, …) → (model, tokenizer). UserError begins with `flag`.
-
-    hint: the command that makes such a folder with --out; an error says it where it could make this one.
-    """
+def load_model(flag, folder, kind="", like=None, shard=False, weights=True):
+    """hub.load(folder, …) → (model, tokenizer). UserError begins with `flag`, and ends with what to do."""
     with _named(flag):
         try:
             model, tok = hub.load(folder, kind, like=like, shard=shard, weights=weights)
         except hub.Missing as error:
-            raise UserError(f"{error}{_remedy(flag, os.path.normpath(folder), hint, kind)}") from None
+            raise UserError(f"{error}{_remedy(flag, folder, kind)}") from None
     if hasattr(model, "fill"):  # --shard: the files are read later, by dist.spread
         read = model.fill
 
@@ -110,20 +91,16 @@ def load_models_and_critic(cfg, device):
     A critic that starts from a language model gets a head of zeros: the best first guess of a return.
     """
     ppo = hasattr(cfg, "critic_init")
-    sft = sft_command(cfg)
-    pairs = f"python train_rm.py {'--data pairs.jsonl' if cfg.own_data else f'--task {cfg.task}'}"
-    if cfg.init != f"runs/{cfg.task}-sft/model":
-        pairs += f" --init {cfg.init}"
     options = dict(shard=cfg.shard, weights=device.type != "meta")
-    policy, tok = load_model("--init", cfg.init, sft, "language model", **options)
+    policy, tok = load_model("--init", cfg.init, "language model", **options)
     options["like"] = tok
     ref = rm = critic = None
     if cfg.ref != "none" or ppo:
-        ref = load_model("--ref", cfg.ref, sft, "language model", **options)[0]
+        ref = load_model("--ref", cfg.ref, "language model", **options)[0]
     if cfg.rm:
-        rm = load_model("--rm", cfg.rm, pairs, "reward model", **options)[0]
+        rm = load_model("--rm", cfg.rm, "reward model", **options)[0]
     if ppo:
-        critic = load_model("--critic_init", cfg.critic_init, pairs, **options)[0]
+        critic = load_model("--critic_init", cfg.critic_init, **options)[0]
         if isinstance(critic, GPT):
             critic = ScalarModel(critic)
             torch.nn.init.zeros_(critic.score.weight)

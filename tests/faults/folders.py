@@ -171,7 +171,7 @@ def _bent(rng, value, name=""):
         if kind < 0.3:
             return [*value, value[at]]
         return [*value[:at], _bent(rng, value[at]), *value[at + 1 :]]
-    if type(value) in (int, float) and rng.random() < 0.5:
+    if type(value) in (int, float) and abs(value) < 1e300 and rng.random() < 0.5:
         return rng.choice([value + 1, value - 1, value * 2, value * 1000, -value, value + 0.5])
     return rng.choice(ODD)
 
