@@ -214,7 +214,7 @@ def use(folder, out):
     if tok is not None:
         tok.decode(tok.encode("abc=" * 20))
         ids = tok.encode_prompt(Chat([{"role": "user", "content": "abc"}]))
-        prompts = [ids[:8]]
+        prompts = [ids[:8] or [0]]
     if hasattr(model, "scores"):
         model.logits(torch.tensor(prompts[:1]))
     else:
