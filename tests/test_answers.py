@@ -15,7 +15,7 @@ from nanorlhf.errors import RunError, UserError
 from nanorlhf.generate import sample_responses
 from nanorlhf.hub.chat import Template
 from nanorlhf.hub.formats import read_rows
-from nanorlhf.run import aside, formulas
+from nanorlhf.run import formulas
 from nanorlhf.run.worker import RewardFunction, Rewards, call_reward, load_reward, rewards_of
 from nanorlhf.tokenizer import Chat, Tokenizer
 
@@ -292,7 +292,7 @@ def test_a_gold_that_is_no_formula(gold):
 @with_math
 def test_a_comparison_without_end_is_ended_on_every_thread(monkeypatch):
     """No signal handler and no thread could: Python is inside one multiplication."""
-    monkeypatch.setattr(aside, "SECONDS", 1)
+    monkeypatch.setattr(formulas.JUDGE, "seconds", 1)
     row = {"answer": r"\frac{1}{3}"}
     got = []
 

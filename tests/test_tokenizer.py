@@ -19,7 +19,6 @@ from nanorlhf.errors import UserError
 from nanorlhf.hub import tokenizer_files
 from nanorlhf.hub.chat import RENDERER
 from nanorlhf.hub.tokenizer_files import CHARS, FILE
-from nanorlhf.run import aside
 from nanorlhf.tokenizer import WORDS, Chat, Tokenizer, merge
 
 DATA = Path(__file__).parents[2] / "shared/data"
@@ -694,9 +693,9 @@ ENDLESS = {
 
 @pytest.mark.parametrize("kind", ENDLESS)
 def test_row_49_templates_without_end(kind, chatty, monkeypatch):
-    """R | a chat template that never ends, or asks for more memory than there is | one line, after 5 seconds
+    """R | a chat template that never ends, or asks for more memory than there is | one line, after 2 seconds
     of work or at 1 GB"""
-    monkeypatch.setattr(aside, "SECONDS", 1)
+    monkeypatch.setattr(RENDERER, "seconds", 1)
     template, says = ENDLESS[kind]
     tok = chatty("qwen", template)
     with pytest.raises(UserError, match=f"^chat template: .*{says}"):

@@ -10,7 +10,7 @@ from nanorlhf.errors import require
 from nanorlhf.run.aside import Aside
 from nanorlhf.tokenizer import MARK, any_of
 
-RENDERER = Aside("nanorlhf.run.render")
+RENDERER = Aside("nanorlhf.run.render", seconds=2)
 
 
 class Template:

@@ -22,21 +22,24 @@ try:
 except ImportError:  # Windows
     resource = None
 
-SECONDS = 5  # of the processor's time, for one answer
 WAIT = 60  # seconds; a machine under load, or without limits of the processor's time, gets as many
 
 
 class Aside:
-    """The program `python -m module`, started by the first question, and again after one that ended it."""
+    """The program `python -m module`, started by the first question, and again after one that ended it.
 
-    def __init__(self, module):
+    seconds: of the processor's time, for one answer.
+    """
+
+    def __init__(self, module, seconds):
         self.module = module
+        self.seconds = seconds
         self.process = None
         self.pid = 0  # of the process that started it: a fork must not share its pipes
         self.lock = threading.Lock()  # two threads must not read each other's answers
 
     def ask(self, question):
-        """→ the answer, or None if it takes more than SECONDS. RunError if the program ends otherwise."""
+        """→ the answer, or None if it takes too long. RunError if the program ends otherwise."""
         with self.lock:
             if self.pid != os.getpid() or self.process.poll() is not None:
                 self.start()
@@ -44,7 +47,7 @@ class Aside:
             alarm.start()
             answer = ""
             with contextlib.suppress(OSError):  # it has ended, as the empty answer says
-                print(json.dumps([SECONDS, question]), file=self.process.stdin, flush=True)
+                print(json.dumps([self.seconds, question]), file=self.process.stdin, flush=True)
                 answer = self.process.stdout.readline()
             alarm.cancel()
             if answer:

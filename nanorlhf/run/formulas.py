@@ -31,7 +31,7 @@ EQUALS = r"(?<![<>!:\\])=|\\(?:approx|cong|equiv|simeq?)(?![A-Za-z])"
 THOUSANDS = r"(?<![\w.^])\d{1,3}(?:(?:\\[,;! ]| )\d{3})+(?!\d)"  # 70 000, 70\,000
 
 
-JUDGE = Aside("nanorlhf.run.formulas")
+JUDGE = Aside("nanorlhf.run.formulas", seconds=5)
 
 
 @functools.lru_cache(1 << 16)
