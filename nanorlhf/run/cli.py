@@ -308,6 +308,9 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     prog = os.path.basename(sys.argv[0])
     argv = sys.argv[1:] if argv is None else argv
     cfg = None
+    # Both may be closed (>&- 2>&-): files of the run would take their numbers, and get what others print.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows writes to a pipe in a code page without β and │
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -216,6 +216,17 @@ def test_row_41_surroundings(run, stages, tmp_path):
     same_run(tmp_path / "here", out / "run")
 
 
+@posix
+@pytest.mark.slow
+def test_both_output_streams_closed(run, stages, tmp_path):
+    """The numbers 1 and 2 of the streams must not go to files of the run."""
+    flags = stages.flags(train_sft, tmp_path / "closed", steps=2)
+    argv = [sys.executable, str(ROOT / "train_sft.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    assert subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *argv]).returncode == 0
+    run(train_sft, "here", steps=2)
+    same_run(tmp_path / "here", tmp_path / "closed")
+
+
 @pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo], ids=lambda t: t.__name__)
 def test_row_43_reference(trainer, run, stages, tmp_path, monkeypatch):
     """S | the reference drifts with the policy | its weights are bit-equal after training; at step 0 the
