@@ -11,6 +11,7 @@ import train_prm
 import train_rm
 import train_sft
 from nanorlhf.look import plots
+from nanorlhf.run.log import read_rows
 
 TRAINERS = [train_sft, train_rm, train_prm, train_ppo, train_grpo, train_dpo]
 
@@ -40,7 +41,7 @@ def inside(axis):
                          ids=lambda x: getattr(x, "__name__", x))  # fmt: skip
 def test_curves(trainer, steps, tmp_path, monkeypatch):
     table(tmp_path / "metrics.csv", trainer.COLUMNS, steps)
-    fig = drawn(monkeypatch, plots, lambda: plots.plot_curves(tmp_path, trainer.PANELS))
+    fig = drawn(monkeypatch, plots, lambda: plots.plot_curves(tmp_path, read_rows(tmp_path), trainer.PANELS))
     panels = [ax for ax in fig.axes if ax.lines]
     assert len(panels) >= 2
     for ax in panels:
@@ -53,7 +54,8 @@ def test_curves(trainer, steps, tmp_path, monkeypatch):
 @pytest.mark.parametrize("high", [0.01, 4.7, 10.5, 210.0])
 def test_kl_is_readable_to_a_nat(high, tmp_path, monkeypatch):
     table(tmp_path / "metrics.csv", ["step", "kl"], 9, lambda step: high * step / 8 - 0.001)
-    (ax, *_) = drawn(monkeypatch, plots, lambda: plots.plot_curves(tmp_path, ["kl"])).axes
+    rows = read_rows(tmp_path)
+    (ax, *_) = drawn(monkeypatch, plots, lambda: plots.plot_curves(tmp_path, rows, ["kl"])).axes
     low, top = ax.get_ylim()
     assert low < -0.001 and top >= high - 0.001  # nothing is cut off
     ticks = inside(ax.yaxis)

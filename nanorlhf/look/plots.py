@@ -1,6 +1,5 @@
 """Figures: the curves of a run, drawn with matplotlib where it is installed."""
 
-import csv
 import functools
 import math
 import os
@@ -15,20 +14,20 @@ WORDS = {  # column of metrics.csv → what the y axis says; docs/00-notation.md
     "clip": "share of tokens",
     "explained_var": "share of variance",
     "acc": "share in order",
+    "margin": "score difference",
+    "logp_chosen": "nats a response",
     "gnorm": "gradient norm",
     "lr": "learning rate",
 }
 
 
-def plot_curves(out, panels):
-    """Draw out/metrics.csv into out/curves.png: one small panel per column, or per tuple of columns."""
+def plot_curves(out, rows, panels):
+    """Draw the rows of metrics.csv into out/curves.png: one small panel a column, or a tuple of columns."""
     plt = pyplot()
     if plt is None:
         return
-    with open(os.path.join(out, "metrics.csv"), newline="") as f:
-        rows = list(csv.DictReader(f))
     panels = [panel if isinstance(panel, tuple) else (panel,) for panel in panels]
-    panels = [panel for panel in panels if any(row.get(name) for row in rows for name in panel)]
+    panels = [panel for panel in panels if any(row.get(name) is not None for row in rows for name in panel)]
     n_high = max(1, math.ceil(len(panels) / 3))
     size = (12, 2.8 * n_high)
     fig, axes = plt.subplots(n_high, 3, figsize=size, squeeze=False, layout="constrained")
@@ -36,9 +35,9 @@ def plot_curves(out, panels):
         ax.axis("off")
     for ax, panel in zip(axes.flat, panels):
         for name in panel:
-            measured = [row for row in rows if row.get(name)]
-            steps = [int(row["step"]) for row in measured]
-            values = [float(row[name]) for row in measured]
+            measured = [row for row in rows if row.get(name) is not None]
+            steps = [row["step"] for row in measured]
+            values = [row[name] for row in measured]
             marker = "." if len(steps) < 15 else None  # a curve of one point would not be seen
             ax.plot(steps, values, label=name, marker=marker)
         ax.set(title=", ".join(panel), xlabel="step", ylabel=WORDS.get(panel[0], panel[0]))

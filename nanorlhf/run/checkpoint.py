@@ -366,7 +366,7 @@ class Run:
                 sharding.write(shards, tensors)
             return
         # The rows before this step must not be lost after it is saved.
-        state |= {"sizes": self.log.sync(), "last": dict(self.log.last, rows=self.log.last.rows)}
+        state |= {"sizes": self.log.sync(), "last": dict(self.log.last)}
         with new_folder(folder, manifest=True) as tmp:
             if self.cfg.shard:
                 sharding.write(shards, tensors)

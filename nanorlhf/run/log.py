@@ -1,6 +1,7 @@
 """What a run writes while it goes on: metrics.csv, samples.jsonl, the console lines, the progress bar."""
 
 import contextlib
+import csv
 import json
 import os
 import sys
@@ -20,11 +21,21 @@ class Result(dict):
     """What train(cfg) returns: the figures measured last, with the folder and every step of the whole run.
 
     path   the run folder
-    rows   one dict a step, with all columns of metrics.csv; None where nothing was measured
+    rows   one dict a step, read from metrics.csv at the end; None where nothing was measured
     """
 
     path = ""
     rows = ()
+
+
+def read_rows(out):
+    """metrics.csv of a run folder → one dict a step."""
+    rows = []
+    with open(Path(out, "metrics.csv"), newline="") as f:
+        for row in csv.DictReader(f):
+            numbers = {name: float(cell) if cell else None for name, cell in row.items()}
+            rows.append(numbers | {"step": int(row["step"])})
+    return rows
 
 
 class Log:
@@ -34,8 +45,7 @@ class Log:
     the first writes.
 
     start, sizes and last are those of the checkpoint that a resumed run goes on from: its step, the bytes of
-    each file, the figures measured last and, as "rows", those of every step. What was written after it is
-    cut off: those steps run again.
+    each file, and the figures measured last. What was written after it is cut off: those steps run again.
     """
 
     def __init__(self, out, columns, show, steps, start=0, wandb="", config=None, sizes=None, last=None):
@@ -48,7 +58,6 @@ class Log:
         self.disk_is_full = False
         self.last = Result(last or {})  # name → the figure measured last
         self.last.path = str(out)
-        self.last.rows = self.last.pop("rows", [])
         self.writes = dist.rank() == 0
         self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
                         desc=self.out.name, file=sys.stdout)
@@ -100,7 +109,6 @@ class Log:
         for name in metrics.keys() - measured.keys():
             self.last.pop(name, None)
         self.last |= measured
-        self.last.rows.append({name: measured.get(name) for name in self.columns} | {"step": step})
         cells = [f"{measured[name]:.6g}" if name in measured else "" for name in self.columns]
         cells[0] = str(step)
         self._append("metrics.csv", ",".join(cells) + "\n")
@@ -128,10 +136,12 @@ class Log:
         self._append("samples.jsonl", "".join(lines))
 
     def close(self, panels=()):
-        """End the bar and draw curves.png with these panels."""
+        """End the bar, read the rows of the whole run, and draw curves.png with these panels."""
         self.bar.close()
+        if self.writes:
+            self.last.rows = read_rows(self.out)
         if panels and self.writes:
-            plot_curves(self.out, panels)
+            plot_curves(self.out, self.last.rows, panels)
         if self.wandb:
             self.wandb.finish()
 
