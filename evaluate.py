@@ -37,6 +37,7 @@ from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
 from nanorlhf.pairs import encode_pairs
 from nanorlhf.rewards import score_responses
 from nanorlhf.run.cli import check_ranges, run_cli
+from nanorlhf.run.defaults import response_limit
 from nanorlhf.run.device import setup, to_device
 from nanorlhf.run.models import load_model
 from nanorlhf.run.worker import rewards_of
@@ -58,7 +59,7 @@ class Config:
 
     # sampling
     n: int = 16  # samples per prompt
-    max_new_tokens: int = 0  # response length at most, EOS included; 0: what the task needs
+    max_new_tokens: int = 0  # response length at most, EOS included; 0: what the task, or --data, needs
     temperature: float = 1.0  # of sampling
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample among the fewest tokens that hold this probability
@@ -76,7 +77,8 @@ class Config:
     threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
 
     def __post_init__(self):
-        self.max_new_tokens = self.max_new_tokens or tasks.get(self.task).max_new_tokens
+        if not self.data:
+            self.max_new_tokens = self.max_new_tokens or tasks.get(self.task).max_new_tokens
         check_ranges(self, ("n", "k", "top_p"), any_sign=("seed", "right"))
         require(min(self.k) <= self.n, f"--k {min(self.k)}: must not be above --n {self.n}")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
@@ -152,11 +154,16 @@ def load_rows(cfg, task, tok, max_len, rewards):
     if cfg.data:
         rows = read_rows(cfg.data, "prompts", check=rewards.check)
         chosen = rows[: cfg.prompts or None]
+        longest = 0
         for row in chosen:
             with blame(row["_at"]):
                 n = len(tok.encode_prompt(row["prompt"]))
                 room = f"a prompt of {n} tokens leaves no room for --max_new_tokens {cfg.max_new_tokens}"
                 require(n + cfg.max_new_tokens <= max_len, f"{room} in the context of {max_len}")
+            longest = max(longest, n)
+        if not cfg.max_new_tokens:
+            cfg.max_new_tokens = response_limit(longest, max_len)
+            print(f"--max_new_tokens {cfg.max_new_tokens}: by {cfg.data} and the model's context")
         print(f"{len(chosen)} of the {len(rows)} prompts of {cfg.data} are scored, {cfg.n} samples of each")
         return chosen
     rows = task.prompts("test", cfg.prompts or 256, cfg.seed)

@@ -186,19 +186,18 @@ def main(cfg):
             prompt = Chat([{"role": "user", "content": prompt}])
         try:
             ids = tok.encode_prompt(prompt)
+            for i in range(cfg.n):
+                if cfg.n > 1:
+                    print(f"── {i + 1}")
+                screen = Screen()
+                if not cfg.logprobs:
+                    screen.write(prompt)
+                seed = derive_seed(cfg.seed, "sample", number, i)
+                tokens = stream(model, ids, cfg.max_new_tokens, tok.eos_id, seed, sampling)
+                answers.append(show(tokens, tok, cfg.logprobs, screen, model.stop_ids))
         except UserError as e:
             require(not cfg.prompt, f"--prompt: {e}")
             print(e)  # a slip of the keyboard does not end the conversation
-            continue
-        for i in range(cfg.n):
-            if cfg.n > 1:
-                print(f"── {i + 1}")
-            screen = Screen()
-            if not cfg.logprobs:
-                screen.write(prompt)
-            seed = derive_seed(cfg.seed, "sample", number, i)
-            tokens = stream(model, ids, cfg.max_new_tokens, tok.eos_id, seed, sampling)
-            answers.append(show(tokens, tok, cfg.logprobs, screen, model.stop_ids))
     return answers
 
 

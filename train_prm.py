@@ -73,6 +73,7 @@ class Config(Flags):
 
     def __post_init__(self):
         self.fill("prm")
+        require(not self.skip_bad_rows, "--skip_bad_rows: a row of labels that is bad must be mended")
         check_ranges(self, ("steps", "batch_size", "lr"))
         require(not self.step_end or self.kind == "process", "--step_end: belongs to --kind process")
 

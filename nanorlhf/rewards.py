@@ -60,10 +60,14 @@ def score_responses(roll, rm, rewards):
 def unit_of(x):
     """A power of two that x can be divided by, exactly, so that its squares do not overflow; 1 below 1e15.
 
+    RunError if x is not finite: NaN is not above itself, and its group would pass for a dead one.
+
     >>> unit_of(torch.tensor([3.0, -5.0])), unit_of(torch.tensor([2.0**100, 1.0])) == 2.0**100
     (tensor(1.), tensor(True))
     """
     largest = x.abs().max()
+    if not largest.isfinite():
+        raise RunError("a reward, or the KL in it, is not finite; is the reference (--ref) whole?")
     return torch.where(largest < 1e15, 1.0, largest.log2().floor().exp2())
 
 
@@ -191,7 +195,8 @@ def load_prompts(cfg, task, tok, max_len, limit, rewards):
     rows = train + test
     for row in rows:
         with blame(row.get("_at", "--task")):  # for a character that this model has no token for
-            rewards.check(row)
+            if not cfg.data:
+                rewards.check(row)
             row["_ids"] = tok.encode_prompt(row["prompt"])
     if limit is None:
         limit = response_limit(max(len(row["_ids"]) for row in rows), max_len)
@@ -202,7 +207,7 @@ def load_prompts(cfg, task, tok, max_len, limit, rewards):
     n_long = len(rows) - len(train) - len(test)
     why = f"longer than {room} tokens (the context of {max_len} less --max_new_tokens {limit})"
     dropped = f"{n_long} of {len(rows)} prompts are {why}"
-    held_out = f"{len(test)} are held out (15% of all prompts, by a hash)"
+    held_out = f"{len(test)} are held out"
     require(train, f"{cfg.data or task.name}: no training prompt is left: {dropped}, {held_out}")
     if n_long:
         print(f"{dropped}; dropped")

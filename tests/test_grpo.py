@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import train_grpo
 from nanorlhf import generate, hub
-from nanorlhf.errors import UserError
+from nanorlhf.errors import RunError, UserError
 from nanorlhf.kernels import torch_backend
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.rewards import length_schedule
@@ -123,7 +123,7 @@ def test_squares_of_large_rewards_stay_finite(norm, size):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_advantages_of_rewards_that_are_not_finite(bad):
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(RunError, match="finite"):
         advantages(torch.tensor([bad, bad, 1.0, 0.0]), torch.tensor([0, 0, 1, 1]))
 
 

@@ -113,10 +113,11 @@ def _find(folder):
     if os.path.isfile(os.path.join(inner, "config.json")):
         raise UserError(f"{folder} is a run folder; give {inner}")
     if os.path.isfile(os.path.join(folder, "config.json")):
-        for file in filter(os.path.isfile, [os.path.join(folder, name) for name in os.listdir(folder)]):
-            with open(file, "rb") as f:
-                pointer = f.read(len(LFS)) == LFS
-            require(not pointer, f"{file}: {OTHER_FILES[LFS]}")
+        for name in os.listdir(folder):
+            file = os.path.join(folder, name)
+            if name.endswith((".json", ".safetensors")) and os.path.isfile(file):
+                with blame(file, OSError), open(file, "rb") as f:
+                    require(f.read(len(LFS)) != LFS, OTHER_FILES[LFS])
         return folder
     if os.path.isfile(folder):
         raise Missing(f"{folder} is a file, must be a folder")

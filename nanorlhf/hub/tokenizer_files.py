@@ -28,19 +28,8 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-COPIED = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "encoder.json",
-    "vocab.bpe",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-]
+COPIED = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt encoder.json vocab.bpe chat_template.jinja chat_template.json generation_config.json""".split()
 # tokenizer.json spells a byte as one character: printable bytes as they are, the others from U+0100 on.
 UNPRINTABLE = [*range(33), *range(127, 161), 173]
 CHARS = {b: chr(b) for b in range(256)}

@@ -54,7 +54,7 @@ def nats(ax):
     high = ax.get_ylim()[1]
     if high > 11:
         ax.set_yscale("symlog", linthresh=10, linscale=2)
-    ticks = [tick for tick in (*range(11), 20, 50, 100, 200, 500, 1000) if tick <= high]
+    ticks = [tick for tick in (*range(11), 20, 50, 100, 200) if tick <= high]
     ax.set_yticks(ticks, map(str, ticks))
     ax.grid(axis="y")
 

@@ -44,12 +44,20 @@ class Aside:
             if self.pid != os.getpid() or self.process.poll() is not None:
                 self.start()
             alarm = threading.Timer(WAIT, self.process.kill)
+            alarm.daemon = True
             alarm.start()
             answer = ""
-            with contextlib.suppress(OSError):  # it has ended, as the empty answer says
+            try:
                 print(json.dumps([self.seconds, question]), file=self.process.stdin, flush=True)
                 answer = self.process.stdout.readline()
-            alarm.cancel()
+            except OSError:
+                pass  # it has ended, as the empty answer says
+            except BaseException:  # Ctrl-C: this answer must not be taken for that of the next question
+                self.process.kill()
+                self.process.wait()
+                raise
+            finally:
+                alarm.cancel()
             if answer:
                 return json.loads(answer)
             status = self.process.wait()

@@ -118,8 +118,8 @@ class Run:
         old = read_json(self.config)
         for name in ("data", "task"):
             was = old.get(name)
-            if was and was != getattr(self.cfg, name, was):
-                return f" of --{name} {was}; name another folder"
+            if was is not None and was != getattr(self.cfg, name, was):
+                return f" of --{name} {was or 'not given'}; name another folder"
         return ": add --resume to go on with it, --overwrite to replace it, or name another folder"
 
     @contextlib.contextmanager

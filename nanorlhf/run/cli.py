@@ -28,7 +28,7 @@ from nanorlhf.run.reward_functions import reward_name
 
 # A comment line in a Config that is one of these words, and nothing else, puts the fields below it under this
 # heading of --help.
-HEADINGS = ("data", "method", "optimisation", "sampling", "evaluation", "run")
+HEADINGS = "data method optimisation sampling evaluation run".split()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -125,7 +125,7 @@ def to_json(cfg):
     return flags
 
 
-LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000}  # of others 10 million: more is a slip
+LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000}  # of other whole numbers 10 million
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
@@ -137,8 +137,8 @@ def check_ranges(cfg, above_zero, any_sign=("seed",)):
             continue
         numbers = value if isinstance(value, list) else [value]
         smallest = min(numbers)
-        most = LARGEST.get(name, 10_000_000)
-        require(max(numbers) <= most, f"--{name} {_plain(value)}: must be at most {most:,}")
+        most = LARGEST.get(name, 1e30 if kind is float else 10_000_000)
+        require(max(numbers) <= most, f"--{name} {_plain(value)}: must be at most {most:g}")
         flag = f"--{name} {_plain(value)}"
         least = "must be above 0" if kind is float else "must be at least 1"
         require(smallest > 0 or name not in above_zero, f"{flag}: {least}")
@@ -182,9 +182,7 @@ def _convert(flag, kind, text):
         return words[text.lower()]
     if typing.get_origin(kind) is Literal:
         choices = ", ".join(filter(None, kind.__args__))
-        near = difflib.get_close_matches(text, kind.__args__, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        require(text in kind.__args__, f"{flag} {text}: must be one of {choices}{hint}")
+        require(text in kind.__args__, f"{flag} {text}: must be one of {choices}")
     if kind not in NUMBERS:
         return text
     parts = text.split(",") if kind not in (int, float) else [text]

@@ -1,10 +1,7 @@
 """Defaults that belong to the size of a model or to the user's data, where those of a toy task are wrong."""
 
 import contextlib
-import inspect
 import math
-import re
-import sys
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -22,7 +19,7 @@ PUBLISHED = {  # trainer → learning rate for a pretrained model above LARGE, a
 }
 LORA = 10  # adapters learn at about ten times the rate: QLoRA's SFT (arXiv 2305.14314) takes 2e-4
 
-FROM_DATA = ("steps", "max_len", "max_new_tokens", "eval_prompts")  # flags that the user's own data decides
+FROM_DATA = "steps max_len max_new_tokens eval_prompts".split()  # flags that the user's own data decides
 LEAST_STEPS = 100  # few rows would be over before anything is learnt
 LONGEST = 1024  # tokens; a longer context of a new model, or a longer response, must be asked for
 HELD_OUT = 128  # prompts to measure on, at most
@@ -80,15 +77,24 @@ def response_limit(longest_prompt, max_len):
     return room
 
 
-def recipe_lines(cfg, recipe):
-    """A recipe's flags as they are resolved, one a line, and beside each the paper that its value is from.
+PAPERS = {
+    "grpo": "DeepSeekMath, arXiv 2402.03300",
+    "dr_grpo": "Dr. GRPO, arXiv 2503.20783",
+    "rloo": "RLOO, arXiv 2402.14740",
+    "reinforce++": "REINFORCE++, arXiv 2501.03262",
+    "dapo": "DAPO, arXiv 2503.14476",
+    "gspo": "GSPO, arXiv 2507.18071",
+    "cispo": "MiniMax-M1, arXiv 2506.13585",
+    "scalerl": "ScaleRL, arXiv 2510.13786",
+    "r1_zero": "DeepSeek-R1-Zero, arXiv 2501.12948",
+    "deepscaler": "DeepScaleR",
+}
 
-    The paper is the comment above the recipe in the trainer: written once, read in both places.
-    """
-    source = inspect.getsource(sys.modules[type(cfg).__module__])
-    comment = re.search(rf'# (.+)\n    "{re.escape(cfg.recipe)}": dict\(', source)[1]
-    paper = re.split(" [(]|[;:]", comment)[0]
-    lines = [f"--recipe {cfg.recipe}: {comment}"]
+
+def recipe_lines(cfg, recipe):
+    """A recipe's flags as they are resolved, one a line, and beside each the paper that its value is from."""
+    paper = PAPERS.get(cfg.recipe, cfg.recipe)
+    lines = [f"--recipe {cfg.recipe}: {paper}"]
     for name, default in (cfg.DEFAULTS | recipe).items():
         if name in FROM_DATA:
             continue

@@ -155,8 +155,8 @@ def read(text):
     from sympy import Float, I, Rational
 
     for content in re.findall(WORD, text):  # the package would drop the text of 6\\text{ or 5}
-        aside = re.search(r"(?<![A-Za-z])\d|\b(?:or|and|not|but)\b", content)
-        if aside and content.strip() not in ("or", "and") and not re.fullmatch(WORD, text):
+        second = re.search(r"(?<![A-Za-z])\d|\b(?:or|and|not|but)\b", content)
+        if second and content.strip() not in ("or", "and") and not re.fullmatch(WORD, text):
             raise ValueError("a second answer in a text")
     extraction = [LatexExtractionConfig(boxed_match_priority=0)]
     box = f"\\boxed{{{text}}}"
@@ -171,4 +171,4 @@ def read(text):
 if __name__ == "__main__":
     logging.disable()  # the package logs that its own time limit is off
     compare("x", "y")  # loads the package and its grammar, which takes a second and does not count
-    aside.serve(judged)
+    aside.serve(judged, memory=2 << 30)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.errors import UserError, visible
+from nanorlhf.errors import UserError, require, visible
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.run import dist
 
@@ -28,13 +28,14 @@ class Result(dict):
     rows = ()
 
 
-def read_rows(out):
-    """metrics.csv of a run folder → one dict a step."""
+def read_rows(out, columns):
+    """metrics.csv of a run folder → one dict a step, without the lines that a full disk cut short."""
     rows = []
     with open(Path(out, "metrics.csv"), newline="") as f:
-        for row in csv.DictReader(f):
-            numbers = {name: float(cell) if cell else None for name, cell in row.items()}
-            rows.append(numbers | {"step": int(row["step"])})
+        for cells in csv.reader(f):
+            if len(cells) == len(columns) and cells != columns:
+                numbers = [float(cell) if cell else None for cell in cells]
+                rows.append(dict(zip(columns, numbers)) | {"step": int(cells[0])})
     return rows
 
 
@@ -68,8 +69,12 @@ class Log:
             with open(self.out / name, "ab") as f:
                 size = (sizes or {}).get(name, 0)
                 f.truncate(min(size, f.tell()))  # a size above that of the file would add zeros
+        header = ",".join(columns) + "\n"
         if os.path.getsize(self.out / "metrics.csv") == 0:
-            self._append("metrics.csv", ",".join(columns) + "\n")
+            self._append("metrics.csv", header)
+        with open(self.out / "metrics.csv") as f:
+            same = self.disk_is_full or f.readline() == header
+            require(same, f"--resume: {out}/metrics.csv has other columns; is --reward given as before?")
         if wandb:
             self.wandb = import_wandb(wandb).init(project=wandb, name=self.out.name, config=config)
 
@@ -138,9 +143,8 @@ class Log:
     def close(self, panels=()):
         """End the bar, read the rows of the whole run, and draw curves.png with these panels."""
         self.bar.close()
-        if self.writes:
-            self.last.rows = read_rows(self.out)
         if panels and self.writes:
+            self.last.rows = read_rows(self.out, self.columns)
             plot_curves(self.out, self.last.rows, panels)
         if self.wandb:
             self.wandb.finish()

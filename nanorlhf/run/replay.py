@@ -5,8 +5,8 @@ the models as they were before the update, and the batch. The recipe:
 
     from nanorlhf.run import replay
     trainer, models, batch, cfg = replay.load("runs/chain-grpo/bad-step-12.pt")
-    figures = trainer.gradient(*models, batch, cfg)
-    replay.first_not_finite(models, lambda: trainer.gradient(*models, batch, cfg))  # "models[0].blocks.3.mlp"
+    with torch.autograd.detect_anomaly():  # names the line of the forward pass whose gradient is NaN first
+        trainer.gradient(*models, batch, cfg)
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ import os
 import pickle
 
 import torch
-from torch.nn.modules.module import register_module_forward_hook
 
 from nanorlhf import lora
 from nanorlhf.errors import UserError, reason_of, require
@@ -93,33 +92,3 @@ def _unpacked(saved, dtype):
     lora.add(model, lora.rank_in(weights), dtype)
     model.load_state_dict(weights)
     return model
-
-
-def first_not_finite(models, run):
-    """Call run() → the name of the first weight, or else module output, that is not finite; None if all are.
-
-    >>> layers = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.LogSigmoid())
-    >>> first_not_finite([layers], lambda: layers(torch.tensor([1.0]))) is None
-    True
-    >>> first_not_finite([layers], lambda: layers[1](-layers[0](torch.tensor([float("inf")]))))
-    'models[0].0'
-    """
-    found = []
-    names = {}
-    for i, model in enumerate(models):
-        for name, p in model.named_parameters():
-            if not p.isfinite().all():
-                found.append(f"models[{i}].{name}")
-        for name, module in model.named_modules():
-            names[module] = f"models[{i}].{name}"
-
-    def look(module, args, out):
-        if isinstance(out, torch.Tensor) and not out.isfinite().all():
-            found.append(names[module])
-
-    hook = register_module_forward_hook(look)  # of all modules there are
-    try:
-        run()
-    finally:
-        hook.remove()
-    return found[0] if found else None

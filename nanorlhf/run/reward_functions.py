@@ -24,7 +24,9 @@ SIGNATURES = (
     "ground_truth, extra_info)"
 )
 FP32_MAX = 3.4028234663852886e38  # rewards become fp32
-DICT = re.compile(r"(<class ')?(typing\.)?[Dd]ict\b")  # an annotation: dict, dict[str, str], "dict"
+DICT = re.compile(r"\b([Dd]ict|Mapping)\b")  # an annotation: dict, Optional[dict[str, str]], "dict"
+# Names of what is no prompt and no response: as the first two parameters they would get those, and never pay.
+GOLDS = set("row answer gold label target solution reference ground_truth final_answer expected".split())
 
 
 class RewardFunction(NamedTuple):
@@ -71,7 +73,7 @@ class UserFunction:
         self.named = [p for p in later if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         # (response, answer) would be called with the prompt as its response, and never fail
         swapped = {"response", "completion"} & set(self.first[:1]) or {"prompt"} & set(self.first[1:])
-        fits = not swapped and not {"row", "answer"} & set(self.first)
+        fits = not swapped and not GOLDS & set(self.first)
         try:
             prompt_and_response = ("", "") if self.ours else ()
             signature.bind(*prompt_and_response, **{p.name: None for p in self.named})
@@ -106,7 +108,7 @@ class UserFunction:
                 values.setdefault("ground_truth", row["answer"])
             nested = row.get("reward_model")  # {"style": "rule", "ground_truth": "42"}
             return values | (nested if isinstance(nested, dict) else {})
-        annotated = [p.name for p in self.named if DICT.match(str(p.annotation))]
+        annotated = [p.name for p in self.named if DICT.search(str(p.annotation))]
         return dict.fromkeys(annotated, row) | values | {"row": row}
 
     def missing(self, row):

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import types
 
 from tqdm import tqdm
@@ -170,20 +171,24 @@ class Rewards:
             self._start()
         why = f"took more than {self.timeout:g} s (--reward_timeout)"
         self.number += 1
+        alarm = threading.Timer(2 * self.timeout, self.process.kill)  # half an answer would be waited for
+        alarm.start()
         try:
             self.pipe.send((self.number, i, args))
             if self.pipe.poll(self.timeout):
                 why = "wrote bytes of its own to the pipe of its process"
                 # No pickle: it could run code here. A function may have written to the pipe, too.
-                number, *answer = json.loads(self.pipe.recv_bytes(LONGEST))
-                if number == self.number:
+                call, *answer = json.loads(self.pipe.recv_bytes(LONGEST))
+                if call == self.number:
                     return tuple(answer)
-        except (ValueError, TypeError):  # no JSON, no list
+        except (ValueError, TypeError, RecursionError):  # no JSON, no list
             pass
         except (EOFError, OSError):
             self.process.join(1)
             if self.process.exitcode is not None:
                 why = f"ended its process (status {self.process.exitcode})"
+        finally:
+            alarm.cancel()
         self._end()
         return 0.0, why
 

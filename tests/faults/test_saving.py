@@ -397,10 +397,8 @@ def test_row_32_loss_that_is_not_finite(trainer, where, value, run, tmp_path, mo
     monkeypatch.setattr(trainer, LOSS[trainer], loss)  # the bug mended
     assert finite_gradient(file)
     _, models, batch, cfg = replay.load(file)
-    again = lambda: trainer.gradient(*models, batch, cfg)  # noqa: E731
-    assert replay.first_not_finite(models, again) is None
-    next(models[0].parameters()).data[0] = value  # that of the embedding
-    assert replay.first_not_finite(models, again).endswith("wte.weight")
+    with torch.autograd.detect_anomaly(check_nan=True):  # the recipe of the page runs
+        trainer.gradient(*models, batch, cfg)
 
 
 @pytest.mark.parametrize("trainer, then", [
