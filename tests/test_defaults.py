@@ -218,8 +218,10 @@ def test_a_run_of_another_task_is_not_to_be_replaced(other, tmp_path, monkeypatc
 def test_a_recipe_is_printed_with_its_paper(recipe):
     cfg = train_grpo.Config(recipe=recipe, max_new_tokens=16, clip_low=0.123)
     first, *lines = cfg.notes
-    paper = re.search(rf'    # (.+)\n    "{re.escape(recipe)}"', Path("train_grpo.py").read_text())[1]
-    assert first == f"--recipe {recipe}: {paper}" and re.search(r"\d{4}\.\d{5}|DeepScaleR", paper)
+    paper = defaults.PAPERS[recipe]
+    comment = re.search(rf'    # (.+)\n    "{re.escape(recipe)}"', Path("train_grpo.py").read_text())[1]
+    number = re.search(r"\d{4}\.\d{5}|DeepScaleR", paper)[0]
+    assert first == f"--recipe {recipe}: {paper}" and number in comment
     shown = {line.split()[0]: line.split()[1] for line in lines}
     by = {line.split()[0]: " ".join(line.split()[2:]) for line in lines}
     assert set(shown) == {f"--{name}" for name in train_grpo.RECIPES[""] | train_grpo.RECIPES[recipe]}
@@ -227,7 +229,7 @@ def test_a_recipe_is_printed_with_its_paper(recipe):
         assert shown[f"--{name}"] == str(getattr(cfg, name))
         want = "default"
         if name in train_grpo.RECIPES[recipe]:
-            want = paper.split(" (")[0].split(";")[0].split(":")[0]
+            want = paper
         assert by[f"--{name}"] == ("given" if name == "clip_low" else want)
 
 
@@ -243,7 +245,7 @@ def test_own_data_does_not_start_from_a_toy_in_silence():
 
 def test_notes_are_printed_when_the_run_starts(stages, tmp_path, capsys, no_curves):
     train_grpo.train(stages.config(train_grpo, tmp_path / "run", recipe="dr_grpo", steps=1))
-    assert "--norm none                     Dr. GRPO, 2503.20783" in capsys.readouterr().out
+    assert "--norm none                     Dr. GRPO, arXiv 2503.20783" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -473,3 +473,10 @@ def test_chat_answers_a_users_turn(tmp_path, capsys):
 def test_prompts_that_cannot_be(flags, says, stages):
     with pytest.raises(UserError, match=says):
         sample.main(sample.Config(model=f"{stages.folder}/sft/model", **flags))
+
+
+def test_the_length_of_responses_to_data_is_the_rooms(run, stages, tmp_path, capsys):
+    """Without --max_new_tokens: what the context leaves behind the longest prompt, not a toy's 40 tokens."""
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "ab="}, {"prompt": "abcd="}])
+    run(data=path, n=1, k=[1], max_new_tokens=0, reward=[f"{__file__}:begins"])
+    assert "--max_new_tokens 11: by" in capsys.readouterr().out  # a context of 16

@@ -787,8 +787,8 @@ OTHER = Tokenizer.from_chars("dcba=")
 
 
 @pytest.mark.parametrize("kw, words", [
-    (dict(init="missing/model"), ["--init missing/model does not exist", "train_sft.py --data demos.jsonl"]),
-    (dict(rm="missing/model"), ["--rm missing/model does not exist", "train_rm.py --data pairs.jsonl"]),
+    (dict(init="missing/model"), ["--init missing/model does not exist"]),
+    (dict(rm="missing/model"), ["--rm missing/model does not exist"]),
     (dict(ref="missing"), ["--ref missing does not exist"]),
     (dict(rm="@alien"), ["--rm", "vocabulary"]),
     (dict(rm="@other"), ["--rm", "must be a reward model"]),

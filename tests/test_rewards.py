@@ -312,7 +312,9 @@ def test_a_parameter_that_is_annotated_as_a_dict_is_the_row():
     def function(prompt, response, x):
         return x
 
-    for annotation in (dict, dict[str, str], "dict", "dict[str, object]", typing.Dict[str, int]):  # noqa: UP006
+    kinds = (dict, dict[str, str], "dict", "dict[str, object]", typing.Dict[str, int], "Optional[dict]",  # noqa: UP006
+             typing.Optional[dict], dict | None, typing.Mapping[str, int])  # noqa: UP006, UP007, UP045
+    for annotation in kinds:
         function.__annotations__["x"] = annotation
         assert called(function) is VALUES and UserFunction(function).missing({}) == []
     for annotation in (list[dict], str, "list[dict]", "Dictionary"):
@@ -323,6 +325,14 @@ def test_a_parameter_that_is_annotated_as_a_dict_is_the_row():
         return extra_info
 
     assert called(a_key) == {"n": 1}
+
+
+@pytest.mark.parametrize("second", "ground_truth gold label target solution reference answer".split())
+def test_a_gold_in_place_of_the_response_is_refused(second):
+    """(output, gold) called as (prompt, response) would never pay."""
+    function = eval(f"lambda output, {second}: 1.0")
+    with pytest.raises(UserError, match="takes neither"):
+        UserFunction(function)
 
 
 class Scorer:
@@ -643,7 +653,7 @@ def test_prompts_without_room_for_a_response_are_dropped_and_counted(tmp_path, c
         ([{"prompt": "a="}, {"prompt": " "}], 'p.jsonl:2: "prompt" is empty'),
         ([{"prompt": "a="}, {"prompt": "é="}], "p.jsonl:2: tokenizer: character 'é' is not in alphabet"),
         ([{"prompt": "a" * 9}] * 2, "no training prompt is left: 2 of 2 prompts are longer than 7 tokens"),
-        ([{"prompt": "bed="}], "1 are held out (15% of all prompts, by a hash)"),
+        ([{"prompt": "bed="}], "1 are held out"),
     ],
 )  # fmt: skip
 def test_bad_prompts_are_named_by_file_and_line(rows, says, tmp_path):

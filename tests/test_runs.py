@@ -497,3 +497,22 @@ def test_weights_kept_in_bfloat16_lose_small_steps(trainer, lr, moves, stages, t
     pairs = [(a.bfloat16().float(), b) for a, b in zip(old, new, strict=True)]
     assert all(torch.equal(b, b.bfloat16().float()) for _, b in pairs)
     assert any(((a != b) & (a.abs() > 0.01)).any() for a, b in pairs) == moves
+
+
+def test_resuming_with_other_columns_is_refused(stages, tmp_path):
+    """Rows of another length under the old header would shift every figure by a column."""
+    train_sft.train(stages.config(train_sft, tmp_path / "run", steps=2))
+    path = tmp_path / "run/metrics.csv"
+    head, *lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([head.replace("loss", "loss,more", 1), *lines]))
+    with pytest.raises(UserError, match="metrics.csv has other columns"):
+        train_sft.train(stages.config(train_sft, tmp_path / "run", steps=3, resume=True))
+
+
+def test_a_run_on_other_data_is_not_overwritten_on_advice(stages, tmp_path):
+    """A run of a task and one of --data in the same folder: no word of --overwrite."""
+    flags = dict(task="chain", data="", max_len=32)
+    train_sft.train(stages.config(train_sft, tmp_path / "run", steps=2))
+    with pytest.raises(UserError, match="holds a run of --data .*; name another folder") as e:
+        train_sft.train(stages.config(train_sft, tmp_path / "run", steps=2, demos=100, **flags))
+    assert "--overwrite" not in str(e.value)

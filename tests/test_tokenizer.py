@@ -713,6 +713,22 @@ def test_a_template_in_a_process_that_was_forked(chatty):
     assert tok.encode_prompt(Chat(TALK[:1])) == want and RENDERER.process is not before
 
 
+def test_an_interrupt_while_a_template_is_rendered(chatty, monkeypatch):
+    """Its answer must not be taken for that of the next question."""
+    tok = chatty("qwen", CHATML)
+    want = tok.encode_prompt(Chat(TALK[:1]))
+    real = RENDERER.process.stdout
+
+    class Interrupted:
+        def readline(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RENDERER.process, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        tok.encode_prompt(Chat(TALK[:3]))
+    assert real and tok.encode_prompt(Chat(TALK[:1])) == want
+
+
 def test_chat_without_a_template(tmp_path):
     """The plain transcript, BOS before it where the folder's tokenizer writes one; a row for every turn."""
     prompt = Chat([{"role": "system", "content": "Be."}, *TALK[:1]])

@@ -24,7 +24,8 @@ SIGNATURES = (
     "ground_truth, extra_info)"
 )
 FP32_MAX = 3.4028234663852886e38  # rewards become fp32
-DICT = re.compile(r"\b([Dd]ict|Mapping)\b")  # an annotation: dict, Optional[dict[str, str]], "dict"
+# An annotation: dict, dict[str, str], "dict", Optional[dict], Mapping[str, Any]; but not list[dict]
+DICT = re.compile(r"(<class ')?(typing\.)?(Optional\[)?(typing\.|collections\.abc\.)?([Dd]ict|Mapping)\b")
 # Names of what is no prompt and no response: as the first two parameters they would get those, and never pay.
 GOLDS = set("row answer gold label target solution reference ground_truth final_answer expected".split())
 
@@ -108,7 +109,7 @@ class UserFunction:
                 values.setdefault("ground_truth", row["answer"])
             nested = row.get("reward_model")  # {"style": "rule", "ground_truth": "42"}
             return values | (nested if isinstance(nested, dict) else {})
-        annotated = [p.name for p in self.named if DICT.search(str(p.annotation))]
+        annotated = [p.name for p in self.named if DICT.match(str(p.annotation))]
         return dict.fromkeys(annotated, row) | values | {"row": row}
 
     def missing(self, row):
