@@ -403,7 +403,7 @@ def test_load_reward_names_the_file(tmp_path):
     breaks = {
         "1 / 0": "ZeroDivisionError",
         "def f(:": "SyntaxError.*line 1",
-        "raise ValueError('a\\nb')": "a b",
+        "raise ValueError('a\\nb')": r"a\\nb",
         "raise SystemExit(3)": "SystemExit: 3",
     }
     for text, says in breaks.items():

@@ -357,6 +357,7 @@ def finite_gradient(file):
 
 
 @EACH
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_row_32_loss_that_is_not_finite(trainer, where, value, run, tmp_path, monkeypatch):
