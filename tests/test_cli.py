@@ -172,7 +172,7 @@ def test_ways_to_write_a_flag():
         (train_sft, "--lr fast", "--lr fast: must be a finite number such as 3e-4"),
         (train_sft, "--resume=maybe", "--resume maybe: must be true or false"),
         (train_sft, "--overwrite maybe", "--overwrite maybe: must be true or false"),
-        (train_sft, "--arch lama", "--arch lama: must be one of gpt2, llama"),
+        (train_sft, "--arch lama", "--arch lama: must be one of gpt2, llama (did you mean llama?)"),
         (train_rm, "--device tpu", "--device tpu: must be one of auto, cpu, cuda, mps"),
         (train_ppo, "--reward_timeout -1", "--reward_timeout -1.0: must not be negative"),
         (train_grpo, "--recipe dpao", "--recipe dpao: must be one of grpo, dr_grpo"),

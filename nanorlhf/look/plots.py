@@ -52,6 +52,8 @@ def plot_curves(out, rows, panels):
 def nats(ax):
     """Make a KL axis readable to a nat: a line at each up to 10; above, the scale is logarithmic."""
     high = ax.get_ylim()[1]
+    if high < 2:  # there is no whole nat to read
+        return
     if high > 11:
         ax.set_yscale("symlog", linthresh=10, linscale=2)
     ticks = [tick for tick in (*range(11), 20, 50, 100, 200) if tick <= high]

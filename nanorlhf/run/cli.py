@@ -137,9 +137,9 @@ def check_ranges(cfg, above_zero, any_sign=("seed",)):
             continue
         numbers = value if isinstance(value, list) else [value]
         smallest = min(numbers)
-        most = LARGEST.get(name, 1e30 if kind is float else 10_000_000)
-        require(max(numbers) <= most, f"--{name} {_plain(value)}: must be at most {most:g}")
         flag = f"--{name} {_plain(value)}"
+        most = LARGEST.get(name, 1e30 if kind is float else 10_000_000)
+        require(max(numbers) <= most, f"{flag}: must be at most {most:g}")
         least = "must be above 0" if kind is float else "must be at least 1"
         require(smallest > 0 or name not in above_zero, f"{flag}: {least}")
         require(smallest >= 0, f"{flag}: must not be negative")
@@ -182,7 +182,9 @@ def _convert(flag, kind, text):
         return words[text.lower()]
     if typing.get_origin(kind) is Literal:
         choices = ", ".join(filter(None, kind.__args__))
-        require(text in kind.__args__, f"{flag} {text}: must be one of {choices}")
+        near = difflib.get_close_matches(text, kind.__args__, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        require(text in kind.__args__, f"{flag} {text}: must be one of {choices}{hint}")
     if kind not in NUMBERS:
         return text
     parts = text.split(",") if kind not in (int, float) else [text]
