@@ -223,7 +223,8 @@ def sample_responses(model, tok, rows, n, max_new_tokens, temperature, seed, **f
     """
     prompts = [row["_ids"] for row in rows]
     for row in rows:
-        row["_seen"] = tok.decode(row["_ids"])  # a template may have opened <think>
+        if "_seen" not in row:  # once, not at every step
+            row["_seen"] = tok.decode(row["_ids"])  # a template may have opened <think>
     roll = generate(model, prompts, n, max_new_tokens, temperature, tok.eos_id, seed, **filters)
     roll.rows = [rows[g] for g in roll.group.tolist()]
     roll.texts = [tok.decode(ids) for ids in roll.responses()]

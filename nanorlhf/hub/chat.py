@@ -27,9 +27,13 @@ class Template:
         UserError for what the template refuses, or for any error in it.
         """
         safe = [{key: self._disarm(message[key]) for key in ("role", "content")} for message in messages]
-        variables = dict(messages=safe, add_generation_prompt=add_generation_prompt)
-        variables |= dict(tools=None, documents=None) | self.names
-        text, error = RENDERER.ask([self.text, variables]) or (None, "it takes too long")
+        variables = dict(
+            messages=safe,
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+        )
+        text, error = RENDERER.ask([self.text, variables | self.names]) or (None, "it takes too long")
         require(text is not None, f"chat template: {error}")
         return text
 

@@ -179,11 +179,9 @@ class Run:
 
     def _compare(self, config):
         """Print which flags differ from those in config.json → the same as one line, for `_fit`."""
-        if not self.config.exists():
-            return ""
         try:
-            old = dict(json.loads(self.config.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError):
+            old = read_json(self.config)
+        except UserError:
             raise UserError(f"{self.config} is damaged: it is not JSON; --overwrite starts anew") from None
         changed = []
         for name in sorted(config.keys() & old.keys() - {"resume", "overwrite", "new_data"}):
