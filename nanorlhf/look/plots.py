@@ -57,8 +57,9 @@ def nats(ax):
     if high > 11:
         ax.set_yscale("symlog", linthresh=10, linscale=2)
     ticks = [tick for tick in (*range(11), 20, 50, 100, 200) if tick <= high]
-    ax.set_yticks(ticks, map(str, ticks))
-    ax.grid(axis="y")
+    ax.set_yticks(ticks, map(str, ticks), fontsize=8)
+    ax.grid(axis="y", alpha=0.3)
+    ax.set_ylim(min(ax.dataLim.y0, 0) - 0.5, high)
 
 
 @functools.cache
