@@ -34,7 +34,7 @@ class Template:
             documents=None,
         )
         text, error = RENDERER.ask([self.text, variables | self.names]) or (None, "it takes too long")
-        require(text is not None, f"chat template: {error}")
+        require(not error, f"chat template: {error}")
         return text
 
     def render_response(self, messages, response):

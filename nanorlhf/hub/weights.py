@@ -78,6 +78,7 @@ def match(model, family, folder):
     """
     trunk = model.trunk
     want = dict(tensors_of(model, family))
+    lm_head = family.tensors["lm_head"] + ".weight"
     places = {}
     files = _files(folder)
     for file in files:
@@ -86,7 +87,8 @@ def match(model, family, folder):
                 name = key
                 if key not in want and not key.startswith(family.prefix):
                     name = family.prefix + key
-                if name not in want and (REDUNDANT.search(key) or _second_embedding(key, trunk, family)):
+                twice = trunk.cfg.tied and key == lm_head  # some files hold the embedding as both
+                if name not in want and (REDUNDANT.search(key) or twice):
                     continue
                 require(name in want, f"tensor {key} is unknown to this model, or is there twice")
                 parts = want.pop(name)
@@ -101,11 +103,6 @@ def match(model, family, folder):
     for name in sorted(want):
         raise UserError(f"{files[-1]}: tensor {name} is missing")
     return places
-
-
-def _second_embedding(key, trunk, family):
-    """Whether this tensor is an unembedding that must equal the embedding: some files hold it twice."""
-    return trunk.cfg.tied and key == family.tensors["lm_head"] + ".weight"
 
 
 @torch.no_grad()
@@ -125,7 +122,7 @@ def fill(model, family, folder):
                 if (file, key) in places:
                     name, parts = places[file, key]
                     _copy(tensor, name, parts, trunk.cfg)
-                elif _second_embedding(key, trunk, family):
+                elif not REDUNDANT.search(key):  # the second copy of the embedding
                     unembedding = tensor
             require(checksum in (None, digest.hexdigest()), "wrong checksum: damaged after it was saved")
     if unembedding is not None:

@@ -273,8 +273,7 @@ class Run:
             require(isinstance(tensors, dict) and tensors.keys() == MOMENTS, foreign)
             for name, x in tensors.items():
                 moments[i][name] = sharding.shard_like(x, params[i])
-                fits = name == "step" or moments[i][name].shape == params[i].shape
-                require(fits, foreign)
+                require(name == "step" or moments[i][name].shape == params[i].shape, foreign)
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _fit(self, model, saved, path, key):
@@ -353,8 +352,13 @@ class Run:
 
         With --shard every process writes its own pieces of the tensors into the same new folder.
         """
-        state = {"step": step, "trainer": trainer_of(self.cfg), "extra": extra or {}, "frozen": self.frozen}
-        state["data"] = self.data
+        state = {
+            "step": step,
+            "trainer": trainer_of(self.cfg),
+            "data": self.data,
+            "extra": extra or {},
+            "frozen": self.frozen,
+        }
         models = {name: model.state_dict() for name, model in self.models.items()}
         tensors = {"models": models, "optimizer": self.optimizer.state_dict()}
         folder = self._folder(step)

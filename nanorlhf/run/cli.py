@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 
 from nanorlhf import tasks
-from nanorlhf.errors import Interrupted, RunError, UserError, require, shown
+from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require, shown
 from nanorlhf.run import defaults, dist
 from nanorlhf.run.reward_functions import reward_name
 
@@ -336,7 +336,7 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
 def _ending(error, cfg):
     """What ended a run → the line to print, the exit status. Status 0: a bug, whose traceback is needed."""
     message = shown(str(error))  # one line, whatever value of the user's it quotes
-    first_line = shown(str(error).partition("\n")[0])
+    first_line = shown(reason_of(error))
     if isinstance(error, UserError):
         return f"error: {message}", 2
     if isinstance(error, RunError):

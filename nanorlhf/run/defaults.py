@@ -28,9 +28,7 @@ HELD_OUT = 128  # prompts to measure on, at most
 def n_parameters(folder):
     """The numbers in a folder's safetensors files, by their headers; 0 without any."""
     total = 0
-    for path in Path(folder).glob("*.safetensors"):
-        if not path.is_file():  # opening a pipe would wait for ever
-            continue
+    for path in filter(Path.is_file, Path(folder).glob("*.safetensors")):  # a pipe would be waited for
         # The loader, which comes next, names a damaged file and what is wrong with it.
         with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as f:
             total += sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())

@@ -97,8 +97,8 @@ def require_plain(folder):
     for path in paths:
         mode = os.lstat(path).st_mode
         plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
-        advice = "remove it, or name another folder"
-        require(plain, f"--out {folder}: {path} is a link, a pipe or a device; {advice}")
+        problem = f"{path} is a link, a pipe or a device; remove it, or name another folder"
+        require(plain, f"--out {folder}: {problem}")
 
 
 def sync_folder(folder):
