@@ -379,7 +379,7 @@ MUTANTS = [
     ("LoRA: saved without its scale", "nanorlhf/lora.py",
      "weight + scale * B @ A", "weight + B @ A",
      [LORA + "starts_as_the_base_and_merges_into_one[pythia]"]),
-    ("processes: DDP averages gradients", "nanorlhf/run/dist.py",
+    ("processes: copies average their gradients", "nanorlhf/run/dist.py",
      "torch_dist.all_reduce(p.grad)", "torch_dist.all_reduce(p.grad.div_(size()))",
      [DIST + "in_fp32_too[sft-ddp]"]),
     ("processes: FSDP2 averages gradients", "nanorlhf/run/sharding.py",
