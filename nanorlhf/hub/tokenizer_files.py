@@ -14,7 +14,7 @@ import regex
 from nanorlhf.errors import UserError, require
 from nanorlhf.hub.chat import Template
 from nanorlhf.hub.files import read_json
-from nanorlhf.tokenizer import MARK, Extras, Tokenizer
+from nanorlhf.tokenizer import MARK, Tokenizer
 
 REMOVED = "\ufdd0\ufdd1\ufdd2\ufdd3"  # no characters, so no text holds them; LibraryTokenizer's MARK
 NO_PREFIX = {
@@ -77,7 +77,7 @@ def files(tok):
     "chars" has no counterpart there, as it refuses unknown characters: it has a file of its own.
     """
     if tok.kind == "chars":
-        tokens = [base64.b64encode(token).decode() for token in tok.tokens]
+        tokens = [base64.b64encode(token).decode() for token in tok.ranks]
         return {FILE: json.dumps({"kind": "chars", "tokens": tokens}).encode()}
     out = dict(tok.source)
     if "tokenizer.json" not in out:
@@ -113,7 +113,7 @@ def stop_ids(folder):
 
 
 def _roles(folder, control, spec):
-    """Extras of a folder: which control tokens begin a text, end it and pad it; the chat template."""
+    """What a folder says of a `Tokenizer`: the tokens that begin, end and pad a text; the chat template."""
     config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     names = {}
     for key, token in config.items():
@@ -138,7 +138,7 @@ def _roles(folder, control, spec):
     pad = names.get("pad_token")
     bos = _bos(spec)
     _check_config(config, spec, bos and names.get("bos_token"))
-    return Extras(eos, pad, stop=stop, bos=bos, template=template, source=beside(folder))
+    return dict(eos=eos, pad=pad, stop=stop, bos=bos, template=template, source=beside(folder))
 
 
 def _check_config(config, spec, bos):
@@ -178,7 +178,7 @@ def _load_json(path):
     spec = json.loads(path.read_text("utf-8"))
     tokens = [(token["content"], token["id"]) for token in spec.get("added_tokens") or []]
     require(len(dict(tokens)) == len(tokens), "an added token is there twice")
-    vocab = spec["model"]["vocab"]
+    vocab = spec["model"].get("vocab")
     if isinstance(vocab, dict):
         tokens += vocab.items()
     owner = {}
@@ -211,11 +211,7 @@ def _load_gpt2(path):
     for i, token in tokens.items():
         i = vocab.get(token["content"], i)
         added.append(plain | token | {"id": int(i)})
-    prefix_space = config.get("add_prefix_space") or False
-    steps = [
-        {"type": "Split", "pattern": {"Regex": QWEN if qwen else GPT2}, "behavior": "Isolated"},
-        {"type": "ByteLevel", "add_prefix_space": prefix_space, "use_regex": False},
-    ]
+    steps = _split_steps(QWEN if qwen else GPT2, config.get("add_prefix_space") or False)
     spec = {
         "added_tokens": added,
         "normalizer": {"type": "NFC"} if qwen else None,
@@ -239,10 +235,10 @@ class LibraryTokenizer(Tokenizer):
     The package gets a text as a whole: what it does at a text's start, and beside control tokens, is its own.
     """
 
-    def __init__(self, spec, control, extras):
+    def __init__(self, spec, control, roles):
         self.library = _run_by_library(json.dumps(spec))
         self.inside = _run_by_library(_without_prefix(spec))
-        super().__init__("library", "", {}, control, extras)
+        super().__init__("library", "", {}, control, **roles)
         self.vocab_size = max(self.vocab_size, self.library.get_vocab_size())
 
     def _make_encoding(self):
@@ -341,9 +337,9 @@ def _from_json(spec, folder):
     _check_merges(vocab, model["merges"], model.get("ignore_merges", False))
     _check_pattern(pattern)
     nfc = normalizers == "NFC"
-    extras = _roles(folder, control, spec)._replace(words=words, late=late, nfc=nfc)
+    roles = _roles(folder, control, spec)
     kind = "bpe" if len(ranks) > 256 else "bytes"
-    return Tokenizer(kind, pattern, ranks, control, extras)
+    return Tokenizer(kind, pattern, ranks, control, words=words, late=late, nfc=nfc, **roles)
 
 
 def _bos(spec):
@@ -463,6 +459,13 @@ def _check_merges(vocab, merges, ignore_merges):
             _need(ignore_merges, f"no merge makes the token {token}")
 
 
+def _split_steps(pattern, add_prefix_space):
+    """The steps of a pre-tokenizer that cuts text by this pattern, and spells its bytes as characters."""
+    split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+    byte_level = dict(type="ByteLevel", add_prefix_space=add_prefix_space, trim_offsets=True, use_regex=False)
+    return [split, byte_level]
+
+
 def _to_json(tok):
     """The tokenizer.json of a Tokenizer."""
     vocab = {}
@@ -475,22 +478,26 @@ def _to_json(tok):
             merges.append(" ".join(parts))
     added = []
     for text in sorted(tok.added, key=tok.added.get):
-        token = dict(id=tok.added[text], content=text, single_word=False)
-        token |= dict(lstrip=False, rstrip=False)
-        token |= dict(normalized=text in tok.late, special=text in tok.control)
+        token = {
+            "id": tok.added[text],
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": text in tok.late,
+            "special": text in tok.control,
+        }
         added.append(token)
-    pattern = {"Regex": tok.pattern}
-    split = dict(type="Split", pattern=pattern, behavior="Isolated", invert=False)
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    steps = _split_steps(tok.pattern, False)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
         "normalizer": {"type": "NFC"} if tok.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": None,
-        "decoder": byte_level,
+        "decoder": steps[-1],
         "model": {
             "type": "BPE",
             "dropout": None,
