@@ -246,17 +246,19 @@ def _pair_of_messages(row):
         if isinstance(row.get(key), list):
             name = f"{key} + chosen + rejected"
             before = _behind(before, _messages(row, key), key)
-    sides = {}
+    found = {}
+    prompts = []
     for key in ("chosen", "rejected"):
         turns = _messages(row, key)
         asked = {"role": "user", "content": row.get("prompt")}
         if isinstance(asked["content"], str) and asked not in turns:
             turns = _behind([asked], turns, key)
         turns = _behind(before, turns, key)
-        sides[key] = _answered(turns, key)
+        side = _answered(turns, key)
         _require_learnt(turns[-1:], key)
-    found = {key: side["response"] for key, side in sides.items()}
-    prompt, other = (side["prompt"] for side in sides.values())
+        found[key] = side["response"]
+        prompts.append(side["prompt"])
+    prompt, other = prompts
     found["prompt"] = prompt if prompt.messages == other.messages else None
     return name, found
 
@@ -351,13 +353,12 @@ def _single(row, want):
         require(len(there) < 2, f"ambiguous: {' and '.join(there)} could each be the {part}; keep one")
         if there:
             keys[part] = there[0]
-    used = [keys[part] for part in WANTED[want] if part in keys]
     gsm8k = want == "demos" and "response" not in keys and "####" in str(row.get("answer"))
     if gsm8k:
         keys["response"] = "answer"
-        used.append("answer (GSM8K)")
     names = [keys.get(part, part) for part in WANTED[want]]
     check_text(row, [name for name in names if not isinstance(row.get(name), list)])
+    form = " + ".join(names)
     found = {part: row[key] for part, key in keys.items()}
     found["prompt"] = _prompt(row, keys["prompt"], want)
     if want == "demos" and isinstance(found["response"], list):
@@ -365,8 +366,9 @@ def _single(row, want):
     elif want == "demos":
         found["response"] = _with_thought(row, found["response"])
     if gsm8k:  # <<48/2=24>> is for a calculator
+        form += " (GSM8K)"
         found["response"] = re.sub(r"<<[^<>]*>>", "", found["response"])
-    return " + ".join(used), found
+    return form, found
 
 
 def _completed(prompt, completion, key):

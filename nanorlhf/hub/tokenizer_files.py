@@ -60,10 +60,11 @@ def load(folder):
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
+    content = read_json(path)
     try:
-        return LOADERS[path.name](path)
+        return LOADERS[path.name](path, content)
     except Inexact as reason:
-        return _load_with_library(path, reason)
+        return _load_with_library(path, content, reason)
     except UserError as e:
         raise UserError(f"{path}: damaged: {e}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
@@ -163,8 +164,7 @@ def _check_config(config, spec, bos):
 # one function for each kind of file
 
 
-def _load_ours(path):
-    data = json.loads(path.read_text("utf-8"))
+def _load_ours(path, data):
     require(data["kind"] == "chars", "its kind must be chars")
     alphabet = ""
     for token in data["tokens"]:
@@ -174,8 +174,7 @@ def _load_ours(path):
     return Tokenizer.from_chars(alphabet)
 
 
-def _load_json(path):
-    spec = json.loads(path.read_text("utf-8"))
+def _load_json(path, spec):
     tokens = [(token["content"], token["id"]) for token in spec.get("added_tokens") or []]
     require(len(dict(tokens)) == len(tokens), "an added token is there twice")
     vocab = spec["model"].get("vocab")
@@ -188,7 +187,7 @@ def _load_json(path):
     return _from_json(spec, path.parent)
 
 
-def _load_gpt2(path):
+def _load_gpt2(path, vocab):
     """vocab.json + merges.txt, as older folders have them, or OpenAI's encoder.json + vocab.bpe.
 
     They do not name their pattern, and the added tokens stand in other files.
@@ -198,7 +197,6 @@ def _load_gpt2(path):
     kind = str(config.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
     _need(kind in ("GPT2Tokenizer", "Qwen2Tokenizer"), f"vocab.json of a {kind} says no split pattern")
     qwen = kind == "Qwen2Tokenizer"
-    vocab = json.loads(path.read_text("utf-8"))
     merges = "merges.txt" if path.name == "vocab.json" else "vocab.bpe"
     lines = (folder / merges).read_text("utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
@@ -292,7 +290,7 @@ def _without_prefix(spec):
     return text
 
 
-def _load_with_library(path, reason):
+def _load_with_library(path, spec, reason):
     try:
         import tokenizers  # noqa: F401
     except ImportError:
@@ -300,7 +298,6 @@ def _load_with_library(path, reason):
     if path.name != "tokenizer.json":
         raise UserError(f"{path}: {reason}; save it as tokenizer.json with transformers first") from None
     try:
-        spec = json.loads(path.read_text("utf-8"))
         control = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
         tok = LibraryTokenizer(spec, control, _roles(path.parent, control, spec))
         unknown = spec["model"].get("unk_id", control.get(spec["model"].get("unk_token")))
