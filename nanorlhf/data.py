@@ -35,7 +35,7 @@ def read_split(cfg, read):
 
     read: (path, flag=) → rows.
     """
-    rows = read(cfg.data, flag="--data")
+    rows = read(cfg.data)
     if not cfg.eval_data:
         return split_by_hash(rows)
     held_out = read(cfg.eval_data, flag="--eval_data")

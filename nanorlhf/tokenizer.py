@@ -114,8 +114,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._bytes)
 
     def _make_encoding(self):
-        name = f"nanorlhf-{self.kind}"
-        return tiktoken.Encoding(name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={})
+        return tiktoken.Encoding("ours", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={})
 
     @classmethod
     def learn(cls, kind, texts, alphabet="", vocab_size=576):

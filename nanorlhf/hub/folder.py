@@ -45,7 +45,7 @@ def save(model, tok, folder):
 
     Weights keep their precision (float64 becomes float32); adapters are merged into them.
     """
-    trunk = getattr(model, "trunk", model)
+    trunk = model.trunk
     dtype = trunk.wte.weight.dtype
     if dtype == torch.float64:
         dtype = torch.float32
@@ -94,7 +94,7 @@ def load(folder, kind="", like=None, shard=False, weights=True):
     is_a = "reward model" if isinstance(model, ScalarModel) else "language model"
     require(kind in ("", is_a), f"{folder}: is a {is_a}, must be a {kind}")
     missing = f"{folder}: has no tokenizer (tokenizer.json or {tokenizer_files.FILE})"
-    require(not kind or tok is not None, missing)
+    require(tok or not kind, missing)
     fits = like is None or tok == like
     require(fits, f"{folder}: not the vocabulary of the other models; all need one SFT run")
     return model, tok

@@ -105,11 +105,7 @@ def _convert(row, want):
         require(all(turn["content"] in told for turn in _system(row)), f'"system" {cure}')
         require(all(text in prompt for _, text in _choices(row)), f"the list of choices {cure}")
     _read_answer(row, found)
-    keys = [*WANTED[want], "answer"]
-    if want == "demos":
-        keys.append("turns")
-    if want == "kto":
-        keys += ["completion", "label"]
+    keys = (*WANTED[want], "answer", "turns", "completion", "label")
     return name, {key: found[key] for key in keys if key in found}
 
 

@@ -7,7 +7,6 @@ own program. Any other tokenizer.json is run by the `tokenizers` package, or ref
 import base64
 import itertools
 import json
-from pathlib import Path
 
 import regex
 
@@ -56,7 +55,7 @@ def load(folder):
     UserError naming the file when it is damaged, or when tiktoken could not give the same ids as
     transformers. Such a tokenizer.json is read by the `tokenizers` package where that is installed.
     """
-    paths = [Path(folder) / name for name in LOADERS]
+    paths = [folder / name for name in LOADERS]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
@@ -97,13 +96,12 @@ def files(tok):
 
 def beside(folder):
     """{file name: contents} of the files that travel with a model, besides its weights and config.json."""
-    paths = [Path(folder) / name for name in COPIED]
+    paths = [folder / name for name in COPIED]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def stop_ids(folder):
     """The ids that end a response; generation_config.json goes before config.json, as in transformers."""
-    folder = Path(folder)
     settings = read_json(folder / "config.json") | read_json(folder / "generation_config.json")
     ids = settings.get("eos_token_id")
     if not isinstance(ids, list):
@@ -136,10 +134,10 @@ def _roles(folder, control, spec):
         strange = [key for key, text in names.items() if key in template and text not in control]
         _need(not strange, f"the chat template's {' and '.join(strange)} is no control token")
         template = Template(template, names, control)
-    pad = names.get("pad_token")
     bos = _bos(spec)
     _check_config(config, spec, bos and names.get("bos_token"))
-    return dict(eos=eos, pad=pad, stop=stop, bos=bos, template=template, source=beside(folder))
+    source = beside(folder)
+    return dict(eos=eos, pad=names.get("pad_token"), stop=stop, bos=bos, template=template, source=source)
 
 
 def _check_config(config, spec, bos):
@@ -234,8 +232,8 @@ class LibraryTokenizer(Tokenizer):
     """
 
     def __init__(self, spec, control, roles):
-        self.library = _run_by_library(json.dumps(spec))
-        self.inside = _run_by_library(_without_prefix(spec))
+        self.library = _run_by_library(spec)
+        self.inside = _run_by_library(json.loads(_without_prefix(spec)))
         super().__init__("library", "", {}, control, **roles)
         self.vocab_size = max(self.vocab_size, self.library.get_vocab_size())
 
@@ -269,14 +267,13 @@ class LibraryTokenizer(Tokenizer):
         return self.library.decode(known, skip_special_tokens=False)
 
 
-def _run_by_library(text):
+def _run_by_library(spec):
     """The package's tokenizer of a tokenizer.json. It takes REMOVED out once it has found control tokens."""
     import tokenizers
 
-    spec = json.loads(text)
     remove = {"type": "Replace", "pattern": {"String": REMOVED}, "content": ""}
-    spec["normalizer"] = {"type": "Sequence", "normalizers": [remove, *_steps(spec.get("normalizer"))]}
-    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    normalizer = {"type": "Sequence", "normalizers": [remove, *_steps(spec.get("normalizer"))]}
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec | {"normalizer": normalizer}))
     library.no_truncation()
     library.no_padding()
     return library

@@ -1,7 +1,6 @@
 """Tensors of published models, in and out of safetensors files.
 
-Reading copies a tensor of theirs into our parameters, through the views that `_views` gives. Writing goes the
-other way, by `join`.
+Reading copies a tensor of theirs into our parameters, by `_copy`. Writing goes the other way, by `join`.
 """
 
 import hashlib
@@ -45,15 +44,6 @@ def tensors_of(model, family):
 
 def _transposed(name, parts):
     return ".c_" in name and parts[0].dim() == 2  # GPT-2 stores these as (in, out)
-
-
-def _views(tensor, name, parts, cfg):
-    """A tensor of theirs → its views that are ours, one for each of `parts`."""
-    if _transposed(name, parts):
-        tensor = tensor.T
-    if "query_key_value" in name:  # GPT-NeoX goes head by head: q, k, v of the first, q, k, v of the next
-        return tensor.unflatten(0, (cfg.n_head, 3, cfg.head_dim)).unbind(1)
-    return tensor.chunk(len(parts))
 
 
 def join(name, parts, cfg):
@@ -127,13 +117,18 @@ def fill(model, family, places):
     if unembedding is not None:
         embedding = sharding.local(trunk.wte.weight)
         same = torch.equal(sharding.piece(unembedding, trunk.wte.weight).to(embedding), embedding)
-        message = "the unembedding is not the embedding, although config.json says that it is"
-        require(same, f"{file}: {message}")
+        require(same, f"{file}: the unembedding is not the embedding, although config.json says that it is")
 
 
 def _copy(tensor, name, parts, cfg):
-    """Copy a tensor of theirs into our parameters."""
-    for part, view in zip(parts, _views(tensor, name, parts, cfg)):
+    """Copy a tensor of theirs into our parameters, a view of it into each."""
+    if _transposed(name, parts):
+        tensor = tensor.T
+    if "query_key_value" in name:  # GPT-NeoX goes head by head: q, k, v of the first, q, k, v of the next
+        views = tensor.unflatten(0, (cfg.n_head, 3, cfg.head_dim)).unbind(1)
+    else:
+        views = tensor.chunk(len(parts))
+    for part, view in zip(parts, views):
         sharding.local(part).copy_(sharding.piece(view.reshape(part.shape), part))
 
 
