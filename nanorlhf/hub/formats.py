@@ -29,9 +29,18 @@ WANTED = {
 }
 CHATS = ("messages", "conversations")
 ROLES = {
-    "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "model", "chatgpt", "bot", "bing", "bard"),
-    "system": ("system", "developer"),
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "developer": "system",
 }
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 REFUSED = """tools functions tool_calls function_call tool_call_id documents chat_template_kwargs history
@@ -305,7 +314,7 @@ def _message(m, place):
     text = m.get(key)
     cure = 'expected one string (of a list of parts their joined text, "" for null)'
     require(isinstance(text, str), f'"{key}" of {place} is a {json_type(text)}, {cure}')
-    role = next((role for role, names in ROLES.items() if name.strip().lower() in names), None)
+    role = ROLES.get(name.strip().lower())
     require(role, f'the role {name!r} of {place} is unknown; expected user, assistant or system')
     message = {"role": role, "content": _with_thought(m, text)}
     for key in ("weight", "train"):
