@@ -71,7 +71,7 @@ def save(model, tok, folder):
         "config.json": json.dumps(config, indent=2).encode(),
         "model.safetensors": lambda path: weight_files.write(tensors, path),
     }
-    if tok is not None:
+    if tok:
         files |= tokenizer_files.files(tok)
     write_folder(Path(folder), files)
 

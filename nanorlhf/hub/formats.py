@@ -114,7 +114,9 @@ def _convert(row, want):
         require(all(turn["content"] in told for turn in _system(row)), f'"system" {cure}')
         require(all(text in prompt for _, text in _choices(row)), f"the list of choices {cure}")
     _read_answer(row, found)
-    keys = (*WANTED[want], "answer", "turns", "completion", "label")
+    keys = [*WANTED[want], "answer", "completion", "label"]
+    if want == "demos":
+        keys.append("turns")
     return name, {key: found[key] for key in keys if key in found}
 
 
@@ -296,7 +298,7 @@ def _messages(row, key):
 
     A thought becomes part of the content. "train": False marks an answer that is not to be learnt.
     """
-    messages = row[key]
+    messages = row.get(key)
     if isinstance(messages, dict):
         messages = [messages]
     right = isinstance(messages, list) and messages
@@ -413,7 +415,10 @@ def _choices(row):
     if isinstance(choices, list) and len(choices) <= len(LETTERS):
         pairs = list(zip(LETTERS, choices))
     elif isinstance(choices, dict) and choices.keys() == {"text", "label"}:
-        pairs = list(itertools.zip_longest(choices["label"], choices["text"]))
+        labels = choices["label"]
+        texts = choices["text"]
+        if isinstance(labels, list) and isinstance(texts, list):
+            pairs = list(itertools.zip_longest(labels, texts))
     elif isinstance(choices, dict):
         pairs = [(label, text) for label, text in choices.items() if text is not None]
     right = pairs and all(isinstance(x, (str, int, float)) for pair in pairs for x in pair)
