@@ -605,7 +605,7 @@ def test_evaluate_means_over_all_prompts_whatever_the_batches(models):
 
 
 def prompts_cfg(**more):
-    flags = dict(data="", skip_bad_rows=False, seed=0, eval_prompts=100, own_data=False)
+    flags = dict(data="", eval_data="", skip_bad_rows=False, seed=0, eval_prompts=100, own_data=False)
     return SimpleNamespace(**flags | more)
 
 
