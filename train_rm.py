@@ -41,20 +41,13 @@ from nanorlhf.run.log import Clock, due
 # Config
 
 
-@dataclass
-class Config(Flags):
-    # data
-    task: str = ""  # built-in task; only reviews, the default, has preferences (others need --data)
-    data: str = ""  # file of preferences (formats: docs/data.md), in place of the task's own pairs
-    pairs: int = 4000  # pairs to make for the built-in task
-    tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
-    references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
-    init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
-    out: str = ""  # run folder; empty: runs/TASK-rm, or with --data runs/FILE-rm
+@dataclass(kw_only=True)
+class Optimisation(Flags):
+    """How a reward model is trained and measured: the flags that train_prm.py has as well."""
 
     # optimisation
-    steps: int | None = None  # optimizer steps; of --data: 1 pass, at least 100
-    batch_size: int = 48  # pairs a step
+    steps: int | None = None  # optimizer steps; of --data without --task: 1 pass, at least 100
+    batch_size: int = 48  # rows a step: pairs, or in train_prm.py labelled responses
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
@@ -73,6 +66,18 @@ class Config(Flags):
         "chain": dict(steps=200),
         "countdown": dict(steps=200),
     }
+
+
+@dataclass
+class Config(Optimisation):
+    # data
+    task: str = ""  # built-in task; only reviews, the default, has preferences (others need --data)
+    data: str = ""  # file of preferences (formats: docs/data.md), in place of the task's own pairs
+    pairs: int = 4000  # pairs to make for the built-in task
+    tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
+    references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
+    init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
+    out: str = ""  # run folder; empty: runs/TASK-rm, or with --data runs/FILE-rm
 
     def __post_init__(self):
         self.fill("rm")
@@ -268,24 +273,19 @@ def log_samples(log, step, model, answers, tok):
 
 def load_model(cfg, device):
     """→ reward model on the trunk of the SFT model, tokenizer."""
-    policy, tok = models.load_model(
-        "--init",
-        cfg.init,
-        "language model",
-        shard=cfg.shard,
-        weights=device.type != "meta"  # --dry_run reads no weights
-    )
+    policy, tok = models.load_init(cfg, device)
     model = ScalarModel(policy)
     to_device(cfg, device, model)
     return model, tok
 
 
-def fit(cfg, run, model, tok, data, make_batch, gradient, measure):
+def fit(run, model, tok, data, *, make_batch, gradient, measure):
     """Take the optimizer steps on `data`, and write a line of the log for each.
 
     make_batch(rows) → the batch of `gradient`, and in "lengths" the tokens of each row. measure(step) →
     held-out figures.
     """
+    cfg = run.cfg
     opt = adamw(
         model.parameters(),
         model.device,
@@ -343,7 +343,7 @@ def train(cfg):
             log_samples(run.log, step, model, shown, tok)
             return metrics
 
-        fit(cfg, run, model, tok, data, make_batch, gradient, measure)
+        fit(run, model, tok, data, make_batch=make_batch, gradient=gradient, measure=measure)
     return run.log.last
 
 

@@ -9,7 +9,6 @@ derived from (seed, step), so that weights, optimizer and step are the whole sta
 """
 
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -25,7 +24,7 @@ from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require
 from nanorlhf.hub.files import read_json
 from nanorlhf.run import dist, replay, sharding
 from nanorlhf.run.cli import to_json
-from nanorlhf.run.folders import new_folder, require_plain, sha256, sync_folder, take_lock, verify
+from nanorlhf.run.folders import new_folder, require_plain, sha256, take_lock, verify, write_json
 from nanorlhf.run.log import Log, import_wandb
 
 STATE = dict(  # what a checkpoint holds, and of which type
@@ -87,7 +86,8 @@ class Run:
         self.signum = None  # the signal that asked this run to stop
         self.handlers = {}  # signal → its handler outside of this run
         self.first = dist.rank() == 0  # of several processes, the one that writes
-        import_wandb(cfg.wandb)  # if it is missing, say so before anything is touched
+        if cfg.wandb:
+            import_wandb()  # if it is missing, say so before anything is touched
         require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
         require(cfg.resume or not cfg.new_data, "--new_data: belongs to --resume")
 
@@ -154,11 +154,9 @@ class Run:
             if self.cfg.resume:
                 self.changed = self._compare(config)
                 state = self._load() or state
-            step = state["step"]
-            self.log = Log(self.out, self.columns, self.show, self.cfg.steps, step, self.cfg.wandb, config,
-                           state["sizes"], state["last"])
+            self.log = Log(self.cfg, self.columns, self.show, state)
             if self.first:
-                self._write_config(config)
+                write_json(self.config, config)
         if threading.current_thread() is threading.main_thread():  # other threads may set no handlers
             signals = {signal.SIGINT, signal.SIGTERM}
             hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # its terminal is closed; not on Windows
@@ -166,16 +164,7 @@ class Run:
                 signals.add(hangup)
             for signum in signals:
                 self.handlers[signum] = signal.signal(signum, self._stop)
-        return step, state["extra"]
-
-    def _write_config(self, config):
-        tmp = f"{self.config}.tmp"
-        with open(tmp, "w") as f:
-            json.dump(config, f, indent=2)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, self.config)
-        sync_folder(self.out)  # without it a power cut could lose state/ and the logs, too
+        return state["step"], state["extra"]
 
     def _compare(self, config):
         """Print which flags differ from those in config.json → the same as one line, for `_fit`."""
