@@ -90,7 +90,6 @@ class Config:
             re.compile(self.answer)
         except re.error as e:
             raise UserError(f"--answer {self.answer}: not a regular expression ({e})") from None
-        require(self.top_p <= 1, f"--top_p {self.top_p}: must not be above 1")
 
 
 def voted(text, pattern):

@@ -54,7 +54,6 @@ class Config:
 
     def __post_init__(self):
         check_ranges(self, ("n", "top_p"))
-        require(self.top_p <= 1, f"--top_p {self.top_p}: must not be above 1")
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ STATE = dict(  # what a checkpoint holds, and of which type
     models=dict,
     optimizer=dict,
 )
+NEW_RUN = {"step": 0, "extra": {}, "sizes": {}, "last": {}}  # the state of a run without a checkpoint
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of one weight, as AdamW calls them
 KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
 
@@ -145,7 +146,7 @@ class Run:
         self.data = sha256(self.cfg.data) if self.cfg.data else ""
         config = to_json(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
-        state = {"step": 0, "extra": {}, "sizes": {}, "last": {}}
+        state = NEW_RUN
         with self._usable():
             if self.cfg.overwrite and self.first:
                 shutil.rmtree(f"{self.out}/model", ignore_errors=True)
@@ -153,7 +154,7 @@ class Run:
             self.state.mkdir(exist_ok=True)
             if self.cfg.resume:
                 self.changed = self._compare(config)
-                state = self._load() or state
+                state = self._load()
             self.log = Log(self.cfg, self.columns, self.show, state)
             if self.first:
                 write_json(self.config, config)
@@ -181,7 +182,7 @@ class Run:
         return "; ".join(changed)
 
     def _load(self):
-        """Load the newest checkpoint that is whole, and name those that are not → its state, or None."""
+        """Load the newest checkpoint that is whole, and name those that are not → its state, or NEW_RUN."""
         if self.first:
             self._tidy()
         dist.wait()
@@ -200,7 +201,7 @@ class Run:
             newest = f"the newest: {problems[0]}; --overwrite starts anew"
             raise UserError(f"--resume: every checkpoint in {self.state} is damaged; {newest}")
         print(f"resume: {self.out} has no complete checkpoint yet; starting at step 0")
-        return None
+        return NEW_RUN
 
     def _load_from(self, folder):
         path = folder / "state.pt"

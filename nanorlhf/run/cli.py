@@ -125,7 +125,7 @@ def to_json(cfg):
     return flags
 
 
-LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000}  # of other whole numbers 10 million
+LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1}  # other integers: 10 million
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
@@ -277,8 +277,7 @@ def _entry(Config, field, kind, comment):
     text = f"{comment} (default: {default})" if default else comment
     if typing.get_origin(kind) is Literal:
         text = f"[{'|'.join(filter(None, kind.__args__))}] {text}"
-    name = f"  --{field.name}"
-    name = f"{name:<26}" if len(name) < 26 else f"{name}  "
+    name = f"  --{field.name:<21} "
     return textwrap.fill(text, 80, initial_indent=name, subsequent_indent=" " * 26)
 
 

@@ -75,7 +75,7 @@ def new_tokenizer(cfg, task, rows, test_rows):
 
 
 def load_init(cfg, device):
-    """The language model of --init → (model, tokenizer). On the meta device (--dry_run) no weights are read."""
+    """The model of --init, a language model → (model, tokenizer). No weights are read for the meta device."""
     return load_model("--init", cfg.init, "language model", shard=cfg.shard, weights=device.type != "meta")
 
 

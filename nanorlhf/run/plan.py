@@ -46,9 +46,7 @@ def trained_bytes(models):
 
 def width(model):
     """Bytes of an activation: 2 with --dtype bfloat16, 4 in fp32."""
-    trunk = model.trunk
-    dtype = trunk.compute_dtype or trunk.wte.weight.dtype
-    return dtype.itemsize
+    return model.trunk.dtype.itemsize
 
 
 def cast_bytes(module, c):
