@@ -192,7 +192,7 @@ class KVCache:
         """Drop all rows but these, given in ascending order. Copied in place: nothing new is allocated."""
         for new, old in enumerate(rows.tolist()):
             if new != old:
-                self.kv[:, :, new, :, :live] = self.kv[:, :, old, :, :live]
+                self.fill(new, self, old, live)
         self.kv = self.kv[:, :, : len(rows)]
 
 

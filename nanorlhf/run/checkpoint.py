@@ -177,8 +177,7 @@ class Run:
         for name in sorted(config.keys() & old.keys() - {"resume", "overwrite", "new_data"}):
             if old[name] != config[name]:
                 changed.append(f"--{name} was {old[name]}, is now {config[name]}")
-        for change in changed:
-            print(f"resume: {change}")
+                print(f"resume: {changed[-1]}")
         return "; ".join(changed)
 
     def _load(self):

@@ -46,8 +46,8 @@ class Log:
     A full disk does not end the run here: it is said once, and training goes on. Of several processes only
     the first writes.
 
-    state is that of the checkpoint that a resumed run goes on from: "step", "sizes" (the bytes of each file) and
-    "last" (the figures measured last). What was written after it is cut off: those steps run again.
+    state is that of the checkpoint that a resumed run goes on from: "step", "sizes" (the bytes of each file),
+    and "last" (the figures measured last). What was written after it is cut off: those steps run again.
     """
 
     def __init__(self, cfg, columns, show, state):

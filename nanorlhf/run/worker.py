@@ -162,7 +162,7 @@ class Rewards:
             self._start()
         answer, why = self.process.answer((i, args), self.timeout)
         if answer is None:
-            self._end()
+            self.process = None  # it has ended; the next call starts another
             return 0.0, f"{why} (--reward_timeout {self.timeout:g})"
         return answer
 
