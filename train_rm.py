@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf import hub, lora, tasks
-from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, pad_responses
-from nanorlhf.errors import derive_seed, require
+from nanorlhf.data import encode_demonstrations, epoch_batches, microbatches, pad, pad_responses
+from nanorlhf.errors import blame, derive_seed, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.metrics import Figures
 from nanorlhf.model import ScalarModel
@@ -193,14 +193,8 @@ def load_references(cfg, task, train, tok, max_len):
         return [prompt + chosen for prompt, chosen, _ in train[:1024]]
     else:
         rows = task.demonstrations(1024, cfg.seed)
-    references = []
-    for row in rows:
-        pair = encode_pair(tok, row["prompt"], row["response"], max_len, row.get("_at", ""))
-        if pair:
-            prompt, response = pair
-            references.append(prompt + response)
-    require(references, f"--references {cfg.references}: every row exceeds the context of {max_len} tokens")
-    return references
+    with blame("--references" if cfg.references else ""):
+        return [ids for ids, _ in encode_demonstrations(rows, tok, max_len)]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -267,10 +267,8 @@ class Run:
 
     def _fit(self, model, saved, path, key):
         """Load saved tensors into a model. UserError, with the flags that changed, if their shapes differ."""
-        tensors = {}
         here = model.state_dict()
-        for name, x in saved.items():
-            tensors[name] = sharding.shard_like(x, here.get(name))
+        tensors = {name: sharding.shard_like(x, here.get(name)) for name, x in saved.items()}
         try:
             model.load_state_dict(tensors)
         except RuntimeError as e:
