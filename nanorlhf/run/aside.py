@@ -96,7 +96,7 @@ class Aside:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr,
-            start_new_session=True,  # a group of its own, for killpg; and Ctrl-C is not for it
+            start_new_session=True,  # a group of its own, which killpg ends
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
@@ -113,6 +113,7 @@ def serve(answer, memory=None):
 
     memory: bytes that the process may take. An answer that takes longer than it may ends the program.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
     if memory:
         limit("RLIMIT_AS", memory)
     answers = os.fdopen(os.dup(1), "w")
