@@ -52,8 +52,11 @@ class Aside:
             raise RunError(f"the program {self.module} {why}")
         return answer
 
-    def answer(self, question, wait):
-        """→ (answer, ""), or (None, why there is none within `wait` seconds); then the program is ended."""
+    def answer(self, question, wait, flag=""):
+        """→ (answer, ""), or (None, why there is none within `wait` seconds); then the program is ended.
+
+        flag: what says how long to wait, for the message.
+        """
         with self.lock:
             if self.pid != os.getpid() or self.process.poll() is not None:
                 self.start()
@@ -81,7 +84,7 @@ class Aside:
             if line:
                 why = "wrote bytes of its own to the pipe of its process"
             elif time.monotonic() - started >= wait:
-                why = f"took more than {wait:g} s"
+                why = f"took more than {wait:g} s{flag}"
             else:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(1)

@@ -160,10 +160,10 @@ class Rewards:
         """→ (value, ""), (0.0, why) for a call that failed, (None, why) for a value that is not a number."""
         if self.process is None:
             self._start()
-        answer, why = self.process.answer((i, args), self.timeout)
+        answer, why = self.process.answer((i, args), self.timeout, " (--reward_timeout)")
         if answer is None:
             self.process = None  # it has ended; the next call starts another
-            return 0.0, f"{why} (--reward_timeout {self.timeout:g})"
+            return 0.0, why
         return answer
 
     def _start(self):
