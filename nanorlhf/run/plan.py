@@ -246,7 +246,7 @@ def dpo(cfg, load):
     task = tasks.get(cfg.task)
     worker.rewards_of(task, cfg.reward)
     if cfg.data:
-        examples, _ = load_examples(cfg, task, policy, tok, cfg.loss == "kto")
+        examples = load_examples(cfg, task, policy, tok, cfg.loss == "kto")[0]
         lengths = _side_lengths(examples)
     else:
         lengths = _made_lengths(cfg, policy, tok)
