@@ -12,7 +12,7 @@ from stages import jsonl, tastes
 from test_runs import same_run, state
 
 import train_dpo
-from nanorlhf import hub, pairs, tasks
+from nanorlhf import generate, hub, pairs, tasks
 from nanorlhf.errors import UserError
 from nanorlhf.hub.files import read_jsonl
 from nanorlhf.hub.formats import TURN, read_rows
@@ -529,7 +529,7 @@ def rounds(tmp_path):
         size = dict(online=10, steps=100, pairs=1600, group_size=8, max_new_tokens=5, eval_prompts=64)
         flags = size | dict(lr=5e-3, beta=0.1, no_eos_score=0.0, save_every=0, online_ref="round") | flags
         flags |= dict(reward=[f"{__file__}:{reward.__name__}"], out=f"{tmp_path}/{out}")
-        train_dpo.train(train_dpo.Config(data=path, init=f"{tmp_path}/init", **flags))
+        train_dpo.train(train_dpo.Config(**dict(data=path, init=f"{tmp_path}/init") | flags))
         with open(tmp_path / out / "metrics.csv") as f:
             return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
 
@@ -660,3 +660,77 @@ def test_it_makes_its_own_pairs_and_gold_stays_out_of_training(tmp_path, monkeyp
     flags = dict(pairs=40, steps=4, batch_size=4, eval_every=1, eval_prompts=4, max_new_tokens=8, online=2)
     train_dpo.train(train_dpo.Config(init=f"{tmp_path}/m", out=f"{tmp_path}/run", judge="self", **flags))
     assert (tmp_path / "run/pairs-round-1.jsonl").exists()
+
+
+def pairs_of_round(run, number):
+    return [row["ids"] for row in read_jsonl(run / f"pairs-round-{number}.jsonl", pairs.KEYS)]
+
+
+def test_rounds_sample_at_the_temperature(rounds):
+    """Near 0 all samples of a prompt are the same one, so that no pair is found; at 1 nearly all give one."""
+    flags = dict(steps=1, online=1, pairs=40)
+    assert rounds(longest, **flags)[0]["dead"] < 0.2
+    with pytest.raises(UserError, match="all samples of every prompt scored the same"):
+        rounds(longest, out="cold", temperature=1e-3, **flags)
+
+
+def test_every_round_has_draws_of_its_own(rounds, tmp_path):
+    """One prompt and a policy that does not move: the second round still finds another pair."""
+    prompts = sorted([a + b + "=" for a in LETTERS for b in LETTERS], key=tasks.held_out)
+    path = jsonl(tmp_path / "two.jsonl", [dict(prompt=prompts[0]), dict(prompt=prompts[-1])])
+    rounds(longest, data=path, online=2, steps=2, pairs=2, lr=1e-12)
+    first, second = (pairs_of_round(tmp_path / "run", number) for number in (0, 1))
+    assert len(first) == len(second) == 1 and first[0][0] == second[0][0] and first != second
+
+
+def test_rounds_share_the_prompts_out(rounds, tmp_path, spy):
+    """Three rounds of 10 prompts each: no prompt comes twice before all have come once."""
+    sampled = spy(generate, "sample_in_batches")
+    rounds(longest, online=3, steps=3, pairs=30)
+    asked = [[row["prompt"] for row in args[2]] for args, _ in sampled if args[3:4] == (8,)]
+    assert [len(prompts) for prompts in asked] == [10, 10, 10] and len({*sum(asked, [])}) == 30
+    for number, prompts in enumerate(asked):
+        assert {TOK.decode(ids[0]) for ids in pairs_of_round(tmp_path / "run", number)} <= {*prompts}
+
+
+def test_a_round_trains_on_each_of_its_pairs_before_one_comes_twice(rounds, tmp_path, spy):
+    """Two pairs a step, an odd number of pairs: the second round does not begin in the middle of a pass."""
+    batches = spy(train_dpo, "step_batch")
+    rounds(longest, online=2, steps=6, pairs=10, batch_size=2)
+    for number in (0, 1):
+        found = [list(ids) for ids in pairs_of_round(tmp_path / "run", number)]
+        steps = batches[3 * number : 3 * number + 3]
+        trained = [[e.prompt, e.first, e.second] for args, _ in steps for e in args[1]]
+        assert len(found) == 5 and sorted(trained[:5]) == sorted(found)
+
+
+def test_an_unended_response_never_wins_before_a_self_judge(stages, tmp_path):
+    """Whatever no_eos_score says: an implicit reward is in nats, where that score has no meaning."""
+    cfg = stages.config(train_dpo, tmp_path / "run", online=2, steps=2, judge="self", pairs=80,
+                        no_eos_score=99.0, temperature=3.0)
+    train_dpo.train(cfg)
+    eos = hub.load(stages.folder / "sft/model")[1].eos_id
+    found = pairs_of_round(tmp_path / "run", 1)
+    assert all(chosen[-1] == eos for _, chosen, _ in found)
+    assert any(rejected[-1] != eos for *_, rejected in found)
+
+
+@pytest.mark.parametrize("nats, z0", [(1.0, 0.0), (-1.0, 1.0)])
+def test_kto_takes_no_kl_below_0(nats, z0, stages, tmp_path):
+    """The reference likes every response one nat more, or one less: an estimate of −1 is taken as 0."""
+    policy, tok = hub.load(stages.folder / "sft/model")
+    cfg = stages.config(train_dpo, tmp_path, loss="kto")
+    ids = [([i], [i + 1, tok.eos_id], i % 2 == 0) for i in range(4)]
+    examples = pairs.to_examples(ids, True, 16)
+    ref_logp = train_dpo.cache_logps(policy, examples, cfg) + nats
+    found = train_dpo.step_batch(policy, examples, ref_logp, cfg)["z0"]
+    assert found.item() == pytest.approx(z0, abs=1e-5)
+
+
+def test_a_tie_counts_half(stages, tmp_path):
+    """Two equal responses: neither is preferred, and accuracy is that of a coin."""
+    policy, tok = hub.load(stages.folder / "sft/model")
+    cfg = stages.config(train_dpo, tmp_path)
+    example = pairs.Example([1, 2], [3, tok.eos_id], [3, tok.eos_id])
+    _, figures = train_dpo.objective(policy, [example], torch.zeros(1, 2), None, cfg)
+    assert figures["acc"].tolist() == [0.5]

@@ -21,7 +21,7 @@ import train_ppo
 from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.hub.files import write_jsonl
-from nanorlhf.rewards import evaluate, load_prompts, score_responses
+from nanorlhf.rewards import evaluate, fresh_samples, load_prompts, score_responses
 from nanorlhf.run.reward_functions import UserFunction
 from nanorlhf.run.worker import RewardFunction, Rewards, call_reward, rewards_of
 from nanorlhf.tokenizer import Chat, Tokenizer
@@ -668,3 +668,20 @@ def test_bad_prompts_are_named_by_file_and_line(rows, says, tmp_path):
 def test_a_task_that_the_model_has_no_tokens_for():
     with pytest.raises(UserError, match="--task: tokenizer: character '[0-9]' is not in alphabet"):
         load_prompts(prompts_cfg(), tasks.get("chain"), TOK, 32, 5, NO_REWARDS)
+
+
+def test_entropy_and_kl_of_fresh_samples_are_means_of_their_own_kind():
+    """Entropy per sampled token, KL per response, both in nats; by all logits in float64."""
+    tok = Tokenizer.from_chars("abcdefghijk")
+    policy, ref = helpers.tiny(), helpers.tiny(seed=1)
+    prompts = [dict(prompt=letter) for letter in "abcdefghijk"]
+    roll, figures = fresh_samples(policy, ref, tok, prompts, 8, seed=0)
+    entropy, kl = [], []
+    for ids, start, end in zip(roll.tokens, roll.prompt_len.tolist(), roll.lengths.tolist()):
+        logits = [model.double().logits(ids[None, : end - 1])[0, start - 1 :] for model in (policy, ref)]
+        p, q = (x.log_softmax(-1) for x in logits)
+        entropy += (-(p.exp() * p).sum(-1)).tolist()
+        kl.append((p - q).gather(1, ids[start:end, None]).sum().item())
+    assert len(set(roll.lengths.tolist())) > 2
+    assert figures["entropy"] == pytest.approx(sum(entropy) / len(entropy), rel=1e-4)
+    assert figures["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)

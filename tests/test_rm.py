@@ -272,3 +272,32 @@ def test_one_row_a_step_with_the_columns_of_the_contract(stages, tmp_path):
     assert lines[0].split(",") == train_rm.COLUMNS and [int(r["step"]) for r in rows] == list(range(6))
     assert [bool(r["eval/acc_len_only"]) for r in rows] == [False, False, True] * 2
     assert [bool(r["eval/reward_reference"]) for r in rows] == [False] * 5 + [True]
+
+
+# more rows than one forward pass takes
+
+
+def test_all_held_out_pairs_and_all_references_are_judged(stages):
+    """40 pairs and 70 references, the last ones unlike the first: the figures are those of one at a time."""
+    model, tok = load(stages.folder / "rm")
+    eos = [tok.eos_id]
+    rows = [([i % 6, 6], [i % 5] * (1 + i // 20) + eos, [(i + 3) % 6] + eos) for i in range(40)]
+    with torch.no_grad():
+        margins = [w - l for w, l in (train_rm.pair_rewards(model, [row]) for row in rows)]
+        found = train_rm.evaluate(model, rows, len(rows))
+        losses = [math.log1p(math.exp(-m)) for m in margins]
+        assert found["eval/loss"] == pytest.approx(sum(losses) / 40, rel=1e-4)
+        assert found["eval/acc"] == pytest.approx(sum(m > 0 for m in margins).item() / 40)
+        references = [[i % 6, 6] + eos for i in range(64)] + 6 * [[0, 1, 2, 3, 4, 5, 6] + eos]
+        one_by_one = [train_rm.mean_reward(model, [ids]).item() for ids in references]
+        assert abs(sum(one_by_one[64:]) / 6 - sum(one_by_one[:64]) / 64) > 0.01
+        assert train_rm.mean_reward(model, references).item() == pytest.approx(sum(one_by_one) / 70, abs=1e-4)
+
+
+def test_a_pair_that_ties_is_not_judged_right(stages):
+    """Equal responses have a margin of 0 exactly: an accuracy of 0, in the batch and on held-out pairs."""
+    model, tok = load(stages.folder / "rm")
+    rows = 3 * [([1, 6], [2, tok.eos_id], [2, tok.eos_id])]
+    cfg = stages.config(train_rm, "")
+    assert train_rm.evaluate(model, rows, 3)["eval/acc"] == 0
+    assert train_rm.gradient(model, {"rows": rows, "padded": [8] * 3, "denom": 3}, cfg)["acc"] == 0

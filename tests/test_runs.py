@@ -19,8 +19,10 @@ import torch
 from runs import EACH, Crash, crash, disk_full, equal, flip, metrics, same_run, snapshot, state, states
 from stages import TRAINERS, jsonl
 
+import train_dpo
 import train_grpo
 import train_ppo
+import train_rm
 import train_sft
 from nanorlhf import hub, tasks
 from nanorlhf.errors import Interrupted, RunError, UserError
@@ -517,3 +519,63 @@ def test_a_run_on_other_data_is_not_overwritten_on_advice(stages, tmp_path):
     with pytest.raises(UserError, match="holds a run of --data .*; name another folder") as e:
         train_sft.train(stages.config(train_sft, tmp_path / "run", steps=2, demos=100, **flags))
     assert "--overwrite" not in str(e.value)
+
+
+# the update, in every trainer
+
+
+@EACH
+def test_the_gradient_is_clipped(trainer, stages, tmp_path, monkeypatch):
+    """What reaches the optimizer is no longer than --max_grad_norm, policy and critic each on its own."""
+    norms, step = [], torch.optim.AdamW.step
+
+    def record(opt, *args):
+        for group in opt.param_groups:
+            grads = [p.grad.norm() for p in group["params"] if p.grad is not None]
+            norms.append(torch.stack(grads).norm().item())
+        return step(opt, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=2, max_grad_norm=1e-4))
+    assert len(norms) >= 2 and 1e-6 < max(norms) < 1.001e-4
+    assert all(float(row["gnorm"]) > 1e-3 for row in metrics(tmp_path / "run"))  # before it was clipped
+
+
+@pytest.mark.parametrize("trainer", [train_sft, train_rm, train_dpo], ids=lambda t: t.__name__)
+def test_the_learning_rate_of_each_step(trainer, stages, tmp_path, monkeypatch):
+    """One step of warm-up out of six, then 15% less with each: in the optimizer, and in the log."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def record(opt, *args):
+        rates.append({group["lr"] for group in opt.param_groups})
+        return step(opt, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    trainer.train(stages.config(trainer, tmp_path / "run"))
+    want = [0.01, 0.0085, 0.007, 0.0055, 0.004, 0.0025]
+    assert [rate for (rate,) in rates] == pytest.approx(want)
+    assert [float(row["lr"]) for row in metrics(tmp_path / "run")] == pytest.approx(want)
+
+
+def test_a_critic_that_the_last_update_spoilt_is_not_saved(stages, tmp_path, monkeypatch):
+    """The policy is whole; the critic, the second of the models, is not."""
+
+    def spoil(opt):
+        opt.param_groups[1]["params"][0].data[0, 0] = torch.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(RunError, match="weights of the critic not finite"):
+        train_ppo.train(stages.config(train_ppo, tmp_path / "run", steps=1, minibatches=1))
+    assert states(tmp_path / "run") == [] and not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize("trainer", [train_ppo, train_dpo], ids=lambda t: t.__name__)
+def test_resume_refuses_a_reference_that_is_nearly_the_same(trainer, stages, tmp_path):
+    """One weight of all moved by a hundredth."""
+    ref = shutil.copytree(stages.folder / "sft/model", tmp_path / "ref")
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=2, ref=str(ref)))
+    model, tok = hub.load(ref)
+    model.wte.weight.data[0, 0] += 0.01
+    hub.save(model, tok, ref)
+    with pytest.raises(UserError, match="reference is not the one"):
+        trainer.train(stages.config(trainer, tmp_path / "run", steps=4, ref=str(ref), resume=True))

@@ -252,3 +252,23 @@ def test_one_row_a_step_with_the_columns_of_the_contract(stages, tmp_path):
         rows = list(csv.DictReader(f))
     assert list(rows[0]) == train_sft.COLUMNS and [int(r["step"]) for r in rows] == list(range(6))
     assert [bool(r["eval/loss"]) for r in rows] == [False, False, True] * 2
+
+
+def test_held_out_loss_is_that_of_all_rows():
+    """More rows than one forward pass takes, the last ones longer: the mean is over the tokens of all."""
+    model = tiny(vocab_size=TOK.vocab_size)
+    rows = [ROWS[i % 2] for i in range(66)] + 3 * [ROWS[2]]
+    found = train_sft.held_out_loss(model, rows, TOK, train_sft.Config())
+    assert found == pytest.approx(oracle(model, rows)[0], rel=1e-5)
+
+
+def test_weight_decay_is_on_matrices_only(stages, tmp_path):
+    """One step with and without: biases and norms come out the same, every matrix is shorter."""
+    models = []
+    for decay in (0.0, 0.5):
+        out = tmp_path / str(decay)
+        train_sft.train(stages.config(train_sft, out, steps=1, weight_decay=decay))
+        models.append(dict(hub.load(out / "model")[0].named_parameters()))
+    for name, p in models[0].items():
+        assert torch.equal(p, models[1][name]) == (p.dim() == 1), name
+        assert p.dim() == 1 or models[1][name].norm() < p.norm(), name
