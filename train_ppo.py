@@ -143,6 +143,7 @@ class Config(Flags):
         check_ranges(self, above_zero, any_sign=("seed", "no_eos_score"))
         require(max(self.gamma, self.lam) <= 1, "--gamma and --lam: must not be above 1")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
+        require(self.kl == "k1" or self.beta, "--kl exact: has no effect with --beta 0")
         rows = self.prompts_per_step * self.group_size
         require(rows >= self.minibatches, f"--minibatches {self.minibatches}: a step has {rows} samples only")
 

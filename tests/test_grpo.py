@@ -944,6 +944,29 @@ def test_exact_kl_is_refused_where_the_reference_moves(lab, trainer, kw):
         trainer.train(cfg)
 
 
+def test_exact_kl_of_ppo_needs_a_beta():
+    for flags in (dict(task="chain"), dict(beta=0.0)):
+        with pytest.raises(UserError, match="--kl exact: has no effect with --beta 0"):
+            train_ppo.Config(kl="exact", **flags)
+
+
+def test_exact_kl_of_ppo_is_not_in_the_reward(lab, spy):
+    """The rewards are the scores alone, and beta weighs the KL in the loss: the critic's target has no KL."""
+    shaped = spy(train_ppo, "shape_rewards")
+    losses = spy(train_ppo, "microbatch_loss")
+    flags = dict(data=f"{lab}/prompts.jsonl", init=f"{lab}/policy", ref=f"{lab}/other", out=f"{lab}/ppo",
+                 steps=2, prompts_per_step=8, max_new_tokens=4, minibatches=1, eval_prompts=0, save_every=0,
+                 lr=1e-3,
+                 reward=[f"{__file__}:by_letters"], reward_timeout=0, beta=0.5)
+    train_ppo.train(train_ppo.Config(kl="exact", **flags))
+    assert all(args[5] == 0 for args, _ in shaped)
+    assert all(args[1]["beta"] == 0.5 and args[3] is not None for args, _ in losses)
+    shaped.clear()
+    losses.clear()
+    train_ppo.train(train_ppo.Config(overwrite=True, **flags))
+    assert all(args[5] == 0.5 for args, _ in shaped) and all(args[3] is None for args, _ in losses)
+
+
 @pytest.mark.parametrize("recipe, want", [("", (1e-8, 0.0)), ("scalerl", (1e-15, 0.01))])
 def test_adam_has_the_settings_of_the_recipe(lab, spy, recipe, want):
     made = spy(train_grpo, "adamw")
@@ -1066,6 +1089,8 @@ def test_mastered_prompts_do_not_come_back(lab, spy):
         for prompt, reward in zip(prompts, roll.reward.tolist()):
             history.setdefault(prompt, []).append(reward)
     assert any(p[0] in "abc" for p in gone)
+    counted = {prompt: (sum(r > 0 for r in rewards), len(rewards)) for prompt, rewards in history.items()}
+    assert calls[-1][0][5]["history"] == counted and max(n for _, n in counted.values()) > 4
     with pytest.raises(UserError, match="all 31 prompts reached it"):
         train(config(lab, same, no_positive_resampling=0.05, steps=20))
 
