@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import train_dpo
 import train_grpo
 import train_ppo
-from nanorlhf import generate, hub
+from nanorlhf import generate, hub, tasks
 from nanorlhf.data import deal
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.kernels import torch_backend
@@ -1222,3 +1222,114 @@ def test_rows_without_eos_are_scored_whole(lab, spy):
     assert sum(((args[5] > 0) == args[4]).all().item() for args, _ in losses) == len(losses)
     out = train(config(lab, by_letters, max_new_tokens=1, steps=2, overlong_penalty=0.5, minibatches=16))
     assert math.isfinite(out["gnorm"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a run of several epochs, rounds and stages does, where a single step would look the same
+
+
+def test_old_logp_stays_in_every_epoch(lab, spy):
+    """The policy moves away from the sampler, and the ratio goes on being taken to the sampler."""
+    rolls, losses = spy(generate, "generate"), spy(train_grpo, "policy_loss")
+    train(config(lab, by_letters, steps=1, epochs=3, lr=1e-2, tokens_per_microbatch=0))
+    want = sorted(rolls[0][1].logp.sum(1).tolist())
+    assert len(losses) == 3
+    for (_, old_logp, *_), _ in losses:
+        assert sorted(old_logp.sum(1).tolist()) == pytest.approx(want, abs=1e-6)
+    (logp, old_logp, *_), _ = losses[2]
+    assert (logp - old_logp).abs().max() > 1e-2
+
+
+def test_every_round_has_prompts_of_its_own(lab, spy):
+    """All groups dead: four rounds of four prompts, and 16 of the 31 prompts are asked."""
+    rolls = spy(generate, "generate")
+    train(config(lab, same, dead_groups="refill", steps=1))
+    asked = [tuple(prompt) for args, _ in rolls for prompt in args[1]]
+    assert len(rolls) == 4 and len(asked) == len(set(asked)) == 16
+
+
+def test_a_step_that_is_full_ends_sampling(lab):
+    """No group is dead in the first round: there is no second one."""
+    cfg = config(lab, by_letters, dead_groups="refill", steps=2)
+    out = train(cfg)
+    assert [row["rounds"] for row in table(cfg)] == [1, 1] and out["dead"] == 0
+
+
+def test_every_rollout_has_draws_of_its_own(lab, spy):
+    """One prompt, a policy that does not move: the second step still samples other responses."""
+    training = [p for p in PROMPTS if not tasks.held_out(p)]
+    (lab / "one.jsonl").write_text(json.dumps({"prompt": training[0]}))
+    rolls = spy(generate, "generate")
+    train(config(lab, by_letters, data=f"{lab}/one.jsonl", prompts_per_step=1, steps=2, lr=1e-12))
+    first, second = (roll.responses() for _, roll in rolls)
+    assert first != second
+
+
+def test_the_overlong_penalty_goes_by_the_limit_of_the_stage(lab, spy):
+    """At a limit of 2 a response of two tokens costs 0.6; at a limit of 5 one of five does, and no other."""
+    rolls, advs = spy(generate, "generate"), spy(train_grpo, "advantages")
+    train(config(lab, same, steps=2, max_new_tokens=[2, 5], lengthen_at=[1], overlong_penalty=0.6))
+    for limit, (_, roll), (args, _) in zip((2, 5), rolls, advs, strict=True):
+        lengths = roll.response_len.tolist()
+        assert args[0].tolist() == pytest.approx([0.1 - 0.6 * (n == limit) for n in lengths])
+        assert len(set(lengths)) > 1
+
+
+def test_the_kl_column_is_k1_of_whole_responses(lab, spy):
+    """Σ_t log π/π_ref, its mean over the samples, in float64; k3 of the same samples is another number."""
+    rolls = spy(generate, "generate")
+    out = train(config(lab, by_letters, steps=1, ref=f"{lab}/other"))
+    roll = rolls[0][1]
+    p, q = (hub.load(f"{lab}/{name}")[0].double() for name in ("policy", "other"))
+    log_ratio = p.logprobs(roll.tokens, roll.mask)[0] - q.logprobs(roll.tokens, roll.mask)[0]
+    assert out["kl"] == pytest.approx(log_ratio.sum(1).mean().item(), rel=1e-4)
+    k3 = (torch.expm1(-log_ratio) + log_ratio).sum(1).mean().item()
+    assert abs(k3 - out["kl"]) > 0.05
+
+
+@pytest.mark.parametrize("temperature, equal", [(1e-3, True), (1.0, False)])
+def test_held_out_prompts_are_sampled_at_the_temperature(lab, temperature, equal):
+    """Near 0 the sampled responses are the greedy ones, and so is their mean reward; at 1 they are not."""
+    out = train(config(lab, by_letters, steps=1, eval_prompts=64, temperature=temperature, lr=1e-12))
+    assert (out["eval/reward"] == pytest.approx(out["eval/greedy"])) == equal
+
+
+def test_the_last_evaluation_has_the_limit_of_the_last_stage(lab, spy):
+    """Held-out responses of up to 2 tokens before the first step, of up to 5 after the last."""
+    rolls = spy(generate, "generate")
+    flags = dict(steps=2, max_new_tokens=[2, 5], lengthen_at=[1], eval_prompts=64)
+    train(config(lab, by_letters, **flags))
+    longest = [int(roll.response_len.max()) for _, roll in rolls]
+    assert longest == [2, 2, 2, 5, 5, 5]  # sampled and greedy; two steps; sampled and greedy
+
+
+def test_minibatches_are_dealt_anew_in_every_epoch_of_every_step(lab, spy):
+    """Two steps of two epochs: four orders of the 16 rows, no two of them alike."""
+    taken = spy(train_grpo, "take_rows")
+    train(config(lab, by_letters, steps=2, epochs=2))
+    orders = [args[1].tolist() for args, _ in taken if isinstance(args[1], torch.Tensor)]
+    assert [sorted(order) for order in orders] == [list(range(16))] * 4
+    assert len({*map(tuple, orders)}) == 4
+
+
+def test_microbatches_do_not_move_a_figure(lab):
+    """One row at a time or all at once: clipped share, entropy, largest ratio and gap, all unlike 0."""
+    found = []
+    for budget in (0, 1):
+        cfg = config(lab, by_letters, steps=1, epochs=2, lr=5e-2, tokens_per_microbatch=budget)
+        out = train(cfg)
+        found.append([out[name] for name in ("clip", "entropy", "ratio_max", "gnorm", "kl")])
+    assert found[0][:4] == pytest.approx(found[1][:4], rel=1e-3) and min(found[0][:4]) > 1e-3
+
+
+def test_the_ratio_of_the_kl_is_that_of_its_own_token():
+    """With --ratio sequence too: how far the second token has moved does not weigh the first one's KL."""
+    cfg = variant(ratio="sequence", kl="k3", beta=1.0)
+    one, zero = torch.ones(1, 2), f64([0.0])
+    slopes = []
+    for moved in (0.0, 2.0):
+        logp = f64([[-1.0, -1.0]]).requires_grad_()
+        old_logp = f64([[-1.5, -1.0 - moved]])
+        policy_loss(logp, old_logp, f64([[-0.7, -0.7]]), zero, one, one, cfg)[0].backward()
+        slopes.append(logp.grad[0, 0].item())
+    assert slopes[0] == pytest.approx(slopes[1], abs=1e-12) and abs(slopes[0]) > 0.1

@@ -814,3 +814,47 @@ def test_chain_refuses_a_policy_that_cannot_think(tmp_path):
     with pytest.raises(UserError, match="has not passed SFT's phase transition"):
         train(Config(task="chain", init=f"{tmp_path}/policy", out=f"{tmp_path}/run", eval_prompts=32))
     assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a run of several epochs and steps does, where a single update would look the same
+
+
+def test_old_logp_stays_in_every_epoch(lab, spy):
+    """The policy moves away from the sampler, and the ratio goes on being taken to the sampler."""
+    rolls, losses = spy(generate, "generate"), spy(train_ppo, "policy_loss")
+    train(config(lab, epochs=3, lr=1e-2, tokens_per_microbatch=0))
+    want = sorted(rolls[0][1].logp.sum(1).tolist())
+    assert len(losses) == 3
+    for (_, old_logp, *_), _ in losses:
+        assert sorted(old_logp.sum(1).tolist()) == pytest.approx(want, abs=1e-6)
+    (logp, old_logp, *_), _ = losses[2]
+    assert (logp - old_logp).abs().max() > 1e-2
+
+
+def test_beta_follows_the_kl_of_whole_responses(lab):
+    """A target of nine tenths of the KL per response: beta rises by a ninth · samples / 1000. Per token
+    the same KL is below the target, and beta would fall."""
+    flags = dict(ref=f"{lab}/other", lr=1e-12, critic_lr=1e-12)
+    out = train(config(lab, **flags))
+    assert out["len"] > 1.5 and out["kl"] > 0.1
+    cfg = config(lab, steps=2, kl_target=0.9 * out["kl"], **flags)
+    train(cfg)
+    betas = [row["beta"] for row in table(cfg.out)]
+    assert betas == pytest.approx([0.3, 0.3 * (1 + 1 / 9 * 16 / 1000)], rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature, equal", [(1e-3, True), (1.0, False)])
+def test_held_out_prompts_are_sampled_at_the_temperature(lab, temperature, equal):
+    """Near 0 the sampled responses are the greedy ones, and so is their mean reward; at 1 they are not."""
+    out = train(config(lab, eval_prompts=64, temperature=temperature, lr=1e-12))
+    assert (out["eval/reward"] == pytest.approx(out["eval/greedy"])) == equal
+
+
+def test_minibatches_are_dealt_anew_in_every_epoch_of_every_step(lab, spy):
+    """Two steps of two epochs: four orders of the 16 rows, no two of them alike."""
+    taken = spy(train_ppo, "take_rows")
+    train(config(lab, steps=2, epochs=2))
+    orders = [args[1].tolist() for args, _ in taken if isinstance(args[1], torch.Tensor)]
+    assert [sorted(order) for order in orders] == [list(range(16))] * 4
+    assert len({*map(tuple, orders)}) == 4
