@@ -144,6 +144,8 @@ def _recognise(row, want):
     if row.keys() >= {"info", "summaries", "choice"}:
         return _comparison(row)
     if want in ("pairs", "kto") or row.keys() >= {"chosen", "rejected"}:
+        if want != "prompts":
+            _refuse_thought(row, "chosen")
         return _pair(row)
     for key in CHATS:
         if key in row:
@@ -187,6 +189,7 @@ def _conversation(row, key, want):
     turns = _behind(_system(row), _messages(row, key), key)
     if want == "prompts":
         return key, {"prompt": _open(turns, key, want)}
+    _refuse_thought(row, key)
     found = _answered(turns, key)
     _require_learnt(turns[1:], key)
     return key, found
@@ -329,6 +332,12 @@ def _with_thought(item, text):
     return f"<think>\n{thought.strip()}\n</think>\n\n{text.lstrip()}"
 
 
+def _refuse_thought(row, key):
+    """UserError for a thought of the row beside several answers: whose it is, is not said."""
+    there = _first(row, THOUGHTS)
+    require(not row.get(there), f'"{there}" stands beside "{key}"; put it into the message that it belongs to')
+
+
 def _system(row):
     """The system's turn, if it stands in a key of its own."""
     key = _first(row, ("system", "system_prompt"))
@@ -361,6 +370,7 @@ def _single(row, want):
     found = {part: row[key] for part, key in keys.items()}
     found["prompt"] = _prompt(row, keys["prompt"], want)
     if want == "demos" and isinstance(found["response"], list):
+        _refuse_thought(row, keys["response"])
         found |= _completed(found["prompt"], _messages(row, keys["response"]), keys["response"])
     elif want == "demos":
         found["response"] = _with_thought(row, found["response"])

@@ -106,7 +106,6 @@ class Flags:
         """--max_new_tokens, where it waited for the data."""
         self.max_new_tokens = limit
         self.limits = [limit]  # of GRPO, which may lengthen it
-        print(f"--max_new_tokens {limit}: by {self.data} and the model's context")
 
     def fill_steps(self, rows):
         """--steps, where it waits for the training rows: three passes in SFT, else one; 100 at least."""
