@@ -381,7 +381,7 @@ def test_formats_behind_an_opened_thought(response, think, answer):
 
 
 def test_rewards_see_the_prompt_behind_its_template(stages):
-    """A template that opens the thought is in no "prompt" of a file; the Chat has it, in another process too."""
+    """A template that opens the thought is in no "prompt" of a file; the Chat has it, pickled too."""
     policy, tok = hub.load(stages.folder / "sft" / "model")
     tok.template = Template("{{ messages[0].content[:3] }}=", {}, [])
     chat = Chat([{"role": "user", "content": "abc, which a template cuts"}])

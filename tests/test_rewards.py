@@ -316,7 +316,8 @@ def test_a_parameter_that_is_annotated_as_a_dict_is_the_row():
              typing.Optional[dict], dict | None, typing.Mapping[str, int])  # noqa: UP006, UP007, UP045
     for annotation in kinds:
         function.__annotations__["x"] = annotation
-        assert called(function).keys() == VALUES.keys() - set(PRIVATE) and UserFunction(function).missing({}) == []
+        assert called(function).keys() == VALUES.keys() - set(PRIVATE)
+        assert UserFunction(function).missing({}) == []
     for annotation in (list[dict], str, "list[dict]", "Dictionary"):
         function.__annotations__["x"] = annotation
         assert UserFunction(function).missing(VALUES) == ["x"]

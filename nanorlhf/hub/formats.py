@@ -335,7 +335,7 @@ def _with_thought(item, text):
 def _refuse_thought(row, key):
     """UserError for a thought of the row beside several answers: whose it is, is not said."""
     there = _first(row, THOUGHTS)
-    require(not row.get(there), f'"{there}" stands beside "{key}"; put it into the message that it belongs to')
+    require(not row.get(there), f'"{there}" stands beside "{key}"; put it into the message that has it')
 
 
 def _system(row):
