@@ -493,8 +493,8 @@ def train(cfg):
             saved["ref"] = ref
         elif ref is not None:
             frozen.append(ref)
-        start, extra = run.start(saved, opt, frozen)
-        progress = {"drawn": 0, "mastered": {}, "past": []} | extra  # extra: as the checkpoint has it
+        # of a resumed run it is as the checkpoint has it
+        start, progress = run.start(saved, opt, frozen, {"drawn": 0, "mastered": {}, "past": []})
 
         for step in range(start, cfg.steps):
             metrics = {}

@@ -1,7 +1,6 @@
 """What a run writes while it goes on: metrics.csv, samples.jsonl, the console lines, the progress bar."""
 
 import contextlib
-import csv
 import json
 import os
 import sys
@@ -31,9 +30,12 @@ class Result(dict):
 def read_rows(out, columns):
     """metrics.csv of a run folder → one dict a step, without the lines that a full disk cut short."""
     rows = []
-    with open(Path(out, "metrics.csv"), newline="") as f:
-        for cells in csv.reader(f):
-            if len(cells) == len(columns) and cells != columns:
+    with open(Path(out, "metrics.csv"), encoding="utf-8", errors="replace") as f:
+        for line in f:
+            cells = line.rstrip("\n").split(",")
+            if len(cells) != len(columns):
+                continue
+            with contextlib.suppress(ValueError, OverflowError):  # the columns' names, or a damaged line
                 numbers = [float(cell) if cell else None for cell in cells]
                 rows.append(dict(zip(columns, numbers)) | {"step": int(cells[0])})
     return rows
@@ -72,7 +74,7 @@ class Log:
         header = ",".join(columns) + "\n"
         if os.path.getsize(self.out / "metrics.csv") == 0:
             self._append("metrics.csv", header)
-        with open(self.out / "metrics.csv") as f:
+        with open(self.out / "metrics.csv", encoding="utf-8", errors="replace") as f:
             same = self.disk_is_full or f.readline() == header
             require(same, f"--resume: {out}/metrics.csv has other columns; is --reward given as before?")
         if wandb:

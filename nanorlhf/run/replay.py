@@ -12,7 +12,7 @@ the models as they were before the update, and the batch. The recipe:
 import dataclasses
 import importlib
 import os
-import pickle
+import re
 
 import torch
 
@@ -63,10 +63,18 @@ def load(path):
     """
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except Exception as e:  # torch's reader raises whatever the bytes of a file that is none lead it to
         raise UserError(f"{path}: cannot be read: {reason_of(e)}") from None
-    ours = isinstance(content, dict) and str(content.get("trainer")).startswith("train_")
+    ours = isinstance(content, dict) and re.fullmatch("train_[a-z]+", str(content.get("trainer")))
     require(ours, f"{path}: was not written by Run.check")
+    try:
+        return _rebuilt(content)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as e:
+        raise UserError(f"{path}: was not written by this version of Run.check ({reason_of(e)})") from None
+
+
+def _rebuilt(content):
+    """What a file holds → what `load` returns."""
     trainer = importlib.import_module(content["trainer"])
     cfg = trainer.Config(**content["config"] | {"shard": False})
     if cfg.device == "cuda" and not torch.cuda.is_available():
