@@ -84,9 +84,7 @@ def final(folder):
 
 def logged(folder, *columns):
     """metrics.csv of a run → one list of numbers per column, of the steps where all of them were measured."""
-    with open(f"{folder}/metrics.csv", encoding="utf-8", errors="replace") as f:
-        header = f.readline().rstrip("\n").split(",")
-    rows = read_rows(folder, header)
+    rows = read_rows(folder)
     found = [[r[c] for c in columns] for r in rows if all(r.get(c) is not None for c in columns)]
     return [list(x) for x in zip(*found)] or [[] for _ in columns]
 

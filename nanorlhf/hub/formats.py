@@ -13,7 +13,7 @@ a "prompt" that is a string is taken as it stands. A key that changes what is le
 import itertools
 import re
 
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import UserError, memory_for, require
 from nanorlhf.hub.files import check_text, json_type, parse, read_objects
 from nanorlhf.tokenizer import Chat
 
@@ -50,6 +50,11 @@ def read_rows(path, want, flag="--data", skip_bad=False, check=None):
     Pairs that answer different prompts are always dropped and counted. It is a UserError when more than half
     of the rows are dropped, and a bad row when it is of another format than those before.
     """
+    with memory_for(f"{flag}: {path}", "take a smaller file, or split it"):
+        return _read_rows(path, want, flag, skip_bad, check)
+
+
+def _read_rows(path, want, flag, skip_bad, check):
     rows = []
     apart = []  # pairs whose sides answer different prompts
     bad = []

@@ -10,16 +10,15 @@ import operator
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import traceback
 import types
 import typing
 from typing import ClassVar, Literal
 
-import torch
-
 from nanorlhf import tasks
-from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require, shown
+from nanorlhf.errors import Interrupted, RunError, UserError, out_of_memory, reason_of, require, shown
 from nanorlhf.run import defaults, dist
 from nanorlhf.run.reward_functions import reward_name
 
@@ -310,6 +309,10 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     # Both may be closed (>&- 2>&-): files of the run would take their numbers, and get what others print.
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    try:
+        tempfile.gettempdir()
+    except OSError:  # no such folder: torch would end the run, for a cache that none of ours is written to
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.curdir)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows writes to a pipe in a code page without β and │
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -351,8 +354,7 @@ def _ending(error, cfg):
         return "interrupted at once; checkpoints saved before are kept", status
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"stopped: the disk is full ({message})", 1
-    no_memory = isinstance(error, RuntimeError) and "can't allocate memory" in first_line  # of the CPU
-    if no_memory or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if out_of_memory(error):
         return f"stopped: out of memory: {first_line}; {_flags_to_lower(cfg)}", 1
     if dist.launched():
         return traceback.format_exc(), 1
@@ -362,5 +364,12 @@ def _ending(error, cfg):
 def _flags_to_lower(cfg):
     """What to do when the memory is full: which flags to lower, the one that costs least first."""
     flags = "tokens_per_microbatch batch_size prompts_per_step group_size max_new_tokens".split()
-    lower = [f"--{name} (now {_plain(getattr(cfg, name))})" for name in flags if hasattr(cfg, name)]
-    return f"lower {', then '.join(lower)}; --dry_run prints what a run needs, --resume goes on with it"
+    lower = []
+    for name in [*flags, "n", "prompts"]:  # the last two: of evaluate.py and sample.py
+        value = getattr(cfg, name, None)
+        if value not in (None, 0, 1):
+            lower.append(f"--{name} (now {_plain(value)})")
+    advice = f"lower {', then '.join(lower)}" if lower else "take a smaller model, or a shorter prompt"
+    if hasattr(cfg, "resume"):
+        advice += "; --dry_run prints what a run needs, --resume goes on with it"
+    return advice

@@ -27,15 +27,18 @@ class Result(dict):
     rows = ()
 
 
-def read_rows(out, columns):
+def read_rows(out):
     """metrics.csv of a run folder → one dict a step, without the lines that a full disk cut short."""
+    path = Path(out, "metrics.csv")
+    require(path.is_file(), f"{path}: is no file")  # of a pipe or a device the end never comes
     rows = []
-    with open(Path(out, "metrics.csv"), encoding="utf-8", errors="replace") as f:
+    with open(path, encoding="utf-8", errors="replace") as f:
+        columns = f.readline().rstrip("\n").split(",")
         for line in f:
             cells = line.rstrip("\n").split(",")
             if len(cells) != len(columns):
                 continue
-            with contextlib.suppress(ValueError, OverflowError):  # the columns' names, or a damaged line
+            with contextlib.suppress(ValueError):  # a damaged line
                 numbers = [float(cell) if cell else None for cell in cells]
                 rows.append(dict(zip(columns, numbers)) | {"step": int(cells[0])})
     return rows
@@ -146,7 +149,7 @@ class Log:
         """End the bar, read the rows of the whole run, and draw curves.png with these panels."""
         self.bar.close()
         if panels and self.writes:
-            self.last.rows = read_rows(self.out, self.columns)
+            self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
         if self.wandb:
             self.wandb.finish()

@@ -51,10 +51,12 @@ LIBRARY = {  # tokenizers that only the `tokenizers` package can run → (tokeni
             {"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]},
         "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"},
         "post_processor": None, "decoder": {"type": "Metaspace", "replacement": "\u2581"},
-        "model": {"type": "Unigram", "unk_id": 0, "vocab": [[piece, -float(i)] for i, piece in enumerate(PIECES)]},
+        "model": {"type": "Unigram", "unk_id": 0,
+                  "vocab": [[piece, -float(i)] for i, piece in enumerate(PIECES)]},
     }, "</s>"),
     "wordpiece": ({
-        "version": "1.0", "added_tokens": SPECIAL, "normalizer": {"type": "BertNormalizer", "lowercase": True},
+        "version": "1.0", "added_tokens": SPECIAL,
+        "normalizer": {"type": "BertNormalizer", "lowercase": True},
         "pre_tokenizer": {"type": "BertPreTokenizer"}, "post_processor": None,
         "decoder": {"type": "WordPiece", "prefix": "##"},
         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
@@ -67,7 +69,8 @@ LIBRARY = {  # tokenizers that only the `tokenizers` package can run → (tokeni
             {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
         "pre_tokenizer": None, "post_processor": None, "decoder": {"type": "Fuse"},
         "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": False,
-                  "vocab": {piece: i for i, piece in enumerate(PIECES)}, "merges": [["\u2581", "a"], ["a", "b"]]},
+                  "vocab": {piece: i for i, piece in enumerate(PIECES)},
+                  "merges": [["\u2581", "a"], ["a", "b"]]},
     }, "</s>"),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Hostile model folders, run folders and chat templates, by the thousand: never a traceback, a hang, a foreign write.
+"""Hostile model folders, run folders and chat templates by the thousand: no traceback, hang, foreign write.
 
     python -m tests.faults.fuzz                             500 cases, a third of each kind
     python -m tests.faults.fuzz --cases 20000 --seed 1      a night's worth

@@ -19,7 +19,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def watched(room, action, may_change=()):
     """Run action() under the limits → "used", "refused …", or what went wrong.
 
-    Wrong is also a file in the folder `room` that has changed, unless it is one of `may_change` or lies below.
+    Wrong is also a changed file in the folder `room`, unless it is one of `may_change` or lies below.
     """
     before = snapshot(room)
     said = limited(action)
@@ -57,7 +57,7 @@ def _child(action, pipe):
     with open("/proc/self/statm") as f:
         taken = int(f.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + BYTES, taken + BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)

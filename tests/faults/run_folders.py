@@ -13,7 +13,6 @@ import json
 import os
 import random
 import shutil
-from pathlib import Path
 
 import torch
 
@@ -29,10 +28,17 @@ from tests.faults import limits
 from tests.faults.folders import DEEP, ODD, bend_json, damage_bytes
 
 LOGS = "metrics.csv", "samples.jsonl"
-CELLS = ["", "nan", "inf", "-inf", "1e999", "x", "\x1b[2J", "9" * 5000, "1_0", "²", '"', "\0", "é", "-1", "1" * 200_000]
-PLANTED = ["lock", "config.json.tmp", "metrics.csv.tmp", "samples.jsonl.tmp", "curves.png", "model.tmp", "model.old",
-           "state/step-000002.tmp", "state/step-000002.old", "state/step-99", "state/step-x1", "state/step--3",
-           "state/step-²", "state/step-1e9", "bad-step-3.pt", "bad-step-3.pt.tmp", "state/latest"]  # fmt: skip
+CELLS = [
+    "", "nan", "inf", "-inf", "1e999", "x", "\x1b[2J", "9" * 5000, "1_0", "²", '"', "\0", "é", "-1",
+    "1" * 200_000,
+]  # fmt: skip
+PLANTED = [
+    "lock", "config.json.tmp", "metrics.csv.tmp", "samples.jsonl.tmp", "curves.png", "model.tmp", "model.old",
+    "state/step-000002.tmp", "state/step-000002.old", "state/step-99", "state/step-x1", "state/step--3",
+    "state/step-²", "state/step-1e9", "bad-step-3.pt", "bad-step-3.pt.tmp", "state/latest",
+]  # fmt: skip
+KINDS = "json json log log state state state bytes special plant mode".split()
+BECOMES = "gone pipe other itself device endless nowhere foreign another".split()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -40,7 +46,7 @@ PLANTED = ["lock", "config.json.tmp", "metrics.csv.tmp", "samples.jsonl.tmp", "c
 
 
 def good_runs(stages, trainers):
-    """Of each trainer a finished run and one that goes on behind its last checkpoint → [(trainer, folder)]."""
+    """Of each trainer a finished run, and one killed at its last checkpoint → [(trainer, folder)]."""
     made = []
     for trainer in trainers:
         for name, save_every in (("finished", 2), ("cut", 0)):
@@ -63,7 +69,7 @@ def change(rng, run, foreign):
     """One change to a run folder; links lead to the file `foreign`, which nothing may write to."""
     everything = [path for path in sorted(run.rglob("*")) if not path.is_symlink()]
     files = [path for path in everything if path.is_file()]
-    kind = rng.choice(["json", "json", "log", "log", "state", "state", "state", "bytes", "special", "plant", "mode"])
+    kind = rng.choice(KINDS)
     if kind == "plant":
         return _plant(rng, run, foreign)
     if kind == "special" or not files:
@@ -93,14 +99,14 @@ def _special(rng, path, foreign):
         shutil.rmtree(path)
     else:
         path.unlink()
-    kind = rng.choice(["gone", "pipe", "other", "itself", "device", "endless", "nowhere", "foreign", "folder of another"])
+    kind = rng.choice(BECOMES)
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "other" and was_folder:
         path.write_text("a file")
     elif kind == "other":
         path.mkdir()
-    elif kind == "folder of another":
+    elif kind == "another":
         path.symlink_to(foreign.parent)
     elif kind != "gone":
         targets = {"itself": path.name, "device": "/dev/null", "endless": "/dev/zero", "nowhere": "/nowhere"}
@@ -188,7 +194,8 @@ def _bent(rng, value):
     if isinstance(value, torch.Tensor) and rng.random() < 0.8:
         kind = rng.choice(["dtype", "shape", "nan", "meta", "sparse", "scalar", "huge"])
         if kind == "dtype":
-            return value.to(rng.choice([torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64]))
+            kinds = [torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+            return value.to(rng.choice(kinds))
         if kind == "shape":
             return value.flatten()[:1].repeat(rng.choice([0, 1, 7]))
         if kind == "nan":
@@ -199,7 +206,8 @@ def _bent(rng, value):
             return torch.zeros(1).expand(10**6)
         return torch.empty_like(value, device="meta") if kind == "meta" else value.new_zeros(())
     if type(value) in (int, float) and rng.random() < 0.6:
-        return rng.choice([value + 1, value - 1, -3, 10**9, 10**30, float("nan"), float("inf"), str(value), value + 0.5])
+        odd = [-3, 10**9, 10**30, float("nan"), float("inf"), str(value)]
+        return rng.choice([value + 1, value - 1, value + 0.5, *odd])
     return rng.choice(_VALUES)
 
 
@@ -223,7 +231,8 @@ def use(rng, kind, stages, trainer, run):
         return _status(lambda argv: run_cli(sample.Config, sample.main, "", argv), flags)
     data = f"{stages.folder}/train_ppo.jsonl"
     if kind == "evaluate":
-        flags = dict(model=model, data=data, rm=f"{stages.folder}/rm/model", max_new_tokens=3, n=2, k=1, prompts=4)
+        rm = f"{stages.folder}/rm/model"
+        flags = dict(model=model, data=data, rm=rm, max_new_tokens=3, n=2, k=1, prompts=4)
         if rng.random() < 0.5:
             flags |= dict(model=f"{stages.folder}/sft/model", rm=model)
         return _status(lambda argv: run_cli(evaluate.Config, evaluate.evaluate, "", argv), flags)
@@ -240,7 +249,7 @@ def _read(trainer, run):
         with contextlib.suppress(UserError):
             replay.load(str(path))
     common.logged(str(run), "step", trainer.SHOW[0])
-    read_rows(run, trainer.COLUMNS)
+    read_rows(run)
 
 
 def _status(main, flags):
