@@ -335,6 +335,10 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     return status
 
 
+# What gloo and NCCL say when a process was killed, by the kernel for its memory say.
+OTHER_ENDED = ("gloo/transport", "remote process exited", "Connection closed by peer")
+
+
 def _ending(error, cfg):
     """What ended a run → the line to print, the exit status. Status 0: a bug, whose traceback is needed."""
     message = shown(str(error))  # one line, whatever value of the user's it quotes
@@ -356,6 +360,8 @@ def _ending(error, cfg):
         return f"stopped: the disk is full ({message})", 1
     if out_of_memory(error):
         return f"stopped: out of memory: {first_line}; {_flags_to_lower(cfg)}", 1
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in OTHER_ENDED):
+        return f"stopped: another process of this run has ended ({first_line}); --resume goes on", 1
     if dist.launched():
         return traceback.format_exc(), 1
     return "", 0

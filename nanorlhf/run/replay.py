@@ -61,6 +61,7 @@ def load(path):
 
     Raises UserError for a file that `save` did not write. The file is read without running code from it.
     """
+    require(os.path.isfile(path), f"{path}: cannot be read: no such file")  # a pipe would be waited for
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as e:  # torch's reader raises whatever the bytes of a file that is none lead it to
