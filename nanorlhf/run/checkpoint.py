@@ -102,7 +102,8 @@ class Run:
 
     def __enter__(self):
         with self._usable():
-            if self.config.exists() and not (self.cfg.resume or self.cfg.overwrite):
+            holds = self.config.exists() or self.state.is_dir() and self._steps()
+            if holds and not (self.cfg.resume or self.cfg.overwrite):
                 raise UserError(f"--out {self.out} holds a run{self._choices()}")
             os.makedirs(self.out, exist_ok=True)
             require_plain(self.out)
@@ -275,8 +276,8 @@ class Run:
             if type(like) in (int, float):
                 good = good and 0 <= saved < 1e15
             require(good, f"{foreign} ({name} is {saved!r:.80}); --overwrite starts anew")
-        numbers = [*state["sizes"].values(), *state["last"].values()]
-        good = all(type(x) in (int, float) for x in numbers) and all(n >= 0 for n in state["sizes"].values())
+        good = all(type(n) is int and n >= 0 for n in state["sizes"].values())
+        good = good and all(type(x) in (int, float) for x in state["last"].values())
         require(good, f"{foreign} (its figures are no numbers); --overwrite starts anew")
         beyond = f"--resume: {self.out} is at step {step}, beyond --steps {self.cfg.steps}; give more steps"
         require(step <= self.cfg.steps, beyond)

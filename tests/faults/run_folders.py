@@ -284,7 +284,7 @@ def attack(goods, stages, number, seed, room):
         change(rng, run, foreign)
     kind = rng.choice(["resume"] * 5 + ["overwrite"] * 2 + ["neither", "sample", "evaluate", "init", "read"])
     may_change = [room / "out"]
-    if kind in ("resume", "overwrite"):
+    if kind in ("resume", "overwrite") or kind == "neither" and not (run / "config.json").exists():
         may_change.append(run)
     return limits.watched(room, lambda: use(rng, kind, stages, trainer, run), may_change)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import same_run
+from runs import same_run, states
 from test_saving import change_state
 
 import train_grpo
@@ -21,6 +21,7 @@ import train_ppo
 import train_sft
 from labs import common
 from nanorlhf.errors import UserError
+from nanorlhf.hub import tokenizer_files
 from nanorlhf.run import replay
 from nanorlhf.run.log import read_rows
 from tests.faults import soak
@@ -174,6 +175,28 @@ def test_row_60_log_without_an_end(target, tmp_path):
         common.logged(str(tmp_path), "step")
 
 
+def test_a_panic_of_the_tokenizers_package():
+    """A panic of Rust is no Exception: the test's own stands for it where the package is not installed."""
+
+    class PanicException(BaseException):
+        pass
+
+    with pytest.raises(UserError, match="the tokenizers package cannot use it"), tokenizer_files._no_panic():
+        raise PanicException("index out of bounds")
+    with pytest.raises(KeyboardInterrupt), tokenizer_files._no_panic():
+        raise KeyboardInterrupt
+
+
+def test_row_62_checkpoints_without_a_config(run, tmp_path):
+    """R | --out has checkpoints, but no config.json | it holds a run: nothing is replaced without a flag"""
+    run(train_sft)
+    (tmp_path / "run/config.json").unlink()
+    before = states(tmp_path / "run")
+    assert run(train_sft).refused("holds a run: add --resume")
+    assert states(tmp_path / "run") == before
+    assert run(train_sft, resume="true", steps=8).status == 0
+
+
 def test_row_61_reference_that_is_missing(run, tmp_path):
     """R | --resume without the reference that the run was started with | refused; it was not compared"""
     run(train_grpo, kl="k3", beta=0.1)
@@ -193,7 +216,8 @@ def test_hostile_folders_and_templates():
     command = [sys.executable, "-m", "tests.faults.fuzz", "--cases", cases]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
-    print("\n".join(line for line in done.stdout.splitlines() if line.startswith(("models", "runs", "templ"))))
+    kinds = ("models:", "runs:", "templates:")
+    print("\n".join(line for line in done.stdout.splitlines() if line.startswith(kinds)))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="looks into /proc")
