@@ -63,7 +63,7 @@ def test_row_02_kill_inside_the_checkpoint_write(run, stages, tmp_path, monkeypa
 
 HANGS = """
 import sys, time, torch, train_sft
-torch.save = lambda *args: (print("x", flush=True), time.sleep(60))
+torch.save = lambda *args: (print("x", flush=True), time.sleep(3600))
 sys.argv[0] = "train_sft.py"
 sys.exit(train_sft.main())
 """
@@ -88,7 +88,7 @@ def test_row_03_signals(first, more, stages, tmp_path):
         while "x\n" not in process.stdout.readline():
             pass
         process.send_signal(first)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 128 + first
     ends = "interrupted at once; checkpoints saved before are kept" if more else \
         "interrupted; the checkpoint is saved, --resume goes on from it"  # fmt: skip
