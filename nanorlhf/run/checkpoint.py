@@ -49,6 +49,8 @@ STATE = dict(  # what a checkpoint holds, and of which type
     optimizer=dict,
 )
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of one weight, as AdamW calls them
+# What values of other types and sizes lead to; errors of the program itself are others.
+FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
 
 
@@ -230,7 +232,7 @@ class Run:
         path = folder / "state.pt"
         try:
             state = self._read(folder, path)
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as e:
+        except FOREIGN as e:
             message = f"--resume: {path}: not a checkpoint of this version ({reason_of(e)})"
             raise UserError(f"{message:.400}; --overwrite starts anew") from None
         print(f"resume: {self.out} from step {state['step']}")
