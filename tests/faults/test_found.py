@@ -77,8 +77,8 @@ def with_a_huge_checksum(saved):
 
 
 @pytest.mark.parametrize("change", [
-    with_a_huge_checksum, with_nan_weights, with_integer_weights, with_moment("exp_avg", math.inf), with_moment("exp_avg_sq", -1.0),
-    with_moment("step", math.nan),
+    with_a_huge_checksum, with_nan_weights, with_integer_weights, with_moment("exp_avg", math.inf),
+    with_moment("exp_avg_sq", -1.0), with_moment("step", math.nan),
 ], ids=["checksum", "weights", "integers", "first moment", "second moment", "step"])  # fmt: skip
 def test_row_53_numbers_in_a_checkpoint(change, run, tmp_path):
     """R | a checkpoint whose weights or moments are NaN, infinite, integers, below 0 where they are squares |

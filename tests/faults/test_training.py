@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -225,6 +226,28 @@ def test_both_output_streams_closed(run, stages, tmp_path):
     assert subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *argv]).returncode == 0
     run(train_sft, "here", steps=2)
     same_run(tmp_path / "here", tmp_path / "closed")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
+@pytest.mark.slow
+def test_full_disk_under_standard_output(stages, tmp_path):
+    flags = stages.flags(train_sft, tmp_path / "run", steps=2)
+    argv = [sys.executable, str(ROOT / "train_sft.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("train_sft.py: stopped: the disk is full")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_temporary_folder(run, monkeypatch):
+    """torch asks for one when AdamW is first made, for a cache of compiled code; ours writes none."""
+
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert run(train_sft, steps=2).status == 0 and os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
 
 
 @pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo], ids=lambda t: t.__name__)
