@@ -42,8 +42,8 @@ PATTERNS = [r"(a+)+$", r"(\w+\s?)*$", "(", r"\p{Nonsense}", "(?R)", r"(x*)*", r"
 
 
 ADDED = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-SPECIAL = [ADDED | {"id": 0, "content": "<unk>"}, ADDED | {"id": 1, "content": "</s>"}]
-PIECES = ["<unk>", "</s>", "\u2581", *"abc=", "\u2581a", "ab", "[UNK]"]
+PIECES = ["<unk>", "\u2581", *"abc=", "\u2581a", "ab", "[UNK]"]
+SPECIAL = [ADDED | {"id": len(PIECES), "content": "</s>"}]
 LIBRARY = {  # tokenizers that only the `tokenizers` package can run → (tokenizer.json, the text that ends)
     "unigram": ({
         "version": "1.0", "added_tokens": SPECIAL,
@@ -56,9 +56,10 @@ LIBRARY = {  # tokenizers that only the `tokenizers` package can run → (tokeni
     }, "</s>"),
     "wordpiece": ({
         "version": "1.0", "added_tokens": SPECIAL,
-        "normalizer": {"type": "BertNormalizer", "lowercase": True},
+        "normalizer": {"type": "BertNormalizer", "lowercase": True, "clean_text": True,
+                       "handle_chinese_chars": True, "strip_accents": None},
         "pre_tokenizer": {"type": "BertPreTokenizer"}, "post_processor": None,
-        "decoder": {"type": "WordPiece", "prefix": "##"},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
                   "max_input_chars_per_word": 100, "vocab": {piece: i for i, piece in enumerate(PIECES)}},
     }, "</s>"),
@@ -99,7 +100,7 @@ def good_folders(folder):
             if kind == "bytes":
                 tok = Tokenizer.from_bytes()
             elif kind == "chars":
-                tok = Tokenizer.from_chars("abc=")
+                tok = Tokenizer.from_chars("".join(map(chr, range(32, 127))) + "\n")
             hub.save(model, tok, target)
             if tok is None:
                 spec, eos = library[kind] if kind in library else (specs[kind]["spec"], specs[kind]["eos"])
