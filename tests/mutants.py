@@ -198,7 +198,7 @@ MUTANTS = [
      "return rows, held_out", "return split_by_hash(rows + held_out)",
      ["tests/test_python.py::test_eval_data_is_measured_in_place_of_a_share_of_the_data"]),
     ("a resumed run forgets its rows", "nanorlhf/run/log.py",
-     "read_rows(self.out, self.columns)", "read_rows(self.out, self.columns)[-1:]",
+     "read_rows(self.out)", "read_rows(self.out)[-1:]",
      ["tests/test_python.py::test_a_resumed_run_has_the_rows_of_all_of_it"]),
     ("an escape sequence is obeyed", "nanorlhf/errors.py",
      "\\x0b-\\x1f", "\\x1c-\\x1f",
