@@ -158,9 +158,3 @@ def test_a_killed_run_goes_on_bit_for_bit(stages, tmp_path, monkeypatch):
     monkeypatch.undo()
     train_prm.train(stages.config(train_prm, tmp_path / "killed", resume=True, **flags))
     same_run(tmp_path / "whole", tmp_path / "killed")
-
-
-def test_a_step_may_be_one_token_long():
-    """The first token of the response, and a token right behind another end."""
-    assert train_prm.step_ends([4, 9], [9, 9, 5, 0], step_ids=[9]) == [2, 3, 5]
-    assert train_prm.step_ends([9], [9], step_ids=[9]) == [1]
