@@ -314,7 +314,8 @@ def document_mask(start, dtype):
 class GPT(nn.Module):
     """A decoder-only transformer. Right padding only: a pad can then never touch a real token."""
 
-    PASSES = ("logprobs",)  # methods, besides forward, that need the weights of all processes (run/dist.py)
+    # methods, besides forward, that need the weights of all processes (run/dist.py)
+    PASSES = ("logprobs", "hidden_before")
 
     def __init__(self, cfg):
         super().__init__()
@@ -449,6 +450,21 @@ class GPT(nn.Module):
         """tokens (B, T) → fp32 logits (B, T, V). For evaluation and tests: training never builds them."""
         return self.head_logits(self(tokens))
 
+    def hidden_before(self, tokens, mask, doc=None):
+        """tokens, mask (B, T) bool → the hidden states (n, D) that predict the n tokens of the mask.
+
+        ValueError where the mask holds the first token of a row, or of a document: nothing stands before it.
+        """
+        begins = document_begins(torch.zeros_like(tokens) if doc is None else doc)
+        if (mask & begins).any():
+            raise ValueError(
+                "mask[:, 0], and the mask where a document begins, must be 0: "
+                "a first token has no distribution to be scored under"
+            )
+        doc = None if doc is None else doc[:, :-1]
+        hidden = self(tokens[:, :-1], doc=doc)  # hidden[t-1] predicts token t: the one shift in the code base
+        return hidden[mask[:, 1:]]
+
     def logprobs(self, tokens, mask, temperature=1.0, loss=None, doc=None):
         """→ logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]), and the entropy of that distribution.
 
@@ -467,17 +483,9 @@ class GPT(nn.Module):
         total is the sum over the chunks; stats {name: (chunks,)} leaves sum or maximum to the caller.
         """
         mask = mask.bool()
-        begins = document_begins(torch.zeros_like(tokens) if doc is None else doc)
-        if (mask & begins).any():
-            raise ValueError(
-                "mask[:, 0], and the mask where a document begins, must be 0: "
-                "a first token has no distribution to be scored under"
-            )
-        doc = None if doc is None else doc[:, :-1]
-        hidden = self(tokens[:, :-1], doc=doc)  # hidden[t-1] predicts token t: the one shift in the code base
+        before = self.hidden_before(tokens, mask, doc)  # (n, D)
         row, column = mask.nonzero(as_tuple=True)  # (n,) each: the tokens to be scored
-        before = hidden[row, column - 1]  # (n, D)
-        targets = tokens[row, column]  # (n,)
+        targets = tokens[mask]  # (n,)
 
         def scatter(values, part=slice(None)):
             """(n,) values of the scored tokens, or of some of them → (B, T), 0 elsewhere."""

@@ -100,7 +100,7 @@ def load(folder, kind="", like=None, shard=False, weights=True):
     missing = f"{folder}: has no tokenizer (tokenizer.json or {tokenizer_files.FILE})"
     require(not kind or tok is not None, missing)
     fits = like is None or tok == like
-    require(fits, f"{folder}: not the vocabulary of the other models; all need one SFT run")
+    require(fits, f"{folder}: not the vocabulary of the other models; all need one tokenizer")
     return model, tok
 
 

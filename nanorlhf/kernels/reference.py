@@ -31,6 +31,16 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
     return torch.where(logp > -torch.inf, terms, 0.0).sum(-1)
 
 
+def linear_jsd(hidden, weight, ref_hidden, ref_weight, beta, temperature=1.0):
+    """β KL(reference‖m) + (1−β) KL(policy‖m) per position (N,), m = β reference + (1−β) policy."""
+    p = log_softmax(hidden, weight, temperature, None).exp()  # (N, V)
+    q = log_softmax(ref_hidden, ref_weight, temperature, None).exp()
+    m = beta * q + (1 - beta) * p
+    of_ref = torch.xlogy(q, q / m).sum(-1)  # 0 log 0 = 0
+    of_policy = torch.xlogy(p, p / m).sum(-1)
+    return beta * of_ref + (1 - beta) * of_policy
+
+
 def decode_attention(q, k, v, cache_k, cache_v, pos):
     """q (B, H, hd), k, v (B, KV, hd), caches (B, KV, T, hd), pos (B,) → (B, H, hd); one head at a time."""
     _, H, hd = q.shape

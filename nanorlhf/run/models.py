@@ -27,7 +27,7 @@ def _named(flag):
 # owner/name on the Hugging Face Hub, and the old names there that have no owner
 HUB_NAME = r"(?!(runs|models|out|data|\.+)/)[\w.-]+/(?!model$)[\w.-]+|(distil)?gpt2(-medium|-large|-xl)?"
 # run folders of the trainers' defaults; there are no preferences for chain and countdown
-MADE = r"runs/(?!(?:chain|countdown)-(?:rm|dpo))(reviews|chain|countdown)-(sft|rm|ppo|grpo|dpo)/model"
+MADE = r"runs/(?!(?:chain|countdown)-(?:rm|dpo))(reviews|chain|countdown)-(sft|rm|ppo|grpo|dpo|distill)/model"
 
 
 def _remedy(flag, folder, kind):
@@ -77,6 +77,8 @@ def new_tokenizer(cfg, task, rows, test_rows):
 def load_models(cfg, device):
     """→ policy, reference, reward model (None without --rm, --ref none), tokenizer, the models on the device.
 
+    In distillation the policy is the student, and the teacher stands in the place of the reference.
+
     All must share one vocabulary. With adapters (cfg.lora_rank) the policy's frozen self is the reference,
     unless that is another folder or is to follow the policy (cfg.ref_every). On the meta device (--dry_run)
     no weights are read.
@@ -95,9 +97,11 @@ def load_models_and_critic(cfg, device):
     policy, tok = load_model("--init", cfg.init, "language model", **options)
     options["like"] = tok
     ref = rm = critic = None
-    if cfg.ref != "none" or ppo:
-        ref = load_model("--ref", cfg.ref, "language model", **options)[0]
-    if cfg.rm:
+    ref_flag = "teacher" if hasattr(cfg, "teacher") else "ref"
+    ref_folder = getattr(cfg, ref_flag)
+    if ref_folder != "none" or ppo:
+        ref = load_model(f"--{ref_flag}", ref_folder, "language model", **options)[0]
+    if getattr(cfg, "rm", ""):
         rm = load_model("--rm", cfg.rm, "reward model", **options)[0]
     if ppo:
         critic = load_model("--critic_init", cfg.critic_init, **options)[0]
@@ -106,7 +110,7 @@ def load_models_and_critic(cfg, device):
             torch.nn.init.zeros_(critic.score.weight)
     # Adapters come after all models: their random numbers are drawn last.
     frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
-    fixed = cfg.ref == cfg.init and not getattr(cfg, "ref_every", 0)
+    fixed = ref_folder == cfg.init and not getattr(cfg, "ref_every", 0)
     if frozen and fixed:
         ref = frozen
     if ppo:
