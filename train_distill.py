@@ -14,14 +14,14 @@ Teacher and student share one tokenizer, as D compares them id by id.
 `--as_reward` needs of the teacher only the log-probs of the sampled tokens: log q(y_t) − log p_old(y_t) is
 the advantage of token t in GRPO's loss. Its expected gradient is that of KL(p‖q), with sampling noise
 (K. Lu and Thinking Machines Lab, *On-Policy Distillation*, 2025). With `--on_policy 0` the student learns on
-the teacher's samples, and with `--given` on the responses of a file.
+the teacher's samples, and with `--from_data` on the responses of a file.
 
 Where we deviate: one update per rollout, so that every step is on policy. GKD mixes its two sources of
 responses at random; here a run has one. MiniLLM adds the gradient through the sampling, and a loss on text.
 
 CPU   python train_distill.py                    runs/chain-sft learns from runs/chain-grpo
       python train_distill.py --task countdown
-GPU   python train_distill.py --data prompts.jsonl --init models/Qwen2.5-0.5B --teacher models/Qwen2.5-7B \
+GPU   python train_distill.py --data prompts.jsonl --init runs/sft/model --teacher runs/teacher/model \
           --max_new_tokens 512 --dtype bfloat16
       not measured yet
 """
@@ -45,7 +45,7 @@ from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, lr_at, setup
-from nanorlhf.run.distilling import first_signs, given_responses, require_responses
+from nanorlhf.run.distilling import first_signs, require_responses, responses_of_data
 from nanorlhf.run.log import Clock, due
 from nanorlhf.run.models import load_models
 from nanorlhf.run.worker import rewards_of
@@ -69,7 +69,7 @@ class Config(Flags):
     jsd_beta: float = 0.5  # β of jsd: the teacher's share of the mixture m
     as_reward: bool = False  # log q − log p_old as the advantage of the sampled token, in GRPO's loss
     on_policy: bool = True  # the student samples; 0: the teacher does
-    given: bool = False  # with --on_policy 0: learn on the "response" of each row of --data, sample nothing
+    from_data: bool = False  # with --on_policy 0: learn on the "response" of each row of --data
 
     # optimisation
     steps: int | None = None  # rollouts, each for one update; of own data: 1 pass, at least 100
@@ -189,11 +189,11 @@ def gradient(student, teacher, batch, cfg):
 
 
 def next_rollout(student, teacher, tok, rows, cfg, step):
-    """→ the Rollout of a step: samples of the student, with --on_policy 0 of the teacher, or given ones."""
+    """→ the Rollout of a step: samples of the student, or others (--on_policy 0, --from_data)."""
     order = epoch_batches(len(rows), cfg.prompts_per_step, derive_seed(cfg.seed, "data"), step)
     batch = [rows[i] for i in order]
-    if cfg.given:
-        return given_responses(batch, tok, student.device)
+    if cfg.from_data:
+        return responses_of_data(batch, tok, student.device)
     seed = derive_seed(cfg.seed, "rollout", step)
     sampler = student if cfg.on_policy else teacher
     with at_work(sampler):

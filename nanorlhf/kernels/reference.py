@@ -1,5 +1,7 @@
 """The oracles: what the kernels compute, in plain torch, ten lines each. Tests run them in float64."""
 
+import math
+
 import torch
 
 
@@ -33,11 +35,12 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
 
 def linear_jsd(hidden, weight, ref_hidden, ref_weight, beta, temperature=1.0):
     """β KL(reference‖m) + (1−β) KL(policy‖m) per position (N,), m = β reference + (1−β) policy."""
-    p = log_softmax(hidden, weight, temperature, None).exp()  # (N, V)
-    q = log_softmax(ref_hidden, ref_weight, temperature, None).exp()
-    m = beta * q + (1 - beta) * p
-    of_ref = torch.xlogy(q, q / m).sum(-1)  # 0 log 0 = 0
-    of_policy = torch.xlogy(p, p / m).sum(-1)
+    logp = log_softmax(hidden, weight, temperature, None)  # (N, V)
+    logq = log_softmax(ref_hidden, ref_weight, temperature, None)
+    parts = torch.stack((logq + math.log(beta), logp + math.log(1 - beta)))
+    logm = torch.logsumexp(parts, dim=0)
+    of_ref = (logq.exp() * (logq - logm)).sum(-1)
+    of_policy = (logp.exp() * (logp - logm)).sum(-1)
     return beta * of_ref + (1 - beta) * of_policy
 
 

@@ -1,4 +1,4 @@
-"""What distillation needs around its step: the Rollout of given responses, and the health line of step 0."""
+"""What distillation needs around its step: responses from a file as a Rollout, the health line of step 0."""
 
 import torch
 
@@ -9,24 +9,24 @@ from nanorlhf.rollout import Rollout
 
 
 def require_responses(cfg, rows, tok, max_len):
-    """With --given, give every row "_pair", its prompt and its "response" as ids with EOS.
+    """With --from_data, give every row "_pair", its prompt and its "response" as ids with EOS.
 
     UserError, with file and line, for a row without a response, or with one that exceeds the context: cut, it
     would lack its EOS.
     """
-    if not cfg.given:
+    if not cfg.from_data:
         return
     fits = cfg.data and not cfg.on_policy
-    require(fits, "--given: learns on the responses of --data; needs --data and --on_policy 0")
+    require(fits, "--from_data: learns on the responses of --data; needs --data and --on_policy 0")
     for row in rows:
         at = row["_at"]
         text = row.get("response")
-        require(isinstance(text, str), f"{at}: the row has no \"response\", a string, to learn on (--given)")
+        require(isinstance(text, str), f'{at}: --from_data: the row has no "response", a string, to learn on')
         row["_pair"] = encode_pair(tok, row["prompt"], text, max_len, at)
         require(row["_pair"], f"{at}: prompt and response exceed the context of {max_len} tokens")
 
 
-def given_responses(rows, tok, device):
+def responses_of_data(rows, tok, device):
     """Rows that `require_responses` has seen → their Rollout. Nobody has sampled it: log-probs are 0."""
     pairs = [row["_pair"] for row in rows]
     tokens, _, mask = pad_responses(pairs, device)

@@ -9,7 +9,7 @@ import torch
 
 from nanorlhf import hub, lora
 from nanorlhf.data import encode_demonstrations
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, require
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run import defaults
 from nanorlhf.run.device import to_device
@@ -101,6 +101,9 @@ def load_models_and_critic(cfg, device):
     ref_folder = getattr(cfg, ref_flag)
     if ref_folder != "none" or ppo:
         ref = load_model(f"--{ref_flag}", ref_folder, "language model", **options)[0]
+        short = f"--{ref_flag} {ref_folder}: its context of {ref.cfg.max_len} tokens is shorter than"
+        fits = ref_flag == "ref" or ref.cfg.max_len >= policy.cfg.max_len
+        require(fits, f"{short} the {policy.cfg.max_len} of --init {cfg.init}")
     if getattr(cfg, "rm", ""):
         rm = load_model("--rm", cfg.rm, "reward model", **options)[0]
     if ppo:
