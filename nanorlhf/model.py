@@ -314,8 +314,7 @@ def document_mask(start, dtype):
 class GPT(nn.Module):
     """A decoder-only transformer. Right padding only: a pad can then never touch a real token."""
 
-    # methods, besides forward, that need the weights of all processes (run/dist.py)
-    PASSES = ("logprobs", "hidden_before")
+    PASSES = ("logprobs",)  # methods, besides forward, that need the weights of all processes (run/dist.py)
 
     def __init__(self, cfg):
         super().__init__()

@@ -231,7 +231,7 @@ def test_both_output_streams_closed(run, stages, tmp_path):
     same_run(tmp_path / "here", tmp_path / "closed")
 
 
-@pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo, train_distill], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("trainer", TRAINERS[2:], ids=lambda t: t.__name__)
 def test_row_43_reference(trainer, run, stages, tmp_path, monkeypatch):
     """S | the reference drifts with the policy | its weights are bit-equal after training; at step 0 the
     ratio is 1, DPO's margin 0, and the KL 0"""
