@@ -27,7 +27,9 @@ student's mass on the teacher's two tokens, `covered` the smaller of its two pro
 means over the prompts.
 """
 
+import contextlib
 import csv
+import io
 import json
 import os
 import sys
@@ -168,7 +170,7 @@ def two_modes(seed):
     return p
 
 
-def toy_seed(seed, folder, steps=600):
+def toy_seed(seed, folder, steps):
     want = two_modes(seed)
     teacher = model_of_width(32, seed)
     opt = torch.optim.Adam(teacher.parameters(), lr=1e-2)
@@ -192,7 +194,8 @@ def toy_seed(seed, folder, steps=600):
             group_size=32, max_new_tokens=1, eval_prompts=0, save_every=0, sample_every=10**6, seed=seed,
             **flags,
         )  # fmt: skip
-        train_distill.train(cfg)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_distill.train(cfg)
         with torch.no_grad():
             logp = distributions(hub.load(f"{folder}/{kind}/model")[0])
         p = logp.exp()
@@ -206,7 +209,7 @@ def toy_seed(seed, folder, steps=600):
     return row
 
 
-def toy(steps=600, seeds=5):
+def toy(steps=300, seeds=5):
     rows = []
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as folder:

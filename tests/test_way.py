@@ -79,7 +79,8 @@ def test_the_page_leaves_out_no_function_of_the_floor(passed):
     """A new function on the way goes on the page, or among these helpers of a row that is there."""
     inside = {
         # the first two belong to GPT.forward, the others to GPT.logprobs
-        "nanorlhf/model.py": {"document_begins", "split_heads", "scatter", "loss_of_chunk", "unembedding"},
+        "nanorlhf/model.py": {"document_begins", "split_heads", "scatter", "loss_of_chunk", "unembedding",
+                               "hidden_before"},
         "train_grpo.py": {"learning_rate"},  # of the optimizer, not of the prompt
         "nanorlhf/metrics.py": {"add"},  # figures of the log line
         "nanorlhf/tasks.py": {"reward"},  # the last stop of the text
