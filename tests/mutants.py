@@ -24,7 +24,7 @@ HUB, LORA = "tests/test_hub.py::test_", "tests/test_lora.py::test_"
 TRITON, MACHINES = "tests/test_triton.py::test_", "tests/test_machines.py::test_"
 DIST = "tests/test_dist.py::test_"  # two processes: a minute each
 SLOTS, DECODE = "tests/test_slots.py::test_", "tests/test_decode.py::test_"
-ANSWERS = "tests/test_answers.py::test_"
+ANSWERS, DISTILL = "tests/test_answers.py::test_", "tests/test_distill.py::test_"
 ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
 
 # (name, file, source, replacement, killing tests); a mutant of one line has its smallest direct test first
@@ -340,6 +340,43 @@ MUTANTS = [
     ("DPO: self-judge without its reference", "train_dpo.py",
      "policy.logprobs(tokens, mask)[0] - ref.logprobs(tokens, mask)[0]", "policy.logprobs(tokens, mask)[0]",
      [DPO + "the_policy_judges_itself"]),
+    ("distillation: the directions of the KL swapped", "train_distill.py",
+     'forward = cfg.divergence == "forward"', 'forward = cfg.divergence == "reverse"',
+     [DISTILL + "first_gradient_is_the_oracle[reverse-0]"]),
+    ("distillation: denominator of the micro-batch", "train_distill.py",
+     '(mb["w"][mask] * losses).sum()', "losses.mean()",
+     [DISTILL + "first_gradient_is_the_oracle[forward-40]"]),
+    ("distillation: a teacher that learns too", "train_distill.py",
+     "ref_hidden = teacher.hidden_before(tokens, mask)", "ref_hidden = student.hidden_before(tokens, mask)",
+     [DISTILL + "first_gradient_is_the_oracle[jsd-0]"]),
+    ("distillation: the temperature in one of two places", "train_distill.py",
+     "ref_weight, cfg.temperature, reverse=forward)", "ref_weight, 1.0, reverse=forward)",
+     [DISTILL + "first_gradient_is_the_oracle[reverse-0]"]),
+    ("distillation: sign of the advantage", "train_distill.py",
+     "adv = teacher_logp - old_logp", "adv = old_logp - teacher_logp",
+     [DISTILL + "as_reward_is_a_policy_gradient_of_the_sampled_tokens"]),
+    ("distillation: the student samples off policy", "train_distill.py",
+     "sampler = student if cfg.on_policy else teacher", "sampler = student",
+     [DISTILL + "the_teacher_samples_off_policy"]),
+    ("distillation: the same uniforms in every rollout", "train_distill.py",
+     'derive_seed(cfg.seed, "rollout", step)', 'derive_seed(cfg.seed, "rollout")',
+     [DISTILL + "prompts_and_samples_are_new_in_every_step"]),
+    ("distillation: the KL of another divergence in the log", "train_distill.py",
+     "        kl = linear_kl(hidden", "        kl = losses.detach() if cfg.divergence else linear_kl(hidden",
+     [DISTILL + "first_gradient_is_the_oracle[forward-0]"]),
+    ("distillation: any teacher is taken", "nanorlhf/hub/folder.py",
+     "fits = like is None or tok == like", "fits = True",
+     [DISTILL + "a_teacher_with_another_vocabulary_is_refused"]),
+    ("JSD: β and 1 − β swapped in the mixture", "nanorlhf/kernels/torch_backend.py",
+     "torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))",
+     "torch.logaddexp(logp + math.log(beta), logq + math.log1p(-beta))",
+     ["tests/test_kernels.py::test_jsd_near_its_ends_is_a_kl"]),
+    ("JSD: gradient without the policy's own KL", "nanorlhf/kernels/torch_backend.py",
+     "dz = logp.exp() * (logp - logm - of_policy[r, None])", "dz = logp.exp() * (logp - logm)",
+     ["tests/test_kernels.py::test_jsd_gradcheck[0.1]"]),
+    ("hidden states: one token late", "nanorlhf/model.py",
+     "return hidden[mask[:, 1:]]", "return hidden[mask[:, :-1]]",
+     [DISTILL + "first_gradient_is_the_oracle[reverse-0]"]),
     ("KL of evaluate.py one token late", "evaluate.py",
      "before = tokens[:, :-1]", "before = tokens[:, 1:]",
      ["tests/test_evaluate.py::test_both_kl_figures_have_the_mean_that_enumeration_gives"]),

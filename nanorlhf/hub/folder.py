@@ -96,7 +96,7 @@ def load(folder, kind="", like=None, shard=False, weights=True):
     missing = f"{folder}: has no tokenizer (tokenizer.json or {tokenizer_files.FILE})"
     require(tok or not kind, missing)
     fits = like is None or tok == like
-    require(fits, f"{folder}: not the vocabulary of the other models; all need one SFT run")
+    require(fits, f"{folder}: not the vocabulary of the other models; all need one tokenizer")
     return model, tok
 
 

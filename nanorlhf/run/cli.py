@@ -96,6 +96,9 @@ class Flags(Machine):
             self.init = self.init or f"runs/{self.task}-sft/model"
         if hasattr(self, "ref"):
             self.ref = self.ref or self.init
+        if hasattr(self, "teacher") and not self.teacher:
+            require(not self.own_data, f"--data {self.data}: name the model to learn from with --teacher")
+            self.teacher = f"runs/{self.task}-grpo/model"
 
     def fill_judge(self):
         """Without --rm and --reward: the task's reward function, or else runs/TASK-rm/model."""
