@@ -1,4 +1,4 @@
-"""Hugging Face folders, in and out: config.json, safetensors, and the tokenizer's files beside them.
+"""Hugging Face folders, in and out: config.json, safetensors, and the tokenizer's files beside them. GGUF in.
 
 A saved folder loads in transformers 4 and 5 as it is; the other fields of the config.json that a model came
 from, its tokenizer's files and its generation settings travel with it. Reward models and critics are saved as
@@ -19,6 +19,7 @@ from nanorlhf.errors import UserError, blame, require
 from nanorlhf.hub import families, tokenizer_files
 from nanorlhf.hub import weights as weight_files
 from nanorlhf.hub.files import LFS, OTHER_FILES, read_json
+from nanorlhf.hub.gguf import Gguf, json_folder
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run import dist, sharding
 from nanorlhf.run.folders import write_folder
@@ -77,7 +78,7 @@ def save(model, tok, folder):
 
 
 def load(folder, kind="", like=None, shard=False, weights=True):
-    """Read a folder → (model, tokenizer). UserError, which begins with the folder or file, where that fails.
+    """Read a folder or a .gguf → (model, tokenizer). UserError, which begins with its path, where that fails.
 
     The model is a ScalarModel for *ForSequenceClassification, else a GPT, in torch's default dtype (fp32 if
     nobody has set another); the tokenizer is None where the folder has none. Tensors are read one at a time,
@@ -89,24 +90,27 @@ def load(folder, kind="", like=None, shard=False, weights=True):
               reads this process's pieces of the tensors
     weights   False: leave the weights on the meta device and do not read their files (--dry_run)
     """
-    folder = _find(folder)
-    model, tok, family = _build(folder, shard, weights)
+    place = _find(folder)
+    with json_folder(place) as folder:
+        model, tok, family = _build(folder, place, shard, weights)
     if shard and weights:
-        model.fill = lambda model: weight_files.fill(model, family, folder)
+        model.fill = lambda model: weight_files.fill(model, family, place)
     elif weights:
-        weight_files.fill(model, family, folder)
+        weight_files.fill(model, family, place)
     is_a = "reward model" if isinstance(model, ScalarModel) else "language model"
-    require(kind in ("", is_a), f"{folder}: is a {is_a}, must be a {kind}")
-    missing = f"{folder}: has no tokenizer (tokenizer.json or {tokenizer_files.FILE})"
+    require(kind in ("", is_a), f"{place}: is a {is_a}, must be a {kind}")
+    missing = f"{place}: has no tokenizer (tokenizer.json or {tokenizer_files.FILE})"
     require(not kind or tok is not None, missing)
     fits = like is None or tok == like
-    require(fits, f"{folder}: not the vocabulary of the other models; all need one SFT run")
+    require(fits, f"{place}: not the vocabulary of the other models; all need one SFT run")
     return model, tok
 
 
 def _find(folder):
-    """The path of a folder with a config.json. Missing where there is none."""
+    """The path of a folder with a config.json, or an open GGUF. Missing where there is neither."""
     folder = os.path.normpath(folder)  # "model/" and a Path too
+    if os.path.isfile(folder) and folder.endswith(".gguf"):
+        return Gguf(folder)
     if not os.path.isdir(folder) and os.path.isdir(f"{folder}.old"):
         folder += ".old"  # a crash in mid-save leaves it
     inner = os.path.join(folder, "model")
@@ -120,7 +124,7 @@ def _find(folder):
                     require(f.read(len(LFS)) != LFS, OTHER_FILES[LFS])
         return folder
     if os.path.isfile(folder):
-        raise Missing(f"{folder} is a file, must be a folder")
+        raise Missing(f"{folder} is a file, must be a folder or a .gguf")
     if os.path.isdir(folder):
         raise Missing(f"{folder} has no config.json")
     raise Missing(f"{folder} does not exist")
@@ -147,12 +151,14 @@ class _OnMeta(TorchFunctionMode):
         return tensor
 
 
-def _build(folder, shard, weights):
-    """A folder → (model without its weights, tokenizer or None, Family)."""
+def _build(folder, place, shard, weights):
+    """A folder, and where its weights are → (model without its weights, tokenizer or None, Family)."""
     config = os.path.join(folder, "config.json")
     raw = read_json(config)
     with blame(config, ValueError):
         cfg, family = families.read_config(raw)
+        if isinstance(place, Gguf):
+            family = place.family(family)
         bias = raw.get("reward_bias", 0.0)
         number = type(bias) in (int, float) and -1e30 < bias < 1e30  # not NaN, which would spoil every reward
         require(number, f"reward_bias={bias!r} must be a number below 1e30")
@@ -171,7 +177,7 @@ def _build(folder, shard, weights):
     if weights:
         with torch.device("meta"), _OnMeta(draw=False):
             outline = ScalarModel(GPT(cfg)) if scalar else GPT(cfg)
-        weight_files.match(outline, family, folder)
+        weight_files.match(outline, family, place)
 
     with contextlib.ExitStack() as modes:
         if shard or not weights:
