@@ -151,6 +151,7 @@ class Gguf:
             shape = [self._value(U64) for _ in range(self._value(U32))]
             kind = self.package.GGMLQuantizationType(self._value(U32))
             self.tensors[name] = Tensor(shape[::-1], kind, self._value(U64))  # theirs begins with the columns
+        require(len(self.tensors) == n_tensors, "has a tensor twice")
         alignment = self.settings.get("general.alignment", 32)
         self.start = math.ceil(self.at / alignment) * alignment
         for name in self.tensors:
@@ -233,6 +234,8 @@ def _config(gguf):
     """The config.json of an open GGUF."""
     kind = gguf.settings.get("general.architecture")
     require(kind in ARCHITECTURES, f"architecture {kind!r} is not supported ({', '.join(ARCHITECTURES)} are)")
+    parts = gguf.settings.get("split.count", 1)
+    require(parts == 1, f"is one of {parts} parts; make them one: llama-gguf-split --merge")
     family = families.FAMILIES[kind]
     ours = dict(
         vocab_size=gguf.tensors["token_embd.weight"].shape[0],
