@@ -65,7 +65,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_row_45_damaged_gguf(kind, refuse):
+def test_row_31_damaged_gguf(kind, refuse):
     """R | a GGUF that is empty, cut off or a Git LFS pointer; with a length, a type or an offset that leads
     out of it | refused in one line, before memory is asked for"""
     settings = gguf_files.settings_of(GOLDEN / "llama") | {"padding": [1, 2, 3], "general.alignment": 32}
@@ -82,7 +82,7 @@ def test_row_45_damaged_gguf(kind, refuse):
     ("llama.embedding_length", 10**6, "has shape (8, 16)"),
     ("tokenizer.ggml.model", "llama", "the tokenizer 'llama'"),
 ])  # fmt: skip
-def test_row_13_gguf_that_cannot_be_exact(key, value, says, refuse):
+def test_row_51_gguf_that_cannot_be_exact(key, value, says, refuse):
     """R | a GGUF of another architecture, with experts, scaled positions or a SentencePiece tokenizer |
     refused in one line that names the setting"""
     refuse(gguf_files.settings_of(GOLDEN / "llama") | {key: value}, bytes, says)
