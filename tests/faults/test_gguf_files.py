@@ -67,7 +67,7 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_row_31_damaged_gguf(kind, refuse):
     """R | a GGUF that is empty, cut off or a Git LFS pointer; with a length, a type or an offset that leads
-    out of it | refused in one line, before memory is asked for"""
+    out of it | one line, before memory is asked for"""
     settings = gguf_files.settings_of(GOLDEN / "llama") | {"padding": [1, 2, 3], "general.alignment": 32}
     bend, says = DAMAGE[kind]
     refuse(settings, bend, says)
@@ -84,5 +84,5 @@ def test_row_31_damaged_gguf(kind, refuse):
 ])  # fmt: skip
 def test_row_51_gguf_that_cannot_be_exact(key, value, says, refuse):
     """R | a GGUF of another architecture, with experts, scaled positions or a SentencePiece tokenizer |
-    refused in one line that names the setting"""
+    one line that names the setting"""
     refuse(gguf_files.settings_of(GOLDEN / "llama") | {key: value}, bytes, says)
