@@ -262,7 +262,7 @@ MUTANTS = [
      "same = start[:, :, None] == start[:, None]", "same = start[:, :, None] >= 0 * start[:, None]",
      ["tests/test_model.py::test_packed_documents_are_strangers"]),
     ("SFT: mask dropped", "nanorlhf/data.py",
-     "tokens.to(device), mask.bool().to(device)", "tokens.to(device), (tokens != tok.pad_id).to(device)",
+     "tokens.to(device), mask.to(device)", "tokens.to(device), (tokens != tok.pad_id).to(device)",
      ["tests/test_sft.py::test_mask_comes_from_lengths"]),
     ("DPO: EOS unscored", "nanorlhf/data.py",
      "before_end = position < lengths[:, None]", "before_end = position < lengths[:, None] - 1",

@@ -12,10 +12,10 @@ import contextlib
 import json
 import math
 import mmap
-import os
 import struct
 import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 
 from nanorlhf.errors import UserError, blame, require
 from nanorlhf.hub import families
-from nanorlhf.hub.tokenizer_files import GPT2, QWEN
+from nanorlhf.hub.tokenizer_files import DIGITS, GPT2, QWEN, TOKEN, make_spec
 from nanorlhf.model import rope_table
 
 DAMAGE = ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError
@@ -40,7 +40,6 @@ CONTROL = 3
 WORD = 4  # an added token that is no control token, as <think>
 UNUSED = 5  # fills up a vocabulary that has fewer tokens than the embedding has rows
 TOKEN_TYPES = NORMAL, CONTROL, WORD, UNUSED
-PLAIN = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
 
 TENSORS = {  # our module → theirs
     "wte": "token_embd",
@@ -79,15 +78,9 @@ ARCHITECTURES = "llama", "qwen2", "qwen3", "gpt2"
 
 ROLES = {"bos": ["bos"], "eos": ["eos", "eot", "eom"], "pad": ["padding"]}  # names in config.json → in a GGUF
 
-# A GGUF only names how text is cut before the merges. What stands behind a name is listed in llama.cpp.
-SPLIT = dict(type="Split", behavior="Isolated", invert=False)
+# A GGUF only names the pattern that cuts text. What stands behind a name is listed in llama.cpp.
 LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-SPLITS = {
-    "gpt-2": SPLIT | {"pattern": {"Regex": GPT2}},
-    "smollm": dict(type="Digits", individual_digits=True),  # and GPT2 behind it, which ByteLevel knows
-    "qwen2": SPLIT | {"pattern": {"Regex": QWEN}},
-    "llama-bpe": SPLIT | {"pattern": {"Regex": LLAMA3}},
-}
+PATTERNS = {"gpt-2": GPT2, "smollm": DIGITS, "qwen2": QWEN, "llama-bpe": LLAMA3}
 
 
 class Tensor(NamedTuple):
@@ -132,7 +125,7 @@ class Gguf:
             self._read_header()
 
     def __str__(self):
-        return self.path
+        return str(self.path)
 
     def family(self, family):
         """The family with the names that its tensors have here."""
@@ -216,18 +209,18 @@ def json_folder(place):
     if not isinstance(place, Gguf):
         yield place
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         with _reading(place):
             files = {"config.json": _config(place)}
             if "tokenizer.ggml.model" in place.settings:
                 files["tokenizer.json"], files["tokenizer_config.json"] = _tokenizer(place.settings)
         for name, contents in files.items():
-            with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-                json.dump(contents, f)
+            (folder / name).write_text(json.dumps(contents), "utf-8")
         try:
             yield folder
         except UserError as e:
-            raise UserError(str(e).replace(folder, place.path)) from None
+            raise UserError(str(e).replace(temporary, str(place))) from None
 
 
 def _config(gguf):
@@ -263,7 +256,7 @@ def _config(gguf):
         ids = [i for i in ids if i is not None]
         config[f"{role}_token_id"] = ids if role == "eos" else next(iter(ids), None)
     quantisation = dict(Counter(tensor.kind.name for tensor in gguf.tensors.values()))
-    config["gguf"] = {"file": os.path.basename(gguf.path), "quantisation": quantisation}
+    config["gguf"] = {"file": gguf.path.name, "quantisation": quantisation}
     return config
 
 
@@ -283,8 +276,8 @@ def _tokenizer(settings):
     model = settings["tokenizer.ggml.model"]
     require(model == "gpt2", f"the tokenizer {model!r} is not supported (gpt2, a byte-level BPE, is)")
     pre = settings.get("tokenizer.ggml.pre")
-    known = ", ".join(SPLITS)
-    require(pre in list(SPLITS), f"the pre-tokenizer {pre!r} is not supported ({known} are)")
+    known = ", ".join(PATTERNS)
+    require(pre in list(PATTERNS), f"the pre-tokenizer {pre!r} is not supported ({known} are)")
     for key in ("tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix"):
         require(not settings.get(key), f"{key} is not supported")
     tokens = settings["tokenizer.ggml.tokens"]
@@ -296,31 +289,23 @@ def _tokenizer(settings):
             continue
         require(vocab.setdefault(text, i) == i, f"the token {text!r} is there twice")
         if kind != NORMAL:
-            added.append(PLAIN | {"id": i, "content": text, "special": kind == CONTROL})
+            added.append(TOKEN | {"id": i, "content": text, "special": kind == CONTROL})
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["chat_template"] = settings.get("tokenizer.chat_template")
     for role, names in ROLES.items():
         i = settings.get(f"tokenizer.ggml.{names[0]}_token_id")
         if i is not None:
             config[f"{role}_token"] = tokens[i]
-    merges = settings["tokenizer.ggml.merges"]
     llama3 = pre == "llama-bpe"
-    begin = None
+    merges = settings["tokenizer.ggml.merges"]
+    spec = make_spec(vocab, merges, added, PATTERNS[pre], nfc=pre == "qwen2", ignore_merges=llama3)
     if settings.get("tokenizer.ggml.add_bos_token", llama3):
         bos = config["bos_token"]
         first = {"SpecialToken": {"id": bos, "type_id": 0}}
         single = [first, {"Sequence": {"id": "A", "type_id": 0}}]
         pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
-        begin = dict(type="TemplateProcessing", single=single, pair=pair)
-        begin["special_tokens"] = {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}}
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=pre == "smollm")
-    spec = {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLITS[pre], byte_level]},
-        "post_processor": begin,
-        "decoder": byte_level,
-        "model": dict(type="BPE", ignore_merges=llama3, vocab=vocab, merges=merges),
-    }
+        special = {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}}
+        spec["post_processor"] = dict(
+            type="TemplateProcessing", single=single, pair=pair, special_tokens=special
+        )
     return spec, config
