@@ -741,7 +741,7 @@ def test_an_interrupt_while_a_template_is_rendered(chatty, monkeypatch):
     real = RENDERER.process.stdout
 
     class Interrupted:
-        def readline(self):
+        def readline(self, limit):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(RENDERER.process, "stdout", Interrupted())
