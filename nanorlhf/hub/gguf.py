@@ -75,8 +75,12 @@ SETTINGS = {  # theirs, behind the architecture's name → ours
     "rope.freq_base": "rope_theta",
 }
 ARCHITECTURES = "llama", "qwen2", "qwen3", "gpt2"
-
-ROLES = {"bos": ["bos"], "eos": ["eos", "eot", "eom"], "pad": ["padding"]}  # names in config.json → in a GGUF
+ROLES = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+ENDS = [ROLES["eos_token"], "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"]  # of a response
 
 # A GGUF only names the pattern that cuts text. What stands behind a name is listed in llama.cpp.
 LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
@@ -227,15 +231,10 @@ def _config(gguf):
     """The config.json of an open GGUF."""
     kind = gguf.settings.get("general.architecture")
     require(kind in ARCHITECTURES, f"architecture {kind!r} is not supported ({', '.join(ARCHITECTURES)} are)")
-    parts = gguf.settings.get("split.count", 1)
-    require(parts == 1, f"is one of {parts} parts; make them one: llama-gguf-split --merge")
     family = families.FAMILIES[kind]
     ours = dict(
         vocab_size=gguf.tensors["token_embd.weight"].shape[0],
         mlp=list(family.acts)[0],
-        qkv_bias="blk.0.attn_q.bias" in gguf.tensors,
-        o_bias="blk.0.attn_output.bias" in gguf.tensors,
-        mlp_bias="blk.0.ffn_up.bias" in gguf.tensors,
         tied=gguf.has_one_embedding(),
     )
     for key, value in gguf.settings.items():
@@ -251,10 +250,9 @@ def _config(gguf):
             config[key] = ours[name]
     if "rope_freqs.weight" in gguf.tensors:
         config["rope_scaling"] = _rope_scaling(gguf.get_tensor("rope_freqs.weight"), ours["rope_theta"])
-    for role, names in ROLES.items():
-        ids = [gguf.settings.get(f"tokenizer.ggml.{name}_token_id") for name in names]
-        ids = [i for i in ids if i is not None]
-        config[f"{role}_token_id"] = ids if role == "eos" else next(iter(ids), None)
+    for role, key in ROLES.items():
+        config[f"{role}_id"] = gguf.settings.get(key)
+    config["eos_token_id"] = [gguf.settings[key] for key in ENDS if key in gguf.settings]
     quantisation = dict(Counter(tensor.kind.name for tensor in gguf.tensors.values()))
     config["gguf"] = {"file": gguf.path.name, "quantisation": quantisation}
     return config
@@ -292,20 +290,19 @@ def _tokenizer(settings):
             added.append(TOKEN | {"id": i, "content": text, "special": kind == CONTROL})
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config["chat_template"] = settings.get("tokenizer.chat_template")
-    for role, names in ROLES.items():
-        i = settings.get(f"tokenizer.ggml.{names[0]}_token_id")
-        if i is not None:
-            config[f"{role}_token"] = tokens[i]
+    for role, key in ROLES.items():
+        if key in settings:
+            config[role] = tokens[settings[key]]
     llama3 = pre == "llama-bpe"
     merges = settings["tokenizer.ggml.merges"]
     spec = make_spec(vocab, merges, added, PATTERNS[pre], nfc=pre == "qwen2", ignore_merges=llama3)
     if settings.get("tokenizer.ggml.add_bos_token", llama3):
         bos = config["bos_token"]
-        first = {"SpecialToken": {"id": bos, "type_id": 0}}
-        single = [first, {"Sequence": {"id": "A", "type_id": 0}}]
-        pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}]
-        special = {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}}
-        spec["post_processor"] = dict(
-            type="TemplateProcessing", single=single, pair=pair, special_tokens=special
-        )
+        single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        spec["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}},
+        }
     return spec, config

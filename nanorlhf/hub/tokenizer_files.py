@@ -27,7 +27,7 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# Digits are cut out first, each alone: they take no space before them, and the space before them ends a piece.
+# Digits are cut out first, each alone: they take no space before them, and a space before them ends a piece.
 DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\s+(?!", r"\s+(?=\p{N})|\s+(?!")
 TOKEN = dict(lstrip=False, rstrip=False, single_word=False, normalized=False, special=False)  # an added one
 COPIED = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
