@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanorlhf import hub
+from nanorlhf import generate, hub
 from nanorlhf.errors import UserError
 from nanorlhf.hub import __main__ as command
 from nanorlhf.model import GPT, GPTConfig
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 TOKENIZERS = json.loads((GOLDEN / "tokenizers.json").read_text("utf-8"))
+REAL = os.environ.get("NANORLHF_SMOLLM2", "")
 FAMILIES = ["gpt2", "llama", "qwen2", "qwen3"]
 
 
@@ -200,6 +201,24 @@ def test_sample_from_a_gguf(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "after 3 tokens" in done.stdout or "EOS" in done.stdout
     assert not list(temporary.glob("tmp*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL, reason="NANORLHF_SMOLLM2 names no SmolLM2-135M-Instruct.Q4_1.gguf")
+def test_smollm2_as_published():
+    """Ids, logits and greedy text of transformers 5.24, by its own reading of that file."""
+    golden = json.loads((GOLDEN / "smollm2.json").read_text("utf-8"))
+    model, tok = hub.load(REAL)
+    for text, ids in golden["texts"]:
+        assert tok.encode(text) == ids and tok.decode(ids) == text
+    for chat in golden["chats"]:
+        prompt = tok.encode_prompt(Chat([{"role": "user", "content": chat["prompt"]}]))
+        assert prompt == chat["ids"]
+        logits = model.logits(torch.tensor([prompt]))[0, -1]
+        apart = (logits[::4096] - torch.tensor(chat["logits"])).abs().max()
+        assert apart < 2e-5 * chat["max"]
+        greedy = generate.generate(model, [prompt], 1, max_new_tokens=16, temperature=0.0, eos_id=tok.eos_id)
+        assert greedy.tokens[0, len(prompt) :].tolist()[: len(chat["greedy"])] == chat["greedy"]
 
 
 def test_like_a_folder_for_load(tmp_path):
