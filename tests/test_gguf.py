@@ -79,6 +79,7 @@ def test_tokenizer_has_the_ids_of_the_tokenizers_package(tokenizer, family, tmp_
         assert tok.decode(tok.encode_prompt(Chat([{"role": "user", "content": "hat"}]))) == "<user>hat"
         bos = ["<|begin_of_text|>"] if tokenizer == "llama3" else []
         assert [tok.decode([i]) for i in tok.bos_ids] == bos
+    assert tok == hub.load(path)[1]  # a reward model of the folder judges a policy of the file
 
 
 def slower(dim, theta, factor, low=1.0, high=4.0, original=8192):

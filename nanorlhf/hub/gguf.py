@@ -4,8 +4,8 @@
 the JSON files of a Hugging Face folder, which the rest of hub reads like those of any other folder. A setting
 that they could not hold exactly is refused by name.
 
-The header is read here, not by the package: that one takes 3.5 s and 160 MB for the 49,152 tokens of SmolLM2,
-and where a damaged length goes beyond the end of the file it reads on until the memory is full.
+The header is read here, not by the package: that one makes 245,000 arrays, 160 MB, of SmolLM2's tokens and
+merges, and where a damaged length goes beyond the end of the file it reads on until the memory is full.
 """
 
 import contextlib
