@@ -29,8 +29,10 @@ class Chat(str):
     """A prompt that is a conversation, which the assistant is to answer.
 
     `messages` is [{"role", "content"}], for tokenizers with a chat template; as a str it is the plain text
-    for those without one.
+    for those without one. `seen` is the text that a model has read, once it has answered.
     """
+
+    seen = None
 
     def __new__(cls, messages, text=None):
         if text is None:

@@ -229,6 +229,10 @@ def test_parquet(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("want, row, says", [
+    ("demos", {"messages": [HI, YES], "reasoning_content": "so"}, '"reasoning_content" stands beside'),
+    ("pairs", {"prompt": "p", "thinking": "so"} | SIDES, '"thinking" stands beside'),
+    ("demos", {"prompt": [HI], "completion": [YES], "reasoning": "so"}, '"reasoning" stands beside'),
+    ("kto", {"messages": [HI, YES], "label": True, "reasoning": "so"}, '"reasoning" stands beside'),
     ("prompts", {"text": "t"}, 'missing key "prompt"'),
     ("prompts", {"prompt": "p", "question": "q"}, "ambiguous: prompt and question could each be the prompt"),
     ("demos", {"prompt": "p", "output": "q", "completion": "r"}, "ambiguous: completion and output"),

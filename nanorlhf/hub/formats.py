@@ -13,7 +13,7 @@ a "prompt" that is a string is taken as it stands. A key that changes what is le
 import itertools
 import re
 
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import UserError, memory_for, require
 from nanorlhf.hub.files import check_text, json_type, parse, read_objects
 from nanorlhf.tokenizer import Chat
 
@@ -59,6 +59,11 @@ def read_rows(path, want, flag="--data", skip_bad=False, check=None):
     Pairs that answer different prompts are always dropped and counted. It is a UserError when more than half
     of the rows are dropped, and a bad row when it is of another format than those before.
     """
+    with memory_for(f"{flag}: {path}", "take a smaller file, or split it"):
+        return _read_rows(path, want, flag, skip_bad, check)
+
+
+def _read_rows(path, want, flag, skip_bad, check):
     rows = []
     apart = []  # pairs whose sides answer different prompts
     bad = []
@@ -151,6 +156,8 @@ def _recognise(row, want):
     if row.keys() >= {"info", "summaries", "choice"}:
         return _comparison(row)
     if want in ("pairs", "kto") or row.keys() >= {"chosen", "rejected"}:
+        if want != "prompts":
+            _refuse_thought(row, "chosen")
         return _pair(row)
     for key in CHATS:
         if key in row:
@@ -194,6 +201,7 @@ def _conversation(row, key, want):
     turns = _behind(_system(row), _messages(row, key), key)
     if want == "prompts":
         return key, {"prompt": _open(turns, key, want)}
+    _refuse_thought(row, key)
     found = _answered(turns, key)
     _require_learnt(turns[1:], key)
     return key, found
@@ -338,6 +346,12 @@ def _with_thought(item, text):
     return f"<think>\n{thought.strip()}\n</think>\n\n{text.lstrip()}"
 
 
+def _refuse_thought(row, key):
+    """UserError for a thought of the row beside several answers: whose it is, is not said."""
+    there = _first(row, THOUGHTS)
+    require(not row.get(there), f'"{there}" stands beside "{key}"; put it into the message that has it')
+
+
 def _system(row):
     """The system's turn, if it stands in a key of its own."""
     key = _first(row, ("system", "system_prompt"))
@@ -369,6 +383,7 @@ def _single(row, want):
     found = {part: row[key] for part, key in keys.items()}
     found["prompt"] = _prompt(row, keys["prompt"], want)
     if want == "demos" and isinstance(found["response"], list):
+        _refuse_thought(row, keys["response"])
         found |= _completed(found["prompt"], _messages(row, keys["response"]), keys["response"])
     elif want == "demos":
         found["response"] = _with_thought(row, found["response"])

@@ -5,6 +5,7 @@ own program. Any other tokenizer.json is run by the `tokenizers` package, or ref
 """
 
 import base64
+import contextlib
 import itertools
 import json
 
@@ -255,11 +256,24 @@ class LibraryTokenizer(Tokenizer):
             text = text.replace(MARK, REMOVED)
         library.encode_special_tokens = not control  # without it, a user's text would become control tokens
         text = text.encode(errors="replace").decode()
-        return library.encode(text, add_special_tokens=False).ids
+        with _no_panic():
+            return library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         known = [i for i in ids if 0 <= i < self.vocab_size]
-        return self.library.decode(known, skip_special_tokens=False)
+        with _no_panic():
+            return self.library.decode(known, skip_special_tokens=False)
+
+
+@contextlib.contextmanager
+def _no_panic():
+    """Inside, what the package raises is a UserError. It is written in Rust: its panic is no Exception."""
+    try:
+        yield
+    except BaseException as e:
+        if isinstance(e, Exception) or type(e).__name__ == "PanicException":
+            raise UserError(f"the tokenizers package cannot use it ({e})") from None
+        raise
 
 
 def _run_by_library(spec):
@@ -268,7 +282,8 @@ def _run_by_library(spec):
 
     remove = {"type": "Replace", "pattern": {"String": REMOVED}, "content": ""}
     normalizer = {"type": "Sequence", "normalizers": [remove, *_steps(spec.get("normalizer"))]}
-    library = tokenizers.Tokenizer.from_str(json.dumps(spec | {"normalizer": normalizer}))
+    with _no_panic():
+        library = tokenizers.Tokenizer.from_str(json.dumps(spec | {"normalizer": normalizer}))
     library.no_truncation()
     library.no_padding()
     return library

@@ -11,7 +11,7 @@ derived from (seed, step), so that weights, optimizer and step are the whole sta
 import contextlib
 import math
 import os
-import pickle
+import re
 import shutil
 import signal
 import sys
@@ -20,11 +20,20 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require
+from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require, shown
 from nanorlhf.hub.files import read_json
 from nanorlhf.run import dist, replay, sharding
 from nanorlhf.run.cli import to_json
-from nanorlhf.run.folders import new_folder, require_plain, sha256, take_lock, verify, write_json
+from nanorlhf.run.folders import (
+    DamagedFile,
+    new_folder,
+    remove,
+    require_plain,
+    sha256,
+    take_lock,
+    verify,
+    write_json,
+)
 from nanorlhf.run.log import Log, import_wandb
 
 STATE = dict(  # what a checkpoint holds, and of which type
@@ -40,6 +49,8 @@ STATE = dict(  # what a checkpoint holds, and of which type
 )
 NEW_RUN = {"step": 0, "extra": {}, "sizes": {}, "last": {}}  # the state of a run without a checkpoint
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of one weight, as AdamW calls them
+# What values of other types and sizes lead to; errors of the program itself are others.
+FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
 
 
@@ -49,9 +60,9 @@ def damage(folder):
     try:
         verify(folder)
         torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except ValueError as e:
+    except DamagedFile as e:
         return str(e)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as e:
+    except Exception as e:  # torch's reader raises whatever the bytes of a file that is none lead it to
         return f"{path}: {reason_of(e)}"
 
 
@@ -94,7 +105,8 @@ class Run:
 
     def __enter__(self):
         with self._usable():
-            if self.config.exists() and not (self.cfg.resume or self.cfg.overwrite):
+            holds = self.config.exists() or self.state.is_dir() and self._steps()
+            if holds and not (self.cfg.resume or self.cfg.overwrite):
                 raise UserError(f"--out {self.out} holds a run{self._choices()}")
             os.makedirs(self.out, exist_ok=True)
             require_plain(self.out)
@@ -134,23 +146,26 @@ class Run:
     # --------------------------------------------------------------------------------------------------------
     # start, and resume
 
-    def start(self, models, optimizer, frozen=()):
+    def start(self, models, optimizer, frozen=(), extra=None):
         """Load the newest whole checkpoint if --resume, open the log → (first step to run, extra dict).
 
         models: {name: model} to save. frozen: models that the run only reads; a resumed run must have the
-        same. Nothing of an older run is touched before this call: a mistaken flag or bad data cost nothing.
+        same. extra: what else the trainer keeps, as it is before the first step; a checkpoint has values of
+        the same types. Nothing of an older run is touched before this call: a mistaken flag or bad data cost
+        nothing.
         """
+        self.extra = extra or {}
         self.models = models
         self.optimizer = optimizer
         self.frozen = [_checksum(model) for model in frozen]
         self.data = sha256(self.cfg.data) if self.cfg.data else ""
         config = to_json(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
-        state = NEW_RUN
+        state = NEW_RUN | {"extra": self.extra}
         with self._usable():
             if self.cfg.overwrite and self.first:
-                shutil.rmtree(f"{self.out}/model", ignore_errors=True)
-                shutil.rmtree(self.state, ignore_errors=True)
+                remove(f"{self.out}/model")
+                remove(self.state)
             self.state.mkdir(exist_ok=True)
             if self.cfg.resume:
                 self.changed = self._compare(config)
@@ -176,8 +191,9 @@ class Run:
         changed = []
         for name in sorted(config.keys() & old.keys() - {"resume", "overwrite", "new_data"}):
             if old[name] != config[name]:
-                changed.append(f"--{name} was {old[name]}, is now {config[name]}")
-                print(f"resume: {changed[-1]}")
+                changed.append(shown(f"--{name} was {old[name]}, is now {config[name]}"))
+        for change in changed:
+            print(f"resume: {change}")
         return "; ".join(changed)
 
     def _load(self):
@@ -194,32 +210,42 @@ class Run:
             problem = dist.gather(damage(folder) if self.first else None)[0]
             if problem is None:
                 return self._load_from(folder)
-            print(f"warning: --resume skipped as damaged: {problem}")
+            print(f"warning: --resume skipped as damaged: {shown(problem)}")
             problems.append(problem)
         if problems:
             newest = f"the newest: {problems[0]}; --overwrite starts anew"
             raise UserError(f"--resume: every checkpoint in {self.state} is damaged; {newest}")
         print(f"resume: {self.out} has no complete checkpoint yet; starting at step 0")
-        return NEW_RUN
+        return NEW_RUN | {"extra": self.extra}
 
     def _load_from(self, folder):
         path = folder / "state.pt"
+        try:
+            state = self._read(folder, path)
+        except FOREIGN as e:
+            message = f"--resume: {path}: not a checkpoint of this version ({reason_of(e)})"
+            raise UserError(f"{message:.400}; --overwrite starts anew") from None
+        print(f"resume: {self.out} from step {state['step']}")
+        return state
+
+    def _read(self, folder, path):
+        """Read a checkpoint into models and optimizer → its state. Any error in it is one of its contents."""
         # Without --shard the file holds all tensors. With mmap a sharded run reads them one at a time.
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
         shards = folder / sharding.SHARDS
         if isinstance(state, dict) and shards.is_dir():
             state |= sharding.read(shards)
         self._check_state(state, path)
-        made_by = state["trainer"]
-        require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
+        for weights in state["extra"].get("past", []):  # of GRPO's sampler; the policy's own come after them
+            self._fit(self.models["policy"], weights, path, "sampler")
         for key, model in self.models.items():
             self._fit(model, state["models"].get(key, {}), path, key)
+        same = len(state["frozen"]) == len(self.frozen)
         for was, now in zip(state["frozen"], self.frozen):
-            same = math.isclose(was, now, rel_tol=1e-9)
-            require(same, f"--resume: the reference is not the one that {self.out} was started with")
+            same = same and math.isclose(was, now, rel_tol=1e-9)
+        require(same, f"--resume: the reference is not the one that {self.out} was started with")
         self._compare_data(state["data"])
         self._load_moments(state["optimizer"]["state"], path)
-        print(f"resume: {self.out} from step {state['step']}")
         return state
 
     def _check_state(self, state, path):
@@ -232,8 +258,19 @@ class Run:
         for name, kind in STATE.items():
             good = isinstance(state.get(name), kind)
             require(good, f"{foreign} ({name} is no {kind.__name__}); --overwrite starts anew")
+        made_by = state["trainer"]
+        require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
         step = state["step"]
         require(path.parent == self._folder(step), f"{foreign} (its step is {step}); --overwrite starts anew")
+        for name, like in self.extra.items():
+            saved = state["extra"][name]
+            good = type(saved) is type(like)
+            if type(like) in (int, float):
+                good = good and 0 <= saved < 1e15
+            require(good, f"{foreign} ({name} is {saved!r:.80}); --overwrite starts anew")
+        good = all(type(n) is int and n >= 0 for n in state["sizes"].values())
+        good = good and all(type(x) in (int, float) for x in state["last"].values())
+        require(good, f"{foreign} (its figures are no numbers); --overwrite starts anew")
         beyond = f"--resume: {self.out} is at step {step}, beyond --steps {self.cfg.steps}; give more steps"
         require(step <= self.cfg.steps, beyond)
 
@@ -263,12 +300,20 @@ class Run:
             for name, x in tensors.items():
                 moments[i][name] = sharding.shard_like(x, params[i])
                 require(name == "step" or moments[i][name].shape == params[i].shape, foreign)
+                here = sharding.local(moments[i][name])
+                finite = here.is_floating_point() and here.isfinite().all()
+                require(finite and (name == "exp_avg" or (here >= 0).all()), foreign)
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _fit(self, model, saved, path, key):
         """Load saved tensors into a model. UserError, with the flags that changed, if their shapes differ."""
         here = model.state_dict()
-        tensors = {name: sharding.shard_like(x, here.get(name)) for name, x in saved.items()}
+        tensors = {}
+        for name, x in saved.items():
+            tensors[name] = sharding.shard_like(x, here.get(name))
+            local = sharding.local(tensors[name])
+            if not (local.is_floating_point() and local.isfinite().all()):
+                raise ValueError(f"{name} of the {key} is not finite")
         try:
             model.load_state_dict(tensors)
         except RuntimeError as e:
@@ -282,11 +327,12 @@ class Run:
         for path in [*self.state.glob("*.tmp"), *self.state.glob("*.old")]:
             if path.suffix == ".tmp":
                 print(f"resume: {path.with_suffix('')} was never completed; removed")
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
     def _steps(self):
-        """Steps of the checkpoints in state/, ascending."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.state.glob("step-*[0-9]"))
+        """Steps of the checkpoints in state/, ascending. Another name, step-final say, is none of ours."""
+        names = [path.name for path in self.state.iterdir()]
+        return sorted(int(name[5:]) for name in names if re.fullmatch("step-[0-9]{6,12}", name))
 
     def _folder(self, step):
         return self.state / f"step-{step:06d}"

@@ -10,16 +10,15 @@ import operator
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import traceback
 import types
 import typing
 from typing import ClassVar, Literal
 
-import torch
-
 from nanorlhf import tasks
-from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require, shown
+from nanorlhf.errors import Interrupted, RunError, UserError, out_of_memory, reason_of, require, shown
 from nanorlhf.run import defaults, dist
 from nanorlhf.run.reward_functions import reward_name
 
@@ -111,7 +110,6 @@ class Flags(Machine):
         """--max_new_tokens, where it waited for the data."""
         self.max_new_tokens = limit
         self.limits = [limit]  # of GRPO, which may lengthen it
-        print(f"--max_new_tokens {limit}: by {self.data} and the model's context")
 
     def fill_steps(self, rows):
         """--steps, where it waits for the training rows: three passes in SFT, else one; 100 at least."""
@@ -318,6 +316,10 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     # Both may be closed (>&- 2>&-): files of the run would take their numbers, and get what others print.
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    try:
+        tempfile.gettempdir()
+    except OSError:  # no such folder: torch would end the run, for a cache that none of ours is written to
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.curdir)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows writes to a pipe in a code page without β and │
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -340,6 +342,10 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     return status
 
 
+# What gloo and NCCL say when a process was killed, by the kernel for its memory say.
+OTHER_ENDED = ("gloo/transport", "remote process exited", "Connection closed by peer")
+
+
 def _ending(error, cfg):
     """What ended a run → the line to print, the exit status. Status 0: a bug, whose traceback is needed."""
     message = shown(str(error))  # one line, whatever value of the user's it quotes
@@ -359,9 +365,10 @@ def _ending(error, cfg):
         return "interrupted at once; checkpoints saved before are kept", status
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"stopped: the disk is full ({message})", 1
-    no_memory = isinstance(error, RuntimeError) and "can't allocate memory" in first_line  # of the CPU
-    if no_memory or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if out_of_memory(error):
         return f"stopped: out of memory: {first_line}; {_flags_to_lower(cfg)}", 1
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in OTHER_ENDED):
+        return f"stopped: another process of this run has ended ({first_line}); --resume goes on", 1
     if dist.launched():
         return traceback.format_exc(), 1
     return "", 0
@@ -370,5 +377,12 @@ def _ending(error, cfg):
 def _flags_to_lower(cfg):
     """What to do when the memory is full: which flags to lower, the one that costs least first."""
     flags = "tokens_per_microbatch batch_size prompts_per_step group_size max_new_tokens".split()
-    lower = [f"--{name} (now {_plain(getattr(cfg, name))})" for name in flags if hasattr(cfg, name)]
-    return f"lower {', then '.join(lower)}; --dry_run prints what a run needs, --resume goes on with it"
+    lower = []
+    for name in [*flags, "n", "prompts"]:  # the last two: of evaluate.py and sample.py
+        value = getattr(cfg, name, None)
+        if value not in (None, 0, 1):
+            lower.append(f"--{name} (now {_plain(value)})")
+    advice = f"lower {', then '.join(lower)}" if lower else "take a smaller model, or a shorter prompt"
+    if hasattr(cfg, "resume"):
+        advice += "; --dry_run prints what a run needs, --resume goes on with it"
+    return advice

@@ -1,7 +1,6 @@
 """What a run writes while it goes on: metrics.csv, samples.jsonl, the console lines, the progress bar."""
 
 import contextlib
-import csv
 import json
 import os
 import sys
@@ -29,12 +28,18 @@ class Result(dict):
     rows = ()
 
 
-def read_rows(out, columns):
+def read_rows(out):
     """metrics.csv of a run folder → one dict a step, without the lines that a full disk cut short."""
+    path = Path(out, "metrics.csv")
+    require(path.is_file(), f"{path}: is no file")  # of a pipe or a device the end never comes
     rows = []
-    with open(Path(out, "metrics.csv"), newline="") as f:
-        for cells in csv.reader(f):
-            if len(cells) == len(columns) and cells != columns:
+    with open(path, encoding="utf-8", errors="replace") as f:
+        columns = f.readline().rstrip("\n").split(",")
+        for line in f:
+            cells = line.rstrip("\n").split(",")
+            if len(cells) != len(columns):
+                continue
+            with contextlib.suppress(ValueError):  # a damaged line
                 numbers = [float(cell) if cell else None for cell in cells]
                 rows.append(dict(zip(columns, numbers)) | {"step": int(cells[0])})
     return rows
@@ -81,7 +86,7 @@ class Log:
         header = ",".join(columns) + "\n"
         if os.path.getsize(self.out / "metrics.csv") == 0:
             self._append("metrics.csv", header)
-        with open(self.out / "metrics.csv") as f:
+        with open(self.out / "metrics.csv", encoding="utf-8", errors="replace") as f:
             same = self.disk_is_full or f.readline() == header
             require(same, f"--resume: {cfg.out}/metrics.csv has other columns; is --reward given as before?")
         if cfg.wandb:
@@ -153,7 +158,7 @@ class Log:
         """End the bar, read the rows of the whole run, and draw curves.png with these panels."""
         self.bar.close()
         if panels and self.writes:
-            self.last.rows = read_rows(self.out, self.columns)
+            self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
         if self.wandb:
             self.wandb.finish()

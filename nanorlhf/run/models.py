@@ -9,7 +9,7 @@ import torch
 
 from nanorlhf import hub, lora
 from nanorlhf.data import encode_demonstrations
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, memory_for
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run import defaults
 from nanorlhf.run.device import to_device
@@ -23,6 +23,8 @@ def _named(flag):
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
 
+
+SMALLER = "take a smaller model, or --dtype bf16_weights in training"
 
 # owner/name on the Hugging Face Hub, and the old names there that have no owner
 HUB_NAME = (
@@ -47,7 +49,7 @@ def _remedy(flag, folder, kind):
 
 def load_model(flag, folder, kind="", like=None, shard=False, weights=True):
     """hub.load(folder, …) → (model, tokenizer). UserError begins with `flag`, and ends with what to do."""
-    with _named(flag):
+    with _named(flag), memory_for(f"{flag} {folder}", SMALLER):
         try:
             model, tok = hub.load(folder, kind, like=like, shard=shard, weights=weights)
         except hub.Missing as error:
@@ -117,5 +119,6 @@ def load_models_and_critic(cfg, device):
         ref = frozen
     if ppo:
         lora.add(critic, cfg.lora_rank, cfg.dtype)
-    to_device(cfg, device, policy, ref, critic, rm)
+    with memory_for("the models", SMALLER):
+        to_device(cfg, device, policy, ref, critic, rm)
     return policy, ref, critic, rm, tok

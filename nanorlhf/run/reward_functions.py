@@ -21,6 +21,7 @@ SIGNATURES = (
     "ground_truth, extra_info)"
 )
 FP32_MAX = 3.4028234663852886e38  # rewards become fp32
+PRIVATE = ("_at", "_ids")  # what a run adds to a row: its place in the file, the tokens of its prompt
 # An annotation: dict, dict[str, str], "dict", Optional[dict], Mapping[str, Any]; but not list[dict]
 DICT = re.compile(r"(<class ')?(typing\.)?(Optional\[)?(typing\.|collections\.abc\.)?([Dd]ict|Mapping)\b")
 # Names of what is no prompt and no response: as the first two parameters they would get those, and never pay.
@@ -94,7 +95,8 @@ class UserFunction:
 
     def values(self, prompt, response, row):
         """→ {name: value} of all that the function may have parameters for, besides the first two."""
-        values = {k: v for k, v in row.items() if k[:1] != "_" and k not in self.first}
+        row = {key: value for key, value in row.items() if key not in PRIVATE}  # the JSONL object alone
+        values = {key: value for key, value in row.items() if key not in self.first}
         if self.trl:  # lists of one
             messages = getattr(prompt, "messages", None)  # of a prompt that is a conversation
             answer = [{"role": "assistant", "content": response}]

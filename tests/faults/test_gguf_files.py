@@ -82,7 +82,7 @@ def test_row_31_damaged_gguf(kind, refuse):
     ("llama.embedding_length", 10**6, "has shape (8, 16)"),
     ("tokenizer.ggml.model", "llama", "the tokenizer 'llama'"),
 ])  # fmt: skip
-def test_row_51_gguf_that_cannot_be_exact(key, value, says, refuse):
+def test_row_63_gguf_that_cannot_be_exact(key, value, says, refuse):
     """R | a GGUF of another architecture, with experts, scaled positions or a SentencePiece tokenizer |
     one line that names the setting"""
     refuse(gguf_files.settings_of(GOLDEN / "llama") | {key: value}, bytes, says)
