@@ -4,6 +4,7 @@ The names of tensors come from the package's table, the order of rotary pairs fr
 convert_hf_to_gguf.py: nothing of nanorlhf/hub/gguf.py is used here but to read a file that is to be bent.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -134,8 +135,10 @@ def convert(folder, path, kind="F32", tokenizer="", **more):
 
 
 def good_files(folders):
-    """A folder with nothing but model.gguf for each of these that llama.cpp could hold."""
+    """A folder with nothing but model.gguf for each of these that llama.cpp could hold; none without gguf."""
     made = []
+    if importlib.util.find_spec("gguf") is None:
+        return made
     for folder in folders:
         family, _, tokenizer = folder.name.partition("-")
         if tokenizer in KINDS and family in ("gpt2", "llama", "qwen2", "qwen3"):
