@@ -27,7 +27,9 @@ def _named(flag):
 SMALLER = "take a smaller model, or --dtype bf16_weights in training"
 
 # owner/name on the Hugging Face Hub, and the old names there that have no owner
-HUB_NAME = r"(?!(runs|models|out|data|\.+)/)[\w.-]+/(?!model$)[\w.-]+|(distil)?gpt2(-medium|-large|-xl)?"
+HUB_NAME = (
+    r"(?!(runs|models|out|data|\.+)/|.*\.gguf$)[\w.-]+/(?!model$)[\w.-]+|(distil)?gpt2(-medium|-large|-xl)?"
+)
 # run folders of the trainers' defaults; there are no preferences for chain and countdown
 MADE = r"runs/(?!(?:chain|countdown)-(?:rm|dpo))(reviews|chain|countdown)-(sft|rm|ppo|grpo|dpo|distill)/model"
 
