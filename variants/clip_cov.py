@@ -2,8 +2,9 @@
 
     C_it = (log π(y_it) − mean log π) (Â_i − mean Â),   l_it = 0 for a random share of 1 < C_it < 5
 
-The entropy falls by the covariance of log-probability and advantage, and a tiny part of the tokens makes most of
-it. C is that of the step's samples, before its first update. `--cov_share` is a share of all tokens.
+The entropy falls by the covariance of log-probability and advantage, and a tiny part of the tokens makes
+most of it. C is that of the step's samples, before its first update. `--cov_share` is a share of all
+tokens.
 When it helps: where the entropy collapses in the first steps and the reward stops rising with it.
 """
 

@@ -3,20 +3,16 @@
     l_it = −Â_i · min(ρ_it, 20) · log π(y_it),   0 where π − π_old > δ (Â_i > 0) or π − π_old < −δ (Â_i ≤ 0)
 
 |π − π_old| bounds the total variation from below; δ = 0.15, and no gradient passes through the weight.
-When it helps: a token of probability 0.001 may double without harm, and the clip silences it; one that falls
-from 0.99 to 0.8 has moved the policy far, and the clip lets it pass.
+When it helps: a token of probability 0.001 may double without harm, and the clip silences it; one that
+falls from 0.99 to 0.8 has moved the policy far, and the clip lets it pass.
 """
 
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
-        clip_low=0.2,
-        clip_high=0.2,
-        agg="token",
+        self.fill("grpo", RECIPES[self.recipe])
 """, """\
-        clip_low=0.15,
-        clip_high=0.15,
-        agg="token",
+        self.fill("grpo", RECIPES[self.recipe] | {"clip_low": 0.15, "clip_high": 0.15})
 """),
     ("""\
         unclipped = -adv * ratio

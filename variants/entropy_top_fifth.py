@@ -2,8 +2,8 @@
 
     l_it = 1[H_it ≥ h] · max(−Â_i ρ_it, −Â_i clip(ρ_it)),   h = the 0.8 quantile of H
 
-H_it is the entropy of the policy where token t was sampled, before the step's first update, and h belongs to all
-tokens of the step. The weights still count every token.
+H_it is the entropy of the policy where token t was sampled, before the step's first update, and h belongs
+to all tokens of the step. The weights still count every token.
 When it helps: with long reasoning, where a few forks decide an answer and most tokens follow from the ones
 before. In answers of five tokens there is little to leave out.
 """
@@ -27,7 +27,7 @@ UNCERTAIN_SHARE = 0.2
 
 
 def most_uncertain(entropy, mask):
-    \"\"\"entropy (B, T), mask (B, T) bool → bool (B, T): the share of its tokens with the largest entropy.\"\"\"
+    \"\"\"→ bool (B, T): the tokens of the mask, (B, T) bool, whose entropy is among the largest.\"\"\"
     return mask & (entropy >= entropy[mask].quantile(1 - UNCERTAIN_SHARE))
 
 

@@ -2,8 +2,9 @@
 
     Â_i = whiten(Σ_k w_k (r_ik − mean_group r_k) / std_group r_k)
 
-When it helps: several `--reward` functions. Summed first, (1, 0) and (0, 1) are one advantage, and a function whose
-values spread more drowns the others. The last step keeps Â's size, whatever the number of functions.
+When it helps: several `--reward` functions. Summed first, (1, 0) and (0, 1) are one advantage, and a
+function whose values spread more drowns the others. The last step keeps Â's size, whatever the number of
+functions.
 """
 
 TRAINER = "train_grpo.py"
@@ -11,7 +12,7 @@ CHANGES = [
     ("""\
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)
 """, """\
-            require(rm is None, "GDPO normalises each reward function by itself; a reward model is none: --reward")
+            require(rm is None, "GDPO needs --reward functions, to normalise each by itself; here is --rm")
             weights = [function.weight for function in rewards.functions] + [1.0]
             shaping = reward - roll.reward  # the KL and the penalty on length, as one more function
             parts = torch.cat([roll.reward_parts, shaping[:, None]], 1)

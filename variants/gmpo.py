@@ -3,29 +3,22 @@
     L_i = −Â_i · (Π_t ρ̂_it)^(1/|y_i|),   log ρ̂ = min(log ρ, ε) if Â_i > 0, else max(log ρ, −ε)
 
 Each token is clipped in the logarithm, at ε = 0.4: at ρ of 0.67 and 1.49.
-When it helps: one token whose ratio is 20 adds 20 to the sum over a response; to the mean of the logarithms of
-ten tokens it adds 0.3. So the wider clip stays stable.
+When it helps: one token whose ratio is 20 adds 20 to the sum over a response; to the mean of the logarithms
+of ten tokens it adds 0.3. So the wider clip stays stable.
 """
 
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
-        ratio="token",
-        loss="clip",
-        clip_low=0.2,
-        clip_high=0.2,
-        agg="token",
+        self.fill("grpo", RECIPES[self.recipe])
 """, """\
-        ratio="sequence",
-        loss="clip",
-        clip_low=0.4,
-        clip_high=0.4,
-        agg="seq_mean",
+        gmpo = {"ratio": "sequence", "clip_low": 0.4, "clip_high": 0.4, "agg": "seq_mean"}
+        self.fill("grpo", RECIPES[self.recipe] | gmpo)
 """),
     ("""\
     ratio: Literal["token", "sequence"] | None = None  # importance ratio; sequence: GSPO
 """, """\
-    ratio: Literal["sequence"] | None = None  # importance ratio: the geometric mean of a row's, clipped before
+    ratio: Literal["sequence"] | None = None  # importance ratio: a row's mean, clipped before
 """),
     ("""\
         mean = log_ratio.sum(1, keepdim=True) / length

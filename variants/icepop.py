@@ -2,8 +2,9 @@
 
     l_it = M(π_old / π_sampler) · max(−Â_i ρ_it, −Â_i clip(ρ_it)),   M(k) = k if 0.5 ≤ k ≤ 5, else 0
 
-The ratio that is clipped is π_θ/π_old, where the trainer itself computes π_old once, before the step's first
-update. The sampler's own probabilities enter the weight alone: this is decoupled PPO (arXiv 2110.00641).
+The ratio that is clipped is π_θ/π_old, where the trainer itself computes π_old once, before the step's
+first update. The sampler's own probabilities enter the weight alone: this is decoupled PPO (arXiv
+2110.00641).
 When it helps: as TIS does; where a token is off by a factor of 100, such as with a mixture of experts whose
 routing differs, TIS keeps it at weight 2, and here it is gone.
 """

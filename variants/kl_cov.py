@@ -2,8 +2,8 @@
 
     l_it = −Â_i ρ_it + 1[C_it among the largest] · |log ρ_it|,   C_it = (log π − mean log π) (Â_i − mean Â)
 
-C is that of the step's samples, before its first update. There is no clip. `--cov_share` is 0.0002 in the paper
-for a model of 32B and 0.002 for one of 7B.
+C is that of the step's samples, before its first update. There is no clip. `--cov_share` is 0.0002 in the
+paper for a model of 32B and 0.002 for one of 7B.
 When it helps: as Clip-Cov, and more smoothly, since the token still learns.
 """
 
@@ -24,7 +24,8 @@ CHANGES = [
     ("""\
         return policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg)
 """, """\
-        return policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg, batch["held"])
+        held = batch["held"]
+        return policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg, held)
 """),
     ("""\
         unclipped = -adv * ratio

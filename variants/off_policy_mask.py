@@ -2,17 +2,18 @@
 
     l_it = 0   if Â_i < 0 and 1/|y_i| Σ_t log(π_old / π_θ) > δ
 
-The paper keeps its δ to itself; 0.5 is the example that TRL gives. The weights still count the rows left out.
-When it helps: many updates a rollout, or `--off_policy_steps`. From an answer that the policy would no longer give
-it learns nothing about its own mistakes, and pushing it down further is what breaks long runs.
+The paper keeps its δ to itself; 0.5 is the example that TRL gives. The weights still count the rows left
+out.
+When it helps: many updates a rollout, or `--off_policy_steps`. From an answer that the policy would no
+longer give it learns nothing about its own mistakes, and pushing it down further is what breaks long runs.
 """
 
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
-    off_policy_steps: int = 0  # sample with the weights of this many steps ago
+    std_eps: float = 1e-6  # added to the standard deviation
 """, """\
-    off_policy_steps: int = 0  # sample with the weights of this many steps ago
+    std_eps: float = 1e-6  # added to the standard deviation
     off_policy_delta: float = 0.5  # mean nats a token by which a failure may have become less likely
 """),
     ("""\

@@ -9,9 +9,9 @@ When it helps: responses of very different lengths. The paper takes one update a
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
-        norm="group_std",
+        self.fill("grpo", RECIPES[self.recipe])
 """, """\
-        norm="none",
+        self.fill("grpo", RECIPES[self.recipe] | {"norm": "none"})
 """),
     ("""\
     mean = zeros.index_add(0, group, reward) / size

@@ -3,8 +3,9 @@
     w_it = 0   if response i was cut; the other weights count finished responses alone
 
 Its reward still enters the mean of its group.
-When it helps: long reasoning, cut by a limit that is tight. A cut answer is scored as wrong, although nothing in it
-may be, and the policy learns to fear length. Where answers should become shorter, it hides what is wrong.
+When it helps: long reasoning, cut by a limit that is tight. A cut answer is scored as wrong, although
+nothing in it may be, and the policy learns to fear length. Where answers should become shorter, it hides
+what is wrong.
 """
 
 TRAINER = "train_grpo.py"

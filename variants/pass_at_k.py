@@ -2,10 +2,11 @@
 
     Â_i = (r_i − p) / (1 − p) · √(q / (1 − q)),   p = mean_group r,   q = C(wrong, k) / C(G, k)
 
-Each group of k out of the G samples has the reward max r, whitened over all such groups. Â_i is the mean over those
-that contain sample i, in closed form: GRPO with another scale for each prompt. With k = 1 it is GRPO, up to
-the n − 1 in the standard deviation.
-When it helps: where pass@1 rises and pass@64 falls. Nothing is learned from a prompt with fewer than k failures.
+Each group of k out of the G samples has the reward max r, whitened over all such groups. Â_i is the mean
+over those that contain sample i, in closed form: GRPO with another scale for each prompt. With k = 1 it is
+GRPO, up to the n − 1 in the standard deviation.
+When it helps: where pass@1 rises and pass@64 falls. Nothing is learned from a prompt with fewer than k
+failures.
 """
 
 TRAINER = "train_grpo.py"

@@ -2,8 +2,9 @@
 
     Â_i = r(x, y_i) − r(x, ŷ),   ŷ the greedy answer to x
 
-When it helps: where few samples of a prompt can be had. The baseline costs one more answer, and no sample enters the
-baseline of another. `--group_size 2 --minibatches 1 --loss reinforce` is near the paper, which draws one sample.
+When it helps: where few samples of a prompt can be had. The baseline costs one more answer, and no sample
+enters the baseline of another. `--group_size 2 --minibatches 1 --loss reinforce` is near the paper, which
+draws one sample.
 """
 
 TRAINER = "train_grpo.py"

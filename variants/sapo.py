@@ -2,17 +2,18 @@
 
     l_it = −Â_i · 4/τ · σ(τ (ρ_it − 1)),   τ = 1 if Â_i > 0, else 1.05
 
-The 4 makes the slope at ρ = 1 that of the ratio itself: on fresh samples the gradient is GRPO's. Away from 1
-it fades, sooner for negative advantages, and never drops to 0 at once.
-When it helps: several updates a rollout, where the clip silences a token fully at ρ = 1.2 and not at all at 1.19.
+The 4 makes the slope at ρ = 1 that of the ratio itself: on fresh samples the gradient is GRPO's. Away from
+1 it fades, sooner for negative advantages, and never drops to 0 at once.
+When it helps: several updates a rollout, where the clip silences a token fully at ρ = 1.2 and not at all at
+1.19.
 """
 
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
-        agg="token",
+        self.fill("grpo", RECIPES[self.recipe])
 """, """\
-        agg="seq_mean",
+        self.fill("grpo", RECIPES[self.recipe] | {"agg": "seq_mean"})
 """),
     ("""\
         unclipped = -adv * ratio

@@ -2,10 +2,11 @@
 
     l_it = min(π_old / π_sampler, 2) · max(−Â_i ρ_it, −Â_i clip(ρ_it)),   ρ_it = π_θ / π_old
 
-The ratio that is clipped is π_θ/π_old, where the trainer itself computes π_old once, before the step's first
-update. The sampler's own probabilities enter the weight alone: this is decoupled PPO (arXiv 2110.00641).
-When it helps: where the sampler is not the policy: an engine of lower precision, or `--off_policy_steps`. Without
-the weight the gradient is that of other samples than those which were drawn.
+The ratio that is clipped is π_θ/π_old, where the trainer itself computes π_old once, before the step's
+first update. The sampler's own probabilities enter the weight alone: this is decoupled PPO (arXiv
+2110.00641).
+When it helps: where the sampler is not the policy: an engine of lower precision, or `--off_policy_steps`.
+Without the weight the gradient is that of other samples than those which were drawn.
 """
 
 TRAINER = "train_grpo.py"

@@ -2,10 +2,10 @@
 
     l_it = −φ(W_i) Â_i log π(y_it),   φ(W) = W^k e^{λ (1 − W)},   W_i = Π_t π_θ / π_old
 
-No gradient passes through φ, which is 1 at W = 1 and falls to 0 on both sides: k, λ = 2, 3 where Â_i ≥ 0, and
-3, 2 where it is negative.
-When it helps: stale samples. The product is the right weight of a response, and its tail, which made it unusable, is
-cut off smoothly.
+No gradient passes through φ, which is 1 at W = 1 and falls to 0 on both sides: k, λ = 2, 3 where Â_i ≥ 0,
+and 3, 2 where it is negative.
+When it helps: stale samples. The product is the right weight of a response, and its tail, which made it
+unusable, is cut off smoothly.
 """
 
 TRAINER = "train_grpo.py"

@@ -3,10 +3,10 @@
     pip install torch==2.13.0 trl==1.16.0; pip install --no-deps verl==0.9.1 tensordict
     python tests/golden/make_variants_grpo.py
 
-Where TRL or verl has the method, its own function computes them. TRL's GRPOTrainer._compute_loss is called with an
-object that has the few attributes which it reads and whose model returns given log-probs; verl's functions are
-called as they are, with stand-ins for the packages that it only imports. The rest are references: float64 code
-written from the paper's formula by another way than the variant's, marked so.
+Where TRL or verl has the method, its own function computes them. TRL's GRPOTrainer._compute_loss is called
+with an object that has the few attributes which it reads, and that returns given log-probs. verl's functions
+are called as they are, with stand-ins for the packages that it only imports. The rest are references: float64
+code of the paper's formula, by another way than the variant's, and marked so.
 """
 
 import itertools
@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -68,6 +69,7 @@ def sequence_mean(mask=MASK):
 
 
 def call(function, inputs, value, gradient=None, config=None):
+    """A call as tests/test_variants.py makes it. value, gradient: those of the published code."""
     found = {"function": function, "inputs": {name: plain(x) for name, x in inputs.items()}}
     if config is not None:
         found["config"] = config
@@ -76,7 +78,7 @@ def call(function, inputs, value, gradient=None, config=None):
 
 
 def policy_loss(loss, w, config=None, old=OLD, adv=ADV, **more):
-    """loss(logp) → scalar of the published code → the call of policy_loss that must give its value and gradient."""
+    """loss, a function logp → scalar of the published code → the call of policy_loss that must equal it."""
     logp = LOGP.clone().requires_grad_()
     value = loss(logp)
     value.backward()
@@ -92,7 +94,6 @@ def gradient_of(loss):
 
 def write(name, origin, *calls):
     text = json.dumps({"origin": origin, "calls": calls})
-    OUT.mkdir(exist_ok=True)
     (OUT / f"{name}.json").write_text(text.replace('{"function"', '\n{"function"') + "\n", "utf-8")
 
 
@@ -128,39 +129,41 @@ def trl_loss(logp, cls=trl.GRPOTrainer, mask=MASK, adv=ADV, old=OLD, extra=None,
 
 
 def from_trl():
-    release = f"trl {trl.__version__}"
+    origin = f"trl {trl.__version__}: GRPOTrainer._compute_loss"
     w = sequence_mean()
-    write("sapo", f"{release}: GRPOTrainer._compute_loss, loss_type sapo",
-          policy_loss(lambda logp: trl_loss(logp, loss_type="sapo"), w))  # fmt: skip
-    clip = {"epsilon_low": 0.4, "epsilon_high": 0.4}
-    write("gmpo", f"{release}: GMPOTrainer._compute_loss, epsilon 0.4",
-          policy_loss(lambda logp: trl_loss(logp, GMPOTrainer, **clip), w))  # fmt: skip
-    write("vespo", f"{release}: GRPOTrainer._compute_loss, loss_type vespo",
-          policy_loss(lambda logp: trl_loss(logp, loss_type="vespo"), token_mean()))  # fmt: skip
+    found = policy_loss(lambda logp: trl_loss(logp, loss_type="sapo"), w)
+    write("sapo", f"{origin}, loss_type sapo", found)
 
-    # One failure has become less likely by more than δ a token, one by less.
+    found = policy_loss(lambda logp: trl_loss(logp, GMPOTrainer, epsilon_low=0.4, epsilon_high=0.4), w)
+    write("gmpo", f"trl {trl.__version__}: GMPOTrainer._compute_loss, epsilon 0.4", found)
+
+    found = policy_loss(lambda logp: trl_loss(logp, loss_type="vespo"), token_mean())
+    write("vespo", f"{origin}, loss_type vespo", found)
+
+    # With these signs rows 0 and 2 are failures, by 0.27 and 0.09 nats a token less likely than when sampled.
     calls = []
-    for delta in (0.125, 0.5):
-        settings = {"off_policy_mask_threshold": delta, "loss_type": "grpo"}
-        calls.append(policy_loss(lambda logp, s=settings: trl_loss(logp, **s), w, {"off_policy_delta": delta}))
-    write("off_policy_mask", f"{release}: GRPOTrainer._compute_loss, off_policy_mask_threshold", *calls)
+    for delta in (0.0625, 0.125, 0.5):
+        loss = partial(trl_loss, off_policy_mask_threshold=delta, loss_type="grpo", adv=-ADV)
+        calls.append(policy_loss(loss, w, {"off_policy_delta": delta}, adv=-ADV))
+    assert len({each["value"] for each in calls}) == 3
+    write("off_policy_mask", f"{origin}, off_policy_mask_threshold", *calls)
 
-    trainer = SimpleNamespace(accelerator=CHECK)
-    chosen = trl.GRPOTrainer.get_high_entropy_mask(trainer, ENTROPY, MASK, 0.8)
-    masked = ADV[:, None] * chosen
-    write("entropy_top_fifth", f"{release}: GRPOTrainer.get_high_entropy_mask and _compute_loss, quantile 0.2",
-          call("most_uncertain", dict(entropy=ENTROPY, mask=MASK), chosen.double()),
-          policy_loss(lambda logp: trl_loss(logp, top_entropy_quantile=0.2), token_mean(), adv=masked))  # fmt: skip
+    chosen = trl.GRPOTrainer.get_high_entropy_mask(SimpleNamespace(accelerator=CHECK), ENTROPY, MASK, 0.8)
+    first = call("most_uncertain", dict(entropy=ENTROPY, mask=MASK), chosen.double())
+    loss = partial(trl_loss, top_entropy_quantile=0.2)
+    second = policy_loss(loss, token_mean(), adv=ADV[:, None] * chosen)
+    write("entropy_top_fifth", f"{origin} and get_high_entropy_mask, top_entropy_quantile 0.2", first, second)
 
     # With ratio 1 and advantage −1 the gradient of the loss is the weight of each token.
     finished = torch.tensor([True, False, True, True])
+    inputs = dict(mask=MASK, group=torch.tensor(GROUP), finished=finished)
+    counted = MASK & finished[:, None]
     calls = []
     for loss_type, agg in (("dapo", "token"), ("grpo", "seq_mean"), ("dr_grpo", "seq_sum_const")):
-        logp = LOGP.clone().requires_grad_()
-        trl_loss(logp, mask=MASK & finished[:, None], adv=-torch.ones(4), old=LOGP, loss_type=loss_type).backward()
-        inputs = dict(mask=MASK, group=torch.tensor(GROUP), finished=finished)
-        calls.append(call("token_weights", inputs, logp.grad, config={"agg": agg, "max_new_tokens": 5}))
-    write("overlong_filter", f"{release}: gradient of GRPOTrainer._compute_loss, truncated rows masked", *calls)
+        loss = partial(trl_loss, mask=counted, adv=-torch.ones(4), old=LOGP, loss_type=loss_type)
+        config = {"agg": agg, "max_new_tokens": 5}
+        calls.append(call("token_weights", inputs, gradient_of(loss), config=config))
+    write("overlong_filter", f"{origin}, gradient, truncated rows masked", *calls)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,50 +186,57 @@ def verl_loss(function, logp, adv=ADV, old=OLD, weights=None, **settings):
 
 
 def from_verl():
-    release = "verl 0.9.1"
     w = token_mean()
-    write("dppo_tv", f"{release}: compute_policy_loss_dppo_tv, clip_ratio 0.15",
-          policy_loss(lambda x: verl_loss(verl.compute_policy_loss_dppo_tv, x, clip=0.15), w))  # fmt: skip
-    far = (LOGP - 4 * MASK)  # ratios up to 100: the bound acts
-    write("dual_clip", f"{release}: compute_policy_loss_vanilla, clip_ratio_c 3",
-          policy_loss(lambda x: verl_loss(verl.compute_policy_loss_vanilla, x), w),
-          policy_loss(lambda x: verl_loss(verl.compute_policy_loss_vanilla, x, old=far), w, old=far))  # fmt: skip
+    loss = partial(verl_loss, verl.compute_policy_loss_dppo_tv, clip=0.15)
+    write("dppo_tv", "verl 0.9.1: compute_policy_loss_dppo_tv, clip_ratio 0.15", policy_loss(loss, w))
+
+    far = LOGP - 4 * MASK  # ratios of e^4, where the bound acts
+    vanilla = partial(verl_loss, verl.compute_policy_loss_vanilla)
+    calls = [policy_loss(vanilla, w), policy_loss(partial(vanilla, old=far), w, old=far)]
+    write("dual_clip", "verl 0.9.1: compute_policy_loss_vanilla, clip_ratio_c 3", *calls)
 
     # Which tokens verl selects shows in its gradient. With a clip of 10 nothing else is clipped.
     adv = torch.tensor([3.0, -1.0, 0.5, -3.0])
-    spread = dict(logp=LOGP, adv=adv, mask=MASK)
-    share = 0.5  # more than there are tokens in the band, so no chance is in it
-    clip_cov = lambda x: verl_loss(verl.compute_policy_loss_clip_cov, x, adv, clip_cov_ratio=share, clip=10)  # noqa: E731
-    kept = gradient_of(clip_cov) != 0
+    inputs = dict(logp=LOGP, adv=adv, mask=MASK)
+    share = 0.5  # more tokens than there are in the band, so verl leaves nothing to chance
+    loss = partial(verl_loss, verl.compute_policy_loss_clip_cov, adv=adv, clip_cov_ratio=share, clip=10)
+    kept = gradient_of(loss) != 0
     assert 2 <= (MASK & ~kept).sum() <= share * MASK.sum()
-    write("clip_cov", f"{release}: compute_policy_loss_clip_cov, clip_cov_ratio {share}",
-          call("clip_cov", spread | {"step": 0}, kept.double(), config={"cov_share": share}),
-          policy_loss(clip_cov, w, {"clip_low": 10.0, "clip_high": 10.0}, adv=adv[:, None] * kept))  # fmt: skip
+    first = call("clip_cov", inputs | {"step": 0}, kept.double(), config={"cov_share": share})
+    wide = {"clip_low": 10.0, "clip_high": 10.0}
+    second = policy_loss(loss, w, wide, adv=adv[:, None] * kept)
+    write("clip_cov", f"verl 0.9.1: compute_policy_loss_clip_cov, clip_cov_ratio {share}", first, second)
 
     share = 0.25
-    kl_cov = lambda x, pull=1.0: verl_loss(  # noqa: E731
-        verl.compute_policy_loss_kl_cov, x, adv, kl_cov_ratio=share, ppo_kl_coef=pull)  # fmt: skip
-    held = gradient_of(kl_cov) != gradient_of(lambda x: kl_cov(x, pull=0.0))
+    loss = partial(verl_loss, verl.compute_policy_loss_kl_cov, adv=adv, kl_cov_ratio=share, ppo_kl_coef=1.0)
+    held = gradient_of(loss) != gradient_of(partial(loss, ppo_kl_coef=0.0))
     assert held.sum() == int(share * MASK.sum())
-    write("kl_cov", f"{release}: compute_policy_loss_kl_cov, kl_cov_ratio {share}",
-          call("largest_cov", spread, held.double(), config={"cov_share": share}),
-          policy_loss(kl_cov, w, adv=adv, held=held))  # fmt: skip
+    first = call("largest_cov", inputs, held.double(), config={"cov_share": share})
+    second = policy_loss(loss, w, adv=adv, held=held)
+    write("kl_cov", f"verl 0.9.1: compute_policy_loss_kl_cov, kl_cov_ratio {share}", first, second)
 
     # Weights between sampler and trainer; OLD is what the trainer computed.
-    pair = dict(trainer_logp=OLD, sampler_logp=SAMPLER)
     log_ratio = OLD - SAMPLER
-    for name, level, threshold in (("tis", "token", 2.0), ("icepop", "token", "0.5_5.0"), ("seq_tis", "sequence", 2.0)):
-        weight = correction.compute_rollout_correction_weights(log_ratio, MASK.double(), level, threshold)[0]
-        inside = weight[:, :1] if level == "sequence" else torch.where(MASK, weight, 1.0)
-        loss = lambda x, weight=weight: verl_loss(verl.compute_policy_loss_vanilla, x, weights=weight)  # noqa: E731
-        write(name, f"{release}: compute_rollout_correction_weights, {level} {threshold}, compute_policy_loss_vanilla",
-              call("sampler_weight", pair, inside), policy_loss(loss, w, adv=ADV[:, None] * weight))  # fmt: skip
+    inputs = dict(trainer_logp=OLD, sampler_logp=SAMPLER)
+    for name, level, bounds in (
+        ("tis", "token", 2.0),
+        ("icepop", "token", "0.5_5.0"),
+        ("seq_tis", "sequence", 2.0),
+    ):
+        weight = correction.compute_rollout_correction_weights(log_ratio, MASK.double(), level, bounds)[0]
+        assert 2 <= (weight[MASK] != log_ratio.exp()[MASK]).sum()  # some are cut
+        found = weight[:, :1] if level == "sequence" else torch.where(MASK, weight, 1.0)
+        first = call("sampler_weight", inputs, found)
+        second = policy_loss(partial(vanilla, weights=weight), w, adv=ADV[:, None] * weight)
+        origin = f"verl 0.9.1: compute_rollout_correction_weights, {level} {bounds}"
+        write(name, f"{origin}, and compute_policy_loss_vanilla", first, second)
     calls = []
     for band in (0.05, 0.25):
-        names = dict(rollout_rs="seq_mean_k1", rollout_rs_threshold=f"{1 / (1 + band)!r}_{1 + band!r}")
-        kept = correction.compute_rollout_rejection_mask(log_ratio, MASK.double(), **names)[0].amax(1, keepdim=True)
-        calls.append(call("sampler_weight", pair | {"mask": MASK}, kept, config={"geo_band": band}))
-    write("geo_mask", f"{release}: compute_rollout_rejection_mask, seq_mean_k1", *calls)
+        bounds = f"{math.exp(-band)!r}_{math.exp(band)!r}"
+        found = correction.compute_rollout_rejection_mask(log_ratio, MASK.double(), "seq_mean_k1", bounds)[0]
+        kept = found.amax(1, keepdim=True)
+        calls.append(call("sampler_weight", inputs | {"mask": MASK}, kept, config={"geo_band": band}))
+    write("geo_mask", "verl 0.9.1: compute_rollout_rejection_mask, seq_mean_k1", *calls)
 
     # Advantages. verl takes rewards per token, at any of them.
     reward = torch.tensor([1.0, 0.0, 0.25, 0.75, 0.5, 0.5, -1.0, 2.0])
@@ -238,12 +248,12 @@ def from_verl():
     index = np.array(group.tolist())
     found = verl.compute_opo_outcome_advantage(at_first.clone(), mask, index)[0][:, 0]
     inputs = dict(reward=reward, group=group, norm="none", length=length)
-    write("opo", f"{release}: compute_opo_outcome_advantage", call("advantages", inputs, found))
+    write("opo", "verl 0.9.1: compute_opo_outcome_advantage", call("advantages", inputs, found))
 
     greedy = torch.tensor([0.5] * 4 + [1.0] * 4)
     found = verl.compute_remax_outcome_advantage(at_first.clone(), greedy, mask)[0][:, 0]
     inputs = dict(reward=reward, greedy=greedy)
-    write("remax", f"{release}: compute_remax_outcome_advantage", call("beyond_greedy", inputs, found))
+    write("remax", "verl 0.9.1: compute_remax_outcome_advantage", call("beyond_greedy", inputs, found))
 
     parts = torch.tensor([[1, 0], [0, 0.5], [1, 0.25], [0, 0], [1, 3], [1, 0], [1, 1], [1, -2.0]])
     weights = [1.0, 0.5]
@@ -252,9 +262,10 @@ def from_verl():
     columns = {"first": parts[:, 0].numpy(), "second": parts[:, 1].numpy()}
     keys = {"gdpo_reward_keys": list(columns), "gdpo_reward_weights": weights}
     config = SimpleNamespace(get=lambda name, default=None: keys.get(name, default))
-    found = verl.compute_gdpo_outcome_advantage(one, one, index, config=config, non_tensor_batch=columns, batch=batch)
+    more = dict(config=config, non_tensor_batch=columns, batch=batch)
+    found = verl.compute_gdpo_outcome_advantage(one, one, index, **more)
     inputs = dict(parts=parts, weights=weights, group=group, std_eps=1e-6)
-    write("gdpo", f"{release}: compute_gdpo_outcome_advantage", call("decoupled", inputs, found[0][:, 0]))
+    write("gdpo", "verl 0.9.1: compute_gdpo_outcome_advantage", call("decoupled", inputs, found[0][:, 0]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -271,7 +282,8 @@ def references():
         for r in reward[start : start + 6]:  # score function of the right ones' mean, less that of all
             maxrl.append(6 * (r / right - 1 / 6) if right else 0.0)
     inputs = dict(reward=torch.tensor(reward).double(), group=torch.tensor(group))
-    write("maxrl", "reference: eq. 10 of arXiv 2602.02710 by a loop over groups", call("advantages", inputs, maxrl))
+    origin = "reference: arXiv 2602.02710, the mean score of right samples less that of all, by loops"
+    write("maxrl", origin, call("advantages", inputs, maxrl))
 
     calls = []
     for k in (1, 3, 4):
