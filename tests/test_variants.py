@@ -19,7 +19,20 @@ from variants import main
 
 EACH = pytest.mark.parametrize("name", variants.NAMES)
 # Flags without which a method's smoke run would not come to its own lines.
-SMOKE = {}
+SMOKE = {
+    # The reward model's scores may be negative, and are no reward function's.
+    "gdpo": dict(rm="", reward=[f"{__file__}:has_a", f"{__file__}:length"]),
+    "maxrl": dict(rm="", reward=[f"{__file__}:has_a"]),
+    "pass_at_k": dict(rm="", reward=[f"{__file__}:has_a"]),
+}
+
+
+def has_a(prompt, response):
+    return float("a" in response)
+
+
+def length(prompt, response):
+    return float(len(response))
 
 
 def golden(name):

@@ -27,7 +27,8 @@ def advantages(reward, group, norm="group_std", std_eps=1e-6, length=None, pass_
         adv = adv / (variance.sqrt()[group] + std_eps)
 """, """\
         require(((reward == 0) | (reward == 1)).all(), "pass@k training needs rewards that are 0 or 1")
-        require(0 < pass_k <= size.min(), f"--pass_k {pass_k}: a group has {size.min():g} samples")
+        G = int(size.min())
+        require(0 < pass_k <= G, f"--pass_k {pass_k}: must be 1 to {G}, the samples of a group")
         all_wrong = torch.ones_like(mean)  # the chance that k samples of the group are all wrong
         for drawn in range(pass_k):
             all_wrong *= (((1 - mean) * size - drawn) / (size - drawn)).clamp(min=0)
