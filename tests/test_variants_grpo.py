@@ -197,8 +197,9 @@ def test_off_policy_mask_sees_whole_rows(stages, tmp_path, spy, monkeypatch):
 def test_truncated_rows_weigh_nothing(stages, tmp_path, spy):
     trainer = variants.load("overlong_filter")
     losses, rolls = spy(trainer, "policy_loss"), spy(generate, "generate")
-    trainer.train(config("overlong_filter", stages, tmp_path / "run", steps=1, minibatches=1, max_new_tokens=3,
-                         tokens_per_microbatch=0, agg="token"))  # fmt: skip
+    cfg = config("overlong_filter", stages, tmp_path / "run", steps=1, minibatches=1, max_new_tokens=3,
+                 tokens_per_microbatch=0, agg="token")  # fmt: skip
+    trainer.train(cfg)
     roll = rolls[0][1]
     assert 0 < roll.finished.sum() < len(roll)
     counted = roll.mask * roll.finished[:, None]
@@ -246,7 +247,7 @@ def test_pass_at_1_is_grpo():
 
 
 def test_gdpo_takes_the_size_from_each_function(stages, tmp_path, spy):
-    """Functions of 0 to 1 and of 0 to 50: what reaches the loss would be the same if the second had 0 to 5."""
+    """Functions of 0 to 1 and of 0 to 50: what reaches the loss is as if the second had 0 to 5."""
     trainer = variants.load("gdpo")
     calls, losses = spy(trainer, "decoupled"), spy(trainer, "policy_loss")
     cfg = config("gdpo", stages, tmp_path / "run", begins_with_a_vowel, letters, steps=1, minibatches=1,
