@@ -1,8 +1,10 @@
 """variants/: every method fits its trainer, computes its golden vectors and trains; and the command line."""
 
 import difflib
+import importlib
 import json
 import linecache
+import math
 import re
 import shutil
 import traceback
@@ -11,28 +13,18 @@ import pytest
 import stages as st
 import test_style
 import torch
+from helpers import tiny
 
+import train_prm
 import variants
+from nanorlhf import hub, pairs
 from nanorlhf.errors import UserError
+from nanorlhf.hub.files import read_jsonl
 from nanorlhf.run import replay
 from variants import main
 
 EACH = pytest.mark.parametrize("name", variants.NAMES)
-# Flags without which a method's smoke run would not come to its own lines.
-SMOKE = {
-    # The reward model's scores may be negative, and are no reward function's.
-    "gdpo": dict(rm="", reward=[f"{__file__}:has_a", f"{__file__}:length"]),
-    "maxrl": dict(rm="", reward=[f"{__file__}:has_a"]),
-    "pass_at_k": dict(rm="", reward=[f"{__file__}:has_a"]),
-}
-
-
-def has_a(prompt, response):
-    return float("a" in response)
-
-
-def length(prompt, response):
-    return float(len(response))
+SAME_FORMULA = {"prm_soft"}  # the trainer's loss is right for soft labels, it only refuses to read them
 
 
 def golden(name):
@@ -50,7 +42,7 @@ def test_fits_its_trainer(name):
     source = (variants.ROOT / method.TRAINER).read_text("utf-8")
     for old, new in method.CHANGES:
         assert source.count(old) == 1, old
-        assert old.endswith("\n") and new.endswith("\n"), "a change is of whole lines"
+        assert old.endswith("\n") and (new.endswith("\n") or not new), "a change is of whole lines"
     compile(variants.named(name), name, "exec")
     assert 0 < new_lines(name) <= 15
     assert 'variant: Literal["' + name in variants.named(name)
@@ -78,58 +70,81 @@ def tensor(value):
     return torch.tensor(value, dtype=torch.float64) if x.is_floating_point() else x
 
 
-def close(x, expected):
+def close(x, expected, tol=1e-6):
     expected = torch.tensor(expected, dtype=torch.float64)
     assert x.shape == expected.shape
-    assert (x.double() - expected).abs().max() <= 1e-6
+    assert (x.double() - expected).abs().max() <= tol
+
+
+def outcome(trainer, call):
+    """A call of a golden file → its value, a tensor, and its inputs.
+
+    A call has: function, inputs {parameter: nested list or plain value} or plain (lists stay lists), config
+    {flag: value} if the function takes a cfg, gradient {parameter: nested list} of the value's sum, and
+    value, of a tuple the first, or values, one of each in the tuple.
+    """
+    inputs = {key: tensor(value) for key, value in call.get("inputs", {}).items()} | call.get("plain", {})
+    for key in call["gradient"]:
+        inputs[key].requires_grad_()
+    if "config" in call:
+        inputs["cfg"] = trainer.Config(**call["config"])
+    value = getattr(trainer, call["function"])(**inputs)
+    if "values" in call:
+        return torch.stack(value), inputs
+    return torch.as_tensor(value[0] if isinstance(value, tuple) else value), inputs
 
 
 @EACH
 def test_golden(name):
-    """Value and gradient are those of the published code, or of the reference, that the file names.
-
-    A call: function, inputs {parameter: nested list or plain value}, config {flag: value} if the function
-    takes a cfg, value (of a tuple the first) and gradient of its sum {parameter: nested list}.
-    """
-    trainer = variants.load(name)
+    """Value and gradient are those of the published code, or of the reference, that the file names."""
     found = golden(name)
     assert variants.method(name).GOLDEN in found["origin"] and found["calls"]
     for call in found["calls"]:
-        inputs = {key: tensor(value) for key, value in call["inputs"].items()}
-        for key in call["gradient"]:
-            inputs[key].requires_grad_()
-        if "config" in call:
-            inputs["cfg"] = trainer.Config(**call["config"])
-        value = getattr(trainer, call["function"])(**inputs)
-        value = value[0] if isinstance(value, tuple) else value
-        close(value.detach(), call["value"])
+        value, inputs = outcome(variants.load(name), call)
+        close(value.detach(), call["values"] if "values" in call else call["value"])
         if call["gradient"]:
             value.sum().backward()
         for key, expected in call["gradient"].items():
             close(inputs[key].grad, expected)
 
 
-@EACH
-def test_golden_is_not_the_trainer(name):
+@pytest.mark.parametrize("name", [name for name in variants.NAMES if name not in SAME_FORMULA])
+def test_golden_is_not_the_trainers(name):
     """The trainer as it is does not compute the golden vectors, or lacks the function or a parameter."""
-    trainer = __import__(variants.method(name).TRAINER.removesuffix(".py"))
+    trainer = importlib.import_module(variants.method(name).TRAINER.removesuffix(".py"))
     differs = False
     for call in golden(name)["calls"]:
-        inputs = {key: tensor(value) for key, value in call["inputs"].items()}
         try:
-            if "config" in call:
-                inputs["cfg"] = trainer.Config(**call["config"])
-            value = getattr(trainer, call["function"])(**inputs)
-            value = value[0] if isinstance(value, tuple) else value
-            close(value, call["value"])
-        except (AttributeError, TypeError, AssertionError):
+            value, _ = outcome(trainer, call)
+            close(value.detach(), call["values"] if "values" in call else call["value"])
+        except (AttributeError, TypeError, AssertionError, UserError):
             differs = True
     assert differs
 
 
+def has_a(prompt, response):
+    return float("a" in response)
+
+
+def begins_with_b(prompt, response):
+    return float(response[:1] == "b")
+
+
 def flags(name, stages, out, **more):
-    trainer = next(t for t in st.TRAINERS if f"{t.__name__}.py" == variants.method(name).TRAINER)
-    return stages.flags(trainer, out, **dict(steps=2, save_every=0) | SMOKE.get(name, {}) | more)
+    """The flags of a smoke run; some methods need data of their own, or would not come to their lines."""
+    trainer = importlib.import_module(variants.method(name).TRAINER.removesuffix(".py"))
+    own = {}
+    if trainer is train_prm:
+        rows = [row | {"labels": [0.25 if name == "prm_soft" else 1]} for row in st.words(64)]
+        own["data"] = st.jsonl(out.parent / "own.jsonl", rows)
+    if name == "rm_margin":
+        rows = [row | {"margin": 0.5} for row in st.rows_of(st.train_rm)]
+        own["data"] = st.jsonl(out.parent / "own.jsonl", rows)
+    if name == "odpo":
+        own = dict(online=1, rm=f"{stages.folder}/rm/model", pairs=8)
+    if name in ("gdpo", "maxrl", "pass_at_k"):  # of rewards of 0 or 1, or of several functions
+        own = dict(rm="", reward=[f"{__file__}:has_a", f"{__file__}:begins_with_b*2"][: 1 + (name == "gdpo")])
+    return stages.flags(trainer, out, **dict(steps=2, save_every=0) | own | more)
 
 
 @EACH
@@ -297,3 +312,120 @@ def test_export(tmp_path, capsys, monkeypatch):
     before = file.read_bytes()
     assert main(["dpo_length_norm", "export", str(file)]) == 2
     assert "File exists" in capsys.readouterr().err and file.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What golden vectors cannot show
+
+
+def test_wpo_weight_is_aligned_by_the_sum_of_squares():
+    """The log-probs at temperature ½ give log π(y_t) − log Σ_v π(v)² of every token: from all logits."""
+    trainer = variants.load("wpo")
+    model = tiny(dtype=torch.float64)
+    example = pairs.Example([1, 2], [3, 4, 5, 0], [6, 0])
+    logp = trainer.pair_logps(model, [example])
+    sharp = trainer.pair_logps(model, [example], temperature=0.5)
+    for side, response in enumerate((example.first, example.second)):
+        tokens = torch.tensor([example.prompt + response])
+        log_pi = model.head_logits(model(tokens)).double().log_softmax(-1)[0, 1:-1]  # of the response
+        squares = (2 * log_pi).logsumexp(-1)
+        aligned = log_pi.gather(1, torch.tensor(response)[:, None])[:, 0] - squares
+        close(sharp[0, side] - logp[0, side], aligned.sum().item(), 1e-5)
+
+
+def test_odpo_trains_with_the_difference_of_the_scores(stages, tmp_path, no_curves, monkeypatch):
+    """The offset of each pair is α log of what the reward model's scores of the two differ by."""
+    trainer = variants.load("odpo")
+    loss = trainer.preference_loss
+    seen = {}
+
+    def record(logp_w, logp_l, ref_w, ref_l, beta, *rest, offset, **more):
+        seen.update(zip(ref_w.tolist(), offset.tolist()))
+        return loss(logp_w, logp_l, ref_w, ref_l, beta, *rest, offset=offset, **more)
+
+    monkeypatch.setattr(trainer, "preference_loss", record)
+    run = tmp_path / "run"
+    cfg = trainer.Config(**flags("odpo", stages, run, offset=0.5, steps=2, batch_size=32, pairs=16))
+    trainer.train(cfg)
+    ref, _ = hub.load(f"{stages.folder}/sft/model")
+    rows = read_jsonl(run / "pairs-round-0.jsonl", pairs.KEYS)
+    assert len(rows) > 4
+    for row in rows:
+        prompt, best, worst = row["ids"]
+        logp = trainer.pair_logps(ref, [pairs.Example(prompt, best, worst)])[0, 0].item()
+        offset = next(value for key, value in seen.items() if math.isclose(key, logp, abs_tol=1e-4))
+        assert offset == pytest.approx(0.5 * math.log(row["margin"]), abs=1e-5)
+
+
+def test_odpo_needs_scores():
+    trainer = variants.load("odpo")
+    for wrong in ({}, {"online": 3, "judge": "self"}, {"online": 3, "loss": "ipo"}):
+        with pytest.raises(UserError, match="the offset needs --loss dpo, --online 3"):
+            trainer.Config(**wrong)
+    assert trainer.Config(online=3).rm == "runs/reviews-rm/model"
+
+
+def test_margins_are_those_of_the_rows(stages, tmp_path, no_curves, spy):
+    """Every pair has its own margin, in whatever order and micro-batches the rows come."""
+    trainer = variants.load("rm_margin")
+    calls = spy(trainer, "pairwise_loss")
+    rows = [row | {"margin": i / 8} for i, row in enumerate(st.rows_of(st.train_rm))]
+    data = st.jsonl(tmp_path / "margins.jsonl", rows)
+    spied = spy(trainer, "pair_rewards")
+    cfg = trainer.Config(**flags("rm_margin", stages, tmp_path / "run", data=data, tokens_per_microbatch=64))
+    trainer.train(cfg)
+    model, tok = trainer.load_model(cfg, torch.device("cpu"))
+    by_text = {(row["prompt"], row["chosen"], row["rejected"]): row["margin"] for row in rows}
+    assert len(calls) == len(spied) > 4
+    for (args, _), ((_, encoded), _) in zip(calls, spied):
+        margins = []
+        for prompt, chosen, rejected in encoded:
+            texts = tok.decode(prompt), tok.decode(chosen[:-1]), tok.decode(rejected[:-1])
+            margins.append(by_text[texts])
+        assert args[2].tolist() == margins
+
+
+def test_margins_must_be_there(stages, tmp_path, no_curves):
+    """A row without one is named."""
+    trainer = variants.load("rm_margin")
+    rows = [row | {"margin": 1.0} for row in st.rows_of(st.train_rm)]
+    del rows[5]["margin"]
+    data = st.jsonl(tmp_path / "margins.jsonl", rows)
+    with pytest.raises(UserError, match='margins.jsonl:6: needs "margin", a number'):
+        trainer.train(trainer.Config(**flags("rm_margin", stages, tmp_path / "run", data=data)))
+
+
+def test_soft_labels_are_read_and_others_refused(stages, tmp_path, no_curves):
+    """0.25 trains; the trainer itself refuses it, and the variant refuses 1.5 and a text."""
+    trainer = variants.load("prm_soft")
+    for label in (1.5, -0.5, "1"):
+        rows = [row | {"labels": [label]} for row in st.words(64)]
+        data = st.jsonl(tmp_path / "labels.jsonl", rows)
+        with pytest.raises(UserError, match="a number from 0 to 1, or null, for each of 1 steps"):
+            trainer.train(trainer.Config(**flags("prm_soft", stages, tmp_path / "run", data=data)))
+    data = st.jsonl(tmp_path / "labels.jsonl", [row | {"labels": [0.25]} for row in st.words(64)])
+    with pytest.raises(UserError, match="expected 1 of 1, 0, null"):
+        train_prm.train(train_prm.Config(**flags("prm_soft", stages, tmp_path / "plain", data=data)))
+
+
+def test_the_policy_stands_still_while_the_critic_learns(stages, tmp_path, no_curves):
+    """In the first critic_steps of value_pretraining; afterwards it moves."""
+    trainer = variants.load("value_pretraining")
+    start, _ = hub.load(f"{stages.folder}/sft/model")
+    moved = {}
+    for steps in (2, 3):
+        run = tmp_path / str(steps)
+        trainer.train(trainer.Config(**flags("value_pretraining", stages, run, steps=steps, critic_steps=2)))
+        policy, _ = hub.load(run / "model")
+        moved[steps] = any(not torch.equal(a, b) for a, b in zip(start.parameters(), policy.parameters()))
+    assert moved == {2: False, 3: True}
+    critics = [hub.load(tmp_path / "2" / name)[0] for name in ("critic", "model")]
+    assert not torch.equal(critics[0].trunk.wte.weight, critics[1].wte.weight)
+
+
+def test_plain_reinforce_pp_takes_single_samples(stages, tmp_path, no_curves):
+    """A group of one has no baseline, which this method does not need; the KL is in every token's reward."""
+    trainer = variants.load("reinforce_pp")
+    trainer.train(trainer.Config(**flags("reinforce_pp", stages, tmp_path / "run", group_size=1)))
+    cfg = trainer.Config()
+    assert (cfg.kl, cfg.kl_in, cfg.beta) == ("k1", "reward", 0.01)
