@@ -22,10 +22,10 @@ CHANGES = [
             batch["held"] = largest_cov(old_logp, adv, mask, cfg)
 """),
     ("""\
-        return policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg)
+        loss, stats = policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg)
 """, """\
         held = batch["held"]
-        return policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg, held)
+        loss, stats = policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg, held)
 """),
     ("""\
         unclipped = -adv * ratio
