@@ -24,8 +24,9 @@ CHANGES = [
     ("""\
         loss, stats = policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg)
 """, """\
-        held = batch["held"]
-        loss, stats = policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg, held)
+        loss, stats = policy_loss(
+            logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg, batch["held"]
+        )
 """),
     ("""\
         unclipped = -adv * ratio
