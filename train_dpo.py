@@ -86,6 +86,7 @@ class Config(Flags):
     steps: int | None = None  # optimizer steps, divided among the rounds; of --data: 1 pass, at least 100
     batch_size: int = 32  # pairs a step (kto: responses)
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
+    adam_eps: float = 1e-8  # Adam's eps
     weight_decay: float = 0.0  # AdamW; it pulls the policy to 0, not to the reference
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
@@ -460,7 +461,7 @@ def train(cfg):
         base = copy.deepcopy(policy)
         saved["base"] = base
     dist.spread(cfg, policy, frozen=(ref, rm, base))  # one process: as they are; several: all get the same
-    opt = adamw(policy.parameters(), device, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    opt = adamw(policy.parameters(), device, lr=cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
         labelled, held_out, rows, test_rows = load_data(cfg, policy, tok, rewards)
         start, _ = run.start(saved, opt, frozen=(ref,))

@@ -30,7 +30,7 @@ from typing import ClassVar, Literal
 import torch
 
 from nanorlhf import hub, lora, tasks
-from nanorlhf.data import epoch_batches, microbatches, take_rows, trim
+from nanorlhf.data import deal, epoch_batches, microbatches, take_rows, trim
 from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures, sample_figures
@@ -47,6 +47,7 @@ from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
+from nanorlhf.run.defaults import RECIPES
 from nanorlhf.run.device import adamw, clip_gradient, freeze, setup
 from nanorlhf.run.log import Clock, due
 from nanorlhf.run.models import load_models
@@ -55,59 +56,9 @@ from nanorlhf.run.worker import rewards_of
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
-RECIPES = {  # a published recipe sets these flags; those that it does not name come from the first entry
-    "": dict(
-        norm="group_std",
-        ratio="token",
-        loss="clip",
-        clip_low=0.2,
-        clip_high=0.2,
-        agg="token",
-        kl="none",
-        kl_in="loss",
-        beta=0.0,
-        ref_every=0,
-        filter_dead_groups=False,
-        max_rounds=1,
-        no_positive_resampling=0.0,
-        overlong_penalty=0.0,
-    ),
-    # DeepSeekMath, arXiv 2402.03300 (there: one update a rollout, --minibatches 1)
-    "grpo": dict(agg="seq_mean", kl="k3", beta=0.04),
-    # Dr. GRPO, 2503.20783: without 1/std and 1/length, which bias the gradient
-    "dr_grpo": dict(norm="none", agg="seq_sum_const"),
-    # RLOO, 2402.14740
-    "rloo": dict(
-        norm="leave_one_out",
-        loss="reinforce",
-        agg="seq_sum_const",
-        kl="k1",
-        kl_in="reward",
-        beta=0.05,
-        minibatches=1,
-    ),
-    # REINFORCE++ with baseline, 2501.03262
-    "reinforce++": dict(norm="batch_whiten", kl="k2", beta=0.01),
-    # DAPO, 2503.14476; give --max_new_tokens room: its soft penalty takes the last fifth
-    "dapo": dict(clip_high=0.28, filter_dead_groups=True, max_rounds=4, overlong_penalty=0.2),
-    # GSPO, 2507.18071
-    "gspo": dict(ratio="sequence", agg="seq_mean", clip_low=3e-4, clip_high=4e-4),
-    # CISPO, MiniMax-M1, 2506.13585
-    "cispo": dict(loss="cispo"),
-    # ScaleRL, 2510.13786
-    "scalerl": dict(
-        norm="batch_std",
-        loss="cispo",
-        agg="prompt_mean",
-        filter_dead_groups=True,
-        no_positive_resampling=0.9,
-    ),
-    # DeepSeek-R1-Zero, 2501.12948
-    "r1_zero": dict(agg="seq_mean", clip_low=10.0, clip_high=10.0, kl="k3", beta=0.001, ref_every=400),
-    # DeepScaleR: and --max_new_tokens 24,40,64, --temperature 0.6
-    "deepscaler": dict(kl="k3", beta=0.001),
-}
 CISPO_CAP = 5.0  # largest weight of a token in CISPO
+OVERLONG_SHARE = 0.2  # DAPO's soft penalty rises over this last share of the limit (4,096 of 20,480 tokens)
+MAX_ROUNDS = 4  # of sampling in a step, with --dead_groups refill
 
 
 @dataclass
@@ -123,7 +74,7 @@ class Config(Flags):
     out: str = ""  # run folder; empty: runs/TASK-grpo, or with --data runs/FILE-grpo
 
     # method
-    recipe: Literal[tuple(RECIPES)] = ""  # flags of a published recipe; flags given explicitly win
+    recipe: Literal[tuple(RECIPES)] = ""  # flags of a published recipe (run/defaults.py); flags given win
     norm: Literal["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"] | None = None  # for Â_i
     std_eps: float = 1e-6  # added to the standard deviation
     ratio: Literal["token", "sequence"] | None = None  # importance ratio; sequence: GSPO
@@ -132,15 +83,20 @@ class Config(Flags):
     clip_high: float | None = None  # ε_high; above ε_low: clip-higher (DAPO)
     agg: Literal["seq_mean", "token", "seq_sum_const", "prompt_mean"] | None = None  # weights of the tokens
     kl: Literal["none", "k1", "k2", "k3"] | None = None  # estimator of KL(policy‖reference)
-    kl_in: Literal["loss", "loss_unbiased", "reward"] | None = None  # where; unbiased: times the ratio
+    kl_in: Literal["loss", "reward"] | None = None  # where it is charged
+    kl_unbiased: bool | None = None  # in the loss: times the token ratio, for the gradient of KL(policy‖ref)
     beta: float | None = None  # KL coefficient
-    ref_every: int | None = None  # steps after which the reference becomes the policy; 0: never
+    ref_every: int | None = None  # optimizer steps after which the reference becomes the policy; 0: never
+    entropy_coef: float | None = None  # weight of an entropy bonus in the loss; 0: none
 
     # optimisation
     steps: int | None = None  # rollouts, each for epochs × minibatches updates; of own data: 1 pass
     epochs: int = 1  # passes over each rollout
     minibatches: int | None = None  # optimizer steps in each pass
     lr: float | None = None  # learning rate: 5 steps of warm-up, then linear to 0
+    constant_lr_after: int | None = None  # steps of warm-up before a constant lr; 0: lr falls to 0
+    adam_eps: float | None = None  # Adam's eps; where gradients are near it, steps become shorter
+    weight_decay: float | None = None  # AdamW's
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     tokens_per_microbatch: int = 4096  # padded tokens at once, to bound memory; 0: all. Never moves the curve
@@ -151,11 +107,10 @@ class Config(Flags):
     max_new_tokens: int | list[int] | None = None  # longest response with EOS; 24,40,64: longer in the run
     lengthen_at: list[int] = field(default_factory=list)  # steps of the lengthenings, such as 40,80
     temperature: float = 1.0  # of sampling, and of every log-prob
-    off_policy_steps: int = 0  # sample with the weights of this many steps ago
-    filter_dead_groups: bool | None = None  # drop groups whose rewards are all equal
-    max_rounds: int | None = None  # rounds of sampling at most, to fill the step with live groups; 1: no more
+    off_policy_steps: int | None = None  # sample with the weights of this many steps ago
+    dead_groups: Literal["keep", "drop", "refill"] | None = None  # of equal rewards; refill: sample others
     no_positive_resampling: float | None = None  # never again a prompt whose pass rate reached this; 0: off
-    overlong_penalty: float | None = None  # soft penalty over this last share of the length; 0: none
+    overlong_penalty: float | None = None  # at the limit, from 0 at four fifths; 1 suits rewards of ±1
 
     # evaluation
     eval_prompts: int | None = None  # held-out prompts for eval/reward and eval/greedy; own data: 128
@@ -205,8 +160,8 @@ class Config(Flags):
             remedy = "has no effect without --beta; give one, such as --beta 0.04"
             require(self.beta, f"--kl {kl_given}: {remedy}")
         self.fill_judge()
-        counts = "steps prompts_per_step epochs minibatches max_rounds sample_every"
-        check_ranges(self, f"{counts} lr temperature std_eps max_grad_norm".split())
+        counts = "steps prompts_per_step epochs minibatches sample_every"
+        check_ranges(self, f"{counts} lr adam_eps temperature std_eps max_grad_norm".split())
         G = self.group_size
         require(G > 1, f"--group_size {G}: a group of one has nothing to be compared with; at least 2")
         rows = self.prompts_per_step * G
@@ -236,7 +191,8 @@ def advantages(reward, group, norm="group_std", std_eps=1e-6, length=None):
     none          r − mean                                                         Dr. GRPO
     leave_one_out r − mean of the others = G/(G−1) (r − mean)                      RLOO
     batch_whiten  r − mean, whitened over the tokens of the batch                  REINFORCE++ with baseline
-    A group whose rewards are all equal gives exactly 0: rounding in the mean, divided by eps, would not.
+    A group whose rewards are all equal gives exactly 0: rounding in the mean, divided by eps, would not. Only
+    batch_whiten shifts such a group, as all others: its mean over tokens is 0 with the dead groups in it.
     `length` (B,), tokens of each response, weighs the rows of batch_whiten; without it each counts once.
 
     >>> reward = torch.tensor([1.0, 0.0, 1.0, 1.0])  # two prompts with two samples each
@@ -269,7 +225,7 @@ def advantages(reward, group, norm="group_std", std_eps=1e-6, length=None):
         total = n.sum()
         centred = adv - (n * adv).sum() / total
         variance = (n * centred.square()).sum() / (total - 1)
-        adv = centred * torch.rsqrt(variance + 1e-8)
+        return centred * torch.rsqrt(variance + 1e-8)
     return torch.where(live, adv, 0.0)
 
 
@@ -306,12 +262,17 @@ def token_weights(mask, group, cfg):
 
 
 def kl_estimate(logp, ref_logp, kind):
-    """Per token, ≥ 0 in expectation: k1 = log π/π_ref, k2 = ½ k1², k3 = π_ref/π − 1 − log π_ref/π."""
-    log_r = (ref_logp - logp).clamp(-20, 20)
+    """Per token, ≥ 0 in expectation: k1 = log π/π_ref, k2 = ½ k1², k3 = π_ref/π − 1 − log π_ref/π.
+
+    k3 takes log π_ref/π as 20 where it is larger, because e^89 is infinite in fp32; such a token, which the
+    policy samples once in e^20 times, has no gradient. k1 and k2 are exact, however far apart the two are.
+    """
+    log_r = ref_logp - logp
     if kind == "k1":
         return -log_r
     if kind == "k2":
         return log_r.square() / 2
+    log_r = log_r.clamp(max=20)
     return torch.expm1(log_r) - log_r
 
 
@@ -346,10 +307,10 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
         is_clipped = torch.zeros_like(mask)
 
     stats = {"clip": (w * is_clipped).sum(), "ratio_max": (ratio.detach() * mask).max()}
-    if cfg.kl != "none" and cfg.kl_in != "reward":
+    if cfg.kl != "none" and cfg.kl_in == "loss":
         k = kl_estimate(logp, ref_logp, cfg.kl)
-        if cfg.kl_in == "loss_unbiased":
-            k = k * token_ratio
+        if cfg.kl_unbiased:  # k2 has the right gradient as it is: the ratio only makes up for stale samples
+            k = k * (token_ratio.detach() if cfg.kl == "k2" else token_ratio)
         loss = loss + cfg.beta * k
     loss = torch.where(mask, loss, 0.0)
     return (w * loss).sum(), stats
@@ -366,7 +327,8 @@ def microbatch_loss(policy, batch, cfg):
     def chunk_loss(logp, entropy, chunk):
         """chunk (B, T) marks the tokens whose logits are at hand: their part of the loss needs no others."""
         ref_logp = batch["ref_logp"]
-        return policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg)
+        loss, stats = policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg)
+        return loss - cfg.entropy_coef * (batch["w"] * entropy).sum(), stats
 
     if cfg.ratio == "token":
         return policy.logprobs(tokens, mask, cfg.temperature, chunk_loss)
@@ -401,16 +363,20 @@ def gradient(policy, batch, cfg):
 
 
 def learning_rate(step, cfg):
-    """The smaller of a warm-up over 5 steps and a line from lr at step 0 to 0 at the end."""
+    """The smaller of a warm-up over 5 steps and a line from lr at step 0 to 0 at the end, unless constant."""
+    if cfg.constant_lr_after:
+        return cfg.lr * min((step + 1) / cfg.constant_lr_after, 1)
     return cfg.lr * min((step + 1) / 5, 1 - step / cfg.steps)
 
 
-def overlong(length, limit, share):
-    """DAPO's soft penalty (B,): 0, then linearly down to −1 over the last `share` of the limit; 0: none."""
-    if not share:
-        return torch.zeros_like(length)
-    tokens_late = length - (1 - share) * limit
-    return -(tokens_late / (share * limit)).clamp(0, 1)
+def overlong(length, limit, size):
+    """DAPO's soft penalty (B,): 0, then linearly down to −size over the last fifth of the limit.
+
+    The published size of 1 belongs to rewards of ±1. With rewards of 0 and 1 it takes all of a right answer's
+    reward at the limit; 0.5 is then the same penalty.
+    """
+    tokens_late = length - (1 - OVERLONG_SHARE) * limit
+    return -size * (tokens_late / (OVERLONG_SHARE * limit)).clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -419,7 +385,10 @@ def overlong(length, limit, share):
 
 def next_prompts(rows, progress, cfg):
     """→ the rows of the next batch of prompts, without those that are mastered (ScaleRL)."""
-    mastered = progress["mastered"]
+    mastered = set()
+    for prompt, (passed, sampled) in progress["history"].items():
+        if passed / sampled >= cfg.no_positive_resampling:
+            mastered.add(prompt)
     if all(row["prompt"] in mastered for row in rows):
         raise UserError(f"--no_positive_resampling: all {len(rows)} prompts reached it; give more prompts")
     seed = derive_seed(cfg.seed, "data")
@@ -434,14 +403,16 @@ def next_prompts(rows, progress, cfg):
 def sample_step(policy, tok, cfg, rows, limit, progress, score):
     """→ the Rollout to train on, and the rounds of sampling, Rollouts with the dropped groups included.
 
-    One round of prompts. With --max_rounds more of them, until the step is full of groups that are not dead
-    (DAPO's dynamic sampling). progress: "drawn", the batches of prompts drawn in the whole run, and
-    "mastered", the prompts that --no_positive_resampling leaves out from now on.
+    One round of prompts. With --dead_groups refill more of them, until the step is full of groups that are
+    not dead (DAPO's dynamic sampling). progress: "drawn", the batches of prompts drawn in the whole run, and
+    "history", for --no_positive_resampling the samples of each prompt in the whole run: how many passed
+    (reward above 0), and how many there were.
     """
     full = cfg.prompts_per_step * cfg.group_size
+    max_rounds = MAX_ROUNDS if cfg.dead_groups == "refill" else 1
     rounds = []
     kept = []
-    while len(rounds) < cfg.max_rounds and sum(map(len, kept)) < full:
+    while len(rounds) < max_rounds and sum(map(len, kept)) < full:
         batch = next_prompts(rows, progress, cfg)
         seed = derive_seed(cfg.seed, "rollout", progress["drawn"])
         roll = sample_responses(policy, tok, batch, cfg.group_size, limit, cfg.temperature, seed)
@@ -449,10 +420,10 @@ def sample_step(policy, tok, cfg, rows, limit, progress, score):
         rounds.append(roll)
         groups = roll.reward.view(-1, cfg.group_size)
         if cfg.no_positive_resampling:
-            for row, pass_rate in zip(batch, groups.mean(1).tolist()):
-                if pass_rate >= cfg.no_positive_resampling:
-                    progress["mastered"][row["prompt"]] = pass_rate
-        if cfg.filter_dead_groups:
+            for row, passed in zip(batch, (groups > 0).sum(1).tolist()):
+                past = progress["history"].get(row["prompt"], (0, 0))
+                progress["history"][row["prompt"]] = (past[0] + passed, past[1] + cfg.group_size)
+        if cfg.dead_groups != "keep":
             alive = groups.amax(1) > groups.amin(1)  # (prompts,)
             roll = roll.select(alive[roll.group].nonzero()[:, 0])
         if len(roll):
@@ -478,7 +449,8 @@ def train(cfg):
     longest = cfg.limits[-1]
     sampler = copy.deepcopy(policy) if cfg.off_policy_steps else policy
     dist.spread(cfg, policy, frozen=(ref, rm))  # one process: as they are; several: all get the same
-    opt = adamw(policy.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.0)
+    settings = dict(betas=(0.9, 0.99), eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
+    opt = adamw(policy.parameters(), device, lr=cfg.lr, **settings)
     if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
         print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
 
@@ -494,7 +466,7 @@ def train(cfg):
         elif ref is not None:
             frozen.append(ref)
         start, extra = run.start(saved, opt, frozen)
-        progress = {"drawn": 0, "mastered": {}, "past": []} | extra  # extra: as the checkpoint has it
+        progress = {"drawn": 0, "history": {}, "past": [], "updates": 0} | extra  # extra: of the checkpoint
 
         for step in range(start, cfg.steps):
             metrics = {}
@@ -504,8 +476,9 @@ def train(cfg):
                 metrics |= measure(limit)
             clock = Clock()
             # ---- end
-            if step and due(step, cfg.ref_every):  # `due` is true at step 0, too
+            if cfg.ref_every and progress["updates"] >= cfg.ref_every:
                 ref.load_state_dict(lora.merged_weights(policy))
+                progress["updates"] -= cfg.ref_every
             if cfg.off_policy_steps:
                 past = progress["past"]  # weights of this and the steps before; the sampler has the oldest
                 past.append(copy.deepcopy(policy.state_dict()))
@@ -527,10 +500,14 @@ def train(cfg):
 
             # ---- advantage
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)
-            mean_adv = None if cfg.norm == "batch_whiten" else adv.mean().item()  # that one: 0 over tokens
+            weight = mask.sum(1) if cfg.norm == "batch_whiten" else torch.ones_like(adv)
+            mean_adv = ((adv * weight).sum() / weight.sum()).item()  # 0; of batch_whiten over the tokens
             batch = roll.batch() | {"ref_logp": ref_logp, "adv": adv}
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
+            unit = torch.arange(len(roll))  # rows are dealt to the minibatches
+            if cfg.agg == "prompt_mean":
+                unit = roll.group  # whole prompts are: a part of a prompt would count like a whole one
             for param_group in opt.param_groups:
                 param_group["lr"] = learning_rate(step, cfg)
             # over the updates of this step; averages() divides sums by their number
@@ -538,12 +515,10 @@ def train(cfg):
             # ---- the same in train_ppo.py and train_grpo.py
             for epoch in range(cfg.epochs):
                 seed = derive_seed(cfg.seed, "minibatches", step, epoch)
-                generator = torch.Generator().manual_seed(seed)
-                order = torch.randperm(len(roll), generator=generator)
-                for index in order.tensor_split(min(cfg.minibatches, len(order))):
+                for index in deal(unit, cfg.minibatches, seed):
                     minibatch = take_rows(batch, index)
                     # ---- end
-                    if cfg.filter_dead_groups and not adv.any():  # else the KL alone would make an update
+                    if cfg.dead_groups != "keep" and not adv.any():  # else the KL alone would make an update
                         continue
                     minibatch["w"] = token_weights(minibatch["mask"], minibatch["group"], cfg)
                     minibatch["w_sum"] = minibatch["w"].sum().item()
@@ -555,6 +530,7 @@ def train(cfg):
                     where = f"samples {index[:4].tolist()} …, prompt {roll.rows[index[0]]['prompt']!r}"
                     run.check(step, update.pop("loss"), update["gnorm"], where, minibatch, [policy])
                     opt.step()
+                    progress["updates"] += 1  # since the reference was renewed
                     figures.add(update)
 
             # ---- one log line

@@ -29,7 +29,7 @@ from typing import ClassVar
 import torch
 
 from nanorlhf import hub, tasks
-from nanorlhf.data import epoch_batches, microbatches, take_rows, trim
+from nanorlhf.data import deal, epoch_batches, microbatches, take_rows, trim
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures, sample_figures
@@ -69,6 +69,7 @@ class Config(Flags):
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's λ
     clip: float = 0.2  # ε of the policy ratio
+    entropy_coef: float = 0.0  # weight of an entropy bonus in the policy loss; N+: 0
     no_eos_score: float | None = None  # score of a response that never ends (detail 23.3)
     whiten_advantages: bool = True  # advantages get mean 0 and variance 1 over the rollout
     whiten_rewards: bool = False  # divide rewards by their standard deviation (detail 24)
@@ -79,6 +80,7 @@ class Config(Flags):
     minibatches: int | None = None  # optimizer steps in each pass
     lr: float | None = None  # policy learning rate, linear to 0 (detail 20)
     critic_lr: float | None = None  # critic learning rate, linear to 0
+    adam_eps: float = 1e-5  # Adam's eps (detail 20); with PyTorch's 1e-8 the first step is a fifth longer
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norms of policy and critic are clipped to it, each on its own
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
@@ -135,7 +137,7 @@ class Config(Flags):
         self.fill_judge()
         self.critic_init = self.critic_init or self.rm or self.init
         counts = "steps prompts_per_step group_size max_new_tokens epochs minibatches sample_every"
-        above_zero = f"{counts} lr critic_lr temperature max_grad_norm".split()
+        above_zero = f"{counts} lr critic_lr adam_eps temperature max_grad_norm".split()
         check_ranges(self, above_zero, any_sign=("seed", "no_eos_score"))
         require(max(self.gamma, self.lam) <= 1, "--gamma and --lam: must not be above 1")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
@@ -263,7 +265,9 @@ def microbatch_loss(policy, batch, cfg):
 
     def chunk_loss(logp, entropy, chunk):
         """chunk (B, T) marks the tokens whose logits are at hand: their part of the loss needs no others."""
-        return policy_loss(logp, batch["old_logp"], batch["adv"], chunk, cfg.clip, batch["denom"])
+        denom = batch["denom"]
+        loss, stats = policy_loss(logp, batch["old_logp"], batch["adv"], chunk, cfg.clip, denom)
+        return loss - cfg.entropy_coef * entropy.sum() / denom, stats
 
     return policy.logprobs(batch["tokens"], batch["mask"], cfg.temperature, chunk_loss)
 
@@ -330,8 +334,7 @@ def train(cfg):
         {"params": policy.parameters(), "peak": cfg.lr},
         {"params": critic.parameters(), "peak": cfg.critic_lr},
     ]
-    # detail 20: Adam's eps is 1e-5; with PyTorch's 1e-8 the first step is about a fifth longer
-    opt = adamw(groups, device, lr=cfg.lr, eps=1e-5, weight_decay=0.0)
+    opt = adamw(groups, device, lr=cfg.lr, eps=cfg.adam_eps, weight_decay=0.0)
 
     score = partial(score_responses, rm=rm, rewards=rewards)
     measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed)
@@ -384,6 +387,7 @@ def train(cfg):
             batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret}
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
+            unit = torch.arange(len(roll))  # rows are dealt to the minibatches
             for group in opt.param_groups:
                 group["lr"] = group["peak"] * (1 - step / cfg.steps)  # detail 20: linear to 0
             figures = Figures(
@@ -398,9 +402,7 @@ def train(cfg):
             # ---- the same in train_ppo.py and train_grpo.py
             for epoch in range(cfg.epochs):
                 seed = derive_seed(cfg.seed, "minibatches", step, epoch)
-                generator = torch.Generator().manual_seed(seed)
-                order = torch.randperm(len(roll), generator=generator)
-                for index in order.tensor_split(min(cfg.minibatches, len(order))):
+                for index in deal(unit, cfg.minibatches, seed):
                     minibatch = take_rows(batch, index)
                     # ---- end
                     minibatch["denom"] = minibatch["mask"].sum()  # of this optimizer step, however it is cut

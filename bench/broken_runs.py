@@ -36,7 +36,7 @@ class Fault(NamedTuple):
 RIGHT = [  # nothing is wrong here; what a fault is compared with where its flags are not the default ones
     Fault("temperature_right", "", "", "sampled and scored at 0.6", "--temperature 0.6"),
     Fault("kl_right", "", "", "k1 in the reward", "--kl k1 --kl_in reward --beta 0.3"),
-    Fault("kl_k2_loss", "", "", "k2 in the loss", "--kl k2 --beta 3"),
+    Fault("kl_k2_loss", "", "", "k2 in the loss", "--kl k2 --kl_unbiased false --beta 3"),
     Fault("stale_cispo", "", "", "CISPO with stale samples", "--off_policy_steps 8 --loss cispo"),
 ]
 FAULTS = [
@@ -47,8 +47,8 @@ FAULTS = [
     Fault("early", "SFT of 100 steps, gate removed", "len", "nothing to select",
         start="chain-sft-early",
         patch=(GRPO, 'pass_gate(policy, tok, task, longest, cfg.seed)', "pass")),
-    Fault("overlong", "--overlong_penalty 0.2", "len", "the reward falls, len with it",
-        "--overlong_penalty 0.2"),
+    Fault("overlong", "--overlong_penalty 1", "len", "the reward falls, len with it",
+        "--overlong_penalty 1"),
     Fault("late", "log-probs one position late", "kl", "the health line; kl is not 0 at step 0", patch=(
         "nanorlhf/model.py",
         "hidden = self(tokens[:, :-1], doc=doc)  #", "hidden = self(tokens, doc=doc)[:, 1:]  #")),
@@ -62,7 +62,7 @@ FAULTS = [
         "--kl k1 --kl_in reward --beta 0.3", (GRPO, "reward -= cfg.beta", "reward += cfg.beta"),
         beside="broken_kl_right"),
     Fault("kl_k1_loss", "k1 in the loss: no KL penalty", "kl", "kl is where it is without a penalty",
-        "--kl k1 --beta 3", beside="broken_kl_k2_loss"),
+        "--kl k1 --kl_unbiased false --beta 3", beside="broken_kl_k2_loss"),
     Fault("stale", "8 steps stale, no ratio", "kl", "late, then unsteady; kl overshoots",
         "--off_policy_steps 8 --loss reinforce"),
     Fault("stale_clip", "8 steps stale, clipped ratio", "clip", "late and slow; clip is not 0",

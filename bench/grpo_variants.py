@@ -20,11 +20,12 @@ RECIPES = "grpo dr_grpo rloo reinforce++ gspo cispo scalerl r1_zero deepscaler"
 VARIANTS = {
     "default": "",
     **{name: f"--recipe {name}" for name in RECIPES.split()},
+    "scalerl": "--recipe scalerl --constant_lr_after 5",  # in 50 steps its warm-up would not end
     "dapo": "--recipe dapo --max_new_tokens 16",  # room above the 11 tokens of a thought
     "dapo, limit 11": "--recipe dapo",  # its soft penalty then costs a thought all its reward
     "clip-higher": "--clip_high 0.28",
     "k2 in the loss": "--kl k2 --beta 0.05",
-    "k3 × ratio": "--kl k3 --kl_in loss_unbiased --beta 0.05",
+    "k3 × ratio": "--kl k3 --beta 0.05",
     "k1 in the reward": "--kl k1 --kl_in reward --beta 0.05",
     "two epochs": "--epochs 2 --minibatches 2",
     "4 steps stale": "--off_policy_steps 4",

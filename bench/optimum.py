@@ -184,7 +184,7 @@ PPO = dict(prompts_per_step=256, max_new_tokens=LIMIT, lr=5e-3, critic_lr=1e-2, 
            whiten_advantages=False)
 GROUPS = dict(prompts_per_step=32, group_size=8, max_new_tokens=LIMIT, agg="seq_sum_const")
 LARGE = GROUPS | dict(prompts_per_step=1, group_size=512)  # a mean and a σ that hardly depend on the sample
-IN_LOSS = LARGE | dict(kl_in="loss", norm="none")
+IN_LOSS = LARGE | dict(kl_in="loss", kl_unbiased=False, norm="none")
 
 # name → trainer, its flags, the fixed point: π* or another policy, None where there is none
 ALGORITHMS = {
@@ -194,7 +194,7 @@ ALGORITHMS = {
     "grpo_k1_reward": (train_grpo, LARGE | dict(norm="group_std", kl="k1", kl_in="reward"), pi_star),
     "dpo": (None, {}, pi_star),
     "k2_loss": (train_grpo, IN_LOSS | dict(kl="k2"), reverse_kl),
-    "k3_ratio_loss": (train_grpo, IN_LOSS | dict(kl="k3", kl_in="loss_unbiased"), reverse_kl),
+    "k3_ratio_loss": (train_grpo, IN_LOSS | dict(kl="k3", kl_unbiased=True), reverse_kl),
     "k3_loss": (train_grpo, IN_LOSS | dict(kl="k3"), forward_kl),
     "grpo_k2_loss": (train_grpo, IN_LOSS | dict(kl="k2", norm="group_std"), over_sigma),
     "k1_loss": (train_grpo, IN_LOSS | dict(kl="k1"), None),

@@ -27,7 +27,8 @@ STATISTIC = (
 )
 DIFFERS = (
     "chain: the large model (53k parameters) thinks in a tenth of its samples and is then right, so "
-    "thinking is selected, not invented; the small one has 4k parameters and can hardly think; tokens: "
+    "thinking is selected, not invented; the small one has 4k parameters and can hardly think; 4 updates per "
+    "rollout of 256 samples, not 16 per 8,192; tokens: "
     "those that the small model is trained on, without the large one's own RL, which the paper does not "
     "count either"
 )
@@ -69,7 +70,8 @@ def start(size, seed, smoke):
 def reinforced(size, rewards, seed, smoke):
     data = common.data_file(tasks.get("chain").prompts("train", 3000, seed))
     steps = 2 if smoke else {"large": 50, "small": 150}[size]
-    what = dict(recipe="r1_zero", init=start(size, seed, smoke), data=data, steps=steps, seed=seed)
+    what = dict(recipe="r1_zero", minibatches=4, init=start(size, seed, smoke), data=data, steps=steps)
+    what["seed"] = seed
     reward = [f"{__file__}:{name}" for name in REWARDS[rewards]]
     return common.trained(
         train_grpo, task="chain", **what, reward=reward, reward_timeout=0, eval_prompts=0

@@ -334,6 +334,24 @@ def take_rows(batch, rows):
     return {name: x[rows] if isinstance(x, torch.Tensor) and x.dim() else x for name, x in batch.items()}
 
 
+def deal(unit, n, seed):
+    """Deal rows out to n minibatches at random → index tensors; rows of one unit stay together.
+
+    unit (B,) int64, numbers from 0 on: arange(B) deals single rows, the number of its prompt whole prompts.
+    Fewer than n units make fewer minibatches.
+
+    >>> [rows.tolist() for rows in deal(torch.tensor([0, 0, 1, 1, 2, 2]), 2, seed=0)]
+    [[4, 5, 0, 1], [2, 3]]
+    """
+    rows_of = {}
+    for row, number in enumerate(unit.tolist()):
+        rows_of.setdefault(number, []).append(row)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows_of), generator=generator)
+    for part in order.tensor_split(min(n, len(order))):
+        yield torch.tensor([row for number in part.tolist() for row in rows_of[number]])
+
+
 def trim(batch):
     """Cut the (B, T) tensors of a batch to its longest row: columns that only pads stand in cost time.
 

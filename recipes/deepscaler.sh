@@ -18,8 +18,7 @@
 # With --save_memory the last stage takes less than 89 GiB, and every stage fits an A100 of 80 GB with fewer slots.
 #
 # Differs  15% of the prompts are held out. `math_answer` compares formulas with math-verify, their checker with
-#          rules of its own and sympy. The learning rate has 5 steps of warm-up and falls linearly to 0 in each
-#          stage; theirs is constant.
+#          rules of its own and sympy.
 set -e
 MODEL=${MODEL:-models/DeepSeek-R1-Distill-Qwen-1.5B}
 PROMPTS=${PROMPTS:-128}

@@ -10,11 +10,11 @@
 #   0.5B         23 GiB
 #   1.5B         56 GiB
 #
-# Rewards  1 for the right number, 0.2 for the form <think>…</think> <answer>…</answer>. A base model finds the form
-#          only because the prompt describes it.
+# Rewards  1 for the right number, 1 for the form <think>…</think> <answer>…</answer>: the same weight, as published.
+#          A base model finds the form only because the prompt describes it.
 # Differs  R1-Zero samples 8,192 responses at once and splits them into 16 updates; here there are 512, and one
-#          update. The learning rate is 1e-6 (theirs 3e-6, on 671B) and falls to 0 after 5 steps of warm-up. There
-#          the policy becomes the reference every 400 steps, which so short a run never reaches. 15% of the problems
+#          update. The learning rate is 1e-6 (theirs 3e-6, on 671B) and falls to 0 after 5 steps of warm-up. The
+#          policy becomes the reference after every 400 updates, which a run of 198 never reaches. 15% of the problems
 #          are held out.
 set -e
 SIZE=${SIZE:-0.5B}
@@ -38,7 +38,7 @@ echo "r1_zero_gsm8k, after DeepSeek-R1-Zero (arXiv 2501.12948): every stage with
 set -x
 
 python train_grpo.py --recipe r1_zero --data "$PROMPTS" --init "$MODEL" --out "runs/r1-zero-gsm8k-$SIZE" \
-    --reward nanorlhf/answers.py:numeric_answer --reward "nanorlhf/answers.py:think_format*0.2" \
+    --reward nanorlhf/answers.py:numeric_answer --reward nanorlhf/answers.py:answer_format \
     --prompts_per_step 32 --group_size 16 --max_new_tokens 512 --minibatches 1 --steps 198 --lr 1e-6 \
     --temperature 1 --eval_prompts 256 --tokens_per_microbatch 8192 \
     --dtype bfloat16 "$@"

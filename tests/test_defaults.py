@@ -219,9 +219,8 @@ def test_a_recipe_is_printed_with_its_paper(recipe):
     cfg = train_grpo.Config(recipe=recipe, max_new_tokens=16, clip_low=0.123)
     first, *lines = cfg.notes
     paper = defaults.PAPERS[recipe]
-    comment = re.search(rf'    # (.+)\n    "{re.escape(recipe)}"', Path("train_grpo.py").read_text())[1]
     number = re.search(r"\d{4}\.\d{5}|DeepScaleR", paper)[0]
-    assert first == f"--recipe {recipe}: {paper}" and number in comment
+    assert first == f"--recipe {recipe}: {paper}" and number in train_grpo.__doc__
     shown = {line.split()[0]: line.split()[1] for line in lines}
     by = {line.split()[0]: " ".join(line.split()[2:]) for line in lines}
     assert set(shown) == {f"--{name}" for name in train_grpo.RECIPES[""] | train_grpo.RECIPES[recipe]}

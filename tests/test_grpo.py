@@ -7,7 +7,9 @@ policies converge to is tested in test_optimum.py.
 import csv
 import json
 import math
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,11 @@ from helpers import randint, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_dpo
 import train_grpo
+import train_ppo
 from nanorlhf import generate, hub
+from nanorlhf.data import deal
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.kernels import torch_backend
 from nanorlhf.model import GPT, GPTConfig
@@ -29,6 +34,7 @@ from train_grpo import (
     advantages,
     health,
     kl_estimate,
+    next_prompts,
     overlong,
     policy_loss,
     token_weights,
@@ -98,7 +104,7 @@ def test_advantages_are_the_loop(data, groups, G):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("norm, value", [*product(NORMS, (0.1, 1 / 3, 1.0, -7.7))])
+@pytest.mark.parametrize("norm, value", [*product(NORMS[:4], (0.1, 1 / 3, 1.0, -7.7))])
 def test_dead_groups_are_exactly_zero(norm, value, dtype):
     """Equal rewards that no float holds exactly: their mean is off by an ulp, which eps would blow up."""
     reward = torch.tensor([value] * 7 + [0.0, 1.0, 0.5, 0.3, 0.9, 0.2, 0.1], dtype=dtype)
@@ -127,11 +133,41 @@ def test_advantages_of_rewards_that_are_not_finite(bad):
         advantages(torch.tensor([bad, bad, 1.0, 0.0]), torch.tensor([0, 0, 1, 1]))
 
 
-def test_batch_whiten_counts_tokens():
-    """REINFORCE++ whitens over tokens: mean 0 and unbiased variance 1, each advantage length times."""
-    reward, length = f64([0, 1, 0, 1, 1, 0, 0.2, 0.7]), torch.tensor([1, 5, 2, 3, 4, 1, 2, 6])
-    tokens = advantages(reward, TWO_GROUPS, "batch_whiten", length=length).repeat_interleave(length)
+@pytest.mark.parametrize("reward", [[0, 1, 0, 1, 1, 0, 0.2, 0.7], [0, 1, 0, 1, 1, 1, 1, 1]],
+                         ids=["live", "dead"])
+def test_batch_whiten_counts_tokens(reward):
+    """REINFORCE++ whitens over tokens: mean 0 and unbiased variance 1, each advantage length times.
+
+    A dead group is part of that mean: its rows are shifted like all others, as in the paper and in verl.
+    """
+    reward, length = f64(reward), torch.tensor([1, 5, 2, 3, 4, 1, 2, 6])
+    adv = advantages(reward, TWO_GROUPS, "batch_whiten", length=length)
+    tokens = adv.repeat_interleave(length)
     close([tokens.mean().item(), tokens.var().item()], [0.0, 1.0])
+    # rewards less the mean of their group, whatever the group is: one line through all of them
+    centred = torch.cat([group - group.mean() for group in reward.split(4)])
+    slope = (adv[1] - adv[0]) / (centred[1] - centred[0])
+    close(adv, adv[0] + slope * (centred - centred[0]), atol=1e-9)
+
+
+def test_batch_whiten_with_dead_groups_is_verls():
+    """Golden: verl's compute_reinforce_plus_plus_baseline_outcome_advantage, by hand on 2 × 2 rows.
+
+    Rewards 1, 0 (live) and 1, 1 (dead), lengths 1, 3, 2, 2: r − mean is ½, −½, 0, 0 over 8 tokens, whose mean
+    is −1/8 and whose unbiased variance is (1 − 8/64)/7 = 1/8.
+    """
+    group, length = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 3, 2, 2])
+    adv = advantages(f64([1, 0, 1, 1]), group, "batch_whiten", length=length)
+    scale = 8**0.5
+    close(adv, f64([5 / 8 * scale, -3 / 8 * scale, scale / 8, scale / 8]), atol=1e-6)
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(dead_groups="drop")], ids=str)
+def test_the_health_line_has_no_complaint_about_whitening(lab, kw, capsys):
+    """Half of the groups dead: the mean advantage is 0 over the tokens, and the line says so."""
+    train(config(lab, some_alike, steps=1, norm="batch_whiten", **kw))
+    out = capsys.readouterr().out
+    assert "mean advantage 0.000" in out and "mean advantage is not near 0" not in out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,7 +254,7 @@ def test_weights_of_rows_without_tokens(agg):
 
 
 @pytest.mark.parametrize("agg, kw", [(agg, kw) for agg in AGGS for kw in (
-    dict(), dict(ratio="sequence"), dict(loss="cispo"), dict(kl="k3", beta=0.5, kl_in="loss_unbiased"),
+    dict(), dict(ratio="sequence"), dict(loss="cispo"), dict(kl="k3", beta=0.5),
 )])
 def test_microbatches_do_not_move_the_gradient(agg, kw):
     """1×8, 2×4 and 8×1 rows give one gradient of a real model in float64."""
@@ -289,7 +325,7 @@ def test_gspo_gradient_is_the_sequence_ratios_own():
 def test_hopeless_ratios_stay_finite():
     """A log-ratio of ±200 neither overflows nor gives NaN, forwards or backwards."""
     logp = f64([[200.0, -200.0]]).requires_grad_()
-    unbiased = dict(kl="k3", beta=1.0, kl_in="loss_unbiased")
+    unbiased = dict(kl="k3", beta=1.0)
     for kw in (dict(), dict(ratio="sequence"), dict(loss="cispo"), unbiased):
         one = torch.ones(1, 2)
         zero = torch.zeros_like(logp)
@@ -315,12 +351,16 @@ def test_kl_estimates_by_enumeration(kind, mean, std):
     close((p * (k - mean).square()).sum().sqrt(), std, atol=6e-4)
 
 
+PLAIN = dict(kl_unbiased=False)
+
+
 @pytest.mark.parametrize("kw, want", [
-    (dict(kl="k1"), 0 * TO_REF),
-    (dict(kl="k1", kl_in="loss_unbiased"), TO_REF),
+    (dict(kl="k1", **PLAIN), 0 * TO_REF),
+    (dict(kl="k1"), TO_REF),
+    (dict(kl="k2", **PLAIN), TO_REF),
     (dict(kl="k2"), TO_REF),
-    (dict(kl="k3"), FROM_REF),
-    (dict(kl="k3", kl_in="loss_unbiased"), TO_REF),
+    (dict(kl="k3", **PLAIN), FROM_REF),
+    (dict(kl="k3"), TO_REF),
 ], ids=str)
 def test_kl_gradients_in_the_loss(kw, want):
     """E_π of the gradient, with β = 2 and no advantage: which divergence each estimator really minimises."""
@@ -329,6 +369,35 @@ def test_kl_gradients_in_the_loss(kw, want):
     old, w, cfg = logp.detach(), logp.detach().exp(), variant(beta=2.0, **kw)
     policy_loss(logp, old, REF4, torch.zeros(4), torch.ones(4, 1), w, cfg)[0].backward()
     close(theta.grad, 2 * want)
+
+
+@pytest.mark.parametrize("kw, right", [
+    (dict(kl="k1"), True), (dict(kl="k2"), True), (dict(kl="k3"), True), (dict(kl="k2", **PLAIN), False),
+], ids=str)
+def test_kl_gradients_of_stale_samples(kw, right):
+    """Tokens drawn from another policy: with the ratio the mean gradient is still that of KL(π‖ref)."""
+    theta = THETA.clone().requires_grad_()
+    logp = theta.log_softmax(0)[:, None]
+    old = f64([0.1, 0.7, -0.4, 0.2]).log_softmax(0)[:, None]  # the policy that has drawn them
+    cfg = variant(beta=1.0, **kw)
+    policy_loss(logp, old, REF4, torch.zeros(4), torch.ones(4, 1), old.exp(), cfg)[0].backward()
+    assert torch.allclose(theta.grad, TO_REF, atol=1e-5) == right
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_kl_gradients_thirty_nats_away(sign):
+    """k1 and k2 pull the harder the further; k3 by 1 from above, and from below it is capped at 20 nats."""
+    for kind, want in (("k1", 1.0), ("k2", sign * 30.0), ("k3", 1.0 if sign > 0 else 0.0)):
+        logp = f64([sign * 30.0]).requires_grad_()
+        k = kl_estimate(logp, f64([0.0]), kind)
+        k.sum().backward()
+        close(logp.grad, f64([want]))
+        if kind != "k3":
+            close(k, f64([{"k1": sign * 30.0, "k2": 450.0}[kind]]))
+    assert kl_estimate(torch.tensor([-200.0]), torch.tensor([0.0]), "k3").isfinite().all()
+    shaped = train_ppo.shape_rewards(torch.zeros(1), f64([[sign * 30.0]]), f64([[0.0]]), torch.ones(1, 1),
+                                     torch.ones(1), beta=1.0)
+    close(shaped, f64([[-sign * 30.0]]))  # PPO's k1 has no clamp either
 
 
 @pytest.mark.parametrize("kind, want", [("k1", TO_REF), ("k3", TO_REF - FROM_REF)])
@@ -345,41 +414,133 @@ def test_kl_gradients_in_the_reward(kind, want):
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
-PAPERS = {  # what makes each method the published one; papers in the docstring of train_grpo.py
-    "grpo": dict(norm="group_std", ratio="token", loss="clip", clip_low=0.2, clip_high=0.2, agg="seq_mean",
-                 kl="k3", kl_in="loss", beta=0.04, filter_dead_groups=False),
-    "dr_grpo": dict(norm="none", loss="clip", agg="seq_sum_const", kl="none"),
-    "rloo": dict(norm="leave_one_out", loss="reinforce", kl="k1", kl_in="reward"),
-    "reinforce++": dict(norm="batch_whiten", loss="clip", clip_high=0.2, agg="token", kl="k2", kl_in="loss"),
-    "dapo": dict(norm="group_std", clip_low=0.2, clip_high=0.28, agg="token", kl="none",
-                 filter_dead_groups=True, overlong_penalty=0.2),
-    "gspo": dict(norm="group_std", ratio="sequence", clip_low=3e-4, clip_high=4e-4, agg="seq_mean"),
-    "cispo": dict(norm="group_std", loss="cispo", agg="token", kl="none"),
-    "scalerl": dict(norm="batch_std", loss="cispo", agg="prompt_mean", kl="none", filter_dead_groups=True,
-                    no_positive_resampling=0.9),
-    "r1_zero": dict(norm="group_std", clip_low=10, clip_high=10, agg="seq_mean", kl="k3", kl_in="loss",
-                    beta=0.001, ref_every=400),
-    "deepscaler": dict(norm="group_std", loss="clip", kl="k3", kl_in="loss", beta=0.001),
-}
+# What is published: recipe, where it stands, the fact in the words of docs/recipes.md, and the flags that say
+# it here: {} where it holds without a flag, None where it is different or missing, and that page says why.
+FACTS = [
+    ("grpo", "2402.03300 §4.1.2", "(r − mean) / std of the group", dict(norm="group_std")),
+    ("grpo", "2402.03300 §4.1.1", "mean over responses of the mean over tokens", dict(agg="seq_mean")),
+    ("grpo", "2402.03300 §4.1.1", "ratio of each token, clipped below and above",
+     dict(ratio="token", loss="clip", clip_low=0.2, clip_high=0.2)),
+    ("grpo", "2402.03300 §4.1.1", "k3 in the loss, as it is",
+     dict(kl="k3", kl_in="loss", kl_unbiased=False)),
+    ("grpo", "2402.03300 §4.2", "KL coefficient 0.04", dict(beta=0.04)),
+    ("grpo", "2402.03300 §4.2", "64 samples for each prompt", None),
+    ("grpo", "2402.03300 §4.2", "one update for each rollout", None),
+    ("grpo", "2402.03300 §4.1.4", "the reference is renewed in each iteration", None),
+    ("dr_grpo", "2503.20783 §3.2", "r − mean, not divided by the std", dict(norm="none")),
+    ("dr_grpo", "2503.20783 §3.2", "sum over tokens / a constant", dict(agg="seq_sum_const")),
+    ("dr_grpo", "2503.20783 §3.2", "no KL", dict(kl="none", beta=0.0)),
+    ("rloo", "2402.14740", "r − mean of the other samples", dict(norm="leave_one_out")),
+    ("rloo", "2402.14740", "REINFORCE on the response's log-prob: no ratio, no clip", dict(loss="reinforce")),
+    ("rloo", "2402.14740", "k1 of the whole response in the reward", dict(kl="k1", kl_in="reward")),
+    ("rloo", "2402.14740", "one update for each rollout", dict(minibatches=1)),
+    ("rloo", "2402.14740", "log-probs are summed, not divided", None),
+    ("reinforce++", "2501.03262, with baseline", "r − mean of the group, whitened over all tokens",
+     dict(norm="batch_whiten", dead_groups="keep")),
+    ("reinforce++", "2501.03262, with baseline", "k2 in the loss, as it is",
+     dict(kl="k2", kl_in="loss", kl_unbiased=False)),
+    ("reinforce++", "2501.03262, with baseline", "KL coefficient 0.01", dict(beta=0.01)),
+    ("reinforce++", "2501.03262, with baseline", "clip 0.2, mean over tokens",
+     dict(loss="clip", clip_low=0.2, clip_high=0.2, agg="token")),
+    ("reinforce++", "2501.03262, without baseline", "k1 in each token's reward, whitened returns, no groups",
+     None),
+    ("dapo", "2503.14476 §3.1", "clip 0.2 below, 0.28 above", dict(clip_low=0.2, clip_high=0.28)),
+    ("dapo", "2503.14476 §3.2", "dead groups are replaced until the batch is full",
+     dict(dead_groups="refill")),
+    ("dapo", "2503.14476 §3.3", "mean over the tokens of a prompt's group", None),
+    ("dapo", "verl #2776, trl #5375", "the released code: mean over the tokens of the batch",
+     dict(agg="token")),
+    ("dapo", "2503.14476 §3.4", "penalty up to 1 over the last fifth of the limit",
+     dict(overlong_penalty=1.0)),
+    ("dapo", "2503.14476 §2.4", "rewards of 1 and −1", None),
+    ("dapo", "2503.14476 §2.3", "no KL", dict(kl="none", beta=0.0)),
+    ("dapo", "2503.14476 §4.1", "constant learning rate after 20 steps of warm-up",
+     dict(constant_lr_after=20)),
+    ("dapo", "2503.14476 §4.1", "512 prompts × 16 samples, 16 updates for each rollout", None),
+    ("gspo", "2507.18071 §4.1", "one ratio a response: the geometric mean", dict(ratio="sequence")),
+    ("gspo", "2507.18071 §4.1", "mean over responses", dict(agg="seq_mean")),
+    ("gspo", "2507.18071 §5.1", "clip 3e-4 below, 4e-4 above", dict(clip_low=3e-4, clip_high=4e-4)),
+    ("gspo", "2507.18071 §4.1", "(r − mean) / std of the group, no KL", dict(norm="group_std", kl="none")),
+    ("cispo", "2506.13585 §3.1", "the weight is capped, every token keeps its gradient", dict(loss="cispo")),
+    ("cispo", "2506.13585 §3.1", "(r − mean) / std of the group, no KL", dict(norm="group_std", kl="none")),
+    ("cispo", "2506.13585 §3.1", "mean over the tokens of a prompt's group", None),
+    ("cispo", "2506.13585 §3.1", "dynamic sampling and length penalty of DAPO", None),
+    ("scalerl", "2510.13786", "(r − mean) / std of all advantages of the batch", dict(norm="batch_std")),
+    ("scalerl", "2510.13786", "CISPO with a cap of 4 to 8", dict(loss="cispo")),
+    ("scalerl", "2510.13786", "mean over whole prompts of the mean over their tokens",
+     dict(agg="prompt_mean")),
+    ("scalerl", "2510.13786", "prompts without variance are dropped, not replaced", dict(dead_groups="drop")),
+    ("scalerl", "2510.13786", "prompts at a pass rate of 0.9 over their history leave",
+     dict(no_positive_resampling=0.9)),
+    ("scalerl", "2510.13786", "PipelineRL-8: up to 8 updates behind", dict(off_policy_steps=8)),
+    ("scalerl", "2510.13786", "one update for 768 samples", dict(minibatches=1)),
+    ("scalerl", "2510.13786", "Adam's eps 1e-15", dict(adam_eps=1e-15)),
+    ("scalerl", "2510.13786", "weight decay 0.01", dict(weight_decay=0.01)),
+    ("scalerl", "2510.13786", "constant learning rate after 100 steps of warm-up",
+     dict(constant_lr_after=100)),
+    ("scalerl", "2510.13786", "logits in fp32, in sampling too", {}),
+    ("scalerl", "2510.13786", "thoughts that are too long are ended by a sentence", None),
+    ("r1_zero", "2501.12948 §2.1", "no clip value is named",
+     dict(loss="clip", clip_low=0.2, clip_high=0.2)),
+    ("r1_zero", "2501.12948 §2.1", "GRPO's objective, KL coefficient 0.001",
+     dict(norm="group_std", agg="seq_mean", kl="k3", kl_in="loss", kl_unbiased=False, beta=0.001)),
+    ("r1_zero", "2501.12948 §2.1", "the reference is renewed after 400 updates", dict(ref_every=400)),
+    ("r1_zero", "2501.12948 §2.1", "16 minibatches, each passed once", dict(minibatches=16, epochs=1)),
+    ("r1_zero", "2501.12948 §2.1", "temperature 1", dict(temperature=1.0)),
+    ("r1_zero", "2501.12948 §2.1", "accuracy and format weigh the same", None),
+    ("r1_zero", "2501.12948 §2.1", "32 prompts × 16 samples in each update", None),
+    ("r1_zero", "2501.12948 §2.1", "a longer limit from step 8,200 on", None),
+    ("deepscaler", "the released scripts", "GRPO with a mean over tokens",
+     dict(norm="group_std", agg="token")),
+    ("deepscaler", "the released scripts", "k3 in the loss, coefficient 0.001",
+     dict(kl="k3", kl_in="loss", kl_unbiased=False, beta=0.001)),
+    ("deepscaler", "the released scripts", "entropy bonus 0.001", dict(entropy_coef=0.001)),
+    ("deepscaler", "the released scripts", "constant learning rate", dict(constant_lr_after=1)),
+    ("deepscaler", "the released scripts", "128 prompts a step in 2 updates", None),
+    ("deepscaler", "the released scripts", "temperature 0.6", None),
+    ("deepscaler", "the released scripts", "8 samples at a limit of 8K, then 16 at 16K and 24K", None),
+]  # fmt: skip
 
 
 def test_recipes_are_the_papers():
-    assert set(PAPERS) == set(RECIPES) - {""}
-    for recipe, want in PAPERS.items():
-        cfg = Config(recipe=recipe)
-        assert {k: getattr(cfg, k) for k in want} == want, recipe
+    assert {recipe for recipe, *_ in FACTS} == set(RECIPES) - {""}
+    stated = {}
+    for recipe, _, _, flags in FACTS:
+        if flags:
+            cfg = Config(recipe=recipe)
+            assert {k: getattr(cfg, k) for k in flags} == flags, recipe
+            stated.setdefault(recipe, set()).update(flags)
+    for recipe in stated:  # and a recipe sets nothing that no source says, but for RLOO's two
+        assert set(RECIPES[recipe]) - stated[recipe] == ({"agg", "beta"} if recipe == "rloo" else set())
+    others = [Config(recipe=recipe) for recipe in RECIPES if recipe != "scalerl"]
+    assert {(cfg.adam_eps, cfg.weight_decay) for cfg in others} == {(1e-8, 0.0)}  # PyTorch's eps
+    assert train_ppo.Config().adam_eps == 1e-5  # 2403.17031, detail 20: of N+'s PPO
+    assert train_dpo.Config().adam_eps == 1e-8
+
+
+def test_the_page_of_recipes_has_every_fact():
+    """docs/recipes.md: one row a fact, "as published" exactly where flags say it; else the reason."""
+    page = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| `(\w.*) \|$", page, re.M)]
+    shown = [(recipe.strip("`"), source, fact) for recipe, source, fact, _ in rows]
+    assert shown == [row[:3] for row in FACTS]
+    for (*_, here), (recipe, _, fact, flags) in zip(rows, FACTS):
+        status, _, reason = here.partition(":")
+        assert status in (("different", "missing") if flags is None else ("as published",)), (recipe, fact)
+        assert flags or len(reason.split()) >= 4, (recipe, fact)
+        assert not flags or all(f"--{name} " in reason for name in flags), (recipe, fact)
 
 
 @pytest.mark.parametrize("argv", [
-    "--clip_high 0.2 --filter_dead_groups false --recipe dapo --overlong_penalty=0",
-    "--recipe dapo --clip_high 0.2 --filter_dead_groups false --overlong_penalty 0",
-    "--overlong-penalty 0 --filter_dead_groups=0 --clip_high=0.2 --recipe=dapo",
+    "--clip_high 0.2 --dead_groups keep --recipe dapo --overlong_penalty=0",
+    "--recipe dapo --clip_high 0.2 --dead_groups keep --overlong_penalty 0",
+    "--overlong-penalty 0 --dead_groups=keep --clip_high=0.2 --recipe=dapo",
 ])
 def test_a_flag_that_is_given_wins_over_the_recipe(argv):
     """Wherever it stands, and even where it says what would hold without the recipe."""
     cfg = parse(Config, argv.split())
-    assert (cfg.clip_high, cfg.filter_dead_groups, cfg.overlong_penalty) == (0.2, False, 0)
-    assert (cfg.norm, cfg.agg, cfg.max_rounds) == ("group_std", "token", 4), "the rest is the recipe's"
+    assert (cfg.clip_high, cfg.dead_groups, cfg.overlong_penalty) == (0.2, "keep", 0)
+    assert (cfg.norm, cfg.agg, cfg.constant_lr_after) == ("group_std", "token", 20), "of the recipe"
 
 
 @pytest.mark.parametrize("name", [k for k in RECIPES[""] if k in Config.__dataclass_fields__])
@@ -455,7 +616,8 @@ def test_length_schedule(limits, at, want):
 @pytest.mark.parametrize("length, want", [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (130, -1)])
 def test_overlong_penalty(length, want):
     """DAPO's: 0 up to L − buffer, then linearly to −1 at L; here L = 100 and a buffer of 20."""
-    close(overlong(torch.tensor([length]), 100, 0.2), [float(want)])
+    close(overlong(torch.tensor([length]), 100, 1.0), [float(want)])
+    close(overlong(torch.tensor([length]), 100, 0.5), [want / 2])
 
 
 @pytest.mark.parametrize("kw, word", [
@@ -501,6 +663,14 @@ def length(prompt, response):
     return float(len(response))
 
 
+def by_sign(prompt, response):
+    return float(by_letters(prompt, response, {}) > 0.5)
+
+
+def by_sign_minus(prompt, response):
+    return 2 * by_sign(prompt, response) - 1
+
+
 def same(prompt, response):
     return 0.1
 
@@ -544,13 +714,13 @@ def weights(cfg):
 
 
 @pytest.mark.parametrize("kw", [
-    dict(), dict(recipe="dr_grpo"), dict(recipe="gspo"),
+    dict(), dict(recipe="dr_grpo"), dict(recipe="gspo", steps=80),
     dict(norm="batch_std", loss="cispo", agg="prompt_mean"),
 ], ids=str)
 def test_learns_to_answer_the_prompt(lab, kw):
     """From chance to nearly always, on prompts never trained on too."""
-    cfg = config(lab, second_letter, steps=40, prompts_per_step=32, max_new_tokens=2, minibatches=4,
-                 eval_prompts=64, lr=1e-2, **kw)
+    flags = dict(steps=40, prompts_per_step=32, max_new_tokens=2, minibatches=4, eval_prompts=64, lr=1e-2)
+    cfg = config(lab, second_letter, **flags | kw)
     out = train(cfg)
     first = table(cfg)[0]
     assert first["reward"] < 0.1 and first["eval/reward"] < 0.25
@@ -589,8 +759,8 @@ def test_first_gradient_is_the_oracle(lab, spy, gradients, agg, kw):
             steps = torch.log_softmax(hidden @ model.lm_head.weight.T / cfg.temperature, -1)
             logps.append(steps.gather(1, torch.tensor(response)[:, None]).squeeze(1))
         reward = by_letters(TOK.decode(ids[:P]), text, {})
-        if cfg.overlong_penalty:  # a limit of 5, a buffer of 3
-            reward += {3: -1 / 3, 4: -2 / 3, 5: -1.0}.get(len(response), 0.0)
+        if len(response) == 5:  # the limit: its last fifth is one token
+            reward -= cfg.overlong_penalty
         if cfg.kl_in == "reward":
             reward -= 0.3 * (logps[0] - logps[1]).sum().item()
         rows.append((logps[0], logps[1], reward))
@@ -640,12 +810,101 @@ def test_every_row_is_in_one_minibatch_with_weights_of_its_own(lab, spy):
     assert orders[0] != orders[1]
 
 
+@pytest.mark.parametrize("minibatches", [1, 3, 4])
+def test_prompt_mean_deals_whole_prompts(lab, spy, minibatches):
+    """ScaleRL: all samples of a prompt stand in one minibatch, and there each prompt weighs the same."""
+    calls = spy(train_grpo, "token_weights")
+    train(config(lab, by_letters, steps=1, agg="prompt_mean", minibatches=minibatches, epochs=2))
+    assert len(calls) == 2 * minibatches
+    for epoch in (calls[:minibatches], calls[minibatches:]):
+        seen = []
+        for (_, group, _), w in epoch:
+            prompts, samples = group.unique(return_counts=True)
+            assert (samples == 4).all()
+            seen += prompts.tolist()
+            for prompt in prompts:
+                close(w[group == prompt].sum(), 1 / len(prompts))
+        assert sorted(seen) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 100])
+def test_deal(n):
+    """Every row once; a unit's rows together and in order; n minibatches, or one a unit; by the seed."""
+    unit = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4])
+    parts = [part.tolist() for part in deal(unit, n, seed=1)]
+    assert len(parts) == min(n, 5) and sorted(sum(parts, [])) == list(range(8))
+    for part in parts:
+        units = [unit[row].item() for row in part]
+        assert all(units.count(u) == (unit == u).sum() for u in units)
+        assert all(a < b for a, b in zip(part, part[1:]) if unit[a] == unit[b])
+    rows = torch.arange(64)
+    dealt = [torch.cat(list(deal(rows, 4, seed))).tolist() for seed in (0, 0, 1)]
+    assert dealt[0] == dealt[1] != dealt[2] and dealt[0] != sorted(dealt[0]) and len(set(dealt[0])) == 64
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(ratio="sequence"), dict(agg="seq_mean", temperature=0.7)],
+                         ids=str)
+@pytest.mark.parametrize("trainer", [train_grpo, train_ppo])
+def test_entropy_bonus_by_finite_differences(trainer, kw, monkeypatch):
+    """Its gradient in a weight of every matrix, in float64, with the loss in chunks of one row."""
+    if trainer is train_ppo and kw:
+        pytest.skip("PPO has one way to weigh its tokens")
+    monkeypatch.setattr(torch_backend, "STORED", 1)
+    torch.manual_seed(0)
+    model = tiny(dtype=torch.float64)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    mask, tokens, group = ragged(5), randint(13, 8, 6, seed=6), TWO_GROUPS
+    cfg = variant(entropy_coef=0.7, **kw) if trainer is train_grpo else train_ppo.Config(entropy_coef=0.7)
+    weight = token_weights(mask, group, cfg) if trainer is train_grpo else mask / mask.sum()
+    zero = torch.zeros(8, 6, dtype=torch.float64)
+    with torch.no_grad():
+        old_logp = model.logprobs(tokens, mask, cfg.temperature)[0]
+    batch = dict(tokens=tokens, mask=mask, old_logp=old_logp, ref_logp=None, adv=zero, w=weight,
+                 denom=mask.sum())
+    trainer.microbatch_loss(model, batch, cfg)[0].backward()
+
+    def bonus():
+        """−0.7 Σ w H of the whole batch, from all logits: no advantage, so this is the loss."""
+        logp = (model.logits(tokens[:, :-1]) / cfg.temperature).log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        return -0.7 * (weight[:, 1:] * entropy).sum().item()
+
+    largest = 0.0
+    with torch.no_grad():
+        for p in model.parameters():
+            flat, at = p.view(-1), p.grad.abs().argmax()
+            flat[at] += 1e-6
+            above = bonus()
+            flat[at] -= 2e-6
+            slope = (above - bonus()) / 2e-6
+            flat[at] += 1e-6
+            assert p.grad.view(-1)[at].item() == pytest.approx(slope, abs=1e-8, rel=1e-6)
+            largest = max(largest, abs(slope))
+    assert largest > 1e-3
+
+
+def test_the_entropy_bonus_keeps_entropy(lab):
+    """The same run with and without it: the policy stays wider."""
+    flags = dict(steps=20, prompts_per_step=16, max_new_tokens=2, lr=1e-2)
+    without, with_bonus = (train(config(lab, second_letter, entropy_coef=c, **flags)) for c in (0.0, 1.0))
+    assert with_bonus["entropy"] > without["entropy"] + 0.1
+
+
+@pytest.mark.parametrize("recipe, want", [("", (1e-8, 0.0)), ("scalerl", (1e-15, 0.01))])
+def test_adam_has_the_settings_of_the_recipe(lab, spy, recipe, want):
+    made = spy(train_grpo, "adamw")
+    train(config(lab, by_letters, steps=1, recipe=recipe))
+    (group,) = made[0][1].param_groups
+    assert (group["eps"], group["weight_decay"]) == want
+
+
 def test_microbatches_do_not_move_the_step(lab):
     """All at once or one row at a time, over minibatches and epochs: the same weights afterwards."""
     results = []
     for budget in (0, 1):
-        cfg = config(lab, by_letters, steps=2, epochs=2, minibatches=3, agg="prompt_mean",
-                     tokens_per_microbatch=budget)
+        cfg = config(lab, by_letters, steps=2, epochs=2, minibatches=3, agg="prompt_mean", entropy_coef=0.1,
+                     adam_eps=1e-5, tokens_per_microbatch=budget)  # 1e-8 would enlarge what is rounding
         train(cfg)
         results.append(weights(cfg))
     for a, b in zip(*results, strict=True):
@@ -693,10 +952,11 @@ def test_off_policy_steps_sample_with_old_weights(lab, spy, k):
     assert out["gap"] == pytest.approx(stale, abs=1e-5) and stale > 1e-3, "nothing was stale"
 
 
-def test_dead_groups_are_filtered_and_refilled(lab, spy):
+def test_dead_groups_are_filtered_and_refilled(lab, spy, monkeypatch):
     """Only live groups are trained on; more rounds are sampled until the step is full, of fresh prompts."""
     calls, rolls = spy(train_grpo, "sample_step"), spy(generate, "generate")
-    cfg = config(lab, some_alike, filter_dead_groups=True, max_rounds=8)
+    monkeypatch.setattr(train_grpo, "MAX_ROUNDS", 8)
+    cfg = config(lab, some_alike, dead_groups="refill")
     train(cfg)
     assert sum(r["sampled"] for r in table(cfg)) == sum(int(roll.mask.sum()) for _, roll in rolls)
     assert all(0 < row["dead"] < 1 for row in table(cfg))
@@ -709,7 +969,7 @@ def test_dead_groups_are_filtered_and_refilled(lab, spy):
             assert s == pytest.approx(some_alike(row["prompt"], text))
             assert ids[:3] == TOK.encode(row["prompt"])
         assert roll.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
-    one = train(config(lab, some_alike, filter_dead_groups=True))
+    one = train(config(lab, some_alike, dead_groups="drop"))
     assert one["rounds"] == 1
 
 
@@ -721,8 +981,16 @@ def test_learning_rate_warms_up_and_decays(lab):
     assert [row["lr"] for row in table(cfg)] == pytest.approx([0.01 * x for x in want])
 
 
+@pytest.mark.parametrize("after, want", [(1, [1.0] * 4), (8, [0.125, 0.25, 0.375, 0.5])])
+def test_constant_learning_rate(lab, after, want):
+    """After the warm-up it stays, however long the run is."""
+    cfg = config(lab, by_letters, lr=0.01, constant_lr_after=after)
+    train(cfg)
+    assert [row["lr"] for row in table(cfg)] == pytest.approx([0.01 * x for x in want])
+
+
 @pytest.mark.parametrize("kw", [
-    dict(), dict(filter_dead_groups=True), dict(filter_dead_groups=True, max_rounds=3)
+    dict(), dict(dead_groups="drop"), dict(dead_groups="refill")
 ], ids=str)
 def test_equal_rewards_go_on_and_change_nothing(lab, kw):
     """Every group dead at 0.1, filtered or not: no crash, no NaN, and the weights stay what they were."""
@@ -737,14 +1005,42 @@ def test_mastered_prompts_do_not_come_back(lab, spy):
     """ScaleRL: a prompt whose pass rate reached 0.9 is never drawn again; the others go on."""
     calls = spy(train_grpo, "sample_step")
     train(config(lab, some_alike, no_positive_resampling=0.9, steps=20, prompts_per_step=3))
-    seen = set()
+    history = {}
     for _, (roll, _) in calls:
         prompts = [row["prompt"] for row in roll.rows]
-        assert not seen & set(prompts)
-        seen |= {p for p, s in zip(prompts[::4], roll.reward.view(-1, 4).mean(1).tolist()) if s >= 0.9}
-    assert any(p[0] in "abc" for p in seen)
+        gone = {p for p, rewards in history.items() if sum(r > 0 for r in rewards) / len(rewards) >= 0.9}
+        assert not gone & set(prompts)
+        for prompt, reward in zip(prompts, roll.reward.tolist()):
+            history.setdefault(prompt, []).append(reward)
+    assert any(p[0] in "abc" for p in gone)
     with pytest.raises(UserError, match="all 31 prompts reached it"):
         train(config(lab, same, no_positive_resampling=0.05, steps=20))
+
+
+def test_mastery_is_judged_by_the_whole_history(lab):
+    """1 of 4, then 4 of 4: 5 of 8 passed, which is below 0.9; three more whole ones reach 17 of 20 only."""
+    cfg = config(lab, same, no_positive_resampling=0.9, prompts_per_step=1)
+    rows = [{"prompt": "aa="}, {"prompt": "bb="}]
+
+    def drawn(history):
+        progress = {"drawn": 0, "history": {"bb=": (1, 1)} | history}
+        return next_prompts(rows, progress, cfg)[0]["prompt"]
+
+    for passed, sampled in ((1, 4), (5, 8), (17, 20)):
+        assert drawn({"aa=": (passed, sampled)}) == "aa="
+    with pytest.raises(UserError, match="all 2 prompts reached it"):
+        drawn({"aa=": (36, 40)})
+
+
+def test_a_pass_is_a_reward_above_0(lab, spy):
+    """Rewards of ±1 count like those of 1 and 0."""
+    histories = []
+    for shift in ("", "_minus"):
+        calls = spy(train_grpo, "next_prompts")
+        train(config(lab, f"{__file__}:by_sign{shift}", no_positive_resampling=1.0, steps=3))
+        histories.append(calls[-1][0][1]["history"])
+    assert histories[0] == histories[1] and {n for _, n in histories[0].values()} >= {4}
+    assert any(0 < passed < n for passed, n in histories[0].values())
 
 
 def test_several_rewards_are_summed_and_logged_each_alone(lab):
@@ -774,8 +1070,9 @@ def test_responses_lengthen_in_the_run(lab, spy, max_new_tokens, at, want):
 
 @pytest.mark.parametrize("kw", [
     dict(off_policy_steps=2, ref_every=3, kl="k3", beta=0.1),
-    dict(recipe="dapo", max_rounds=3),
-    dict(recipe="scalerl", no_positive_resampling=0.5, prompts_per_step=10, max_new_tokens=[2, 3, 5],
+    dict(recipe="dapo"),
+    dict(recipe="r1_zero", ref_every=5),
+    dict(recipe="scalerl", no_positive_resampling=1.0, prompts_per_step=7, max_new_tokens=[2, 3, 5],
          lengthen_at=[2, 4]),
 ], ids=str)
 def test_resuming_changes_no_bit(lab, monkeypatch, kw):
@@ -804,12 +1101,21 @@ def test_resuming_changes_no_bit(lab, monkeypatch, kw):
     ]
 
 
-def test_the_reference_follows_every_n_steps(lab, spy):
-    """--ref_every 2: KL is 0 where the reference was just renewed, and not in between."""
-    cfg = config(lab, by_letters, steps=5, ref_every=2, kl="k3", beta=0.1, lr=1e-2)
+@pytest.mark.parametrize("ref_every, minibatches, renewed", [
+    (2, 1, [0, 2, 4]), (4, 2, [0, 2, 4]), (4, 4, [0, 1, 2, 3, 4]), (6, 2, [0, 3]), (3, 2, [0, 2, 3]),
+])
+def test_the_reference_follows_every_n_updates(lab, ref_every, minibatches, renewed):
+    """KL is 0 where the reference was just renewed, after that many optimizer steps, and not in between.
+
+    3 updates are over within the second rollout of two: the reference is renewed before the third, and the
+    fourth update counts for the next time.
+    """
+    cfg = config(lab, by_letters, steps=5, ref_every=ref_every, minibatches=minibatches, kl="k3", beta=0.1,
+                 lr=1e-2)
     train(cfg)
     kls = [abs(row["kl"]) for row in table(cfg)]
-    assert max(kls[0], kls[2], kls[4]) < 1e-5 < 1e-4 < min(kls[1], kls[3])
+    assert [step for step, kl in enumerate(kls) if kl < 1e-5] == renewed
+    assert all(kl > 1e-4 for step, kl in enumerate(kls) if step not in renewed)
 
 
 def test_no_reference_no_kl(lab):

@@ -130,7 +130,7 @@ def expected_gradient(policy, ref, reward, **kw):
     logp = TREE.token_logp(logits.log_softmax(-1))
     old, ref_logp = logp.detach(), TREE.token_logp(ref)
     p = old.sum(1).exp()
-    cfg = train_grpo.Config(**dict(norm="none", beta=1.0) | kw)
+    cfg = train_grpo.Config(**dict(norm="none", beta=1.0, kl_unbiased=False) | kw)
     if cfg.kl_in == "reward":
         reward = reward - cfg.beta * (train_grpo.kl_estimate(old, ref_logp, cfg.kl) * TREE.mask).sum(1)
     mean, std = optimum.mean_std(old.sum(1), reward)
@@ -146,14 +146,15 @@ def fixed_point(ref, reward, rule, beta=1.0):
 
 @pytest.mark.parametrize("kw, fixed", [
     (dict(kl="k1", kl_in="reward"), lambda ref, r: TREE.from_logp(exact.optimum(TREE.logp(ref), r, 1.0))),
-    (dict(kl="k1", kl_in="loss_unbiased"), lambda ref, r: fixed_point(ref, r, optimum.reverse_kl_rule)),
+    (dict(kl="k1", kl_unbiased=True), lambda ref, r: fixed_point(ref, r, optimum.reverse_kl_rule)),
     (dict(kl="k2"), lambda ref, r: fixed_point(ref, r, optimum.reverse_kl_rule)),
-    (dict(kl="k3", kl_in="loss_unbiased"), lambda ref, r: fixed_point(ref, r, optimum.reverse_kl_rule)),
+    (dict(kl="k2", kl_unbiased=True), lambda ref, r: fixed_point(ref, r, optimum.reverse_kl_rule)),
+    (dict(kl="k3", kl_unbiased=True), lambda ref, r: fixed_point(ref, r, optimum.reverse_kl_rule)),
     (dict(kl="k3"), lambda ref, r: fixed_point(ref, r, optimum.forward_kl_rule)),
     (dict(kl="k2", norm="group_std"), lambda ref, r: optimum.normalised(TREE, ref, r, 1.0)[0]),
     (dict(kl="k3", norm="group_std"),
      lambda ref, r: optimum.normalised(TREE, ref, r, 1.0, optimum.forward_kl_rule)[0]),
-], ids=["k1 reward", "k1 × ratio", "k2", "k3 × ratio", "k3", "group_std k2", "group_std k3"])
+], ids=["k1 reward", "k1 × ratio", "k2", "k2 × ratio", "k3 × ratio", "k3", "group_std k2", "group_std k3"])
 def test_the_gradient_vanishes_at_the_fixed_point_alone(kw, fixed):
     """To 1e-9 over all responses; at π_ref, at π* (unless it is that) and elsewhere it does not."""
     ref, policy, reward = tables(4)

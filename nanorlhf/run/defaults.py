@@ -79,13 +79,72 @@ PAPERS = {
     "grpo": "DeepSeekMath, arXiv 2402.03300",
     "dr_grpo": "Dr. GRPO, arXiv 2503.20783",
     "rloo": "RLOO, arXiv 2402.14740",
-    "reinforce++": "REINFORCE++, arXiv 2501.03262",
+    "reinforce++": "REINFORCE++ with baseline, arXiv 2501.03262",
     "dapo": "DAPO, arXiv 2503.14476",
     "gspo": "GSPO, arXiv 2507.18071",
     "cispo": "MiniMax-M1, arXiv 2506.13585",
     "scalerl": "ScaleRL, arXiv 2510.13786",
     "r1_zero": "DeepSeek-R1-Zero, arXiv 2501.12948",
     "deepscaler": "DeepScaleR",
+}
+
+# What a recipe of GRPO sets. A flag that it does not name comes from the first entry, which is no paper's.
+# docs/recipes.md has every published detail, and beside it what is different here, or missing, and why.
+RECIPES = {
+    "": dict(
+        norm="group_std",
+        ratio="token",
+        loss="clip",
+        clip_low=0.2,
+        clip_high=0.2,
+        agg="token",
+        kl="none",
+        kl_in="loss",
+        kl_unbiased=True,
+        beta=0.0,
+        ref_every=0,
+        entropy_coef=0.0,
+        constant_lr_after=0,
+        adam_eps=1e-8,
+        weight_decay=0.0,
+        off_policy_steps=0,
+        dead_groups="keep",
+        no_positive_resampling=0.0,
+        overlong_penalty=0.0,
+    ),
+    "grpo": dict(agg="seq_mean", kl="k3", kl_unbiased=False, beta=0.04),
+    # without 1/std and 1/length, which bias the gradient
+    "dr_grpo": dict(norm="none", agg="seq_sum_const"),
+    "rloo": dict(
+        norm="leave_one_out",
+        loss="reinforce",
+        agg="seq_sum_const",
+        kl="k1",
+        kl_in="reward",
+        beta=0.05,
+        minibatches=1,
+    ),
+    # its variant with a baseline; the plain one has no groups, and k1 in the reward of each token
+    "reinforce++": dict(norm="batch_whiten", kl="k2", kl_unbiased=False, beta=0.01),
+    # give --max_new_tokens room: the soft penalty takes the last fifth
+    "dapo": dict(clip_high=0.28, constant_lr_after=20, dead_groups="refill", overlong_penalty=1.0),
+    "gspo": dict(ratio="sequence", agg="seq_mean", clip_low=3e-4, clip_high=4e-4),
+    "cispo": dict(loss="cispo"),
+    "scalerl": dict(
+        norm="batch_std",
+        loss="cispo",
+        agg="prompt_mean",
+        minibatches=1,
+        constant_lr_after=100,
+        adam_eps=1e-15,
+        weight_decay=0.01,
+        off_policy_steps=8,
+        dead_groups="drop",
+        no_positive_resampling=0.9,
+    ),
+    "r1_zero": dict(agg="seq_mean", kl="k3", kl_unbiased=False, beta=0.001, ref_every=400, minibatches=16),
+    # and --max_new_tokens 24,40,64, --temperature 0.6
+    "deepscaler": dict(kl="k3", kl_unbiased=False, beta=0.001, entropy_coef=0.001, constant_lr_after=1),
 }
 
 

@@ -34,7 +34,7 @@ VALUES = st.recursive(
     lambda x: st.one_of(st.lists(x, max_size=3), st.dictionaries(ODD, x, max_size=3)), max_leaves=5,
 )  # fmt: skip
 BIG = {"d_model", "n_layer", "vocab_size", "max_len", "steps", "demos", "pairs", "eval_prompts", "batch_size",
-       "group_size", "prompts_per_step", "max_new_tokens", "epochs", "max_rounds", "online", "threads",
+       "group_size", "prompts_per_step", "max_new_tokens", "epochs", "online", "threads",
        "off_policy_steps", "lora_rank", "minibatches", "n_head"}  # fmt: skip
 
 

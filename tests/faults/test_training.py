@@ -73,8 +73,8 @@ def test_row_25_no_completion_ends(trainer, run, stages, tmp_path):
         mask, ends = torch.ones(2, 3).bool(), torch.tensor([True, False])
         shaped = train_ppo.shape_rewards(torch.tensor([7.0, 7.0]), x, x, mask, ends, 0.1, -1.0)
         assert shaped[:, -1].tolist() == [7, -1]
-    else:  # at its limit of 10 tokens a response loses 1, at 5 tokens nothing
-        assert train_grpo.overlong(torch.tensor([10, 5]), 10, 0.5).tolist() == [-1, 0]
+    else:  # at its limit of 10 tokens a response loses half a point, at 8 tokens nothing
+        assert train_grpo.overlong(torch.tensor([10, 8]), 10, 0.5).tolist() == [-0.5, 0]
 
 
 def test_row_26_all_masked_micro_batch(stages):
@@ -104,7 +104,7 @@ def test_row_26_all_masked_micro_batch(stages):
 
 
 @pytest.mark.parametrize("value", ["0.0", "1.0", "0.1", "1 / 3"])
-@pytest.mark.parametrize("more", [{}, dict(filter_dead_groups="true"), dict(norm="batch_std")], ids=str)
+@pytest.mark.parametrize("more", [{}, dict(dead_groups="drop"), dict(norm="batch_std")], ids=str)
 def test_row_27_equal_rewards(value, more, run, stages, tmp_path):
     """S | all rewards of a group equal (0, 1, 0.1, 1/3) | `dead` is 1, advantage and gradient exactly 0"""
     assert run(train_grpo, steps=2, **rewards(tmp_path, f"return {value}"), **more).status == 0
