@@ -9,15 +9,9 @@ When it helps: --group_size 1, many prompts with one sample each, where the othe
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
-        kl="none",
-        kl_in="loss",
-        beta=0.0,
-        ref_every=0,
+        self.fill("grpo", RECIPES[self.recipe])
 """, """\
-        kl="k1",
-        kl_in="reward",
-        beta=0.01,
-        ref_every=0,
+        self.fill("grpo", RECIPES[self.recipe] | {"kl": "k1", "kl_in": "reward", "beta": 0.01})
 """),
     ("""\
         require(G > 1, f"--group_size {G}: a group of one has nothing to be compared with; at least 2")
@@ -48,10 +42,8 @@ def token_weights(mask, group, cfg):
 """),
     ("""\
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)
-            mean_adv = None if cfg.norm == "batch_whiten" else adv.mean().item()  # that one: 0 over tokens
 """, """\
             adv = whitened_returns(reward, penalty, mask)  # (B, T)
-            mean_adv = adv.mean().item()
 """),
 ]  # fmt: skip
 GOLDEN = "verl 0.9.1"
