@@ -1,28 +1,38 @@
-"""variants/: every method fits its trainer, computes its golden vectors and trains; and the command line."""
+"""variants/: every method fits its trainer, computes its golden vectors and trains; and the command line.
+
+    python tests/test_variants.py --update      write the table of docs/variants.md anew
+"""
 
 import difflib
 import importlib
+import importlib.util
 import json
 import linecache
 import math
 import re
 import shutil
+import sys
 import traceback
+from pathlib import Path
 
 import pytest
-import stages as st
-import test_style
 import torch
-from helpers import tiny
 
-import train_prm
-import variants
-from nanorlhf import hub, pairs
-from nanorlhf.errors import UserError
-from nanorlhf.hub.files import read_jsonl
-from nanorlhf.run import replay
-from variants import main
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # --update runs this file as a script
 
+import stages as st  # noqa: E402
+import test_style  # noqa: E402
+from helpers import tiny  # noqa: E402
+
+import train_prm  # noqa: E402
+import variants  # noqa: E402
+from nanorlhf import hub, pairs  # noqa: E402
+from nanorlhf.errors import UserError  # noqa: E402
+from nanorlhf.hub.files import read_jsonl  # noqa: E402
+from nanorlhf.run import replay  # noqa: E402
+from variants import main  # noqa: E402
+
+PAGE = variants.ROOT / "docs/variants.md"
 EACH = pytest.mark.parametrize("name", variants.NAMES)
 SAME_FORMULA = {"prm_soft"}  # the trainer's loss is right for soft labels, it only refuses to read them
 
@@ -429,3 +439,55 @@ def test_plain_reinforce_pp_takes_single_samples(stages, tmp_path, no_curves):
     trainer.train(trainer.Config(**flags("reinforce_pp", stages, tmp_path / "run", group_size=1)))
     cfg = trainer.Config()
     assert (cfg.kl, cfg.kl_in, cfg.beta) == ("k1", "reward", 0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# docs/variants.md
+
+
+def measured(task, monkeypatch):
+    """{method: what was measured on the task}, from the CSV of bench/variant_runs.py."""
+    monkeypatch.syspath_prepend(variants.ROOT / "bench")
+    spec = importlib.util.spec_from_file_location("variant_runs", variants.ROOT / "bench/variant_runs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.cells(task)
+
+
+def table(monkeypatch):
+    """The rows of the page's table, from the files of the folder and from the CSVs."""
+    chain = measured("chain", monkeypatch)
+    countdown = measured("countdown", monkeypatch)
+    rows = []
+    for name in sorted(variants.NAMES, key=lambda name: (variants.method(name).TRAINER, name)):
+        method = variants.method(name)
+        title, _, paper = method.__doc__.splitlines()[0].rpartition(" (")
+        helps = " ".join(method.__doc__.partition("When it helps: ")[2].split()).replace("|", "\\|")
+        first = re.match(r".*?\.(?=\s[A-Z]|$)", helps)[0]
+        cells = [
+            f"[`{name}`](../variants/{name}.py)",
+            title.replace("|", "\\|"),
+            paper.rstrip(")."),
+            f"`{method.TRAINER}`",
+            str(new_lines(name)),
+            first,
+            method.GOLDEN,
+            chain.get(name, ""),
+            countdown.get(name, ""),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def test_page_has_the_folder(monkeypatch):
+    """Every method has its row; after a change of one: python tests/test_variants.py --update."""
+    found = PAGE.read_text("utf-8").partition("<!-- methods -->\n")[2].partition("\n<!-- end -->")[0]
+    assert found.split("\n", 2)[2] == table(monkeypatch)
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch:
+        before, _, rest = PAGE.read_text("utf-8").partition("<!-- methods -->\n")
+        old, _, after = rest.partition("\n<!-- end -->")
+        head = "\n".join(old.split("\n")[:2])
+        PAGE.write_text(f"{before}<!-- methods -->\n{head}\n{table(patch)}\n<!-- end -->{after}", "utf-8")

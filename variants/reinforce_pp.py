@@ -42,11 +42,8 @@ def token_weights(mask, group, cfg):
 """),
     ("""\
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)
-            weight = mask.sum(1) if cfg.norm == "batch_whiten" else torch.ones_like(adv)
-            mean_adv = ((adv * weight).sum() / weight.sum()).item()  # 0; of batch_whiten over the tokens
 """, """\
             adv = whitened_returns(reward, penalty, mask)  # (B, T)
-            mean_adv = (adv.sum() / mask.sum()).item()
 """),
 ]  # fmt: skip
 GOLDEN = "verl 0.9.1"
