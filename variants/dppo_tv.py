@@ -3,8 +3,9 @@
     l_it = −Â_i · min(ρ_it, 20) · log π(y_it),   0 where π − π_old > δ (Â_i > 0) or π − π_old < −δ (Â_i ≤ 0)
 
 |π − π_old| bounds the total variation from below; δ = 0.15, and no gradient passes through the weight.
-When it helps: a token of probability 0.001 may double without harm, and the clip silences it; one that
-falls from 0.99 to 0.8 has moved the policy far, and the clip lets it pass.
+When it helps: large vocabularies, where rare tokens have noisy ratios. A token of probability 0.001 may
+double without harm, and the clip silences it; one that falls from 0.99 to 0.8 has moved the policy far, and
+the clip does not see it.
 """
 
 TRAINER = "train_grpo.py"

@@ -2,8 +2,9 @@
 
     l_it = min(max(−Â ρ, −Â clip(ρ)), −3 Â)   where Â_i < 0
 
-When it helps: with a negative advantage the clip never acts above ρ = 1. A token that has become 50 times
-as likely then has 50 times the gradient, and alone decides the step. Here it has none from ρ = 3 on.
+When it helps: many updates a rollout, or stale samples. With a negative advantage the clip never acts above
+ρ = 1: a token that has become 50 times as likely has 50 times the gradient, and alone decides the step.
+Here it has none from ρ = 3 on.
 """
 
 TRAINER = "train_grpo.py"

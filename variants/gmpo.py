@@ -3,8 +3,8 @@
     L_i = −Â_i · (Π_t ρ̂_it)^(1/|y_i|),   log ρ̂ = min(log ρ, ε) if Â_i > 0, else max(log ρ, −ε)
 
 Each token is clipped in the logarithm, at ε = 0.4: at ρ of 0.67 and 1.49.
-When it helps: one token whose ratio is 20 adds 20 to the sum over a response; to the mean of the logarithms
-of ten tokens it adds 0.3. So the wider clip stays stable.
+When it helps: where single tokens have large ratios. One of 20 adds 20 to the sum over a response; to the
+mean of the logarithms of ten tokens it adds 0.3. So the wider clip stays stable.
 """
 
 TRAINER = "train_grpo.py"

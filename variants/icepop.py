@@ -5,8 +5,8 @@
 The ratio that is clipped is π_θ/π_old, where the trainer itself computes π_old once, before the step's
 first update. The sampler's own probabilities enter the weight alone: this is decoupled PPO (arXiv
 2110.00641).
-When it helps: as TIS does; where a token is off by a factor of 100, such as with a mixture of experts whose
-routing differs, TIS keeps it at weight 2, and here it is gone.
+When it helps: where sampler and trainer differ much on some tokens, as a mixture of experts does when its
+routing differs. TIS keeps a token that is off by a factor of 100 at weight 2; here it is gone.
 """
 
 TRAINER = "train_grpo.py"

@@ -24,9 +24,8 @@ CHANGES = [
     ("""\
         loss, stats = policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg)
 """, """\
-        loss, stats = policy_loss(
-            logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg, batch["held"]
-        )
+        loss, stats = policy_loss(logp, batch["old_logp"], ref_logp, batch["adv"], chunk, batch["w"], cfg,
+                                  batch["held"])  # fmt: skip
 """),
     ("""\
         unclipped = -adv * ratio

@@ -5,9 +5,9 @@
 The ratio that is clipped is π_θ/π_old, where the trainer itself computes π_old once, before the step's
 first update. The sampler's own probabilities enter the weight alone: this is decoupled PPO (arXiv
 2110.00641).
-When it helps: as TIS does. The product over the response is the weight that is right in expectation, and
-TIS's is not, as it leaves out what the tokens before did. Its variance grows with the length, so short
-answers suit it.
+When it helps: as TIS does, with short answers. The product over the response is the weight that is right in
+expectation, and TIS's is not, as it leaves out what the tokens before did; but its variance grows with the
+length.
 """
 
 TRAINER = "train_grpo.py"
