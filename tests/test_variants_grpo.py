@@ -18,7 +18,7 @@ from nanorlhf.run.cli import parse
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 METHODS = [name for name in variants.NAMES if variants.method(name).TRAINER == "train_grpo.py"]
-SAMPLER = {"tis", "icepop", "seq_tis", "geo_mask"}
+SAMPLER = {"tis", "icepop", "seq_tis", "seq_mis", "geo_mask"}
 
 
 def has_a(prompt, response):
