@@ -75,6 +75,32 @@ def test_microbatches_and_chunks_do_not_move_the_step(name, stages, tmp_path, mo
         close(together, apart, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["clip_cov", "remax", "tis"])
+def test_resuming_changes_no_bit(name, stages, tmp_path, monkeypatch):
+    """Killed in the fourth step, resumed from the second: chance, greedy answers and weights come again."""
+    trainer = variants.load(name)
+    flags = dict(steps=5, off_policy_steps=0 if name == "remax" else 2)
+    whole = config(name, stages, tmp_path / "whole", **flags)
+    trainer.train(whole)
+    real = trainer.sample_step
+    steps = []
+
+    def crash(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise MemoryError
+        return real(*args)
+
+    broken = flags | dict(save_every=2)
+    with monkeypatch.context() as m, pytest.raises(MemoryError):
+        m.setattr(trainer, "sample_step", crash)
+        trainer.train(config(name, stages, tmp_path / "broken", **broken))
+    again = config(name, stages, tmp_path / "broken", resume=True, **broken | dict(overwrite=False))
+    trainer.train(again)
+    for a, b in zip(weights(whole), weights(again), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     "name", ["sapo", "gmpo", "dppo_tv", "dual_clip", "kl_cov", "off_policy_mask", "vespo"]
 )
