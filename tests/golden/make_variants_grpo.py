@@ -101,7 +101,7 @@ def write(name, origin, *calls):
 # TRL
 
 
-def trl_loss(logp, cls=trl.GRPOTrainer, mask=MASK, adv=ADV, old=OLD, extra=None, **settings):
+def trl_loss(logp, cls=trl.GRPOTrainer, mask=MASK, adv=ADV, old=OLD, **settings):
     """GRPOTrainer._compute_loss of rows whose prompts are one token."""
     args = SimpleNamespace(
         delta=None, use_bias_correction_kl=True, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
@@ -125,7 +125,7 @@ def trl_loss(logp, cls=trl.GRPOTrainer, mask=MASK, adv=ADV, old=OLD, extra=None,
         "completion_mask": mask.long(), "advantages": adv, "old_per_token_logps": old,
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
-    return cls._compute_loss(trainer, None, inputs | (extra or {}))
+    return cls._compute_loss(trainer, None, inputs)
 
 
 def from_trl():
