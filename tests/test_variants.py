@@ -423,6 +423,30 @@ def test_the_policy_stands_still_while_the_critic_learns(stages, tmp_path, no_cu
     assert not torch.equal(critics[0].trunk.wte.weight, critics[1].wte.weight)
 
 
+def test_right_answers_are_imitated(stages, tmp_path, no_curves, spy):
+    """Those with a score above 0: their tokens and no others; n_right is the optimizer step's."""
+    trainer = variants.load("positive_nll")
+    steps = spy(trainer, "gradient")
+    calls = spy(trainer, "positive_loss")
+    data = st.jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{a}{b}="} for a in "abcdef" for b in "abcdef"])
+    own = dict(data=data, rm="", reward=["tests/test_variants.py:short"], tokens_per_microbatch=32)
+    out = trainer.train(trainer.Config(**flags("positive_nll", stages, tmp_path / "run", **own)))
+    assert sum(right.sum() for (_, right, _), _ in calls) == sum(args[2]["n_right"] for args, _ in steps) > 0
+    for i, row in enumerate(out.rows):
+        answers = 0
+        for (_, _, batch, _), _ in steps[2 * i : 2 * i + 2]:  # the two minibatches of the step
+            rows = batch["right"].any(1)
+            assert torch.equal(batch["right"], batch["mask"].bool() & rows[:, None])
+            assert batch["n_right"] == batch["right"].sum()
+            answers += int(rows.sum())
+        assert answers == round(8 * row["reward"])
+
+
+def short(prompt, response):
+    """A reward: 1 for at most one letter, behind the prompt of three."""
+    return float(len(response) <= 1)
+
+
 def test_plain_reinforce_pp_takes_single_samples(stages, tmp_path, no_curves):
     """A group of one has no baseline, which this method does not need; the KL is in every token's reward."""
     trainer = variants.load("reinforce_pp")
