@@ -3,6 +3,7 @@
     python tests/test_variants.py --update      write the table of docs/variants.md anew
 """
 
+import csv
 import difflib
 import importlib
 import importlib.util
@@ -459,19 +460,20 @@ def test_plain_reinforce_pp_takes_single_samples(stages, tmp_path, no_curves):
 # docs/variants.md
 
 
-def measured(task, monkeypatch):
-    """{method: what was measured on the task}, from the CSV of bench/variant_runs.py."""
+def variant_runs(monkeypatch):
+    """The module bench/variant_runs.py."""
     monkeypatch.syspath_prepend(variants.ROOT / "bench")
     spec = importlib.util.spec_from_file_location("variant_runs", variants.ROOT / "bench/variant_runs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.cells(task)
+    return module
 
 
 def table(monkeypatch):
     """The rows of the page's table, from the files of the folder and from the CSVs."""
-    chain = measured("chain", monkeypatch)
-    countdown = measured("countdown", monkeypatch)
+    runs = variant_runs(monkeypatch)
+    chain = runs.cells("chain")
+    countdown = runs.cells("countdown")
     rows = []
     for name in sorted(variants.NAMES, key=lambda name: (variants.method(name).TRAINER, name)):
         method = variants.method(name)
@@ -491,6 +493,30 @@ def table(monkeypatch):
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def test_a_method_is_compared_with_runs_of_the_same_flags_and_seeds(monkeypatch, tmp_path):
+    """Three pairs with the differences 1, 2 and 3 points: 2 ± 4.303/√3, whatever the seed's level."""
+    runs = variant_runs(monkeypatch)
+    jobs = {"reinforce_pp": ("reinforce_pp", "--kl none"), "grpo": ("grpo", "")}
+    jobs |= {"ppo_dual_clip": ("ppo_dual_clip", "--epochs 4"), "ppo": ("ppo", "--epochs 4")}
+    assert runs.pairs_of(["reinforce_pp"]) == {"reinforce_pp": (jobs["reinforce_pp"], jobs["grpo"])}
+    assert runs.pairs_of(["ppo_dual_clip"]) == {"ppo_dual_clip": (jobs["ppo_dual_clip"], jobs["ppo"])}
+    assert runs.pairs_of(["apo_zero"]) == {}
+    rows = []
+    for seed, level in enumerate((0.1, 0.5, 0.9)):
+        rows.append(dict(variant="grpo", flags="", seed=seed, last=level, curve=level))
+        better = dict(last=level + (seed + 1) / 100, curve=level + 0.05 + seed / 1000)
+        rows.append(dict(variant="reinforce_pp", flags="--kl none", seed=seed, **better))
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    assert runs.cells("chain") == {}
+    with open(tmp_path / "variants_chain.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert runs.cells("chain") == {"reinforce_pp": "+2.0 ± 2.5, **+5.1 ± 0.2**"}
+    line = runs.compare("reinforce_pp", rows[1::2], rows[::2])
+    assert "last +0.020 ± 0.025 not told apart" in line and "curve +0.051 ± 0.002 told apart" in line
 
 
 def test_page_has_the_folder(monkeypatch):
