@@ -133,6 +133,14 @@ def test_golden_is_not_the_trainers(name):
     assert differs
 
 
+def has_a(prompt, response):
+    return float("a" in response)
+
+
+def begins_with_b(prompt, response):
+    return float(response[:1] == "b")
+
+
 def flags(name, stages, out, **more):
     """The flags of a smoke run; some methods need data of their own, or would not come to their lines."""
     trainer = importlib.import_module(variants.method(name).TRAINER.removesuffix(".py"))
@@ -145,6 +153,8 @@ def flags(name, stages, out, **more):
         own["data"] = st.jsonl(out.parent / "own.jsonl", rows)
     if name == "odpo":
         own = dict(online=1, rm=f"{stages.folder}/rm/model", pairs=8)
+    if name in ("gdpo", "maxrl", "pass_at_k"):  # of rewards of 0 or 1, or of several functions
+        own = dict(rm="", reward=[f"{__file__}:has_a", f"{__file__}:begins_with_b*2"][: 1 + (name == "gdpo")])
     return stages.flags(trainer, out, **dict(steps=2, save_every=0) | own | more)
 
 
