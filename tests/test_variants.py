@@ -30,7 +30,7 @@ import variants  # noqa: E402
 from nanorlhf import hub, pairs  # noqa: E402
 from nanorlhf.errors import UserError  # noqa: E402
 from nanorlhf.hub.files import read_jsonl  # noqa: E402
-from nanorlhf.run import replay  # noqa: E402
+from nanorlhf.run import cli, replay  # noqa: E402
 from variants import main  # noqa: E402
 
 PAGE = variants.ROOT / "docs/variants.md"
@@ -366,6 +366,18 @@ def test_odpo_trains_with_the_difference_of_the_scores(stages, tmp_path, no_curv
         logp = trainer.pair_logps(ref, [pairs.Example(prompt, best, worst)])[0, 0].item()
         offset = next(value for key, value in seen.items() if math.isclose(key, logp, abs_tol=1e-4))
         assert offset == pytest.approx(0.5 * math.log(row["margin"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", "apo_down apo_zero bco_pair discopop exo_pair nca_pair sppo_hard".split())
+def test_a_loss_of_pairs_has_no_other_loss_and_no_smoothing(name):
+    """--loss ipo would train without the method; only EXO has smoothed labels, and needs them."""
+    trainer = variants.load(name)
+    with pytest.raises(UserError, match="--loss ipo: must be one of dpo"):
+        cli.parse(trainer.Config, ["--loss", "ipo"])
+    wrong = 0.0 if name == "exo_pair" else 0.1
+    with pytest.raises(UserError, match="--label_smoothing"):
+        trainer.Config(label_smoothing=wrong)
+    assert trainer.Config().label_smoothing == (0.001 if name == "exo_pair" else 0.0)
 
 
 def test_odpo_needs_scores():
