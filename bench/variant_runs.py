@@ -50,12 +50,13 @@ def command(name, task, seed, flags):
 
 
 def finish(job):
-    """Run one job unless its model is there already; with a line for what came out."""
+    """Run one job unless its model is there already → its folder if it failed, else None; prints a line."""
     words, out = command(*job)
     if os.path.exists(f"{out}/model/config.json"):
         return
     done = subprocess.run([sys.executable, *words, "--overwrite"], cwd=ROOT, capture_output=True, text=True)
     print(out if done.returncode == 0 else f"FAILED {out}: {done.stderr.strip()}", flush=True)
+    return out if done.returncode else None
 
 
 def measure(folder):
@@ -136,11 +137,15 @@ def main(argv):
             names.append(word)
     task = options["--task"]
     seeds = range(int(options["--seeds"]))
+    if not 2 <= len(seeds) <= 10:
+        sys.exit(f"--seeds {len(seeds)}: must be 2 to 10, for an interval")
     pairs = pairs_of(names or variants.NAMES)
     jobs = sorted({job for pair in pairs.values() for job in pair})
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(finish, [("sft", task, seed, "") for seed in seeds]))
-        list(pool.map(finish, [(name, task, seed, flags) for seed in seeds for name, flags in jobs]))
+        failed = list(pool.map(finish, [("sft", task, seed, "") for seed in seeds]))
+        failed += pool.map(finish, [(name, task, seed, flags) for seed in seeds for name, flags in jobs])
+    if any(failed):
+        sys.exit(f"{len(list(filter(None, failed)))} runs failed; nothing is written")
 
     found = {}
     table = []

@@ -3,6 +3,7 @@
     python tests/test_variants.py --update      write the table of docs/variants.md anew
 """
 
+import csv
 import difflib
 import importlib
 import importlib.util
@@ -29,7 +30,7 @@ import variants  # noqa: E402
 from nanorlhf import hub, pairs  # noqa: E402
 from nanorlhf.errors import UserError  # noqa: E402
 from nanorlhf.hub.files import read_jsonl  # noqa: E402
-from nanorlhf.run import replay  # noqa: E402
+from nanorlhf.run import cli, replay  # noqa: E402
 from variants import main  # noqa: E402
 
 PAGE = variants.ROOT / "docs/variants.md"
@@ -367,6 +368,18 @@ def test_odpo_trains_with_the_difference_of_the_scores(stages, tmp_path, no_curv
         assert offset == pytest.approx(0.5 * math.log(row["margin"]), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", "apo_down apo_zero bco_pair discopop exo_pair nca_pair sppo_hard".split())
+def test_a_loss_of_pairs_has_no_other_loss_and_no_smoothing(name):
+    """--loss ipo would train without the method; only EXO has smoothed labels, and needs them."""
+    trainer = variants.load(name)
+    with pytest.raises(UserError, match="--loss ipo: must be one of dpo"):
+        cli.parse(trainer.Config, ["--loss", "ipo"])
+    wrong = 0.0 if name == "exo_pair" else 0.1
+    with pytest.raises(UserError, match="--label_smoothing"):
+        trainer.Config(label_smoothing=wrong)
+    assert trainer.Config().label_smoothing == (0.001 if name == "exo_pair" else 0.0)
+
+
 def test_odpo_needs_scores():
     trainer = variants.load("odpo")
     for wrong in ({}, {"online": 3, "judge": "self"}, {"online": 3, "loss": "ipo"}):
@@ -433,6 +446,30 @@ def test_the_policy_stands_still_while_the_critic_learns(stages, tmp_path, no_cu
     assert not torch.equal(critics[0].trunk.wte.weight, critics[1].wte.weight)
 
 
+def test_right_answers_are_imitated(stages, tmp_path, no_curves, spy):
+    """Those with a score above 0: their tokens and no others; n_right is the optimizer step's."""
+    trainer = variants.load("positive_nll")
+    steps = spy(trainer, "gradient")
+    calls = spy(trainer, "positive_loss")
+    data = st.jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{a}{b}="} for a in "abcdef" for b in "abcdef"])
+    own = dict(data=data, rm="", reward=["tests/test_variants.py:short"], tokens_per_microbatch=32)
+    out = trainer.train(trainer.Config(**flags("positive_nll", stages, tmp_path / "run", **own)))
+    assert sum(right.sum() for (_, right, _), _ in calls) == sum(args[2]["n_right"] for args, _ in steps) > 0
+    for i, row in enumerate(out.rows):
+        answers = 0
+        for (_, _, batch, _), _ in steps[2 * i : 2 * i + 2]:  # the two minibatches of the step
+            rows = batch["right"].any(1)
+            assert torch.equal(batch["right"], batch["mask"].bool() & rows[:, None])
+            assert batch["n_right"] == batch["right"].sum()
+            answers += int(rows.sum())
+        assert answers == round(8 * row["reward"])
+
+
+def short(prompt, response):
+    """A reward: 1 for at most one letter, behind the prompt of three."""
+    return float(len(response) <= 1)
+
+
 def test_plain_reinforce_pp_takes_single_samples(stages, tmp_path, no_curves):
     """A group of one has no baseline, which this method does not need; the KL is in every token's reward."""
     trainer = variants.load("reinforce_pp")
@@ -445,19 +482,20 @@ def test_plain_reinforce_pp_takes_single_samples(stages, tmp_path, no_curves):
 # docs/variants.md
 
 
-def measured(task, monkeypatch):
-    """{method: what was measured on the task}, from the CSV of bench/variant_runs.py."""
+def variant_runs(monkeypatch):
+    """The module bench/variant_runs.py."""
     monkeypatch.syspath_prepend(variants.ROOT / "bench")
     spec = importlib.util.spec_from_file_location("variant_runs", variants.ROOT / "bench/variant_runs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.cells(task)
+    return module
 
 
 def table(monkeypatch):
     """The rows of the page's table, from the files of the folder and from the CSVs."""
-    chain = measured("chain", monkeypatch)
-    countdown = measured("countdown", monkeypatch)
+    runs = variant_runs(monkeypatch)
+    chain = runs.cells("chain")
+    countdown = runs.cells("countdown")
     rows = []
     for name in sorted(variants.NAMES, key=lambda name: (variants.method(name).TRAINER, name)):
         method = variants.method(name)
@@ -477,6 +515,30 @@ def table(monkeypatch):
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def test_a_method_is_compared_with_runs_of_the_same_flags_and_seeds(monkeypatch, tmp_path):
+    """Three pairs with the differences 1, 2 and 3 points: 2 ± 4.303/√3, whatever the seed's level."""
+    runs = variant_runs(monkeypatch)
+    jobs = {"reinforce_pp": ("reinforce_pp", "--kl none"), "grpo": ("grpo", "")}
+    jobs |= {"ppo_dual_clip": ("ppo_dual_clip", "--epochs 4"), "ppo": ("ppo", "--epochs 4")}
+    assert runs.pairs_of(["reinforce_pp"]) == {"reinforce_pp": (jobs["reinforce_pp"], jobs["grpo"])}
+    assert runs.pairs_of(["ppo_dual_clip"]) == {"ppo_dual_clip": (jobs["ppo_dual_clip"], jobs["ppo"])}
+    assert runs.pairs_of(["apo_zero"]) == {}
+    rows = []
+    for seed, level in enumerate((0.1, 0.5, 0.9)):
+        rows.append(dict(variant="grpo", flags="", seed=seed, last=level, curve=level))
+        better = dict(last=level + (seed + 1) / 100, curve=level + 0.05 + seed / 1000)
+        rows.append(dict(variant="reinforce_pp", flags="--kl none", seed=seed, **better))
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    assert runs.cells("chain") == {}
+    with open(tmp_path / "variants_chain.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert runs.cells("chain") == {"reinforce_pp": "+2.0 ± 2.5, **+5.1 ± 0.2**"}
+    line = runs.compare("reinforce_pp", rows[1::2], rows[::2])
+    assert "last +0.020 ± 0.025 not told apart" in line and "curve +0.051 ± 0.002 told apart" in line
 
 
 def test_page_has_the_folder(monkeypatch):

@@ -9,9 +9,14 @@ When it helps: the chosen responses are better than what the model would write.
 TRAINER = "train_dpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "dpo_nll"] = "dpo"  # above
+""", """\
+    loss: Literal["dpo"] = "dpo"  # with the formula of this variant
+"""),
+    ("""\
 SMOOTHED = ("dpo", "cdpo", "robust")
 """, """\
-SMOOTHED = ("robust",)
+SMOOTHED = ()
 """),
     ("""\
     elif loss in SMOOTHED:  # dpo, cdpo

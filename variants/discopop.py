@@ -10,9 +10,14 @@ When it helps: the paper finds it better than DPO at β = 0.05, where z is far b
 TRAINER = "train_dpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "dpo_nll"] = "dpo"  # above
+""", """\
+    loss: Literal["dpo"] = "dpo"  # with the formula of this variant
+"""),
+    ("""\
 SMOOTHED = ("dpo", "cdpo", "robust")
 """, """\
-SMOOTHED = ("robust",)
+SMOOTHED = ()
 """),
     ("""\
     elif loss in SMOOTHED:  # dpo, cdpo

@@ -10,20 +10,25 @@ When it helps: the policy is too weak to fit all preferences, and shall fit some
 TRAINER = "train_dpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "dpo_nll"] = "dpo"  # above
+""", """\
+    loss: Literal["dpo"] = "dpo"  # with the formula of this variant
+"""),
+    ("""\
             self.label_smoothing = 0.1 if self.loss in ("cdpo", "robust") else 0.0
 """, """\
-            self.label_smoothing = {"dpo": 0.001, "cdpo": 0.1, "robust": 0.1}.get(self.loss, 0.0)
+            self.label_smoothing = 0.001
 """),
     ("""\
         require(not eps or self.loss in SMOOTHED, f"--label_smoothing: not with --loss {self.loss}")
 """, """\
         require(not eps or self.loss in SMOOTHED, f"--label_smoothing: not with --loss {self.loss}")
-        require(eps or self.loss != "dpo", "--label_smoothing 0: the log of the labels would be infinite")
+        require(eps, "--label_smoothing 0: the log of the labels would be infinite")
 """),
     ("""\
 SMOOTHED = ("dpo", "cdpo", "robust")
 """, """\
-SMOOTHED = ("dpo", "robust")
+SMOOTHED = ("dpo",)
 """),
     ("""\
     elif loss in SMOOTHED:  # dpo, cdpo

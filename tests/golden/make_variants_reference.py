@@ -103,6 +103,19 @@ def value_pretraining():
     write("value_pretraining", "arXiv 2503.01491, the policy is fixed at first", calls)
 
 
+def positive_nll():
+    """Three of the four tokens belong to right answers; the derivative is −1/3 there."""
+    logp = [[0.0, -1.5, -0.25], [0.0, -4.0, -2.0]]
+    right = [[False, True, True], [False, True, False]]
+    calls = []
+    for denom, value in ((3.0, 5.75 / 3), (8.0, 5.75 / 8)):  # a part of a step has the denominator of all
+        inputs = {"logp": logp, "right": right, "denom": [denom]}
+        gradient = [[-1 / denom if r else 0.0 for r in row] for row in right]
+        call = {"function": "positive_loss", "inputs": inputs, "value": [value]}
+        calls.append(call | {"gradient": {"logp": gradient}})
+    write("positive_nll", "arXiv 2504.05118, mean over the tokens of right answers", calls)
+
+
 def prm_first_error():
     """Steps end at tokens 2, 3, 5 and 6; behind the first 0 there are no labels. −1: none."""
     calls = []
@@ -128,5 +141,10 @@ def prm_soft():
 
 
 if __name__ == "__main__":
-    for make in (odpo, decoupled_gae, length_adaptive_lam, value_pretraining, prm_first_error, prm_soft):
-        make()
+    odpo()
+    decoupled_gae()
+    length_adaptive_lam()
+    value_pretraining()
+    positive_nll()
+    prm_first_error()
+    prm_soft()
