@@ -6,8 +6,8 @@
     L     = Σ_i Σ_t w_it (l_it + β k_it)                                           --agg, --kl
 
 The weights w_it are the aggregation: they are computed once for the whole optimizer step, so that cutting it
-into micro-batches cannot change the loss. k is an estimator of the KL to the reference, in the loss or, as
-−β Σ_t k1, in the reward. The defaults are GRPO with a token mean and no KL; `--recipe` sets a published
+into micro-batches cannot change the loss. k is the KL to the reference, exact or estimated, in the loss or,
+as −β Σ_t k1, in the reward. The defaults are GRPO with a token mean and no KL; `--recipe` sets a published
 combination, and any flag that is given wins over it.
 
 Sources: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740), REINFORCE++ (2501.03262), DAPO
@@ -48,7 +48,7 @@ from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.defaults import RECIPES
-from nanorlhf.run.device import adamw, clip_gradient, freeze, setup
+from nanorlhf.run.device import adamw, clip_gradient, freeze, rl_rate, setup
 from nanorlhf.run.log import Clock, due
 from nanorlhf.run.models import load_models
 from nanorlhf.run.worker import rewards_of
@@ -82,7 +82,7 @@ class Config(Flags):
     clip_low: float | None = None  # ε_low
     clip_high: float | None = None  # ε_high; above ε_low: clip-higher (DAPO)
     agg: Literal["seq_mean", "token", "seq_sum_const", "prompt_mean"] | None = None  # weights of the tokens
-    kl: Literal["none", "k1", "k2", "k3"] | None = None  # estimator of KL(policy‖reference)
+    kl: Literal["none", "k1", "k2", "k3", "exact"] | None = None  # of KL(policy‖ref); exact: no estimate
     kl_in: Literal["loss", "reward"] | None = None  # where it is charged
     kl_unbiased: bool | None = None  # in the loss: times the token ratio, for the gradient of KL(policy‖ref)
     beta: float | None = None  # KL coefficient
@@ -159,6 +159,8 @@ class Config(Flags):
         elif kl_given and beta_given is None:
             remedy = "has no effect without --beta; give one, such as --beta 0.04"
             require(self.beta, f"--kl {kl_given}: {remedy}")
+        exact_in_loss = self.kl != "exact" or self.kl_in == "loss"
+        require(exact_in_loss, "--kl exact stands in the loss; in the reward it is --kl k1 --kl_in reward")
         self.fill_judge()
         counts = "steps prompts_per_step epochs minibatches sample_every"
         check_ranges(self, f"{counts} lr adam_eps temperature std_eps max_grad_norm".split())
@@ -307,7 +309,7 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
         is_clipped = torch.zeros_like(mask)
 
     stats = {"clip": (w * is_clipped).sum(), "ratio_max": (ratio.detach() * mask).max()}
-    if cfg.kl != "none" and cfg.kl_in == "loss":
+    if cfg.kl in ("k1", "k2", "k3") and cfg.kl_in == "loss":
         k = kl_estimate(logp, ref_logp, cfg.kl)
         if cfg.kl_unbiased:  # k2 has the right gradient as it is: the ratio only makes up for stale samples
             k = k * (token_ratio.detach() if cfg.kl == "k2" else token_ratio)
@@ -316,9 +318,10 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
     return (w * loss).sum(), stats
 
 
-def microbatch_loss(policy, batch, cfg):
+def microbatch_loss(policy, batch, cfg, kl_to=None):
     """→ loss, stats of `policy_loss`, log-probs and entropies (B, T) of one micro-batch.
 
+    kl_to: the reference, with --kl exact: Σ_v π (log π − log π_ref) at every sampled position joins the loss.
     A figure of stats is a scalar, or where the loss is formed chunk by chunk a tensor with one value a chunk.
     """
     tokens = batch["tokens"]
@@ -331,13 +334,18 @@ def microbatch_loss(policy, batch, cfg):
         return loss - cfg.entropy_coef * (batch["w"] * entropy).sum(), stats
 
     if cfg.ratio == "token":
-        return policy.logprobs(tokens, mask, cfg.temperature, chunk_loss)
-    logp, entropy = policy.logprobs(tokens, mask, cfg.temperature)
-    loss, stats = chunk_loss(logp, entropy, mask)  # a ratio of whole rows needs all their tokens
+        loss, stats, logp, entropy, *kl = policy.logprobs(
+            tokens, mask, cfg.temperature, chunk_loss, kl_to=kl_to
+        )
+    else:  # a ratio of whole rows needs all their tokens
+        logp, entropy, *kl = policy.logprobs(tokens, mask, cfg.temperature, kl_to=kl_to)
+        loss, stats = chunk_loss(logp, entropy, mask)
+    if kl_to is not None:
+        loss = loss + cfg.beta * (batch["w"] * kl[0]).sum()
     return loss, stats, logp, entropy
 
 
-def gradient(policy, batch, cfg):
+def gradient(policy, batch, cfg, kl_to=None):
     """Add up the gradient of one optimizer step, micro-batch by micro-batch → its figures.
 
     batch: tokens, mask, old_logp, ref_logp (or None), w (B, T), lengths, adv (B,), and of the whole step
@@ -349,7 +357,7 @@ def gradient(policy, batch, cfg):
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
     for rows in dist.paced(cut, policy.logprobs):  # one process: as they are; several: equally many
         mb = trim(take_rows(batch, rows))
-        loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg)
+        loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg, kl_to)
         loss.backward()
         gap = (logp.detach() - mb["old_logp"]).abs()
         figures.add({
@@ -360,13 +368,6 @@ def gradient(policy, batch, cfg):
             "gap": gap.max().item(),
         })  # fmt: skip
     return figures
-
-
-def learning_rate(step, cfg):
-    """The smaller of a warm-up over 5 steps and a line from lr at step 0 to 0 at the end, unless constant."""
-    if cfg.constant_lr_after:
-        return cfg.lr * min((step + 1) / cfg.constant_lr_after, 1)
-    return cfg.lr * min((step + 1) / 5, 1 - step / cfg.steps)
 
 
 def overlong(length, limit, size):
@@ -454,6 +455,8 @@ def train(cfg):
     if cfg.loss == "reinforce" and (cfg.epochs * cfg.minibatches > 1 or cfg.off_policy_steps):
         print("warning: --loss reinforce has no ratio: biased in all updates but the first of fresh samples")
 
+    kl_to = ref if cfg.kl == "exact" else None
+
     score = partial(score_responses, rm=rm, rewards=rewards)
     measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed)
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
@@ -509,7 +512,7 @@ def train(cfg):
             if cfg.agg == "prompt_mean":
                 unit = roll.group  # whole prompts are: a part of a prompt would count like a whole one
             for param_group in opt.param_groups:
-                param_group["lr"] = learning_rate(step, cfg)
+                param_group["lr"] = rl_rate(step, cfg)
             # over the updates of this step; averages() divides sums by their number
             figures = Figures(clip="sum", entropy="sum", gnorm="sum", ratio_max="max", gap="first")
             # ---- the same in train_ppo.py and train_grpo.py
@@ -525,7 +528,8 @@ def train(cfg):
                     minibatch["n_tokens"] = minibatch["mask"].sum().item()
                     opt.zero_grad()
                     share = dist.share(minibatch)  # one process: all of it; several: this one's rows
-                    update = dist.whole_step(gradient(policy, share, cfg), policy)  # one process: as it is
+                    update = gradient(policy, share, cfg, kl_to)
+                    update = dist.whole_step(update, policy)  # one process: as it is
                     update["gnorm"] = clip_gradient(policy, cfg.max_grad_norm)
                     where = f"samples {index[:4].tolist()} …, prompt {roll.rows[index[0]]['prompt']!r}"
                     run.check(step, update.pop("loss"), update["gnorm"], where, minibatch, [policy])

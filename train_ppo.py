@@ -6,6 +6,7 @@
     L    = 1/N · Σ_t max(−A_t ρ_t, −A_t clip(ρ_t, 1 ± ε))                              policy
          + c · 1/N · Σ_t ½ max((V_t − R_t)², (clip(V_t, V_old ± ε_v) − R_t)²)          critic
 
+With --kl exact, β · 1/N · Σ_t KL(π_θ‖π_ref) over the vocabulary joins the loss, in place of the KL in r_t.
 N counts the sampled tokens of the whole optimizer step. Sources: PPO (arXiv 1707.06347), GAE (1506.02438),
 RLHF with PPO (1909.08593, 2009.01325) and "The N+ Implementation Details of RLHF with PPO" (2403.17031): the
 comments "detail n" are its numbers; docs/details.md says what happens without each.
@@ -24,7 +25,7 @@ GPU   python train_ppo.py --data prompts.jsonl --init runs/sft/model --rm runs/r
 import sys
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -64,6 +65,7 @@ class Config(Flags):
     out: str = ""  # run folder; empty: runs/TASK-ppo, or with --data runs/FILE-ppo
 
     # method
+    kl: Literal["k1", "exact"] = "k1"  # k1 in the reward, or KL(policy‖ref) over all tokens, in the loss
     beta: float | None = None  # KL coefficient, reward per nat; with --reward 0
     kl_target: float = 0.0  # nats per sequence that an adaptive beta steers to; 0: beta is fixed
     gamma: float = 1.0  # discount
@@ -141,6 +143,7 @@ class Config(Flags):
         check_ranges(self, above_zero, any_sign=("seed", "no_eos_score"))
         require(max(self.gamma, self.lam) <= 1, "--gamma and --lam: must not be above 1")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
+        require(self.kl == "k1" or self.beta, "--kl exact: has no effect with --beta 0")
         rows = self.prompts_per_step * self.group_size
         require(rows >= self.minibatches, f"--minibatches {self.minibatches}: a step has {rows} samples only")
 
@@ -260,19 +263,29 @@ def value_loss(value, old_value, ret, mask, clip, denom):
     return loss, {"value_clip": is_clipped.sum() / denom}
 
 
-def microbatch_loss(policy, batch, cfg):
-    """→ loss, stats of `policy_loss`, log-probs and entropies (B, T) of one micro-batch."""
+def microbatch_loss(policy, batch, cfg, kl_to=None):
+    """→ loss, stats of `policy_loss`, log-probs and entropies (B, T) of one micro-batch.
+
+    kl_to: the reference, with --kl exact: Σ_v π (log π − log π_ref) at every sampled position joins the loss.
+    """
+    tokens = batch["tokens"]
+    mask = batch["mask"]
+    denom = batch["denom"]
 
     def chunk_loss(logp, entropy, chunk):
         """chunk (B, T) marks the tokens whose logits are at hand: their part of the loss needs no others."""
-        denom = batch["denom"]
         loss, stats = policy_loss(logp, batch["old_logp"], batch["adv"], chunk, cfg.clip, denom)
         return loss - cfg.entropy_coef * entropy.sum() / denom, stats
 
-    return policy.logprobs(batch["tokens"], batch["mask"], cfg.temperature, chunk_loss)
+    loss, stats, logp, entropy, *kl = policy.logprobs(
+        tokens, mask, cfg.temperature, chunk_loss, kl_to=kl_to
+    )
+    if kl_to is not None:
+        loss = loss + batch["beta"] * kl[0].sum() / denom
+    return loss, stats, logp, entropy
 
 
-def gradient(policy, critic, batch, cfg):
+def gradient(policy, critic, batch, cfg, kl_to=None):
     """Add up the gradients of one optimizer step, micro-batch by micro-batch → its figures.
 
     batch: tokens, mask, old_logp, adv, old_value, ret (B, T), lengths (B,), and denom, the sampled tokens of
@@ -284,7 +297,7 @@ def gradient(policy, critic, batch, cfg):
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
     for rows in dist.paced(cut, policy.logprobs, critic.values):  # one process: as they are; several: as many
         mb = trim(take_rows(batch, rows))
-        pg_loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg)
+        pg_loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg, kl_to)
         value = critic.values(mb["tokens"], mb["mask"])
         old_value = mb["old_value"]
         vf_loss, _ = value_loss(value, old_value, mb["ret"], mb["mask"], VALUE_CLIP, denom)
@@ -336,6 +349,8 @@ def train(cfg):
     ]
     opt = adamw(groups, device, lr=cfg.lr, eps=cfg.adam_eps, weight_decay=0.0)
 
+    kl_to = ref if cfg.kl == "exact" else None
+
     score = partial(score_responses, rm=rm, rewards=rewards)
     measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed)
 
@@ -371,8 +386,9 @@ def train(cfg):
             old_logp = roll.logp  # (B, T): the sampler's log-probs are the old policy's own
             ref_logp = roll.logp_under(ref, cfg.temperature, cfg.tokens_per_microbatch)  # (B, T)
             kl = (old_logp - ref_logp).sum(1).mean().item()  # nats per sequence
+            reward_beta = beta if cfg.kl == "k1" else 0.0  # exact: beta weighs the KL in the loss
             reward = shape_rewards(
-                roll.reward, old_logp, ref_logp, mask, roll.finished, beta, cfg.no_eos_score
+                roll.reward, old_logp, ref_logp, mask, roll.finished, reward_beta, cfg.no_eos_score
             )  # (B, T)
             if cfg.whiten_rewards:
                 reward = whiten(reward, mask, shift_mean=False)  # detail 24
@@ -384,7 +400,7 @@ def train(cfg):
             if cfg.whiten_advantages:
                 adv = whiten(adv, mask)  # detail 25: over the whole rollout
                 mean_adv = (adv.sum() / mask.sum()).item()
-            batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret}
+            batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret, "beta": beta}
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             unit = torch.arange(len(roll))  # rows are dealt to the minibatches
@@ -408,7 +424,7 @@ def train(cfg):
                     minibatch["denom"] = minibatch["mask"].sum()  # of this optimizer step, however it is cut
                     opt.zero_grad()
                     share = dist.share(minibatch)  # one process: all of it; several: this one's rows
-                    update = gradient(policy, critic, share, cfg)
+                    update = gradient(policy, critic, share, cfg, kl_to)
                     update = dist.whole_step(update, policy, critic)  # one process: as it is
                     update["gnorm"] = clip_gradient(policy, cfg.max_grad_norm)
                     update["critic_gnorm"] = clip_gradient(critic, cfg.max_grad_norm)

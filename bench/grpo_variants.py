@@ -26,6 +26,7 @@ VARIANTS = {
     "clip-higher": "--clip_high 0.28",
     "k2 in the loss": "--kl k2 --beta 0.05",
     "k3 × ratio": "--kl k3 --beta 0.05",
+    "exact KL": "--kl exact --beta 0.05",
     "k1 in the reward": "--kl k1 --kl_in reward --beta 0.05",
     "two epochs": "--epochs 2 --minibatches 2",
     "4 steps stale": "--off_policy_steps 4",

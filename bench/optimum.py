@@ -197,6 +197,8 @@ ALGORITHMS = {
     "k3_ratio_loss": (train_grpo, IN_LOSS | dict(kl="k3", kl_unbiased=True), reverse_kl),
     "k3_loss": (train_grpo, IN_LOSS | dict(kl="k3"), forward_kl),
     "grpo_k2_loss": (train_grpo, IN_LOSS | dict(kl="k2", norm="group_std"), over_sigma),
+    "exact_loss": (train_grpo, IN_LOSS | dict(kl="exact"), reverse_kl),
+    "ppo_exact_loss": (train_ppo, PPO | dict(kl="exact"), reverse_kl),
     "k1_loss": (train_grpo, IN_LOSS | dict(kl="k1"), None),
     "k3_reward": (train_grpo, LARGE | dict(norm="none", kl="k3", kl_in="reward"), None),
 }

@@ -26,7 +26,8 @@ OUT = f"{ROOT}/out/variants"
 PLAIN = {"train_grpo.py": "grpo", "train_ppo.py": "ppo"}  # what the trainer as it is is called
 STALE = "--off_policy_steps 4"
 # Flags of the method's runs and of those it is compared with: without stale samples these change nothing.
-COMMON = {name: STALE for name in "geo_mask icepop off_policy_mask seq_tis tis vespo dual_clip".split()}
+STALE_METHODS = "dual_clip geo_mask icepop off_policy_mask seq_mis seq_tis tis vespo"
+COMMON = {name: STALE for name in STALE_METHODS.split()}
 COMMON |= {"opo": "--minibatches 1", "ppo_dual_clip": "--epochs 4", "remax": "--minibatches 1"}
 # Flags of the method alone, where its published constant is meant for long answers.
 OWN = {"length_adaptive_lam": "--lam_alpha 2", "geo_mask": "--geo_band 0.1", "reinforce_pp": "--kl none"}

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanorlhf.errors import require
-from nanorlhf.kernels import decode_attention, linear_logprob
+from nanorlhf.kernels import decode_attention, linear_kl, linear_logprob
 from nanorlhf.kernels.torch_backend import spans, widen
 
 HEAD_ROWS = 1024  # rows of the unembedding multiplied at once: they stay in a CPU's cache, a third faster
@@ -449,7 +449,7 @@ class GPT(nn.Module):
         """tokens (B, T) → fp32 logits (B, T, V). For evaluation and tests: training never builds them."""
         return self.head_logits(self(tokens))
 
-    def logprobs(self, tokens, mask, temperature=1.0, loss=None, doc=None):
+    def logprobs(self, tokens, mask, temperature=1.0, loss=None, doc=None, kl_to=None):
         """→ logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]), and the entropy of that distribution.
 
         Both are indexed by the token they describe and 0 where mask is 0; masked positions never enter the
@@ -465,6 +465,10 @@ class GPT(nn.Module):
                 return -(logp * chunk).sum() / denom, {"entropy": (entropy * chunk).sum() / denom}
 
         total is the sum over the chunks; stats {name: (chunks,)} leaves sum or maximum to the caller.
+
+        With `kl_to`, another GPT of this vocabulary, one more value stands at the end: kl (B, T), the exact
+        KL(this‖other) over the vocabulary where each token was predicted. It is differentiable in this
+        model's weights, and it comes from the hidden states of both, so that no logits are stored.
         """
         mask = mask.bool()
         begins = document_begins(torch.zeros_like(tokens) if doc is None else doc)
@@ -484,9 +488,16 @@ class GPT(nn.Module):
             zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
             return zeros.index_put((row[part], column[part]), values)
 
+        kl = []
+        if kl_to is not None:
+            with torch.no_grad():
+                other = kl_to(tokens[:, :-1], doc=doc)[row, column - 1]  # (n, D')
+            exact = linear_kl(before, self.unembedding, other, kl_to.unembedding, temperature)
+            kl = [scatter(exact)]
+
         if loss is None:
             logp, entropy = linear_logprob(before, self.unembedding, targets, temperature)
-            return scatter(logp), scatter(entropy)
+            return scatter(logp), scatter(entropy), *kl
 
         def loss_of_chunk(logp, entropy, part):
             chunk = scatter(torch.ones_like(logp, dtype=torch.bool), part)
@@ -495,7 +506,7 @@ class GPT(nn.Module):
         total, stats, logp, entropy = linear_logprob(
             before, self.unembedding, targets, temperature, loss=loss_of_chunk
         )
-        return total, stats, scatter(logp), scatter(entropy)
+        return total, stats, scatter(logp), scatter(entropy), *kl
 
 
 class ScalarModel(nn.Module):

@@ -45,6 +45,7 @@ SHORT = {  # of which a few steps are enough
     "online": (train_dpo, dict(online=2, online_ref="round", pairs=16, judge="self", steps=4)),
     "lean": (train_dpo, dict(save_memory=True, dtype="bfloat16", steps=4)),  # bf16 samples other tokens
     "lora": (train_ppo, dict(lora_rank=2, tokens_per_microbatch=60, steps=4)),
+    "exact": (train_grpo, dict(kl="exact", beta=0.1, tokens_per_microbatch=60, off_policy_steps=0, steps=4)),
     "old": (train_grpo, dict(off_policy_steps=1, steps=4)),  # not sharded
     "bf16": (train_sft, dict(dtype="bfloat16", steps=4)),
 }
@@ -149,7 +150,7 @@ def main(stages, out):
     with precision(torch.float64):
         for shard in (False, True):
             kind = "fsdp" if shard else "ddp"
-            for name in (*RUNS, "kto", "dapo", "online", "lora", *["old"] * (not shard)):
+            for name in (*RUNS, "kto", "dapo", "online", "lora", *["old", "exact"] * (not shard)):
                 run(stages, name, f"{out}/{name}-{kind}", shard=shard)
         for name in ("sft", "ppo"):  # begun by one process
             run(stages, name, f"{out}/{name}-begun", shard=True, resume=True)

@@ -565,6 +565,8 @@ def test_every_recipe_flag_can_be_given(name):
     (dict(recipe="dapo", beta=0.1), "--beta 0.1: there is no KL"),
     (dict(kl="k3"), "--kl k3: has no effect without --beta"),
     (dict(recipe="dapo", kl="k1"), "--kl k1: has no effect without --beta"),
+    (dict(kl="exact", kl_in="reward", beta=0.1), "--kl exact stands in the loss"),
+    (dict(kl="exact", beta=0.1, ref="none"), "need a reference"),
 ])
 def test_refused(kw, says):
     with pytest.raises(UserError, match=says.replace("-", "[-]")):
@@ -891,6 +893,80 @@ def test_the_entropy_bonus_keeps_entropy(lab):
     assert with_bonus["entropy"] > without["entropy"] + 0.1
 
 
+@pytest.mark.parametrize("trainer", [train_grpo, train_ppo])
+@pytest.mark.parametrize("kw", [dict(), dict(ratio="sequence"), dict(agg="seq_mean", temperature=0.7)],
+                         ids=str)
+def test_exact_kl_in_the_loss(trainer, kw):
+    """The gradient of β Σ w KL by the softmax of all logits, in float64; no advantage, so it is alone."""
+    if trainer is train_ppo and kw:
+        pytest.skip("PPO has one way to weigh its tokens")
+    model, ref = tiny(dtype=torch.float64), tiny(seed=1, dtype=torch.float64)
+    mask, tokens = ragged(5), randint(13, 8, 6, seed=6)
+    cfg = variant(kl="exact", beta=0.3, **kw) if trainer is train_grpo else train_ppo.Config(kl="exact")
+    weight = token_weights(mask, TWO_GROUPS, cfg) if trainer is train_grpo else mask.double() / mask.sum()
+    with torch.no_grad():
+        old_logp = model.logprobs(tokens, mask, cfg.temperature)[0]
+    batch = dict(tokens=tokens, mask=mask, old_logp=old_logp, ref_logp=None, adv=torch.zeros(8, 6).double(),
+                 w=weight, denom=mask.sum(), beta=0.3)
+    loss, *_ = trainer.microbatch_loss(model, batch, cfg, ref)
+    loss.backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    p, q = ((m.logits(tokens[:, :-1]) / cfg.temperature).log_softmax(-1) for m in (model, ref))
+    want = 0.3 * (weight[:, 1:] * (p.exp() * (p - q.detach())).sum(-1)).sum()
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), abs=1e-9) and want > 1e-3
+    for a, param in zip(got, model.parameters(), strict=True):
+        close(a, param.grad, atol=1e-9)
+
+
+@pytest.mark.parametrize("budget", [1, 30])
+def test_exact_kl_by_microbatches(lab, budget):
+    """One row at a time, or all at once: the same weights after four updates."""
+    flags = dict(kl="exact", beta=0.5, ref=f"{lab}/other", steps=2, minibatches=2, adam_eps=1e-5)
+    results = []
+    for tokens in (0, budget):
+        cfg = config(lab, by_letters, tokens_per_microbatch=tokens, **flags)
+        train(cfg)
+        results.append(weights(cfg))
+    for a, b in zip(*results, strict=True):
+        close(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("kw", [dict(save_memory=True), dict(shard=True)], ids=str)
+@pytest.mark.parametrize("trainer", [train_grpo, train_ppo])
+def test_exact_kl_is_refused_where_the_reference_moves(lab, trainer, kw):
+    flags = vars(config(lab, by_letters)) if trainer is train_grpo else {}
+    names = {f for f in trainer.Config.__dataclass_fields__}
+    flags = {k: v for k, v in flags.items() if k in names}
+    cfg = trainer.Config(**flags | dict(kl="exact", beta=0.1) | kw)
+    with pytest.raises(UserError, match="--kl exact goes together with neither --shard nor --save_memory"):
+        trainer.train(cfg)
+
+
+def test_exact_kl_of_ppo_needs_a_beta():
+    for flags in (dict(task="chain"), dict(beta=0.0)):
+        with pytest.raises(UserError, match="--kl exact: has no effect with --beta 0"):
+            train_ppo.Config(kl="exact", **flags)
+
+
+def test_exact_kl_of_ppo_is_not_in_the_reward(lab, spy):
+    """The rewards are the scores alone, and beta weighs the KL in the loss: the critic's target has no KL."""
+    shaped = spy(train_ppo, "shape_rewards")
+    losses = spy(train_ppo, "microbatch_loss")
+    flags = dict(data=f"{lab}/prompts.jsonl", init=f"{lab}/policy", ref=f"{lab}/other", out=f"{lab}/ppo",
+                 steps=2, prompts_per_step=8, max_new_tokens=4, minibatches=1, eval_prompts=0, save_every=0,
+                 lr=1e-3,
+                 reward=[f"{__file__}:by_letters"], reward_timeout=0, beta=0.5)
+    train_ppo.train(train_ppo.Config(kl="exact", **flags))
+    assert all(args[5] == 0 for args, _ in shaped)
+    assert all(args[1]["beta"] == 0.5 and args[3] is not None for args, _ in losses)
+    shaped.clear()
+    losses.clear()
+    train_ppo.train(train_ppo.Config(overwrite=True, **flags))
+    assert all(args[5] == 0.5 for args, _ in shaped) and all(args[3] is None for args, _ in losses)
+
+
 @pytest.mark.parametrize("recipe, want", [("", (1e-8, 0.0)), ("scalerl", (1e-15, 0.01))])
 def test_adam_has_the_settings_of_the_recipe(lab, spy, recipe, want):
     made = spy(train_grpo, "adamw")
@@ -1013,6 +1089,8 @@ def test_mastered_prompts_do_not_come_back(lab, spy):
         for prompt, reward in zip(prompts, roll.reward.tolist()):
             history.setdefault(prompt, []).append(reward)
     assert any(p[0] in "abc" for p in gone)
+    counted = {prompt: (sum(r > 0 for r in rewards), len(rewards)) for prompt, rewards in history.items()}
+    assert calls[-1][0][5]["history"] == counted and max(n for _, n in counted.values()) > 4
     with pytest.raises(UserError, match="all 31 prompts reached it"):
         train(config(lab, same, no_positive_resampling=0.05, steps=20))
 

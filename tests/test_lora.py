@@ -95,6 +95,23 @@ def test_the_reference_costs_nothing_and_never_moves():
     assert frozen.wte.weight is model.wte.weight  # moved together, or it would be a second copy
 
 
+def test_exact_kl_to_the_frozen_self():
+    """The adapters' gradient of the exact KL is that of all logits, and the frozen base has none."""
+    model, frozen = adapted()
+    *_, kl = model.logprobs(TOKENS, MASK, kl_to=frozen)
+    kl.sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    got = {name: p.grad.clone() for name, p in trained.items()}
+    model.zero_grad()
+    p, q = (m.logits(TOKENS[:, :-1]).log_softmax(-1) for m in (model, frozen))
+    want = ((p.exp() * (p - q.detach())).sum(-1) * MASK[:, 1:]).sum()
+    want.backward()
+    assert kl.sum().item() == pytest.approx(want.item(), abs=1e-12) and want > 1e-3
+    for name, param in trained.items():
+        assert (got[name] - param.grad).abs().max() < 1e-12, name
+    assert all(p.grad is None for p in frozen.parameters())
+
+
 def test_frozen_matrices_in_bf16():
     """With activations in bf16 it makes no difference to the bit, forward and backward."""
     found = []

@@ -326,6 +326,47 @@ def test_logprobs_in_one_pass():
         assert all((x - y).abs().max() < 1e-12 for x, y in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("in_one_pass", [False, True])
+def test_exact_kl_of_two_models(style, in_one_pass, monkeypatch):
+    """Against log-softmax of all logits: value, gradient, and a loss beside it; T = 0.7, one row a chunk."""
+    monkeypatch.setattr(torch_backend, "STORED", 1)
+    model, other = tiny(style, dtype=F64), tiny(style, seed=1, dtype=F64)
+    tokens, mask = randint(V, 3, 7), torch.arange(7).expand(3, 7) > torch.tensor([[1], [3], [2]])
+    weight = torch.rand(3, 7, generator=torch.Generator().manual_seed(0), dtype=F64) * mask
+
+    def loss_of(logp, entropy, chunk):
+        return (logp * chunk).sum(), {}
+
+    if in_one_pass:
+        total, _, logp, _, kl = model.logprobs(tokens, mask, 0.7, loss_of, kl_to=other)
+    else:
+        logp, _, kl = model.logprobs(tokens, mask, 0.7, kl_to=other)
+        total = logp.sum()
+    (total + (weight * kl).sum()).backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    assert all(p.grad is None for p in other.parameters())
+
+    model.zero_grad()
+    p, q = ((m.logits(tokens[:, :-1]) / 0.7).log_softmax(-1) for m in (model, other))
+    want = torch.nn.functional.pad((p.exp() * (p - q.detach())).sum(-1), (1, 0)) * mask
+    at_token = torch.nn.functional.pad(p.gather(-1, tokens[:, 1:, None]).squeeze(-1), (1, 0)) * mask
+    torch.testing.assert_close(kl.detach(), want.detach(), atol=1e-12, rtol=0)
+    assert want.max() > 0.1 and kl[~mask].eq(0).all()
+    (at_token.sum() + (weight * want).sum()).backward()
+    for a, param in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(a, param.grad, atol=1e-11, rtol=0)
+
+
+def test_exact_kl_is_0_between_equal_models():
+    model, same = tiny(dtype=F64), tiny(dtype=F64)
+    tokens, mask = randint(V, 2, 5), torch.arange(5).expand(2, 5) > 1
+    *_, kl = model.logprobs(tokens, mask, kl_to=same)
+    assert kl.abs().max() < 1e-14
+    kl.sum().backward()
+    assert max(p.grad.abs().max() for p in model.parameters()) < 1e-14
+
+
 def test_one_chunk_is_the_whole_mask():
     """Where all logits fit at once the loss sees the very tensors that are returned, in the same order."""
     model, tokens, mask = tiny(), randint(V, 3, 7), block_mask(7, [(2, 7), (1, 4), (5, 6)])
@@ -404,6 +445,10 @@ def test_logits_are_never_stored_in_training():
     weight, whole = vocab * 16, int(mask.sum()) * vocab  # the gradient of the unembedding must be stored
     with mock.patch.object(torch_backend, "TILE", chunk), Watch() as watch:
         sum(x.sum() for x in model.logprobs(tokens, mask)).backward()
+    assert watch.largest == max(chunk, weight) < whole / 2
+    other = tiny(vocab_size=vocab, seed=1)
+    with mock.patch.object(torch_backend, "TILE", chunk), Watch() as watch:
+        sum(x.sum() for x in model.logprobs(tokens, mask, kl_to=other)).backward()
     assert watch.largest == max(chunk, weight) < whole / 2
     with Watch() as watch:  # the watch sees what is there to be seen
         model.logits(tokens)

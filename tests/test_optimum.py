@@ -23,7 +23,8 @@ import optimum  # noqa: E402
 from optimum import ALGORITHMS, Problem, Tree, run  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_curves")
-QUICK = "ppo", "grpo_k1_reward", "dpo", "k3_loss"  # one of each kind; the others are rows of `make test-all`
+# one of each kind; the others are rows of `make test-all`
+QUICK = "ppo", "grpo_k1_reward", "dpo", "k3_loss", "exact_loss"
 EOS = 3
 TREE = Tree(4, 3, EOS)  # 4 tokens, at most 3: 13 prefixes, 1 + 3 + 9 responses that end and 27 that are cut
 

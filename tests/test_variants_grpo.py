@@ -18,7 +18,7 @@ from nanorlhf.run.cli import parse
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 METHODS = [name for name in variants.NAMES if variants.method(name).TRAINER == "train_grpo.py"]
-SAMPLER = {"tis", "icepop", "seq_tis", "geo_mask"}
+SAMPLER = {"tis", "icepop", "seq_tis", "seq_mis", "geo_mask"}
 
 
 def has_a(prompt, response):
@@ -42,10 +42,10 @@ def close(got, want, atol=1e-6):
 def config(name, stages, out, *rewards, **more):
     """A run of the variant with these reward functions, or has_a. No limit of time, so in this process."""
     rewards = [f"{__file__}:{reward.__name__}" for reward in rewards or (has_a,)]
-    given = dict(
+    common = dict(
         rm="", reward=rewards, reward_timeout=0, eval_prompts=0, save_every=0, steps=2, overwrite=True
     )
-    return variants.load(name).Config(**stages.flags(st.train_grpo, out, **given | more))
+    return variants.load(name).Config(**stages.flags(st.train_grpo, out, **common | more))
 
 
 def weights(cfg):
@@ -73,6 +73,32 @@ def test_microbatches_and_chunks_do_not_move_the_step(name, stages, tmp_path, mo
         trained.append(weights(cfg))
     for together, apart in zip(*trained, strict=True):
         close(together, apart, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["clip_cov", "remax", "tis"])
+def test_resuming_changes_no_bit(name, stages, tmp_path, monkeypatch):
+    """Killed in the fourth step, resumed from the second: chance, greedy answers and weights come again."""
+    trainer = variants.load(name)
+    flags = dict(steps=5, off_policy_steps=0 if name == "remax" else 2)
+    unbroken = config(name, stages, tmp_path / "unbroken", **flags)
+    trainer.train(unbroken)
+    real = trainer.sample_step
+    steps = []
+
+    def crash(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise MemoryError
+        return real(*args)
+
+    broken = flags | dict(save_every=2)
+    with monkeypatch.context() as m, pytest.raises(MemoryError):
+        m.setattr(trainer, "sample_step", crash)
+        trainer.train(config(name, stages, tmp_path / "broken", **broken))
+    again = config(name, stages, tmp_path / "broken", resume=True, **broken | dict(overwrite=False))
+    trainer.train(again)
+    for a, b in zip(weights(unbroken), weights(again), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +310,14 @@ def test_remax_baseline_is_the_greedy_answer_to_the_same_prompt(stages, tmp_path
     first = samples[0][1]
     again = generate.generate(model, [row["_ids"] for row in first.rows], 1, 5, 0.0, tok.eos_id)
     assert first.responses() == again.responses()
+
+
+@pytest.mark.parametrize("name", ["opo", "remax"])
+def test_health_accuses_no_baseline(name, stages, tmp_path, capsys):
+    """The mean of the advantages over the responses is not 0: that of OPO over the tokens is."""
+    variants.load(name).train(config(name, stages, tmp_path / "run", letters, steps=1))
+    out = capsys.readouterr().out
+    assert "health: " in out and "mean advantage is not near 0" not in out
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,6 @@ def test_the_page_leaves_out_no_function_of_the_floor(passed):
     inside = {
         # the first two belong to GPT.forward, the others to GPT.logprobs
         "nanorlhf/model.py": {"document_begins", "split_heads", "scatter", "loss_of_chunk", "unembedding"},
-        "train_grpo.py": {"learning_rate"},  # of the optimizer, not of the prompt
         "nanorlhf/metrics.py": {"add"},  # figures of the log line
         "nanorlhf/tasks.py": {"reward"},  # the last stop of the text
         "nanorlhf/rewards.py": {"call"},  # of score_responses

@@ -2,6 +2,7 @@
 
     l_it = min(max(−Â ρ, −Â clip(ρ)), −3 Â)   where Â_i < 0
 
+INTELLECT-2's two-sided clip (arXiv 2505.07291) is the same, with 4.
 When it helps: many updates a rollout, or stale samples. With a negative advantage the clip never acts above
 ρ = 1: a token that has become 50 times as likely has 50 times the gradient, and alone decides the step.
 Here it has none from ρ = 3 on.

@@ -19,5 +19,10 @@ CHANGES = [
     tokens = zeros.index_add(0, group, length.to(reward))
     mean = zeros.index_add(0, group, length * reward) / tokens  # of the tokens, not of the responses
 """),
+    ("""\
+            weight = mask.sum(1) if cfg.norm == "batch_whiten" else torch.ones_like(adv)
+""", """\
+            weight = mask.sum(1)  # the mean over the tokens is 0, too
+"""),
 ]  # fmt: skip
 GOLDEN = "verl 0.9.1"

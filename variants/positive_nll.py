@@ -31,10 +31,11 @@ def value_loss(value, old_value, ret, mask, clip, denom):
         loss = loss + cfg.nll_coef * positive_loss(logp, batch["right"] & chunk, batch["n_right"])
 """),
     ("""\
-            batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret}
+            batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret, "beta": beta}
 """, """\
             right = mask.bool() & (roll.reward > 0)[:, None]  # (B, T), the tokens of right answers
-            batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret, "right": right}
+            batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret, "beta": beta}
+            batch["right"] = right
 """),
     ("""\
                     minibatch["denom"] = minibatch["mask"].sum()  # of this optimizer step, however it is cut

@@ -25,10 +25,15 @@ CHANGES = [
 """),
     ("""\
     if cfg.ratio == "token":
-        return policy.logprobs(tokens, mask, cfg.temperature, chunk_loss)
-    logp, entropy = policy.logprobs(tokens, mask, cfg.temperature)
+        loss, stats, logp, entropy, *kl = policy.logprobs(
+            tokens, mask, cfg.temperature, chunk_loss, kl_to=kl_to
+        )
+    else:  # a ratio of whole rows needs all their tokens
+        logp, entropy, *kl = policy.logprobs(tokens, mask, cfg.temperature, kl_to=kl_to)
+        loss, stats = chunk_loss(logp, entropy, mask)
 """, """\
-    logp, entropy = policy.logprobs(tokens, mask, cfg.temperature)
+    logp, entropy, *kl = policy.logprobs(tokens, mask, cfg.temperature, kl_to=kl_to)
+    loss, stats = chunk_loss(logp, entropy, mask)  # the mean over a row needs all its tokens
 """),
 ]  # fmt: skip
 GOLDEN = "trl 1.16.0"

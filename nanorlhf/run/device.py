@@ -21,6 +21,9 @@ def setup(cfg):
     if device == "auto":
         device = next(name for name in has if has[name])
     require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
+    in_pieces = getattr(cfg, "shard", False) or getattr(cfg, "save_memory", False)
+    exact = getattr(cfg, "kl", "") == "exact"  # needs the reference's unembedding in the backward pass
+    require(not (exact and in_pieces), "--kl exact goes together with neither --shard nor --save_memory")
     _join(cfg, device)
     torch.manual_seed(cfg.seed)
     if getattr(cfg, "deterministic", False):
@@ -138,6 +141,16 @@ def clip_gradient(model, max_norm):
     """Scale the model's gradient down to the norm max_norm if it is longer → its norm before, a float."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return sharding.full(norm).item()
+
+
+def rl_rate(step, cfg):
+    """Learning rate of GRPO: up over 5 steps and on a line to 0 at the end, the smaller of the two.
+
+    With cfg.constant_lr_after it rises over that many steps and stays.
+    """
+    if cfg.constant_lr_after:
+        return cfg.lr * min((step + 1) / cfg.constant_lr_after, 1)
+    return cfg.lr * min((step + 1) / 5, 1 - step / cfg.steps)
 
 
 def lr_at(step, steps, peak):

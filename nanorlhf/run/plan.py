@@ -286,6 +286,8 @@ def rl(cfg, load):
         "scoring": forward_parts(policy, max(tokens, SCORE_TOKENS if rm else 0)),
         "update": update_parts(list(trained.values()), tokens, one_pass=by_token),
     }
+    if getattr(cfg, "kl", "") == "exact":
+        phases["update"] |= {f"reference, {name}": n for name, n in forward_parts(ref, tokens).items()}
     copies = 0
     older = getattr(cfg, "off_policy_steps", 0)
     if older:  # the sampler, and the weights of each step since it was current

@@ -101,7 +101,7 @@ def write(name, origin, *calls):
 # TRL
 
 
-def trl_loss(logp, cls=trl.GRPOTrainer, mask=MASK, adv=ADV, old=OLD, extra=None, **settings):
+def trl_loss(logp, cls=trl.GRPOTrainer, mask=MASK, adv=ADV, old=OLD, **settings):
     """GRPOTrainer._compute_loss of rows whose prompts are one token."""
     args = SimpleNamespace(
         delta=None, use_bias_correction_kl=True, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
@@ -125,7 +125,7 @@ def trl_loss(logp, cls=trl.GRPOTrainer, mask=MASK, adv=ADV, old=OLD, extra=None,
         "completion_mask": mask.long(), "advantages": adv, "old_per_token_logps": old,
         "num_items_in_batch": mask.sum(),
     }  # fmt: skip
-    return cls._compute_loss(trainer, None, inputs | (extra or {}))
+    return cls._compute_loss(trainer, None, inputs)
 
 
 def from_trl():
@@ -193,7 +193,11 @@ def from_verl():
     far = LOGP - 4 * MASK  # ratios of e^4, where the bound acts
     vanilla = partial(verl_loss, verl.compute_policy_loss_vanilla)
     calls = [policy_loss(vanilla, w), policy_loss(partial(vanilla, old=far), w, old=far)]
-    write("dual_clip", "verl 0.9.1: compute_policy_loss_vanilla, clip_ratio_c 3", *calls)
+    delta = SimpleNamespace(delta=3.0, steps_per_generation=1)  # the two-sided clip of INTELLECT-2
+    two_sided = partial(trl_loss, old=far, args=delta)
+    calls.append(policy_loss(two_sided, w, old=far))
+    origin = "verl 0.9.1: compute_policy_loss_vanilla, clip_ratio_c 3"
+    write("dual_clip", f"{origin}; trl {trl.__version__}: GRPOTrainer._compute_loss, delta 3", *calls)
 
     # Which tokens verl selects shows in its gradient. With a clip of 10 nothing else is clipped.
     adv = torch.tensor([3.0, -1.0, 0.5, -3.0])
@@ -222,6 +226,7 @@ def from_verl():
         ("tis", "token", 2.0),
         ("icepop", "token", "0.5_5.0"),
         ("seq_tis", "sequence", 2.0),
+        ("seq_mis", "sequence", "1e-9_3.0"),
     ):
         weight = correction.compute_rollout_correction_weights(log_ratio, MASK.double(), level, bounds)[0]
         assert 2 <= (weight[MASK] != log_ratio.exp()[MASK]).sum()  # some are cut
