@@ -448,9 +448,8 @@ MUTANTS = [
     ("variant: failures that became likelier are masked", "variants/off_policy_mask.py",
      "drift = -(log_ratio", "drift = (log_ratio", [GOLDEN + "[off_policy_mask]"]),
     ("variant: a mask of rows sees chunks", "variants/off_policy_mask.py",
-     "logp, entropy, *kl = policy.logprobs(tokens, mask, cfg.temperature, kl_to=kl_to)\n    loss, stats = chunk"
-     "_loss(logp, entropy, mask)  # the mean",
-     "loss, stats, logp, entropy, *kl = policy.logprobs(tokens, mask, 1.0, chunk_loss, kl_to=kl_to)  # the mean",
+     "logp, entropy, *kl = policy.logprobs(tokens, mask, cfg.temperature, kl_to=kl_to)\n    loss, stats = ",
+     "loss, stats, logp, entropy, *kl = policy.logprobs(tokens, mask, 1.0, chunk_loss, kl_to=kl_to)\n    ",
      [VARIANTS + "off_policy_mask_sees_whole_rows"]),
     ("variant: TIS keeps the sampler's ratio", "variants/tis.py",
      '"old_logp": trainer_logp}', '"old_logp": old_logp}',
