@@ -457,7 +457,8 @@ def test_right_answers_are_imitated(stages, tmp_path, no_curves, spy):
     assert sum(right.sum() for (_, right, _), _ in calls) == sum(args[2]["n_right"] for args, _ in steps) > 0
     for i, row in enumerate(out.rows):
         answers = 0
-        for (_, _, batch, *_), _ in steps[2 * i : 2 * i + 2]:  # the two minibatches of the step
+        for args, _ in steps[2 * i : 2 * i + 2]:  # the two minibatches of the step
+            batch = args[2]
             rows = batch["right"].any(1)
             assert torch.equal(batch["right"], batch["mask"].bool() & rows[:, None])
             assert batch["n_right"] == batch["right"].sum()

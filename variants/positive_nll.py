@@ -33,9 +33,8 @@ def value_loss(value, old_value, ret, mask, clip, denom):
     ("""\
             batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret, "beta": beta}
 """, """\
-            right = mask.bool() & (roll.reward > 0)[:, None]  # (B, T), the tokens of right answers
             batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret, "beta": beta}
-            batch["right"] = right
+            batch["right"] = mask.bool() & (roll.reward > 0)[:, None]  # (B, T), tokens of right answers
 """),
     ("""\
                     minibatch["denom"] = minibatch["mask"].sum()  # of this optimizer step, however it is cut
