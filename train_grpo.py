@@ -468,8 +468,9 @@ def train(cfg):
             saved["ref"] = ref
         elif ref is not None:
             frozen.append(ref)
-        start, extra = run.start(saved, opt, frozen)
-        progress = {"drawn": 0, "history": {}, "past": [], "updates": 0} | extra  # extra: of the checkpoint
+        # of a resumed run it is as the checkpoint has it
+        progress = {"drawn": 0, "history": {}, "past": [], "updates": 0}
+        start, progress = run.start(saved, opt, frozen, progress)
 
         for step in range(start, cfg.steps):
             metrics = {}

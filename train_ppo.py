@@ -361,10 +361,9 @@ def train(cfg):
     with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, longest, cfg.seed)
-        start, extra = run.start({"policy": policy, "critic": critic}, opt, frozen=[ref])
-        beta = cfg.beta
-        if cfg.kl_target:
-            beta = extra.get("beta", cfg.beta)
+        saved = {"policy": policy, "critic": critic}
+        start, extra = run.start(saved, opt, frozen=[ref], extra={"beta": cfg.beta})
+        beta = extra["beta"] if cfg.kl_target else cfg.beta
 
         for step in range(start, cfg.steps):
             metrics = {}

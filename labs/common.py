@@ -1,7 +1,6 @@
 """What the labs share: stages trained once, samples judged by gold, Student's t, figures."""
 
 import contextlib
-import csv
 import hashlib
 import json
 import math
@@ -16,6 +15,7 @@ from nanorlhf import exact, hub, tasks
 from nanorlhf.errors import derive_seed
 from nanorlhf.look.plots import pyplot, save_figure
 from nanorlhf.rewards import fresh_samples, score_responses
+from nanorlhf.run.log import read_rows
 
 try:
     import fcntl
@@ -84,8 +84,8 @@ def final(folder):
 
 def logged(folder, *columns):
     """metrics.csv of a run → one list of numbers per column, of the steps where all of them were measured."""
-    with open(f"{folder}/metrics.csv", newline="") as f:
-        found = [[float(r[c]) for c in columns] for r in csv.DictReader(f) if all(r[c] for c in columns)]
+    rows = read_rows(folder)
+    found = [[r[c] for c in columns] for r in rows if all(r.get(c) is not None for c in columns)]
     return [list(x) for x in zip(*found)] or [[] for _ in columns]
 
 

@@ -169,7 +169,7 @@ def _letter(text):
 def exact_answer(prompt: str, response: str, row: dict) -> float:
     """1 if the response's answer is the text of row["answer"], but for outer white space, else 0."""
     gold = exact_answer.gold(row)
-    return _is_right(prompt, response, row, gold, str.strip)
+    return _is_right(prompt, response, gold, str.strip)
 
 
 exact_answer.gold = partial(_gold, read=str.strip, expected="one answer")
@@ -182,7 +182,7 @@ def numeric_answer(prompt: str, response: str, row: dict) -> float:
     1.0
     """
     gold = numeric_answer.gold(row)
-    return _is_right(prompt, response, row, gold, parse_number)
+    return _is_right(prompt, response, gold, parse_number)
 
 
 numeric_answer.gold = partial(_gold, read=parse_number, expected="a number")
@@ -197,7 +197,7 @@ def last_number(prompt: str, response: str, row: dict) -> float:
     1.0
     """
     gold = last_number.gold(row)
-    return _is_right(prompt, response, row, gold, _last)
+    return _is_right(prompt, response, gold, _last)
 
 
 last_number.gold = partial(_gold, read=parse_number, expected="a number")
@@ -210,7 +210,7 @@ def choice_answer(prompt: str, response: str, row: dict) -> float:
     nor is one that names another letter: `A. or B.`
     """
     gold = choice_answer.gold(row)
-    return _is_right(prompt, response, row, gold, _letter)
+    return _is_right(prompt, response, gold, _letter)
 
 
 choice_answer.gold = partial(_gold, read=_letter, expected="a letter from A to J")
@@ -228,7 +228,7 @@ def math_answer(prompt: str, response: str, row: dict) -> float:
     \frac{2}{4} is 0.5, and (x+1)^2 is x^2+2x+1. It needs the package math-verify.
     """
     gold = math_answer.gold(row)
-    response = _from_thought(prompt, response, row)
+    response = _from_thought(prompt, response)
     return float(all(_same_formula(gold, answer) for answer in given_answers(response)))
 
 
@@ -240,7 +240,7 @@ def think_format(prompt: str, response: str, row: dict | None = None) -> float:
 
     Behind a prompt that ends in <think>, as those of DeepSeek-R1 do, it must not open another.
     """
-    response = _from_thought(prompt, response, row)
+    response = _from_thought(prompt, response)
     if response.count("<think>") != 1 or response.count("</think>") != 1:
         return 0.0
     thought, _, rest = response.partition("</think>")
@@ -259,14 +259,14 @@ def answer_format(prompt: str, response: str, row: dict | None = None) -> float:
     return 0.0
 
 
-def _from_thought(prompt, response, row):
-    """The response, with the <think> that its prompt ends in. row["_seen"]: the prompt after its template."""
-    seen = (row or {}).get("_seen", prompt)
+def _from_thought(prompt, response):
+    """The response, with the <think> that its prompt ends in; that of a chat, as its template renders it."""
+    seen = getattr(prompt, "seen", None) or prompt
     return f"<think>{response}" if seen.rstrip().endswith("<think>") else response
 
 
-def _is_right(prompt, response, row, gold, read):
-    response = _from_thought(prompt, response, row)
+def _is_right(prompt, response, gold, read):
+    response = _from_thought(prompt, response)
     return float(final_answer(response, read) == gold)
 
 

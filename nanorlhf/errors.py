@@ -69,6 +69,27 @@ def reason_of(error):
     return str(error).partition("\n")[0]
 
 
+def out_of_memory(error):
+    """Whether this is an error of a full memory: Python's, torch's of a GPU, or torch's of the CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # this file imports no torch
+        or isinstance(error, RuntimeError)
+        and "can't allocate memory" in str(error)
+    )
+
+
+@contextlib.contextmanager
+def memory_for(name, advice):
+    """Inside, a full memory is the RunError that says what was read, and not the flags of a step to lower."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(f"{name}: out of memory: {reason_of(error) or 'no more is left'}; {advice}") from None
+
+
 def require(ok, message):
     """UserError with this message unless ok."""
     if not ok:

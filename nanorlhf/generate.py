@@ -18,6 +18,7 @@ from nanorlhf.errors import require
 from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist
 from nanorlhf.sampling import Sampling, sample
+from nanorlhf.tokenizer import Chat
 
 # Drop finished rows once 1/8 of the batch is finished: copying the cache after every EOS costs more than it
 # saves.
@@ -217,14 +218,14 @@ def decode_in_slots(model, batch, sampling, slots):
 def sample_responses(model, tok, rows, n, max_new_tokens, temperature, seed, **filters):
     """n responses to each row's prompt, the tokens row["_ids"] → Rollout with rows and texts.
 
-    Each row gets "_seen", the prompt as the model reads it, for the rewards.
+    A Chat among the prompts gets `seen`, the text that its template makes of it, for the rewards.
 
     filters: top_k and top_p of `generate`, for evaluation only.
     """
     prompts = [row["_ids"] for row in rows]
     for row in rows:
-        if "_seen" not in row:  # once, not at every step
-            row["_seen"] = tok.decode(row["_ids"])  # a template may have opened <think>
+        if isinstance(row["prompt"], Chat) and row["prompt"].seen is None:  # once, not at every step
+            row["prompt"].seen = tok.decode(row["_ids"])  # a template may have opened <think>
     roll = generate(model, prompts, n, max_new_tokens, temperature, tok.eos_id, seed, **filters)
     roll.rows = [rows[g] for g in roll.group.tolist()]
     roll.texts = [tok.decode(ids) for ids in roll.responses()]

@@ -199,7 +199,7 @@ def load_prompts(cfg, task, tok, max_len, limit, rewards):
                 rewards.check(row)
             row["_ids"] = tok.encode_prompt(row["prompt"])
     if limit is None:
-        limit = response_limit(max(len(row["_ids"]) for row in rows), max_len)
+        limit = response_limit(max(len(row["_ids"]) for row in rows), max_len, cfg.data)
         cfg.fill_limit(limit)
     room = max_len - limit
     train = [row for row in train if len(row["_ids"]) <= room]  # detail 2: N+ truncates

@@ -1,6 +1,7 @@
 """Rewards by answers: what a response gives, what each checker accepts, and golds that nobody can read."""
 
 import json
+import pickle
 import re
 import threading
 from fractions import Fraction
@@ -216,15 +217,22 @@ def test_who_gives_two_answers_is_wrong(checker):
     assert {text: checker("", text, {"answer": "5"}) for text in ONE} == dict.fromkeys(ONE, 1)
 
 
+def rendered(text):
+    """A prompt that a template has made this text of."""
+    chat = Chat([{"role": "user", "content": "2+3?"}])
+    chat.seen = text
+    return chat
+
+
 @each_checker
 def test_a_thought_that_the_prompt_opened(checker):
     """What follows is a thought, until it is closed; the template's text counts where there is one."""
     row = {"answer": "5"}
-    for prompt, more in (("2+3? <think>", {}), ("2+3?<think>\n", {}), ("2+3?", {"_seen": "<|a|><think>\n"})):
-        assert checker(prompt, r"\boxed{5}", row | more) == 0
-        assert checker(prompt, r"so \boxed{3}</think>\boxed{5}", row | more) == 1
-    for prompt, more in (("<think>?", {}), ("<think>", {"_seen": "<think>\n\n</think>\n\n"})):
-        assert checker(prompt, r"\boxed{5}", row | more) == 1
+    for prompt in ("2+3? <think>", "2+3?<think>\n", rendered("<|a|><think>\n")):
+        assert checker(prompt, r"\boxed{5}", row) == 0
+        assert checker(prompt, r"so \boxed{3}</think>\boxed{5}", row) == 1
+    for prompt in ("<think>?", rendered("<think>\n\n</think>\n\n")):
+        assert checker(prompt, r"\boxed{5}", row) == 1
 
 
 def test_equal_answers_in_two_forms():
@@ -365,7 +373,7 @@ def test_the_table_of_the_page():
     ("a</think>b</think>c", 0, 0), ("a<think>b</think>c", 0, 0), ("a</think><answer>5", 1, 0),
 ])  # fmt: skip
 def test_formats_behind_an_opened_thought(response, think, answer):
-    for prompt, row in (("q<think>", None), ("q <think>\n", {}), ("q", {"_seen": "q<think>\n"})):
+    for prompt, row in (("q<think>", None), ("q <think>\n", {}), (rendered("q<think>\n"), {})):
         assert answers.think_format(prompt, response, row) == think
         assert answers.answer_format(prompt, response, row) == answer
     if response.count("<think>") == 0:
@@ -373,18 +381,21 @@ def test_formats_behind_an_opened_thought(response, think, answer):
 
 
 def test_rewards_see_the_prompt_behind_its_template(stages):
-    """A template that opens the thought is in no "prompt" of a file; row["_seen"] has it."""
+    """A template that opens the thought is in no "prompt" of a file; the Chat has it, pickled too."""
     policy, tok = hub.load(stages.folder / "sft" / "model")
-    row = {"prompt": "what a template hides", "_ids": tok.encode("abc=")}
+    tok.template = Template("{{ messages[0].content[:3] }}=", {}, [])
+    chat = Chat([{"role": "user", "content": "abc, which a template cuts"}])
+    row = {"prompt": chat, "_ids": tok.encode_prompt(chat)}
     roll = sample_responses(policy, tok, [row], 2, 3, 1.0, 0)
-    assert [row["_seen"] for row in roll.rows] == ["abc="] * 2
+    assert [row["prompt"].seen for row in roll.rows] == ["abc="] * 2
+    assert pickle.loads(pickle.dumps(chat)).seen == "abc="
 
     tok = Tokenizer.from_bytes()
     tok.template = Template("{{ messages[0].content }}<|a|><think>\n", {}, [])
     chat = Chat([{"role": "user", "content": "2+3?"}])
-    row = {"prompt": chat, "_seen": tok.decode(tok.encode_prompt(chat))}
-    assert answers.think_format(chat, "so</think> 5", row) == 1
     assert answers.think_format(chat, "so</think> 5", {}) == 0
+    chat.seen = tok.decode(tok.encode_prompt(chat))
+    assert answers.think_format(chat, "so</think> 5", {}) == 1
 
 
 # golds are read before the first step
@@ -457,7 +468,7 @@ def test_golds_of_others_are_read(row, response, reward, tmp_path):
 def test_golds_of_a_task_are_read_too():
     """countdown's answer is an expression: numeric_answer would have stopped the run at its first sample."""
     functions = Rewards([load_reward(f"{FILE}:numeric_answer")])
-    cfg = SimpleNamespace(data="", own_data=False, seed=0, eval_prompts=2, skip_bad_rows=False)
+    cfg = SimpleNamespace(data="", eval_data="", own_data=False, seed=0, eval_prompts=2, skip_bad_rows=False)
     task = tasks.get("countdown")
     tok = Tokenizer.from_chars(task.alphabet)
     with pytest.raises(UserError, match='^--task: numeric_answer: "answer" is .*, expected a number'):

@@ -182,10 +182,10 @@ def test_lengths_come_from_the_data(stages, tmp_path, capsys, no_curves):
 
 
 def test_a_long_context_must_be_asked_for():
-    assert defaults.response_limit(100, 1024) == 924 and defaults.response_limit(1024, 2048) == 1024
+    assert defaults.response_limit(100, 1024, "x") == 924 and defaults.response_limit(1024, 2048, "x") == 1024
     for longest, says in ((100, "32,668"), (31000, "1,768"), (32768, "0"), (40000, "-7,232")):
         with pytest.raises(UserError, match=f"^--max_new_tokens: .* leaves room for {says} tokens; give"):
-            defaults.response_limit(longest, 32768)
+            defaults.response_limit(longest, 32768, "x")
     pairs = [([0] * 5000, [False] * 4000 + [True] * 1000)]
     assert defaults.context_for(pairs) == defaults.LONGEST
 

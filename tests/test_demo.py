@@ -11,7 +11,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -267,13 +266,12 @@ def test_an_error_here_leaves_no_child_behind(monkeypatch, tmp_path, child, erro
     def stop(cfg):
         raise error
 
-    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(3600)\n")
     monkeypatch.setattr(train_ppo, "__file__", f"{tmp_path}/sleeper.py")
     monkeypatch.setattr(train_ppo, "train", stop)
-    start = time.monotonic()
     with pytest.raises(type(error)) as e:
         demo.ppo_side_by_side({}, {"seed": 1})
-    assert e.value is error and child[0].returncode is not None and time.monotonic() - start < 30
+    assert e.value is error and child[0].returncode not in (None, 0)  # it was ended, it did not end itself
 
 
 @pytest.mark.parametrize("program, message", [

@@ -229,6 +229,10 @@ def test_parquet(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("want, row, says", [
+    ("demos", {"messages": [HI, YES], "reasoning_content": "so"}, '"reasoning_content" stands beside'),
+    ("pairs", {"prompt": "p", "thinking": "so"} | SIDES, '"thinking" stands beside'),
+    ("demos", {"prompt": [HI], "completion": [YES], "reasoning": "so"}, '"reasoning" stands beside'),
+    ("kto", {"messages": [HI, YES], "label": True, "reasoning": "so"}, '"reasoning" stands beside'),
     ("prompts", {"text": "t"}, 'missing key "prompt"'),
     ("prompts", {"prompt": "p", "question": "q"}, "ambiguous: prompt and question could each be the prompt"),
     ("demos", {"prompt": "p", "output": "q", "completion": "r"}, "ambiguous: completion and output"),
@@ -239,6 +243,8 @@ def test_parquet(tmp_path, monkeypatch):
     ("demos", {"messages": [YES]}, 'the last of "messages" is not an answer'),
     ("demos", {"messages": []}, '"messages" is list .., expected messages'),
     ("demos", {"messages": "hi"}, '"messages" is string .hi., expected messages'),
+    ("pairs", {"chosen": [HI, YES]}, '"rejected" is null None, expected messages'),
+    ("prompts", {"question": "p", "choices": {"text": 3, "label": 4}}, '"choices" is .*expected at most 26'),
     ("demos", {"messages": [HI, {"role": "assistant", "content": None}]},
      '"content" of message 2 of "messages" is a null, expected one string'),
     ("demos", {"conversations": [HUMAN, {"from": "gpt", "value": [{"type": "text", "text": "yes"}]}]},

@@ -41,7 +41,7 @@ def inside(axis):
                          ids=lambda x: getattr(x, "__name__", x))  # fmt: skip
 def test_curves(trainer, steps, tmp_path, monkeypatch):
     table(tmp_path / "metrics.csv", trainer.COLUMNS, steps)
-    rows = read_rows(tmp_path, trainer.COLUMNS)
+    rows = read_rows(tmp_path)
     fig = drawn(monkeypatch, plots, lambda: plots.plot_curves(tmp_path, rows, trainer.PANELS))
     panels = [ax for ax in fig.axes if ax.lines]
     assert len(panels) >= 2
@@ -55,7 +55,7 @@ def test_curves(trainer, steps, tmp_path, monkeypatch):
 @pytest.mark.parametrize("high", [0.01, 4.7, 10.5, 210.0])
 def test_kl_is_readable_to_a_nat(high, tmp_path, monkeypatch):
     table(tmp_path / "metrics.csv", ["step", "kl"], 9, lambda step: high * step / 8 - 0.001)
-    rows = read_rows(tmp_path, ["step", "kl"])
+    rows = read_rows(tmp_path)
     (ax, *_) = drawn(monkeypatch, plots, lambda: plots.plot_curves(tmp_path, rows, ["kl"])).axes
     low, top = ax.get_ylim()
     assert low < -0.001 and top >= high - 0.001  # nothing is cut off

@@ -13,7 +13,7 @@ a "prompt" that is a string is taken as it stands. A key that changes what is le
 import itertools
 import re
 
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import UserError, memory_for, require
 from nanorlhf.hub.files import check_text, json_type, parse, read_objects
 from nanorlhf.tokenizer import Chat
 
@@ -29,9 +29,18 @@ WANTED = {
 }
 CHATS = ("messages", "conversations")
 ROLES = {
-    "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "model", "chatgpt", "bot", "bing", "bard"),
-    "system": ("system", "developer"),
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "developer": "system",
 }
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 REFUSED = """tools functions tool_calls function_call tool_call_id documents chat_template_kwargs history
@@ -50,6 +59,11 @@ def read_rows(path, want, flag="--data", skip_bad=False, check=None):
     Pairs that answer different prompts are always dropped and counted. It is a UserError when more than half
     of the rows are dropped, and a bad row when it is of another format than those before.
     """
+    with memory_for(f"{flag}: {path}", "take a smaller file, or split it"):
+        return _read_rows(path, want, flag, skip_bad, check)
+
+
+def _read_rows(path, want, flag, skip_bad, check):
     rows = []
     apart = []  # pairs whose sides answer different prompts
     bad = []
@@ -105,11 +119,9 @@ def _convert(row, want):
         require(all(turn["content"] in told for turn in _system(row)), f'"system" {cure}')
         require(all(text in prompt for _, text in _choices(row)), f"the list of choices {cure}")
     _read_answer(row, found)
-    keys = [*WANTED[want], "answer"]
+    keys = [*WANTED[want], "answer", "completion", "label"]
     if want == "demos":
         keys.append("turns")
-    if want == "kto":
-        keys += ["completion", "label"]
     return name, {key: found[key] for key in keys if key in found}
 
 
@@ -144,6 +156,8 @@ def _recognise(row, want):
     if row.keys() >= {"info", "summaries", "choice"}:
         return _comparison(row)
     if want in ("pairs", "kto") or row.keys() >= {"chosen", "rejected"}:
+        if want != "prompts":
+            _refuse_thought(row, "chosen")
         return _pair(row)
     for key in CHATS:
         if key in row:
@@ -187,6 +201,7 @@ def _conversation(row, key, want):
     turns = _behind(_system(row), _messages(row, key), key)
     if want == "prompts":
         return key, {"prompt": _open(turns, key, want)}
+    _refuse_thought(row, key)
     found = _answered(turns, key)
     _require_learnt(turns[1:], key)
     return key, found
@@ -246,17 +261,19 @@ def _pair_of_messages(row):
         if isinstance(row.get(key), list):
             name = f"{key} + chosen + rejected"
             before = _behind(before, _messages(row, key), key)
-    sides = {}
+    found = {}
+    prompts = []
     for key in ("chosen", "rejected"):
         turns = _messages(row, key)
         asked = {"role": "user", "content": row.get("prompt")}
         if isinstance(asked["content"], str) and asked not in turns:
             turns = _behind([asked], turns, key)
         turns = _behind(before, turns, key)
-        sides[key] = _answered(turns, key)
+        side = _answered(turns, key)
         _require_learnt(turns[-1:], key)
-    found = {key: side["response"] for key, side in sides.items()}
-    prompt, other = (side["prompt"] for side in sides.values())
+        found[key] = side["response"]
+        prompts.append(side["prompt"])
+    prompt, other = prompts
     found["prompt"] = prompt if prompt.messages == other.messages else None
     return name, found
 
@@ -289,7 +306,7 @@ def _messages(row, key):
 
     A thought becomes part of the content. "train": False marks an answer that is not to be learnt.
     """
-    messages = row[key]
+    messages = row.get(key)
     if isinstance(messages, dict):
         messages = [messages]
     right = isinstance(messages, list) and messages
@@ -307,7 +324,7 @@ def _message(m, place):
     text = m.get(key)
     cure = 'expected one string (of a list of parts their joined text, "" for null)'
     require(isinstance(text, str), f'"{key}" of {place} is a {json_type(text)}, {cure}')
-    role = next((role for role, names in ROLES.items() if name.strip().lower() in names), None)
+    role = ROLES.get(name.strip().lower())
     require(role, f'the role {name!r} of {place} is unknown; expected user, assistant or system')
     message = {"role": role, "content": _with_thought(m, text)}
     for key in ("weight", "train"):
@@ -327,6 +344,12 @@ def _with_thought(item, text):
     right = len(there) == 1 and isinstance(thought, str) and "</think>" not in text + thought
     require(right, f"{' and '.join(there)}: expected one thought, of text, and none in the answer itself")
     return f"<think>\n{thought.strip()}\n</think>\n\n{text.lstrip()}"
+
+
+def _refuse_thought(row, key):
+    """UserError for a thought of the row beside several answers: whose it is, is not said."""
+    there = _first(row, THOUGHTS)
+    require(not row.get(there), f'"{there}" stands beside "{key}"; put it into the message that has it')
 
 
 def _system(row):
@@ -351,22 +374,23 @@ def _single(row, want):
         require(len(there) < 2, f"ambiguous: {' and '.join(there)} could each be the {part}; keep one")
         if there:
             keys[part] = there[0]
-    used = [keys[part] for part in WANTED[want] if part in keys]
     gsm8k = want == "demos" and "response" not in keys and "####" in str(row.get("answer"))
     if gsm8k:
         keys["response"] = "answer"
-        used.append("answer (GSM8K)")
     names = [keys.get(part, part) for part in WANTED[want]]
     check_text(row, [name for name in names if not isinstance(row.get(name), list)])
+    form = " + ".join(names)
     found = {part: row[key] for part, key in keys.items()}
     found["prompt"] = _prompt(row, keys["prompt"], want)
     if want == "demos" and isinstance(found["response"], list):
+        _refuse_thought(row, keys["response"])
         found |= _completed(found["prompt"], _messages(row, keys["response"]), keys["response"])
     elif want == "demos":
         found["response"] = _with_thought(row, found["response"])
     if gsm8k:  # <<48/2=24>> is for a calculator
+        form += " (GSM8K)"
         found["response"] = re.sub(r"<<[^<>]*>>", "", found["response"])
-    return " + ".join(used), found
+    return form, found
 
 
 def _completed(prompt, completion, key):
@@ -406,7 +430,10 @@ def _choices(row):
     if isinstance(choices, list) and len(choices) <= len(LETTERS):
         pairs = list(zip(LETTERS, choices))
     elif isinstance(choices, dict) and choices.keys() == {"text", "label"}:
-        pairs = list(itertools.zip_longest(choices["label"], choices["text"]))
+        labels = choices["label"]
+        texts = choices["text"]
+        if isinstance(labels, list) and isinstance(texts, list):
+            pairs = list(itertools.zip_longest(labels, texts))
     elif isinstance(choices, dict):
         pairs = [(label, text) for label, text in choices.items() if text is not None]
     right = pairs and all(isinstance(x, (str, int, float)) for pair in pairs for x in pair)

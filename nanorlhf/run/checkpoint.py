@@ -9,10 +9,9 @@ derived from (seed, step), so that weights, optimizer and step are the whole sta
 """
 
 import contextlib
-import json
 import math
 import os
-import pickle
+import re
 import shutil
 import signal
 import sys
@@ -21,11 +20,20 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require
+from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require, shown
 from nanorlhf.hub.files import read_json
 from nanorlhf.run import dist, replay, sharding
 from nanorlhf.run.cli import to_json
-from nanorlhf.run.folders import new_folder, require_plain, sha256, sync_folder, take_lock, verify
+from nanorlhf.run.folders import (
+    DamagedFile,
+    new_folder,
+    remove,
+    require_plain,
+    sha256,
+    take_lock,
+    verify,
+    write_json,
+)
 from nanorlhf.run.log import Log, import_wandb
 
 STATE = dict(  # what a checkpoint holds, and of which type
@@ -39,7 +47,10 @@ STATE = dict(  # what a checkpoint holds, and of which type
     models=dict,
     optimizer=dict,
 )
+NEW_RUN = {"step": 0, "extra": {}, "sizes": {}, "last": {}}  # the state of a run without a checkpoint
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of one weight, as AdamW calls them
+# What values of other types and sizes lead to; errors of the program itself are others.
+FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
 
 
@@ -49,9 +60,9 @@ def damage(folder):
     try:
         verify(folder)
         torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except ValueError as e:
+    except DamagedFile as e:
         return str(e)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as e:
+    except Exception as e:  # torch's reader raises whatever the bytes of a file that is none lead it to
         return f"{path}: {reason_of(e)}"
 
 
@@ -87,13 +98,15 @@ class Run:
         self.signum = None  # the signal that asked this run to stop
         self.handlers = {}  # signal → its handler outside of this run
         self.first = dist.rank() == 0  # of several processes, the one that writes
-        import_wandb(cfg.wandb)  # if it is missing, say so before anything is touched
+        if cfg.wandb:
+            import_wandb()  # if it is missing, say so before anything is touched
         require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
         require(cfg.resume or not cfg.new_data, "--new_data: belongs to --resume")
 
     def __enter__(self):
         with self._usable():
-            if self.config.exists() and not (self.cfg.resume or self.cfg.overwrite):
+            holds = self.config.exists() or self.state.is_dir() and self._steps()
+            if holds and not (self.cfg.resume or self.cfg.overwrite):
                 raise UserError(f"--out {self.out} holds a run{self._choices()}")
             os.makedirs(self.out, exist_ok=True)
             require_plain(self.out)
@@ -133,32 +146,33 @@ class Run:
     # --------------------------------------------------------------------------------------------------------
     # start, and resume
 
-    def start(self, models, optimizer, frozen=()):
+    def start(self, models, optimizer, frozen=(), extra=None):
         """Load the newest whole checkpoint if --resume, open the log → (first step to run, extra dict).
 
         models: {name: model} to save. frozen: models that the run only reads; a resumed run must have the
-        same. Nothing of an older run is touched before this call: a mistaken flag or bad data cost nothing.
+        same. extra: what else the trainer keeps, as it is before the first step; a checkpoint has values of
+        the same types. Nothing of an older run is touched before this call: a mistaken flag or bad data cost
+        nothing.
         """
+        self.extra = extra or {}
         self.models = models
         self.optimizer = optimizer
         self.frozen = [_checksum(model) for model in frozen]
         self.data = sha256(self.cfg.data) if self.cfg.data else ""
         config = to_json(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
-        state = {"step": 0, "extra": {}, "sizes": {}, "last": {}}
+        state = NEW_RUN | {"extra": self.extra}
         with self._usable():
             if self.cfg.overwrite and self.first:
-                shutil.rmtree(f"{self.out}/model", ignore_errors=True)
-                shutil.rmtree(self.state, ignore_errors=True)
+                remove(f"{self.out}/model")
+                remove(self.state)
             self.state.mkdir(exist_ok=True)
             if self.cfg.resume:
                 self.changed = self._compare(config)
-                state = self._load() or state
-            step = state["step"]
-            self.log = Log(self.out, self.columns, self.show, self.cfg.steps, step, self.cfg.wandb, config,
-                           state["sizes"], state["last"])
+                state = self._load()
+            self.log = Log(self.cfg, self.columns, self.show, state)
             if self.first:
-                self._write_config(config)
+                write_json(self.config, config)
         if threading.current_thread() is threading.main_thread():  # other threads may set no handlers
             signals = {signal.SIGINT, signal.SIGTERM}
             hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # its terminal is closed; not on Windows
@@ -166,16 +180,7 @@ class Run:
                 signals.add(hangup)
             for signum in signals:
                 self.handlers[signum] = signal.signal(signum, self._stop)
-        return step, state["extra"]
-
-    def _write_config(self, config):
-        tmp = f"{self.config}.tmp"
-        with open(tmp, "w") as f:
-            json.dump(config, f, indent=2)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, self.config)
-        sync_folder(self.out)  # without it a power cut could lose state/ and the logs, too
+        return state["step"], state["extra"]
 
     def _compare(self, config):
         """Print which flags differ from those in config.json → the same as one line, for `_fit`."""
@@ -186,13 +191,13 @@ class Run:
         changed = []
         for name in sorted(config.keys() & old.keys() - {"resume", "overwrite", "new_data"}):
             if old[name] != config[name]:
-                changed.append(f"--{name} was {old[name]}, is now {config[name]}")
+                changed.append(shown(f"--{name} was {old[name]}, is now {config[name]}"))
         for change in changed:
             print(f"resume: {change}")
         return "; ".join(changed)
 
     def _load(self):
-        """Load the newest checkpoint that is whole, and name those that are not → its state, or None."""
+        """Load the newest checkpoint that is whole, and name those that are not → its state, or NEW_RUN."""
         if self.first:
             self._tidy()
         dist.wait()
@@ -205,32 +210,42 @@ class Run:
             problem = dist.gather(damage(folder) if self.first else None)[0]
             if problem is None:
                 return self._load_from(folder)
-            print(f"warning: --resume skipped as damaged: {problem}")
+            print(f"warning: --resume skipped as damaged: {shown(problem)}")
             problems.append(problem)
         if problems:
             newest = f"the newest: {problems[0]}; --overwrite starts anew"
             raise UserError(f"--resume: every checkpoint in {self.state} is damaged; {newest}")
         print(f"resume: {self.out} has no complete checkpoint yet; starting at step 0")
-        return None
+        return NEW_RUN | {"extra": self.extra}
 
     def _load_from(self, folder):
         path = folder / "state.pt"
+        try:
+            state = self._read(folder, path)
+        except FOREIGN as e:
+            message = f"--resume: {path}: not a checkpoint of this version ({reason_of(e)})"
+            raise UserError(f"{message:.400}; --overwrite starts anew") from None
+        print(f"resume: {self.out} from step {state['step']}")
+        return state
+
+    def _read(self, folder, path):
+        """Read a checkpoint into models and optimizer → its state. Any error in it is one of its contents."""
         # Without --shard the file holds all tensors. With mmap a sharded run reads them one at a time.
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
         shards = folder / sharding.SHARDS
         if isinstance(state, dict) and shards.is_dir():
             state |= sharding.read(shards)
         self._check_state(state, path)
-        made_by = state["trainer"]
-        require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
+        for weights in state["extra"].get("past", []):  # of GRPO's sampler; the policy's own come after them
+            self._fit(self.models["policy"], weights, path, "sampler")
         for key, model in self.models.items():
             self._fit(model, state["models"].get(key, {}), path, key)
+        same = len(state["frozen"]) == len(self.frozen)
         for was, now in zip(state["frozen"], self.frozen):
-            same = math.isclose(was, now, rel_tol=1e-9)
-            require(same, f"--resume: the reference is not the one that {self.out} was started with")
+            same = same and math.isclose(was, now, rel_tol=1e-9)
+        require(same, f"--resume: the reference is not the one that {self.out} was started with")
         self._compare_data(state["data"])
         self._load_moments(state["optimizer"]["state"], path)
-        print(f"resume: {self.out} from step {state['step']}")
         return state
 
     def _check_state(self, state, path):
@@ -243,8 +258,19 @@ class Run:
         for name, kind in STATE.items():
             good = isinstance(state.get(name), kind)
             require(good, f"{foreign} ({name} is no {kind.__name__}); --overwrite starts anew")
+        made_by = state["trainer"]
+        require(made_by == trainer_of(self.cfg), f"--resume: {self.out} is a run of {made_by}.py")
         step = state["step"]
         require(path.parent == self._folder(step), f"{foreign} (its step is {step}); --overwrite starts anew")
+        for name, like in self.extra.items():
+            saved = state["extra"][name]
+            good = type(saved) is type(like)
+            if type(like) in (int, float):
+                good = good and 0 <= saved < 1e15
+            require(good, f"{foreign} ({name} is {saved!r:.80}); --overwrite starts anew")
+        good = all(type(n) is int and n >= 0 for n in state["sizes"].values())
+        good = good and all(type(x) in (int, float) for x in state["last"].values())
+        require(good, f"{foreign} (its figures are no numbers); --overwrite starts anew")
         beyond = f"--resume: {self.out} is at step {step}, beyond --steps {self.cfg.steps}; give more steps"
         require(step <= self.cfg.steps, beyond)
 
@@ -274,14 +300,20 @@ class Run:
             for name, x in tensors.items():
                 moments[i][name] = sharding.shard_like(x, params[i])
                 require(name == "step" or moments[i][name].shape == params[i].shape, foreign)
+                here = sharding.local(moments[i][name])
+                finite = here.is_floating_point() and here.isfinite().all()
+                require(finite and (name == "exp_avg" or (here >= 0).all()), foreign)
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _fit(self, model, saved, path, key):
         """Load saved tensors into a model. UserError, with the flags that changed, if their shapes differ."""
-        tensors = {}
         here = model.state_dict()
+        tensors = {}
         for name, x in saved.items():
             tensors[name] = sharding.shard_like(x, here.get(name))
+            local = sharding.local(tensors[name])
+            if not (local.is_floating_point() and local.isfinite().all()):
+                raise ValueError(f"{name} of the {key} is not finite")
         try:
             model.load_state_dict(tensors)
         except RuntimeError as e:
@@ -295,11 +327,12 @@ class Run:
         for path in [*self.state.glob("*.tmp"), *self.state.glob("*.old")]:
             if path.suffix == ".tmp":
                 print(f"resume: {path.with_suffix('')} was never completed; removed")
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
     def _steps(self):
-        """Steps of the checkpoints in state/, ascending."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.state.glob("step-*[0-9]"))
+        """Steps of the checkpoints in state/, ascending. Another name, step-final say, is none of ours."""
+        names = [path.name for path in self.state.iterdir()]
+        return sorted(int(name[5:]) for name in names if re.fullmatch("step-[0-9]{6,12}", name))
 
     def _folder(self, step):
         return self.state / f"step-{step:06d}"

@@ -10,16 +10,15 @@ import operator
 import os
 import re
 import sys
+import tempfile
 import textwrap
 import traceback
 import types
 import typing
 from typing import ClassVar, Literal
 
-import torch
-
 from nanorlhf import tasks
-from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require, shown
+from nanorlhf.errors import Interrupted, RunError, UserError, out_of_memory, reason_of, require, shown
 from nanorlhf.run import defaults, dist
 from nanorlhf.run.reward_functions import reward_name
 
@@ -32,11 +31,19 @@ HEADINGS = "data method optimisation sampling evaluation run".split()
 
 
 @dataclasses.dataclass(kw_only=True)
-class Flags:
-    """The flags that every trainer has and that are no part of its algorithm.
+class Machine:
+    """The flags that every program with a model has. By keyword only: Config("chain") names the task."""
 
-    By keyword only: Config("chain") names the task.
-    """
+    # run
+    seed: int = 0  # every random number is derived from it
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
+
+
+@dataclasses.dataclass(kw_only=True)
+class Flags(Machine):
+    """The flags that every trainer has and that are no part of its algorithm."""
 
     # data
     eval_data: str = ""  # file of held-out rows for --data; empty: 15% of its prompts are, by a hash
@@ -46,10 +53,7 @@ class Flags:
     resume: bool = False  # go on with the run in --out, from its newest checkpoint that is not damaged
     new_data: bool = False  # with --resume: go on although --data is not the file that the run began with
     overwrite: bool = False  # replace the run in --out
-    seed: int = 0  # every random number of the run is derived from it
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights too
-    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     shard: bool = False  # under torchrun: cut weights and optimizer over the processes (FSDP2), not only rows
     save_memory: bool = False  # slower: compute activations twice, keep idle frozen models in CPU memory
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
@@ -110,7 +114,6 @@ class Flags:
         """--max_new_tokens, where it waited for the data."""
         self.max_new_tokens = limit
         self.limits = [limit]  # of GRPO, which may lengthen it
-        print(f"--max_new_tokens {limit}: by {self.data} and the model's context")
 
     def fill_steps(self, rows):
         """--steps, where it waits for the training rows: three passes in SFT, else one; 100 at least."""
@@ -121,6 +124,9 @@ class Flags:
             print(f"--steps {self.steps}: from {len(rows):,} rows, {batch} a step")
 
 
+COMMON = Machine.__annotations__ | Flags.__annotations__
+
+
 def to_json(cfg):
     """A Config as config.json has it: a reward that is a Python function by its name."""
     flags = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
@@ -129,7 +135,7 @@ def to_json(cfg):
     return flags
 
 
-LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000}  # of other whole numbers 10 million
+LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1}  # other integers: 10 million
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
@@ -265,7 +271,7 @@ def help_text(Config, doc, prog, plans=False):
         lines.append("--dry_run: read data and tokenizer, print the memory that a run needs, and stop")
     comments = _comments(Config)
     groups = {heading: [] for heading in ("", *HEADINGS)}
-    own_first = sorted(_fields(Config), key=lambda pair: pair[0].name in Flags.__annotations__)
+    own_first = sorted(_fields(Config), key=lambda pair: pair[0].name in COMMON)
     for field, kind in own_first:
         heading, comment = comments[field.name]
         groups[heading].append(_entry(Config, field, kind, comment))
@@ -281,8 +287,7 @@ def _entry(Config, field, kind, comment):
     text = f"{comment} (default: {default})" if default else comment
     if typing.get_origin(kind) is Literal:
         text = f"[{'|'.join(filter(None, kind.__args__))}] {text}"
-    name = f"  --{field.name}"
-    name = f"{name:<26}" if len(name) < 26 else f"{name}  "
+    name = f"  --{field.name:<21} "
     return textwrap.fill(text, 80, initial_indent=name, subsequent_indent=" " * 26)
 
 
@@ -315,6 +320,10 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     # Both may be closed (>&- 2>&-): files of the run would take their numbers, and get what others print.
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    try:
+        tempfile.gettempdir()
+    except OSError:  # no such folder: torch would end the run, for a cache that none of ours is written to
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.curdir)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # Windows writes to a pipe in a code page without β and │
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -337,6 +346,10 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     return status
 
 
+# What gloo and NCCL say when a process was killed, by the kernel for its memory say.
+OTHER_ENDED = ("gloo/transport", "remote process exited", "Connection closed by peer")
+
+
 def _ending(error, cfg):
     """What ended a run → the line to print, the exit status. Status 0: a bug, whose traceback is needed."""
     message = shown(str(error))  # one line, whatever value of the user's it quotes
@@ -356,9 +369,10 @@ def _ending(error, cfg):
         return "interrupted at once; checkpoints saved before are kept", status
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"stopped: the disk is full ({message})", 1
-    no_memory = isinstance(error, RuntimeError) and "can't allocate memory" in first_line  # of the CPU
-    if no_memory or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if out_of_memory(error):
         return f"stopped: out of memory: {first_line}; {_flags_to_lower(cfg)}", 1
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in OTHER_ENDED):
+        return f"stopped: another process of this run has ended ({first_line}); --resume goes on", 1
     if dist.launched():
         return traceback.format_exc(), 1
     return "", 0
@@ -367,5 +381,12 @@ def _ending(error, cfg):
 def _flags_to_lower(cfg):
     """What to do when the memory is full: which flags to lower, the one that costs least first."""
     flags = "tokens_per_microbatch batch_size prompts_per_step group_size max_new_tokens".split()
-    lower = [f"--{name} (now {_plain(getattr(cfg, name))})" for name in flags if hasattr(cfg, name)]
-    return f"lower {', then '.join(lower)}; --dry_run prints what a run needs, --resume goes on with it"
+    lower = []
+    for name in [*flags, "n", "prompts"]:  # the last two: of evaluate.py and sample.py
+        value = getattr(cfg, name, None)
+        if value not in (None, 0, 1):
+            lower.append(f"--{name} (now {_plain(value)})")
+    advice = f"lower {', then '.join(lower)}" if lower else "take a smaller model, or a shorter prompt"
+    if hasattr(cfg, "resume"):
+        advice += "; --dry_run prints what a run needs, --resume goes on with it"
+    return advice

@@ -61,17 +61,18 @@ def context_for(pairs):
     return min(LONGEST, max(prompts) + max(responses))
 
 
-def response_limit(longest_prompt, max_len):
-    """Tokens that a response may have: the room behind the longest prompt.
+def response_limit(longest_prompt, max_len, path):
+    """Tokens that a response may have: the room behind the longest prompt of the data file. Printed, too.
 
     UserError where there is none, and above LONGEST: responses of minutes must be asked for.
 
-    >>> response_limit(24, max_len=64)
-    40
+    >>> limit = response_limit(24, max_len=64, path="a.jsonl")
+    --max_new_tokens 40: by a.jsonl and the model's context
     """
     room = max_len - longest_prompt
     ask = f"the longest prompt leaves room for {room:,} tokens; give the longest response, such as 512"
     require(0 < room <= LONGEST, f"--max_new_tokens: {ask}")
+    print(f"--max_new_tokens {room}: by {path} and the model's context")
     return room
 
 

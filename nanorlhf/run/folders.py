@@ -21,6 +21,10 @@ except ImportError:  # Windows: run folders are not locked there
 MANIFEST = "manifest.json"
 
 
+class DamagedFile(Exception):
+    """A file is not the one that its folder's list of checksums names."""
+
+
 @contextlib.contextmanager
 def new_folder(folder, manifest=False):
     """`with new_folder(f) as tmp:` write files into tmp, which then replaces f, all or nothing.
@@ -31,8 +35,8 @@ def new_folder(folder, manifest=False):
     tmp = f"{folder}.tmp"
     try:
         restore(folder)
-        shutil.rmtree(tmp, ignore_errors=True)
-        shutil.rmtree(f"{folder}.old", ignore_errors=True)
+        remove(tmp)
+        remove(f"{folder}.old")
         os.makedirs(tmp)
         yield tmp
         if manifest:
@@ -60,10 +64,10 @@ def _put_in_place(tmp, folder):
     for parent, _, _ in os.walk(tmp):
         sync_folder(parent)
     old = f"{folder}.old"
-    if os.path.isdir(folder):
+    if os.path.lexists(folder):
         os.rename(folder, old)
     os.rename(tmp, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     sync_folder(os.path.dirname(os.path.abspath(folder)))  # or a power cut may undo the renames
 
 
@@ -85,6 +89,17 @@ def write_folder(folder, files):
                 f.write(data)
 
 
+def write_json(path, content):
+    """Write a JSON file under a temporary name, and rename it: there is the old file or the whole new one."""
+    tmp = f"{path}.tmp"
+    with open(tmp, "w") as f:
+        json.dump(content, f, indent=2)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    sync_folder(os.path.dirname(path))  # or a power cut could lose the new name, and those of other files
+
+
 def require_plain(folder):
     """UserError if anything in a run folder, or in its checkpoints, is a link, a pipe or a device.
 
@@ -99,6 +114,15 @@ def require_plain(folder):
         plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
         problem = f"{path} is a link, a pipe or a device; remove it, or name another folder"
         require(plain, f"--out {folder}: {problem}")
+
+
+def remove(path):
+    """Remove a folder with all that is in it, or a file in its place; nothing where there is neither."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def sync_folder(folder):
@@ -135,17 +159,17 @@ def sha256(path):
 
 
 def verify(folder):
-    """ValueError, naming the file, unless every file is the one that the manifest lists, byte for byte."""
+    """DamagedFile, naming the file, unless every file is the one that the manifest lists, byte for byte."""
     path = os.path.join(folder, MANIFEST)
     try:
         with open(path, encoding="utf-8") as f:
             listed = dict(json.load(f)["files"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: no list of checksums ({type(e).__name__}: {e})") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise DamagedFile(f"{path}: no list of checksums ({type(e).__name__}: {e})") from None
     found = describe(folder)
     for name in sorted(listed):
         if found.get(name) != listed[name]:
-            raise ValueError(f"{os.path.join(folder, name)}: wrong checksum, or missing")
+            raise DamagedFile(f"{os.path.join(folder, name)}: wrong checksum, or missing")
 
 
 def take_lock(folder):

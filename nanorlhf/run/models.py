@@ -9,7 +9,7 @@ import torch
 
 from nanorlhf import hub, lora
 from nanorlhf.data import encode_demonstrations
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, memory_for
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run import defaults
 from nanorlhf.run.device import to_device
@@ -23,6 +23,8 @@ def _named(flag):
     except UserError as error:
         raise UserError(f"{flag} {error}") from None
 
+
+SMALLER = "take a smaller model, or --dtype bf16_weights in training"
 
 # owner/name on the Hugging Face Hub, and the old names there that have no owner
 HUB_NAME = r"(?!(runs|models|out|data|\.+)/)[\w.-]+/(?!model$)[\w.-]+|(distil)?gpt2(-medium|-large|-xl)?"
@@ -45,7 +47,7 @@ def _remedy(flag, folder, kind):
 
 def load_model(flag, folder, kind="", like=None, shard=False, weights=True):
     """hub.load(folder, …) → (model, tokenizer). UserError begins with `flag`, and ends with what to do."""
-    with _named(flag):
+    with _named(flag), memory_for(f"{flag} {folder}", SMALLER):
         try:
             model, tok = hub.load(folder, kind, like=like, shard=shard, weights=weights)
         except hub.Missing as error:
@@ -74,6 +76,11 @@ def new_tokenizer(cfg, task, rows, test_rows):
     return tok
 
 
+def load_init(cfg, device):
+    """The model of --init, a language model → (model, tokenizer). No weights are read for the meta device."""
+    return load_model("--init", cfg.init, "language model", shard=cfg.shard, weights=device.type != "meta")
+
+
 def load_models(cfg, device):
     """→ policy, reference, reward model (None without --rm, --ref none), tokenizer, the models on the device.
 
@@ -91,9 +98,8 @@ def load_models_and_critic(cfg, device):
     A critic that starts from a language model gets a head of zeros: the best first guess of a return.
     """
     ppo = hasattr(cfg, "critic_init")
-    options = dict(shard=cfg.shard, weights=device.type != "meta")
-    policy, tok = load_model("--init", cfg.init, "language model", **options)
-    options["like"] = tok
+    policy, tok = load_init(cfg, device)
+    options = dict(like=tok, shard=cfg.shard, weights=device.type != "meta")
     ref = rm = critic = None
     if cfg.ref != "none" or ppo:
         ref = load_model("--ref", cfg.ref, "language model", **options)[0]
@@ -111,5 +117,6 @@ def load_models_and_critic(cfg, device):
         ref = frozen
     if ppo:
         lora.add(critic, cfg.lora_rank, cfg.dtype)
-    to_device(cfg, device, policy, ref, critic, rm)
+    with memory_for("the models", SMALLER):
+        to_device(cfg, device, policy, ref, critic, rm)
     return policy, ref, critic, rm, tok

@@ -12,7 +12,7 @@ the models as they were before the update, and the batch. The recipe:
 import dataclasses
 import importlib
 import os
-import pickle
+import re
 
 import torch
 
@@ -61,12 +61,21 @@ def load(path):
 
     Raises UserError for a file that `save` did not write. The file is read without running code from it.
     """
+    require(os.path.isfile(path), f"{path}: cannot be read: no such file")  # a pipe would be waited for
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except Exception as e:  # torch's reader raises whatever the bytes of a file that is none lead it to
         raise UserError(f"{path}: cannot be read: {reason_of(e)}") from None
-    ours = isinstance(content, dict) and str(content.get("trainer")).startswith("train_")
+    ours = isinstance(content, dict) and re.fullmatch("train_[a-z]+", str(content.get("trainer")))
     require(ours, f"{path}: was not written by Run.check")
+    try:
+        return _rebuilt(content)
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as e:
+        raise UserError(f"{path}: was not written by this version of Run.check ({reason_of(e)})") from None
+
+
+def _rebuilt(content):
+    """What a file holds → what `load` returns."""
     trainer = importlib.import_module(content["trainer"])
     cfg = trainer.Config(**content["config"] | {"shard": False})
     if cfg.device == "cuda" and not torch.cuda.is_available():

@@ -1,39 +1,26 @@
-"""Hostile model folders, by the thousand: each is loaded, sampled from and saved in a process of its own.
-
-    python -m tests.faults.folders                            500 of them
-    python -m tests.faults.folders --cases 20000 --seed 1     a night's worth
+"""Hostile model folders: each is loaded, sampled from and saved in a process of its own (fuzz.py runs them).
 
 A case is a good folder of some family with one to three changes: a value in one of its JSON files, an entry
 in the header of its weights, a number in a tensor, or a file that became a pipe, a folder, a link to a
-device. The process may use 5 seconds and 2 GB beyond what Python and torch take. It must end well, or with
-one line of at most 500 characters, and no file outside the folder that it saves to may change. A case that
-fails is printed with its number, by which `--only N` makes it again.
+device. Where the `tokenizers` package is installed, some folders have a tokenizer that only it can run.
 """
 
-import argparse
 import dataclasses
-import hashlib
+import importlib.util
 import json
 import os
 import random
-import resource
-import select
 import shutil
-import signal
-import tempfile
-import traceback
 from pathlib import Path
 
 import torch
 
 from nanorlhf import hub
-from nanorlhf.errors import RunError, UserError
 from nanorlhf.generate import generate
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.tokenizer import Chat, Tokenizer
+from tests.faults import limits
 
-SECONDS = 5
-BYTES = 2 << 30
 GOLDEN = Path(__file__).parents[1] / "golden"
 DEEP = "[" * 100_000 + "]" * 100_000
 ODD = [
@@ -54,6 +41,41 @@ TEMPLATES = [
 PATTERNS = [r"(a+)+$", r"(\w+\s?)*$", "(", r"\p{Nonsense}", "(?R)", r"(x*)*", r"(?<=a{1,99999})b", ""]
 
 
+ADDED = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+PIECES = ["<unk>", "\u2581", *"abc=", "\u2581a", "ab", "[UNK]"]
+SPECIAL = [ADDED | {"id": len(PIECES), "content": "</s>"}]
+LIBRARY = {  # tokenizers that only the `tokenizers` package can run → (tokenizer.json, the text that ends)
+    "unigram": ({
+        "version": "1.0", "added_tokens": SPECIAL,
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]},
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"},
+        "post_processor": None, "decoder": {"type": "Metaspace", "replacement": "\u2581"},
+        "model": {"type": "Unigram", "unk_id": 0,
+                  "vocab": [[piece, -float(i)] for i, piece in enumerate(PIECES)]},
+    }, "</s>"),
+    "wordpiece": ({
+        "version": "1.0", "added_tokens": SPECIAL,
+        "normalizer": {"type": "BertNormalizer", "lowercase": True, "clean_text": True,
+                       "handle_chinese_chars": True, "strip_accents": None},
+        "pre_tokenizer": {"type": "BertPreTokenizer"}, "post_processor": None,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100, "vocab": {piece: i for i, piece in enumerate(PIECES)}},
+    }, "</s>"),
+    "sentencepiece": ({
+        "version": "1.0", "added_tokens": SPECIAL,
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "\u2581"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]},
+        "pre_tokenizer": None, "post_processor": None, "decoder": {"type": "Fuse"},
+        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": False,
+                  "vocab": {piece: i for i, piece in enumerate(PIECES)},
+                  "merges": [["\u2581", "a"], ["a", "b"]]},
+    }, "</s>"),
+}  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------------
 # good folders
 
@@ -68,20 +90,22 @@ def good_folders(folder):
     """A small folder of each family and each kind of tokenizer, below `folder` → their paths."""
     specs = json.loads((GOLDEN / "tokenizers.json").read_text("utf-8"))
     kinds = [kind for kind in specs if isinstance(specs[kind], dict) and "spec" in specs[kind]]
+    library = LIBRARY if importlib.util.find_spec("tokenizers") else {}
     made = []
     for source in sorted(path for path in GOLDEN.iterdir() if (path / "config.json").exists()):
-        for kind in [*kinds, "bytes", "chars"]:
+        for kind in [*kinds, "bytes", "chars", *library]:
             model = larger(hub.load(source)[0])
             target = folder / f"{source.name}-{kind}"
             tok = None
             if kind == "bytes":
                 tok = Tokenizer.from_bytes()
             elif kind == "chars":
-                tok = Tokenizer.from_chars("abc=")
+                tok = Tokenizer.from_chars("".join(map(chr, range(32, 127))) + "\n")
             hub.save(model, tok, target)
             if tok is None:
-                names = {"eos_token": specs[kind]["eos"], "chat_template": TEMPLATES[9]}
-                (target / "tokenizer.json").write_text(json.dumps(specs[kind]["spec"]), "utf-8")
+                spec, eos = library[kind] if kind in library else (specs[kind]["spec"], specs[kind]["eos"])
+                names = {"eos_token": eos, "chat_template": TEMPLATES[9]}
+                (target / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
                 (target / "tokenizer_config.json").write_text(json.dumps(names))
             made.append(target)
     return made
@@ -101,9 +125,9 @@ def change(rng, folder):
     if kind == "special":
         _special(rng, path)
     elif kind == "bytes" or path.suffix not in (".json", ".safetensors"):
-        _bytes(rng, path)
+        damage_bytes(rng, path)
     elif path.suffix == ".json":
-        _json(rng, path)
+        bend_json(rng, path)
     else:
         _weights(rng, path)
 
@@ -122,7 +146,7 @@ def _special(rng, path):
         path.symlink_to({"device": "/dev/null", "endless": "/dev/zero", "nowhere": "/nowhere"}[kind])
 
 
-def _bytes(rng, path):
+def damage_bytes(rng, path):
     """Some bytes flipped, cut out, put in, or all behind a place left out."""
     data = bytearray(path.read_bytes())
     at = rng.randrange(len(data) + 1)
@@ -138,12 +162,12 @@ def _bytes(rng, path):
     path.write_bytes(data)
 
 
-def _json(rng, path):
+def bend_json(rng, path):
     """One value somewhere in a JSON file exchanged, left out or put in."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError):  # an earlier change damaged it
-        return _bytes(rng, path)
+        return damage_bytes(rng, path)
     value = _bent(rng, value, path.name)
     text = json.dumps(value).replace('"DEEP"', DEEP)
     path.write_text(text, "utf-8")
@@ -185,7 +209,7 @@ def _weights(rng, path):
         if not isinstance(header, dict) or len(header) < 2:
             raise ValueError("no header")
     except (ValueError, RecursionError):  # an earlier change damaged it
-        return _bytes(rng, path)
+        return damage_bytes(rng, path)
     body = bytearray(data[8 + size :])
     kind = rng.random()
     if kind < 0.25 and len(body) >= 4:
@@ -222,59 +246,6 @@ def use(folder, out):
     hub.save(model, tok, out)
 
 
-def child(folder, out, pipe):
-    """Run `use` under the limits and write its outcome into the pipe. Never returns."""
-    with open("/proc/self/statm") as f:
-        taken = int(f.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + BYTES, taken + BYTES))
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-    os.dup2(1, 2)
-    try:
-        use(folder, out)
-        said = "used"
-    except (UserError, RunError) as e:
-        said = f"refused {e}"
-        if "\n" in str(e) or len(str(e)) > 500:
-            said = f"no single short line {str(e)[:300]!r}"
-        elif any(ord(letter) < 32 for letter in str(e)):
-            said = f"control characters {str(e)!r}"
-    except BaseException:
-        said = f"traceback {traceback.format_exc()[-1500:]}"
-    os.write(pipe, said.encode("utf-8", "replace")[:4000])
-    os._exit(0)
-
-
-def outcome(folder, out):
-    """→ "used", "refused ...", or what went wrong."""
-    receive, send = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        child(folder, out, send)
-    os.close(send)
-    said = ""
-    if select.select([receive], [], [], SECONDS)[0]:
-        said = os.read(receive, 4000).decode("utf-8", "replace")
-    else:
-        os.kill(pid, signal.SIGKILL)
-        said = f"still busy after {SECONDS} s"
-    os.close(receive)
-    status = os.waitpid(pid, 0)[1]
-    return said or f"died with status {status}"
-
-
-def snapshot(folder):
-    """{path: kind, size, digest or target} of everything below a folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            found[path] = os.readlink(path)
-        elif path.is_file():
-            found[path] = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            found[path] = path.lstat().st_mode
-    return found
-
-
 def attack(goods, number, seed, room):
     """Make case `number` of a seed below the folder `room` and run it → its outcome."""
     rng = random.Random(f"{seed}:{number}")
@@ -284,38 +255,4 @@ def attack(goods, number, seed, room):
     shutil.copytree(rng.choice(goods), folder)
     for _ in range(rng.randint(1, 3)):
         change(rng, folder)
-    before = snapshot(room)
-    said = outcome(folder, room / "saved")
-    after = snapshot(room)
-    for path in before.keys() | after.keys():
-        if "saved" not in path.parts and before.get(path) != after.get(path):
-            return f"changed {path.relative_to(room)}"
-    return said
-
-
-def main(argv=None):
-    """Run the cases, print those that failed and the numbers of each outcome → how many failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cases", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="this case alone")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    numbers = range(args.cases) if args.only is None else [args.only]
-    counts = {"used": 0, "refused": 0, "failed": 0}
-    with tempfile.TemporaryDirectory() as folder:
-        goods = good_folders(Path(folder))
-        for number in numbers:
-            said = attack(goods, number, args.seed, Path(folder) / "room")
-            kind = said.split()[0]
-            counts[kind if kind in counts else "failed"] += 1
-            if kind not in counts or args.only is not None:
-                print(f"case {number}: {said}", flush=True)
-    print(counts)
-    return counts["failed"]
-
-
-if __name__ == "__main__":
-    raise SystemExit(bool(main()))
+    return limits.watched(room, lambda: use(folder, room / "saved"), may_change=[room / "saved"])

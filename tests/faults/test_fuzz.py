@@ -200,12 +200,3 @@ def test_malformed_input_in_real_processes(cases, elsewhere):
             judge(done.returncode, done.stderr, argv)
 
     fuzz()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="each folder is loaded by a fork")
-def test_hostile_model_folders():
-    """No traceback, no hang, no message of many lines, no foreign file changed: tests/faults/folders.py."""
-    command = [sys.executable, "-m", "tests.faults.folders", "--cases", "20000" if FULL else "500"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

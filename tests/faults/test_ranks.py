@@ -24,6 +24,36 @@ def score(prompt, text):
 """
 
 
+KILLED = """
+import os, signal
+calls = 0
+def score(prompt, text):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls > 50:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return float(len(text))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no kill -9 there")
+def test_row_51_one_process_of_two_is_killed(stages, tmp_path):
+    """X | kill -9 of one process among several, as the kernel does when the memory is full | the others end,
+    with one line; the last checkpoint is whole"""
+    (tmp_path / "reward.py").write_text(KILLED)
+    out = tmp_path / "run"
+    flags = stages.flags(train_grpo, out, steps=1000, off_policy_steps=0, save_every=1)
+    flags |= dict(reward=f"{tmp_path}/reward.py:score", reward_timeout=0, rm="")
+    job = torchrun(ROOT / "train_grpo.py", *(f"--{k}={v}" for k, v in flags.items() if v != ""))
+    _, errors = job.communicate(timeout=NEVER)
+    assert job.returncode == 1 and errors.count("train_grpo.py: ") <= 1, errors
+    assert "train_grpo.py: stopped: another process of this run has ended" in errors
+    assert errors.count("Traceback") == 1, errors  # torchrun's own
+    saved = [name for name in states(out) if not name.endswith(".tmp")]
+    assert saved and damage(f"{out}/state/{saved[-1]}") is None
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="pids are asked for as POSIX has it")
 def test_row_42_two_processes(stages, tmp_path):

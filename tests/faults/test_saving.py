@@ -18,13 +18,17 @@ import torch
 from runs import EACH, crash, equal, metrics, same_run, snapshot, state, states, to_argv
 from stages import LOSS
 
+import evaluate
+import sample
 import train_grpo
 import train_ppo
 import train_sft
 from nanorlhf import hub
 from nanorlhf.errors import UserError
+from nanorlhf.hub import files, weights
 from nanorlhf.run import replay
 from nanorlhf.run.checkpoint import Run
+from nanorlhf.run.cli import _flags_to_lower
 from nanorlhf.run.folders import describe
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +63,7 @@ def test_row_02_kill_inside_the_checkpoint_write(run, stages, tmp_path, monkeypa
 
 HANGS = """
 import sys, time, torch, train_sft
-torch.save = lambda *args: (print("x", flush=True), time.sleep(60))
+torch.save = lambda *args: (print("x", flush=True), time.sleep(3600))
 sys.argv[0] = "train_sft.py"
 sys.exit(train_sft.main())
 """
@@ -84,7 +88,7 @@ def test_row_03_signals(first, more, stages, tmp_path):
         while "x\n" not in process.stdout.readline():
             pass
         process.send_signal(first)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 128 + first
     ends = "interrupted at once; checkpoints saved before are kept" if more else \
         "interrupted; the checkpoint is saved, --resume goes on from it"  # fmt: skip
@@ -417,6 +421,28 @@ def test_row_37_out_of_memory(trainer, then, run, tmp_path, at_step):
         assert done.stopped("out of memory", lower, *words)
         assert states(tmp_path / "run") == ["step-000002"]
     assert run(trainer, resume="true").status == 0
+
+
+def test_out_of_memory_by_place(run, stages, tmp_path, monkeypatch):
+    """Row 37: where data or a model is read, no flag of the step helps; each program has its own flags."""
+
+    def no_memory(*args, **kw):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_load", no_memory)
+        done = run(train_sft)
+    assert done.stopped("--data: ", "train_sft.jsonl: out of memory", "take a smaller file")
+    assert "--batch_size" not in done.err[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "fill", no_memory)
+        done = run(train_grpo)
+    assert done.stopped("--init ", "sft/model: out of memory", "take a smaller model")
+    assert "--prompts_per_step" not in done.err[0]
+    cfg = evaluate.Config(model="x", n=3, k=[1], prompts=5, task="chain")
+    assert _flags_to_lower(cfg) == "lower --max_new_tokens (now 11), then --n (now 3), then --prompts (now 5)"
+    assert _flags_to_lower(sample.Config()) == "take a smaller model, or a shorter prompt"
+    assert _flags_to_lower(sample.Config(max_new_tokens=9)) == "lower --max_new_tokens (now 9)"
 
 
 @EACH

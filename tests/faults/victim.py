@@ -3,7 +3,7 @@
 import os
 import sys
 
-PHASES = "rollout", "update", "save"
+PHASES = {"rollout": "r", "reward": "j", "update": "u", "saving": "s"}  # phase → the byte that says so
 
 
 def train(name, argv, phase_file):
@@ -27,11 +27,12 @@ def train(name, argv, phase_file):
 
     def during(phase, function):
         def call(*args, **kw):
-            tell(phase[0])
+            around = os.pread(said, 1, 0).decode()
+            tell(PHASES[phase])
             try:
                 return function(*args, **kw)
             finally:
-                tell("-")
+                tell(around)
 
         return call
 
@@ -39,10 +40,12 @@ def train(name, argv, phase_file):
     trainer = importlib.import_module(name)
     plots.pyplot = lambda: None  # curves take longer than the run
     generate.generate = during("rollout", generate.generate)
+    if hasattr(trainer, "score_responses"):
+        trainer.score_responses = during("reward", trainer.score_responses)
     trainer.gradient = during("update", trainer.gradient)
     torch.optim.AdamW.step = during("update", torch.optim.AdamW.step)
-    folder.write_folder = during("save", folder.write_folder)  # model/
-    checkpoint.Run.save = during("save", checkpoint.Run.save)  # state/
+    folder.write_folder = during("saving", folder.write_folder)  # model/
+    checkpoint.Run.save = during("saving", checkpoint.Run.save)  # state/
     torch.set_num_threads(1)
     os.fsync = lambda fd: None
     sys.stdout = sys.stderr = open(f"{phase_file}.txt", "a", buffering=1)
