@@ -14,7 +14,6 @@ CPU   python demo.py            about 2 minutes on one core, less on two
 """
 
 import csv
-import json
 import math
 import os
 import shlex
@@ -36,6 +35,7 @@ from nanorlhf.look.plots import nats, pyplot, save_figure
 from nanorlhf.metrics import mean_se
 from nanorlhf.run.cli import run_cli
 from nanorlhf.run.device import setup
+from nanorlhf.run.folders import write_json
 
 POLICIES = {"sft": "SFT", "ppo": "PPO", "ppo_nokl": "PPO, β = 0"}  # run folder: name in tables and figures
 
@@ -346,9 +346,7 @@ def train(cfg):
     report["wall_seconds"] = time.perf_counter() - start
     report["peak_rss_mb"] = peak_rss_mb()
     report["seed"] = float(cfg.seed)
-    with open(f"{cfg.out}/report.json.tmp", "w") as f:
-        json.dump(report, f, indent=2)
-    os.replace(f"{cfg.out}/report.json.tmp", f"{cfg.out}/report.json")
+    write_json(f"{cfg.out}/report.json", report)
     cost = f"{report['cpu_seconds']:.0f} CPU-seconds, {report['wall_seconds']:.0f} s wall"
     print(f"\n{cost}, {report['peak_rss_mb']:.0f} MB at most.")
     print(f"Written: {cfg.out}/report.png, {cfg.out}/report.json\n")

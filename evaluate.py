@@ -24,29 +24,30 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from nanorlhf import generate, tasks
 from nanorlhf.data import microbatches, pad_responses
-from nanorlhf.errors import UserError, blame, derive_seed, require
+from nanorlhf.errors import blame, derive_seed, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.kernels import linear_kl
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
 from nanorlhf.pairs import encode_pairs
 from nanorlhf.rewards import score_responses
-from nanorlhf.run.cli import check_ranges, run_cli
+from nanorlhf.rollout import Rollout
+from nanorlhf.run.cli import Machine, check_ranges, run_cli
 from nanorlhf.run.defaults import response_limit
 from nanorlhf.run.device import setup, to_device
 from nanorlhf.run.models import load_model
 from nanorlhf.run.worker import rewards_of
 
+TOKENS = 4096  # padded tokens that a model reads at once
 ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, with or without a thought before it
 
 
 @dataclass
-class Config:
+class Config(Machine):
     # data
     model: str = "runs/reviews-sft/model"  # model folder
     ref: str = ""  # a second model folder: win rate and KL
@@ -63,7 +64,6 @@ class Config:
     temperature: float = 1.0  # of sampling
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample among the fewest tokens that hold this probability
-    seed: int = 0  # of sampling
 
     # evaluation
     k: list[int] = field(default_factory=lambda: [1, 4, 16])  # which k of pass@k and maj@k, up to n
@@ -72,9 +72,6 @@ class Config:
 
     # run
     out: str = ""  # JSON file to write the figures to
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
-    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
 
     def __post_init__(self):
         if not self.data:
@@ -86,11 +83,8 @@ class Config:
         require(judge or not self.pairs, "--pairs: give --rm or --ref, whose accuracy it measures")
         folder = os.path.dirname(self.out) or "."
         require(os.path.isdir(folder), f"--out {self.out}: there is no folder {folder}")
-        try:
+        with blame(f"--answer {self.answer}: not a regular expression", re.error):
             re.compile(self.answer)
-        except re.error as e:
-            raise UserError(f"--answer {self.answer}: not a regular expression ({e})") from None
-        require(self.top_p <= 1, f"--top_p {self.top_p}: must not be above 1")
 
 
 def voted(text, pattern):
@@ -136,7 +130,7 @@ def pairs_accuracy(pairs, device, score):
     """
     right = torch.zeros(len(pairs))
     longest = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
-    for batch in microbatches(longest, 4096):
+    for batch in microbatches(longest, TOKENS):
         rows = []
         for i in batch:
             prompt, chosen, rejected = pairs[i]
@@ -174,11 +168,6 @@ def load_rows(cfg, task, tok, max_len, rewards):
     return rows
 
 
-def by_prompt(parts, n):
-    """One tensor (b,) for each rollout → (P, n): a row for each prompt."""
-    return torch.cat(parts).view(-1, n)
-
-
 def answer_figures(texts, score, cfg):
     """Texts, scores (P, n) → {"pass@k": (mean, s.e.), "maj@k": ...}."""
     n = cfg.n
@@ -199,24 +188,19 @@ def answer_figures(texts, score, cfg):
     return figures
 
 
-def kl_figures(model, other, rolls, cfg):
+def kl_figures(model, other, roll, cfg):
     """KL(model‖other) on the model's own samples → {"kl_k1", "kl", "kl_per_token": (mean, s.e.)}."""
-    k1 = []
-    exact = []
-    total = 0.0
-    n_tokens = 0
-    for roll in rolls:
-        other_logp = other.logprobs(roll.tokens, roll.mask, cfg.temperature)[0]
-        kl = kl_per_token(model, other, roll.tokens, roll.mask, cfg.temperature)
-        k1.append((roll.logp - other_logp).sum(1))
-        exact.append(kl.sum(1))
-        total += kl.sum()
-        n_tokens += roll.mask.sum()
-    per_token = (total / n_tokens).item()
+
+    def exact(tokens, mask):
+        return kl_per_token(model, other, tokens, mask, cfg.temperature)
+
+    kl = roll.per_token(exact, TOKENS)  # (B, T)
+    k1 = roll.logp - roll.logp_under(other, cfg.temperature, TOKENS)
+    per_token = kl.sum() / roll.mask.sum()
     return {
-        "kl_k1": mean_se(by_prompt(k1, cfg.n)),
-        "kl": mean_se(by_prompt(exact, cfg.n)),
-        "kl_per_token": (per_token, math.nan),
+        "kl_k1": mean_se(k1.sum(1).view(-1, cfg.n)),
+        "kl": mean_se(kl.sum(1).view(-1, cfg.n)),
+        "kl_per_token": (per_token.item(), math.nan),
     }
 
 
@@ -271,20 +255,20 @@ def evaluate(cfg):
             top_p=cfg.top_p,
         )
         if has_score:
-            parts = [score_responses(roll, rm, rewards) for roll in rolls]
-            scores[name] = by_prompt(parts, cfg.n)
+            for roll in rolls:
+                roll.reward = score_responses(roll, rm, rewards)
+        roll = Rollout.cat(rolls)
+        if has_score:
+            scores[name] = roll.reward.view(-1, cfg.n)
             figures[f"{name}reward"] = mean_se(scores[name])
-        lengths = [roll.response_len for roll in rolls]
-        figures[f"{name}len"] = mean_se(by_prompt(lengths, cfg.n))
-        finished = [roll.finished for roll in rolls]
-        figures[f"{name}stop"] = mean_se(by_prompt(finished, cfg.n))
+        figures[f"{name}len"] = mean_se(roll.response_len.view(-1, cfg.n))
+        figures[f"{name}stop"] = mean_se(roll.finished.view(-1, cfg.n))
         if rewards.functions and not rm:  # a function says what is right; no score of a reward model does
-            texts = [text for roll in rolls for text in roll.texts]
-            for figure, value in answer_figures(texts, scores[name], cfg).items():
+            for figure, value in answer_figures(roll.texts, scores[name], cfg).items():
                 figures[name + figure] = value
         unfiltered = cfg.temperature > 0 and cfg.top_k == 0 and cfg.top_p == 1
         if policy is model and other and unfiltered:
-            figures |= kl_figures(model, other, rolls, cfg)
+            figures |= kl_figures(model, other, roll, cfg)
     if has_score and other:
         figures["win"] = win_rate(scores[""], scores["ref_"])
     if cfg.pairs:

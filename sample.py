@@ -15,12 +15,11 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from nanorlhf.errors import UserError, derive_seed, require, visible
-from nanorlhf.run.cli import check_ranges, run_cli
+from nanorlhf.run.cli import Machine, check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
 from nanorlhf.run.models import load_model
 from nanorlhf.sampling import Sampling, sample
@@ -37,7 +36,7 @@ WORD_ENDS = re.compile(rf"(?<=\S)(?= )|(?=\n)|(?<=\n)|(?={WIDE.pattern})|(?<={WI
 
 
 @dataclass
-class Config:
+class Config(Machine):
     model: str = "runs/reviews-sft/model"  # model folder: the model/ of a run, or a Hugging Face folder
     prompt: str = ""  # text to continue; empty: read prompts from the terminal or a pipe, one a line
     chat: bool = False  # the prompt is a user's turn, rendered by the model's chat template
@@ -47,14 +46,9 @@ class Config:
     top_k: int = 0  # sample among the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample among the fewest tokens that hold this probability
     logprobs: bool = False  # one token a line with its log-prob, and their sum
-    seed: int = 0  # of sampling
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
-    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
 
     def __post_init__(self):
         check_ranges(self, ("n", "top_p"))
-        require(self.top_p <= 1, f"--top_p {self.top_p}: must not be above 1")
 
 
 @torch.no_grad()

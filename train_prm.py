@@ -33,16 +33,16 @@ from nanorlhf.errors import require
 from nanorlhf.hub.files import read_jsonl
 from nanorlhf.run import dist
 from nanorlhf.run.checkpoint import Run
-from nanorlhf.run.cli import Flags, check_ranges, run_cli
+from nanorlhf.run.cli import check_ranges, run_cli
 from nanorlhf.run.device import setup
-from train_rm import PANELS, SHOW, evaluate, fit, load_model, log_samples, to_batch
+from train_rm import PANELS, SHOW, Optimisation, evaluate, fit, load_model, log_samples, to_batch
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass
-class Config(Flags):
+class Config(Optimisation):
     # data
     task: str = ""  # built-in task: reviews (the default), chain or countdown; its --steps and --lr
     data: str = ""  # JSONL of {"prompt", "response", "labels": [1, 0, null]}, a label a step, null for none
@@ -52,24 +52,6 @@ class Config(Flags):
 
     # method
     kind: Literal["process", "outcome"] = "process"  # labels of each step, or one of the whole response
-
-    # optimisation
-    steps: int | None = None  # optimizer steps; without --task: 1 pass over the data, at least 100
-    batch_size: int = 48  # responses a step
-    lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
-    weight_decay: float = 0.1  # AdamW
-    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
-    max_grad_norm: float = 1.0  # gradient norm is clipped to it
-    tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
-
-    # evaluation
-    eval_every: int = 50  # steps between held-out measurements; 0: only at the end
-
-    # run
-    save_every: int = 100  # steps between checkpoints; 0: only at the end
-
-    DEFAULTS = train_rm.Config.DEFAULTS
-    BY_TASK = train_rm.Config.BY_TASK
 
     def __post_init__(self):
         self.fill("prm")
@@ -180,7 +162,7 @@ def encode_judged(rows, tok, step_ids, max_len):
             and all(label in (0, 1, None) for label in labels)
         )
         expected = f"expected {len(ends)} of 1, 0, null"
-        require(fits, f'--data: {row["_at"]}: "labels" is {labels!r:.80}, {expected}')
+        require(fits, f'{row["_at"]}: "labels" is {labels!r:.80}, {expected}')
         judged.append((*pair, label_tokens(ends, labels)))
     if len(judged) < len(rows):
         print(f"dropped {len(rows) - len(judged)} of {len(rows)} responses: longer than {max_len} tokens")
@@ -212,7 +194,7 @@ def train(cfg):
             log_samples(run.log, step, model, shown, tok)
             return evaluate(model, test, n_labels(test), judged_loss)
 
-        fit(cfg, run, model, tok, data, make_batch, gradient, measure)
+        fit(run, model, tok, data, make_batch=make_batch, gradient=gradient, measure=measure)
     return run.log.last
 
 

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf import hub, lora, tasks
-from nanorlhf.data import encode_pair, epoch_batches, microbatches, pad, pad_responses
-from nanorlhf.errors import derive_seed, require
+from nanorlhf.data import encode_demonstrations, epoch_batches, microbatches, pad, pad_responses
+from nanorlhf.errors import blame, derive_seed, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.metrics import Figures
 from nanorlhf.model import ScalarModel
@@ -41,20 +41,13 @@ from nanorlhf.run.log import Clock, due
 # Config
 
 
-@dataclass
-class Config(Flags):
-    # data
-    task: str = ""  # built-in task; only reviews, the default, has preferences (others need --data)
-    data: str = ""  # file of preferences (formats: docs/data.md), in place of the task's own pairs
-    pairs: int = 4000  # pairs to make for the built-in task
-    tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
-    references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
-    init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
-    out: str = ""  # run folder; empty: runs/TASK-rm, or with --data runs/FILE-rm
+@dataclass(kw_only=True)
+class Optimisation(Flags):
+    """How a reward model is trained and measured: the flags that train_prm.py has as well."""
 
     # optimisation
-    steps: int | None = None  # optimizer steps; of --data: 1 pass, at least 100
-    batch_size: int = 48  # pairs a step
+    steps: int | None = None  # optimizer steps; of --data without --task: 1 pass, at least 100
+    batch_size: int = 48  # rows a step: pairs, or in train_prm.py labelled responses
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
@@ -73,6 +66,18 @@ class Config(Flags):
         "chain": dict(steps=200),
         "countdown": dict(steps=200),
     }
+
+
+@dataclass
+class Config(Optimisation):
+    # data
+    task: str = ""  # built-in task; only reviews, the default, has preferences (others need --data)
+    data: str = ""  # file of preferences (formats: docs/data.md), in place of the task's own pairs
+    pairs: int = 4000  # pairs to make for the built-in task
+    tau: float = 0.5  # temperature of the labels made here: P(a wins) = σ((gold_a − gold_b)/tau); 0: no noise
+    references: str = ""  # JSONL of {"prompt", "response"} rows to score 0 on average; empty: chosen ones
+    init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
+    out: str = ""  # run folder; empty: runs/TASK-rm, or with --data runs/FILE-rm
 
     def __post_init__(self):
         self.fill("rm")
@@ -188,14 +193,8 @@ def load_references(cfg, task, train, tok, max_len):
         return [prompt + chosen for prompt, chosen, _ in train[:1024]]
     else:
         rows = task.demonstrations(1024, cfg.seed)
-    references = []
-    for row in rows:
-        pair = encode_pair(tok, row["prompt"], row["response"], max_len, row.get("_at", ""))
-        if pair:
-            prompt, response = pair
-            references.append(prompt + response)
-    require(references, f"--references {cfg.references}: every row exceeds the context of {max_len} tokens")
-    return references
+    with blame("--references" if cfg.references else ""):
+        return [ids for ids, _ in encode_demonstrations(rows, tok, max_len)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -268,24 +267,19 @@ def log_samples(log, step, model, answers, tok):
 
 def load_model(cfg, device):
     """→ reward model on the trunk of the SFT model, tokenizer."""
-    policy, tok = models.load_model(
-        "--init",
-        cfg.init,
-        "language model",
-        shard=cfg.shard,
-        weights=device.type != "meta"  # --dry_run reads no weights
-    )
+    policy, tok = models.load_init(cfg, device)
     model = ScalarModel(policy)
     to_device(cfg, device, model)
     return model, tok
 
 
-def fit(cfg, run, model, tok, data, make_batch, gradient, measure):
+def fit(run, model, tok, data, *, make_batch, gradient, measure):
     """Take the optimizer steps on `data`, and write a line of the log for each.
 
     make_batch(rows) → the batch of `gradient`, and in "lengths" the tokens of each row. measure(step) →
     held-out figures.
     """
+    cfg = run.cfg
     opt = adamw(
         model.parameters(),
         model.device,
@@ -343,7 +337,7 @@ def train(cfg):
             log_samples(run.log, step, model, shown, tok)
             return metrics
 
-        fit(cfg, run, model, tok, data, make_batch, gradient, measure)
+        fit(run, model, tok, data, make_batch=make_batch, gradient=gradient, measure=measure)
     return run.log.last
 
 

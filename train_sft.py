@@ -41,7 +41,7 @@ from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
 from nanorlhf.run.log import Clock, due
-from nanorlhf.run.models import load_model, new_tokenizer
+from nanorlhf.run.models import load_init, new_tokenizer
 from nanorlhf.run.worker import rewards_of
 
 # ------------------------------------------------------------------------------------------------------------
@@ -216,8 +216,7 @@ def load(cfg, device):
     task = tasks.get(cfg.task)
     train_rows, test_rows = load_demonstrations(cfg, task)
     if cfg.init:
-        read = device.type != "meta"  # --dry_run reads no weights
-        model, tok = load_model("--init", cfg.init, "language model", shard=cfg.shard, weights=read)
+        model, tok = load_init(cfg, device)
     else:
         tok = new_tokenizer(cfg, task, train_rows, test_rows)
         model = new_model(cfg, tok)

@@ -90,7 +90,7 @@ def lines(head, rows):
 
 
 WAYS = [(1, False), (8, False), (8, True), (64, True)]
-NAMES = ["1 GPU", "8, DDP", "8, `--shard`", "64, `--shard`"]
+NAMES = ["1 GPU", "8, copies", "8, `--shard`", "64, `--shard`"]
 
 
 def tables():

@@ -168,8 +168,7 @@ def _letter(text):
 
 def exact_answer(prompt: str, response: str, row: dict) -> float:
     """1 if the response's answer is the text of row["answer"], but for outer white space, else 0."""
-    gold = exact_answer.gold(row)
-    return _is_right(prompt, response, row, gold, str.strip)
+    return _is_right(prompt, response, row, exact_answer, str.strip)
 
 
 exact_answer.gold = partial(_gold, read=str.strip, expected="one answer")
@@ -181,8 +180,7 @@ def numeric_answer(prompt: str, response: str, row: dict) -> float:
     >>> numeric_answer("", "so it is <answer>1,234.0</answer>", {"answer": "#### 1234"})
     1.0
     """
-    gold = numeric_answer.gold(row)
-    return _is_right(prompt, response, row, gold, parse_number)
+    return _is_right(prompt, response, row, numeric_answer, parse_number)
 
 
 numeric_answer.gold = partial(_gold, read=parse_number, expected="a number")
@@ -196,8 +194,7 @@ def last_number(prompt: str, response: str, row: dict) -> float:
     >>> last_number("", "5 eggs at $2 make 10 dollars.", {"answer": 10})
     1.0
     """
-    gold = last_number.gold(row)
-    return _is_right(prompt, response, row, gold, _last)
+    return _is_right(prompt, response, row, last_number, _last)
 
 
 last_number.gold = partial(_gold, read=parse_number, expected="a number")
@@ -209,8 +206,7 @@ def choice_answer(prompt: str, response: str, row: dict) -> float:
     `B`, `(B)`, `B.`, `b)`, `B) with its text` and `the answer is B` are the letter B. A longer text is none,
     nor is one that names another letter: `A. or B.`
     """
-    gold = choice_answer.gold(row)
-    return _is_right(prompt, response, row, gold, _letter)
+    return _is_right(prompt, response, row, choice_answer, _letter)
 
 
 choice_answer.gold = partial(_gold, read=_letter, expected="a letter from A to J")
@@ -265,7 +261,8 @@ def _from_thought(prompt, response, row):
     return f"<think>{response}" if seen.rstrip().endswith("<think>") else response
 
 
-def _is_right(prompt, response, row, gold, read):
+def _is_right(prompt, response, row, reward, read):
+    gold = reward.gold(row)
     response = _from_thought(prompt, response, row)
     return float(final_answer(response, read) == gold)
 

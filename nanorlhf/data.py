@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nanorlhf import tasks
-from nanorlhf.errors import UserError, blame, require
+from nanorlhf.errors import blame, require
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.run import dist
 
@@ -35,8 +35,8 @@ def read_split(cfg, read):
 
     read: (path, flag=) → rows.
     """
-    rows = read(cfg.data, flag="--data")
-    if not getattr(cfg, "eval_data", ""):
+    rows = read(cfg.data)
+    if not cfg.eval_data:
         return split_by_hash(rows)
     held_out = read(cfg.eval_data, flag="--eval_data")
     trained = {row["prompt"] or row["response"] for row in rows}
@@ -145,7 +145,7 @@ def pad_demonstrations(rows, tok, device, loss_on_prompt=False):
     if loss_on_prompt:  # all but the first token, which has nothing before it
         masks = [[False] + [True] * (len(ids) - 1) for ids, _ in rows]
     mask, _ = pad(masks, False)
-    return tokens.to(device), mask.bool().to(device)
+    return tokens.to(device), mask.to(device)
 
 
 def response_mask(prompt_lens, lengths, T):
@@ -202,20 +202,18 @@ def longest_first(lengths):
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
-def microbatches(lengths, tokens_per_microbatch):
-    """Cut B rows into groups of at most tokens_per_microbatch tokens, padding included → lists of indices.
+def microbatches(lengths, budget):
+    """Cut B rows into groups of at most `budget` tokens, padding included → lists of indices.
 
     lengths   (B,) tokens of each row, a list or a tensor
     A group of rows costs rows × its longest row. A single row may exceed the budget; 0 puts all rows into one
     group. The longest rows come first, so that a budget too large for the memory fails in the first group
     and not an hour later. UserError for a negative budget.
 
-    >>> microbatches([1, 3, 2], tokens_per_microbatch=4)  # 1 row × 3 tokens, then 2 rows × 2
+    >>> microbatches([1, 3, 2], budget=4)  # 1 row × 3 tokens, then 2 rows × 2
     [[1], [2, 0]]
     """
-    budget = tokens_per_microbatch
-    if budget < 0:
-        raise UserError(f"--tokens_per_microbatch: {budget} is negative; expected tokens, or 0 for all")
+    require(budget >= 0, f"--tokens_per_microbatch: {budget} is negative; expected tokens, or 0 for all")
     lengths = torch.as_tensor(lengths).tolist()  # one copy from a GPU, and not one for each row
     groups = []
     group = []
@@ -295,33 +293,26 @@ def pack(tokens, mask, lengths):
     """
     lengths = torch.as_tensor(lengths).tolist()  # one copy from a GPU, and not one for each row
     longest = max(lengths, default=0)
-    groups = []  # the rows in each packed row
-    used = []  # the tokens in each packed row
+    docs = []  # for each token of each packed row: the row that it comes from,
+    columns = []  # and its place there
     for i in longest_first(lengths):
-        with_room = [r for r, n in enumerate(used) if n + lengths[i] <= longest]
+        n = lengths[i]
+        with_room = [r for r, doc in enumerate(docs) if len(doc) + n <= longest]
         if with_room:
             r = with_room[0]
         else:
-            r = len(groups)
-            groups.append([])
-            used.append(0)
-        groups[r].append(i)
-        used[r] += lengths[i]
-
-    shape = (len(groups), longest)
-    packed = tokens.new_zeros(shape)
-    packed_mask = mask.new_zeros(shape)
-    doc = tokens.new_full(shape, -1)
-    for r, group in enumerate(groups):
-        start = 0
-        for i in group:
-            n = lengths[i]
-            end = start + n
-            packed[r, start:end] = tokens[i, :n]
-            packed_mask[r, start:end] = mask[i, :n]
-            doc[r, start:end] = i
-            start = end
-    return packed, packed_mask, torch.tensor(used, dtype=torch.int64), doc
+            r = len(docs)
+            docs.append([])
+            columns.append([])
+        docs[r] += [i] * n
+        columns[r] += range(n)
+    doc, used = pad(docs, -1)
+    column, _ = pad(columns, 0)
+    doc = doc.to(tokens.device)
+    real = doc >= 0
+    packed = torch.where(real, tokens[doc, column], 0)
+    packed_mask = mask[doc, column] & real
+    return packed, packed_mask, used, doc
 
 
 def take_rows(batch, rows):

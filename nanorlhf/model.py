@@ -192,7 +192,7 @@ class KVCache:
         """Drop all rows but these, given in ascending order. Copied in place: nothing new is allocated."""
         for new, old in enumerate(rows.tolist()):
             if new != old:
-                self.kv[:, :, new, :, :live] = self.kv[:, :, old, :, :live]
+                self.fill(new, self, old, live)
         self.kv = self.kv[:, :, : len(rows)]
 
 
@@ -357,7 +357,12 @@ class GPT(nn.Module):
         weight = head.weight
         if self.n_ids < len(weight):
             weight = weight[: self.n_ids]
-        return weight.to(self.compute_dtype or weight.dtype)
+        return weight.to(self.dtype)
+
+    @property
+    def dtype(self):
+        """The dtype of the activations."""
+        return self.compute_dtype or self.wte.weight.dtype
 
     @property
     def trunk(self):
@@ -372,8 +377,7 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def new_cache(self, batch, max_len):
-        dtype = self.compute_dtype or self.wte.weight.dtype
-        return KVCache(self.cfg, batch, max_len, self.device, dtype)
+        return KVCache(self.cfg, batch, max_len, self.device, self.dtype)
 
     def forward(self, tokens, cache=None, pos=None, live=None, doc=None):
         """tokens (B, T) int64 → hidden states (B, T, D), after the last norm.
@@ -402,7 +406,7 @@ class GPT(nn.Module):
         x = self.wte(tokens)  # (B, T, D)
         if self.wpe is not None:
             x = x + self.wpe(place)
-        x = x.to(self.compute_dtype or x.dtype)
+        x = x.to(self.dtype)
         rope = None
         if cfg.pos == "rope":
             end = T if cache is None else cache.kv.shape[-2]  # all positions are below it

@@ -14,7 +14,7 @@ import math
 import random
 import re
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import require
 
 OWN_REWARD = "prompts of your own need --reward my_reward.py:score"
 
@@ -36,8 +36,7 @@ class Task:
 
     def prompts(self, split, n, seed):
         """Draw n rows {"prompt": str, ...} of the split "train" or "test", with replacement."""
-        if split not in ("train", "test"):
-            raise UserError(f"split {split!r}: choose train or test")
+        require(split in ("train", "test"), f"split {split!r}: choose train or test")
         rows = self._rows(split, n, f"{self.name} prompts {split} {seed}")
         for row in rows:
             del row["response"]
@@ -60,9 +59,6 @@ class Task:
             if held_out(row["prompt"]) == (split == "test"):
                 rows.append(row)
         return rows
-
-    def _draw(self, rng):
-        raise NotImplementedError
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -181,13 +177,6 @@ class Reviews(Task):
         return {"prompt": prompt, "response": " " + " ".join(sentences)}
 
 
-def well_formed(prompt, sentence):
-    """Whether `sentence` ("The bed was dull.") is of the language and fits the prompt's topic."""
-    topic, _ = _split(prompt)
-    subject = _subject_of(sentence)
-    return subject in TOPICS[topic] or subject in NEUTRAL or subject == "verdict"
-
-
 def gold_parts(prompt, response):
     """What `gold` sees → {"sentences": number, "sentiment": mean, "ill_formed": share, "repeated": share}.
 
@@ -196,19 +185,21 @@ def gold_parts(prompt, response):
     day, ... the verdict) that an earlier sentence was about, the prompt's included. Both have no sentiment
     but count in the mean's denominator: otherwise a salad of kind words would be the best review.
     """
-    _, first = _split(prompt)
-    subjects = {_subject_of(first)}
+    topic, _, first = prompt.partition(": ")
+    known = topic in TOPICS
+    require(known, f"--task reviews: {prompt!r} does not begin with {', '.join(TOPICS)} and a colon")
+    fitting = {*TOPICS[topic], *NEUTRAL, "verdict"}
+    nothing = (None, 0.0)  # the subject and the sentiment of a text that is no sentence
+    subjects = {SENTENCES.get(first, nothing)[0]}
     pieces = re.findall(r"[^.]*\.|[^.]+", response)
     sentiment = 0.0
     ill_formed = 0
     repeated = 0
     for piece in pieces:
-        sentence = piece[1:]
-        if not piece.startswith(" ") or not well_formed(prompt, sentence):
+        subject, score = SENTENCES.get(piece[1:], nothing)
+        if not piece.startswith(" ") or subject not in fitting:
             ill_formed += 1
-            continue
-        subject, score = SENTENCES[sentence]
-        if subject in subjects:
+        elif subject in subjects:
             repeated += 1
         else:
             subjects.add(subject)
@@ -251,17 +242,6 @@ def prefer(prompt, a, b, rng, tau=1.0):
     return (a, b) if rng.random() < p else (b, a)
 
 
-def _subject_of(sentence):
-    return SENTENCES[sentence][0] if sentence in SENTENCES else None
-
-
-def _split(prompt):
-    topic, _, first = prompt.partition(": ")
-    if topic not in TOPICS:
-        raise UserError(f"--task reviews: {prompt!r} does not begin with {', '.join(TOPICS)} and a colon")
-    return topic, first
-
-
 # ------------------------------------------------------------------------------------------------------------
 # chain: think, or guess
 
@@ -290,8 +270,8 @@ class Chain(Task):
 
     def reward(self, prompt: str, response: str, row: dict | None = None) -> float:
         """1 if the whole response is `|digit` or `<digits>|digit` and the last digit is right, else 0."""
-        if not re.fullmatch(r"[0-9]+=", prompt):
-            raise UserError(f"--task chain: the prompt {prompt!r} is not of this task; {OWN_REWARD}")
+        digits = re.fullmatch(r"[0-9]+=", prompt)
+        require(digits, f"--task chain: the prompt {prompt!r} is not of this task; {OWN_REWARD}")
         answer = sum(map(int, prompt[:-1])) % 10
         # [0-9] and not \d, which takes Arabic and fullwidth digits too. Any thought will do: the answer pays.
         match = re.fullmatch(r"(<[0-9]*>)?\|([0-9])", response)
@@ -367,8 +347,7 @@ class Countdown(Task):
     def reward(self, prompt: str, response: str, row: dict | None = None) -> float:
         """1 if the response is one expression of exactly the prompt's numbers hitting the target, else 0."""
         match = re.fullmatch(r"([1-9]) ([1-9]) ([1-9])=([0-9]+):", prompt)
-        if match is None:
-            raise UserError(f"--task countdown: the prompt {prompt!r} is not of this task; {OWN_REWARD}")
+        require(match, f"--task countdown: the prompt {prompt!r} is not of this task; {OWN_REWARD}")
         *numbers, target = match.groups()
         hits_target = self.value(response) == int(target)
         uses_numbers = sorted(response[::2]) == sorted(numbers)
@@ -380,6 +359,5 @@ TASKS = {task.name: task for task in (Reviews(), Chain(), Countdown())}
 
 def get(name):
     """The task of this name. UserError, with the names there are, for any other."""
-    if name not in TASKS:
-        raise UserError(f"--task {name}: no such task; choose one of {', '.join(TASKS)}")
+    require(name in TASKS, f"--task {name}: no such task; choose one of {', '.join(TASKS)}")
     return TASKS[name]

@@ -11,7 +11,6 @@ ordinary ids. Only code that appends `tok.eos_id`, and a chat template, write co
 import heapq
 import unicodedata
 from collections import Counter, defaultdict
-from typing import NamedTuple
 
 import regex
 import tiktoken
@@ -46,30 +45,6 @@ class Chat(str):
         return self.messages, str(self)
 
 
-class Extras(NamedTuple):
-    """What a published tokenizer has besides ranks and control tokens.
-
-    eos, pad   texts of control tokens; if `pad` is none, another id pads, but never EOS
-    words      {text: id} of added tokens that are not control tokens (<think>); found in text, longest first
-    late       the words that are found after normalisation to NFC, the others before
-    nfc        whether text is normalised to NFC
-    stop       more ids that end a response, besides EOS
-    bos        ids that begin every prompt without a chat template
-    template   a `hub.chat.Template`, or None
-    source     {file name: contents} that saving copies
-    """
-
-    eos: str = "<|eos|>"
-    pad: str = "<|pad|>"
-    words: dict = {}
-    late: list = []
-    nfc: bool = False
-    stop: list = []
-    bos: list = []
-    template: object = None
-    source: dict = {}
-
-
 class Tokenizer:
     """`ranks` are the bytes of each id; `pattern` cuts text into pieces, which no merge crosses.
 
@@ -79,34 +54,55 @@ class Tokenizer:
                `control`
     control    {text: id} of tokens that no text encodes to
 
+    Published tokenizers have more:
+
+    eos, pad   texts of control tokens; if `pad` is none, another id pads, but never EOS
+    words      {text: id} of added tokens that are not control tokens (<think>); found in text, longest first
+    late       the words that are found after normalisation to NFC, the others before
+    nfc        whether text is normalised to NFC
+    stop       more ids that end a response, besides EOS
+    bos        ids that begin every prompt without a chat template
+    template   a `hub.chat.Template`, or None
+    source     {file name: contents} that saving copies
+
     Raises ValueError for a pattern that is no regex.
     """
 
-    def __init__(self, kind, pattern, tokens, control=None, extras=None):
-        extras = extras or Extras()
+    def __init__(
+        self,
+        kind,
+        pattern,
+        tokens,
+        control=None,
+        eos="<|eos|>",
+        pad="<|pad|>",
+        words=(),
+        late=(),
+        nfc=False,
+        stop=(),
+        bos=(),
+        template=None,
+        source=(),
+    ):
         self.kind = kind
         self.pattern = pattern
         if isinstance(tokens, dict):
             self.ranks = tokens
         else:
             self.ranks = {token: i for i, token in enumerate(tokens)}
-        self.tokens = list(self.ranks)
         self.encoding = self._make_encoding()
         size = len(self.ranks)
-        self.control = control or {extras.eos: size, extras.pad: size + 1}  # detail 3: pad is not EOS
-        self.eos_id = self.control[extras.eos]
-        ids = [*self.control.values(), 0, 1]
-        if extras.pad in self.control:
-            ids.insert(0, self.control[extras.pad])
+        self.control = control or {eos: size, pad: size + 1}  # detail 3: pad is not EOS
+        self.eos_id = self.control[eos]
+        ids = [self.control.get(pad, self.eos_id), *self.control.values(), 0, 1]
         self.pad_id = next(i for i in ids if i != self.eos_id)
-        more = [i for i in extras.stop if i != self.eos_id]
-        self.stop_ids = [self.eos_id, *more]
-        self.bos_ids = list(extras.bos)
-        self.template = extras.template
-        self.source = extras.source
-        self.words = extras.words
-        self.late = frozenset(extras.late)
-        self.nfc = extras.nfc
+        self.stop_ids = {self.eos_id, *stop}
+        self.bos_ids = list(bos)
+        self.template = template
+        self.source = dict(source)
+        self.words = dict(words)
+        self.late = frozenset(late)
+        self.nfc = nfc
         self.added = self.control | self.words
         early = self.words.keys() - self.late
         self._early = any_of(early)
@@ -118,8 +114,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._bytes)
 
     def _make_encoding(self):
-        name = f"nanorlhf-{self.kind}"
-        return tiktoken.Encoding(name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={})
+        return tiktoken.Encoding("ours", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={})
 
     @classmethod
     def learn(cls, kind, texts, alphabet="", vocab_size=576):
@@ -165,7 +160,7 @@ class Tokenizer:
         with the lowest ids wins, so the order of the texts does not matter. UserError for vocab_size < 256.
 
         >>> tok = Tokenizer.train_bpe(["abab abab"], 300)
-        >>> tok.tokens[256:]
+        >>> list(tok.ranks)[256:]
         [b'ab', b'abab']
         """
         require(vocab_size >= 256, f"tokenizer: vocab_size {vocab_size} is below 256, the single bytes alone")
@@ -218,7 +213,7 @@ class Tokenizer:
 
     def _ordinary(self, text):
         if self.kind == "chars":
-            alphabet = b"".join(self.tokens).decode()
+            alphabet = b"".join(self.ranks).decode()
             unknown = [c for c in text if c not in alphabet]
             if unknown:  # tiktoken panics on bytes that have no rank
                 raise UserError(f"tokenizer: character {unknown[0]!r} is not in alphabet {alphabet[:100]!r}")

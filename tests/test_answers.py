@@ -457,7 +457,7 @@ def test_golds_of_others_are_read(row, response, reward, tmp_path):
 def test_golds_of_a_task_are_read_too():
     """countdown's answer is an expression: numeric_answer would have stopped the run at its first sample."""
     functions = Rewards([load_reward(f"{FILE}:numeric_answer")])
-    cfg = SimpleNamespace(data="", own_data=False, seed=0, eval_prompts=2, skip_bad_rows=False)
+    cfg = SimpleNamespace(data="", eval_data="", own_data=False, seed=0, eval_prompts=2, skip_bad_rows=False)
     task = tasks.get("countdown")
     tok = Tokenizer.from_chars(task.alphabet)
     with pytest.raises(UserError, match='^--task: numeric_answer: "answer" is .*, expected a number'):

@@ -208,7 +208,7 @@ def test_ways_to_write_a_flag():
         (train_dpo, "--task chain --online 2 --judge self", "--task chain has a reward function, no prefer"),
         (evaluate, "--k 1,x", "--k 1,x: must be integers such as"),
         (evaluate, "--rm a --reward b.py:f", "--rm and --reward: give one of the two"),
-        (sample, "--top_p 1.5", "--top_p 1.5: must not be above 1"),
+        (sample, "--top_p 1.5", "--top_p 1.5: must be at most 1"),
         (train_ppo, "--temperature 0", "--temperature 0.0: must be above 0"),
         (train_ppo, "--sample_every 0", "--sample_every 0: must be at least 1"),
         (train_ppo, "--gamma 1.1", "--gamma and --lam: must not be above 1"),

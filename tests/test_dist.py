@@ -434,7 +434,7 @@ class Owned:
 
 
 def test_scaling_page_holds_what_the_script_computes(tmp_path, monkeypatch):
-    """And memory adds up: sharded over one GPU's worth of pieces, what always lies there is DDP's."""
+    """And memory adds up: sharded over one GPU, what always lies there is one copy of the weights."""
     page = tmp_path / "scaling.md"
     page.write_text(Path(scaling.PAGE).read_text(encoding="utf-8"), encoding="utf-8")
     table.fill(page, scaling.tables())

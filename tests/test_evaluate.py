@@ -7,6 +7,7 @@ import math
 import random
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import RunError, UserError, visible
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
 from nanorlhf.run import log
+from nanorlhf.run.checkpoint import NEW_RUN
 from nanorlhf.run.cli import run_cli
 from nanorlhf.sampling import Sampling
 from nanorlhf.tokenizer import Tokenizer
@@ -411,7 +413,8 @@ def test_control_sequences_are_shown(bad, tmp_path, capsys):
     sample.show(((i, 0.0) for i in bad.encode()), tok, logprobs=True)
     hub.save(tiny(vocab_size=tok.vocab_size, max_len=64), tok, tmp_path / "m")
     sample.main(sample.Config(model=f"{tmp_path}/m", prompt=bad, max_new_tokens=1))
-    run = log.Log(tmp_path, ["step"], [], 1)
+    cfg = SimpleNamespace(out=tmp_path, steps=1, wandb="")
+    run = log.Log(cfg, ["step"], [], NEW_RUN)
     run.samples(0, [{"prompt": bad}], [bad], None)
     run.say(bad)
 

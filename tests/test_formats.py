@@ -239,6 +239,8 @@ def test_parquet(tmp_path, monkeypatch):
     ("demos", {"messages": [YES]}, 'the last of "messages" is not an answer'),
     ("demos", {"messages": []}, '"messages" is list .., expected messages'),
     ("demos", {"messages": "hi"}, '"messages" is string .hi., expected messages'),
+    ("pairs", {"chosen": [HI, YES]}, '"rejected" is null None, expected messages'),
+    ("prompts", {"question": "p", "choices": {"text": 3, "label": 4}}, '"choices" is .*expected at most 26'),
     ("demos", {"messages": [HI, {"role": "assistant", "content": None}]},
      '"content" of message 2 of "messages" is a null, expected one string'),
     ("demos", {"conversations": [HUMAN, {"from": "gpt", "value": [{"type": "text", "text": "yes"}]}]},

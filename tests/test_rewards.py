@@ -72,15 +72,19 @@ def test_ctrl_c_in_a_reward_is_no_error_of_the_reward():
 # in a process of its own
 
 MISCHIEF = """
-import os, pickle, signal, stat, struct, sys, time
+import os, pickle, signal, stat, sys, time
 class Canary:
     def __init__(self, path):
         self.path = path
     def __reduce__(self):
         return open, (self.path, "w")
 def to_pipe(data):
-    sockets = [fd for fd in range(3, 64) if fd_kind(fd) and stat.S_ISSOCK(fd_kind(fd))]
-    os.write(sockets[0], data)
+    pipes = [fd for fd in range(3, 64) if fd_kind(fd) and stat.S_ISFIFO(fd_kind(fd))]
+    for fd in pipes:
+        try:
+            os.write(fd, data)
+        except OSError:  # the end that reads
+            pass
 def fd_kind(fd):
     try:
         return os.fstat(fd).st_mode
@@ -106,8 +110,8 @@ def f(prompt, response, row):
         case "garbage": to_pipe(b"no answer at all, and long enough")
         case "pickle":
             payload = pickle.dumps(Canary(row["pids"] + "-canary"))
-            to_pipe(struct.pack("!i", len(payload)) + payload)
-        case "answer": to_pipe(struct.pack("!i", 9) + b"[0, 99.0]")
+            to_pipe(payload + b"\\n")
+        case "answer": to_pipe(b'[0, [99.0, ""]]\\n')
         case "nan" | "inf": return float(response)
         case "none": return None
         case "str": return "1.0"
@@ -605,7 +609,7 @@ def test_evaluate_means_over_all_prompts_whatever_the_batches(models):
 
 
 def prompts_cfg(**more):
-    flags = dict(data="", skip_bad_rows=False, seed=0, eval_prompts=100, own_data=False)
+    flags = dict(data="", eval_data="", skip_bad_rows=False, seed=0, eval_prompts=100, own_data=False)
     return SimpleNamespace(**flags | more)
 
 

@@ -27,7 +27,7 @@ from nanorlhf.errors import Interrupted, RunError, UserError
 from nanorlhf.hub.files import write_jsonl
 from nanorlhf.look import plots
 from nanorlhf.run import checkpoint, folders
-from nanorlhf.run.checkpoint import Run, damage
+from nanorlhf.run.checkpoint import NEW_RUN, Run, damage
 from nanorlhf.run.folders import restore, write_folder
 from nanorlhf.run.log import Log
 
@@ -477,7 +477,8 @@ def test_wandb_gets_every_row(stages, tmp_path, monkeypatch):
 def test_console_stays_within_80_columns(tmp_path, capsys):
     """Aligned columns, about twenty lines a run, for numbers of every size."""
     for trainer in TRAINERS:
-        log = Log(str(tmp_path), trainer.COLUMNS, trainer.SHOW, steps=100)
+        cfg = types.SimpleNamespace(out=str(tmp_path), steps=100, wandb="")
+        log = Log(cfg, trainer.COLUMNS, trainer.SHOW, NEW_RUN)
         for step in range(100):
             values = dict.fromkeys(trainer.SHOW, (-1) ** step * 10.0 ** (step % 9 - 4))
             log.row(step, values)

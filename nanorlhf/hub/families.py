@@ -72,7 +72,7 @@ GPT2 = Family(
         activation_function="gelu_new",
         tie_word_embeddings=True,
     ),
-    must=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, quantization_config=None),
+    must=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False),
     tensors={
         "wte": "transformer.wte",
         "wpe": "transformer.wpe",
@@ -102,7 +102,7 @@ NEOX = Family(
         use_parallel_residual=True,
         tie_word_embeddings=False,
     ),
-    must=dict(quantization_config=None),
+    must={},
     tensors={
         "wte": "gpt_neox.embed_in",
         "blocks.{i}.norm1": "gpt_neox.layers.{i}.input_layernorm",
@@ -123,7 +123,7 @@ LLAMA = Family(
     keys=SIZES | GQA | BIASES | dict(mlp_bias="mlp_bias"),
     fixed=dict(norm="rms", pos="rope"),
     absent=COMMON | dict(num_key_value_heads=0, max_position_embeddings=2048, mlp_bias=False),
-    must=dict(quantization_config=None),
+    must={},
     tensors={
         "wte": "model.embed_tokens",
         "blocks.{i}.norm1": "model.layers.{i}.input_layernorm",
@@ -143,7 +143,7 @@ LLAMA = Family(
 )
 QWEN = LLAMA._replace(
     absent=COMMON | dict(max_position_embeddings=32768),
-    must=dict(use_sliding_window=False, quantization_config=None),
+    must=dict(use_sliding_window=False),
 )
 QWEN2 = QWEN._replace(
     name="Qwen2",
@@ -168,13 +168,14 @@ def read_config(raw):
     known = f"{', '.join(FAMILIES)} are"
     require(kind in list(FAMILIES), f"model_type {kind!r} is not supported ({known})")
     family = FAMILIES[kind]
-    found = family.absent | family.must
+    must = family.must | {"quantization_config": None}
+    found = family.absent | must
     for key, value in raw.items():
         if value is not None:
             found[key] = value
     for key in family.keys.values():
         require(key in found, f"the field {key!r} is missing")
-    allowed = {key: [value] for key, value in family.must.items()}
+    allowed = {key: [value] for key, value in must.items()}
     allowed[family.keys["mlp"]] = list(family.acts)
     layers = found.get("layer_types")
     if layers:
@@ -219,8 +220,12 @@ def _read_rope(raw, family):
     scaling = []
     if kind == "llama3":
         for key in LLAMA3:
-            scaling.append(find(None, key))
-            require(scaling[-1] is not None, f"the field {key!r} of its rotary settings is missing")
+            value = find(None, key)
+            require(value is not None, f"the field {key!r} of its rotary settings is missing")
+            _check_number(key, value)
+            scaling.append(value)
+        _, low, high, _ = scaling
+        require(low < high, f"low_freq_factor={low!r} must be below high_freq_factor={high!r}")
     theta = find(10000.0, "rope_theta", "rotary_emb_base")
     return dict(rope_theta=theta, rope_share=share, rope_scaling=tuple(scaling))
 
@@ -228,11 +233,8 @@ def _read_rope(raw, family):
 def _check_types(settings):
     """UserError for a setting that is no number, no truth value: a damaged config.json may hold anything."""
     types = {field.name: field.type for field in fields(GPTConfig)}
-    single = dict(settings)
-    for i, value in enumerate(single.pop("rope_scaling", ())):
-        single[f"rope_scaling[{i}]"] = value
-    for name, value in single.items():
-        expected = types.get(name, float)
+    for name, value in settings.items():
+        expected = types[name]
         if expected is bool:
             require(isinstance(value, bool), f"{name}={value!r} must be true or false")
         elif expected is int:
@@ -240,12 +242,12 @@ def _check_types(settings):
             good = type(value) is int and least <= value < 2**31
             require(good, f"{name}={value!r} must be a positive whole number below 2**31")
         elif expected is float:
-            good = type(value) in (int, float) and 0 < value < 1e30  # beyond, fp32 overflows
-            require(good, f"{name}={value!r} must be a positive number below 1e30")
-    scaling = settings.get("rope_scaling")
-    if scaling:
-        _, low, high, _ = scaling
-        require(low < high, f"rope_scaling={scaling} must be (factor, low, high, original) with low < high")
+            _check_number(name, value)
+
+
+def _check_number(name, value):
+    good = type(value) in (int, float) and 0 < value < 1e30  # beyond, fp32 overflows
+    require(good, f"{name}={value!r} must be a positive number below 1e30")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -55,21 +55,19 @@ def read_objects(path, flag, required):
     data = data.removeprefix(b"\xef\xbb\xbf")  # the byte order mark
     place = f"{path}:row "
     if data[:4] == b"PAR1":
-        items = enumerate(_read_parquet(data, where), start=1)
+        items = _read_parquet(data, where)
     elif data.lstrip()[:1] == b"[":
         with blame(where):
-            items = enumerate(_load(data), start=1)
+            items = _load(data)
     else:
         for start, message in OTHER_FILES.items():
             require(not data.startswith(start), f"{where}: {message}")
         # Split at newlines only: str.splitlines also breaks at U+2028, which JSON strings may hold.
-        lines = enumerate(data.split(b"\n"), start=1)
-        items = [(number, line) for number, line in lines if line.strip()]
+        items = [line.rstrip() for line in data.split(b"\n")]
         place = f"{path}:"
-    rows = [(f"{place}{number}", item) for number, item in items]
-    if not rows:
-        problem = "only blank lines" if size else "the file is empty"
-        raise UserError(f"{where}: {problem}; expected rows like {_example(required)}")
+    rows = [(f"{place}{n}", item) for n, item in enumerate(items, start=1) if item != b""]
+    problem = "only blank lines" if size else "the file is empty"
+    require(rows, f"{where}: {problem}; expected rows like {_example(required)}")
     return rows
 
 
@@ -101,14 +99,12 @@ def _read_parquet(data, where):
 def parse(item):
     """Parse an item of `read_objects` → its object. UserError, without the place, if it is not an object."""
     row = _load(item) if isinstance(item, bytes) else item
-    if not isinstance(row, dict):
-        raise UserError(f"a JSON {json_type(row)}; expected one object a row, like {{...}}")
+    require(isinstance(row, dict), f"a JSON {json_type(row)}; expected one object a row, like {{...}}")
     return row
 
 
 def _load(data):
-    if b"\0" in data:
-        raise UserError("a NUL byte; JSON is plain UTF-8 text (UTF-16, or damaged?)")
+    require(b"\0" not in data, "a NUL byte; JSON is plain UTF-8 text (UTF-16, or damaged?)")
 
     def refuse(constant):  # Python would take NaN and Infinity
         raise ValueError(f"{constant} is not JSON")
@@ -133,13 +129,11 @@ def check_text(row, required, nonempty=()):
     """UserError unless the row has all required keys, as strings, and text in those that are `nonempty`."""
     hint = f"(a row is {_example(required)})"
     for key in required:
-        if key not in row:
-            raise UserError(f'missing key "{key}" {hint}')
-        if not isinstance(row[key], str):
-            raise UserError(f'"{key}" is a {json_type(row[key])}, expected a string {hint}')
+        require(key in row, f'missing key "{key}" {hint}')
+        text = row[key]
+        require(isinstance(text, str), f'"{key}" is a {json_type(text)}, expected a string {hint}')
     for key in nonempty:
-        if not row[key].strip():
-            raise UserError(f'"{key}" is empty, expected some text {hint}')
+        require(row[key].strip(), f'"{key}" is empty, expected some text {hint}')
 
 
 def _example(required):

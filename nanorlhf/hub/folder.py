@@ -6,9 +6,9 @@ from, its tokenizer's files and its generation settings travel with it. Reward m
 so its scores are ours minus reward_bias.
 """
 
-import contextlib
 import json
-import os
+from os.path import isdir, isfile
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ def save(model, tok, folder):
 
     Weights keep their precision (float64 becomes float32); adapters are merged into them.
     """
-    trunk = getattr(model, "trunk", model)
+    trunk = model.trunk
     dtype = trunk.wte.weight.dtype
     if dtype == torch.float64:
         dtype = torch.float32
@@ -71,9 +71,9 @@ def save(model, tok, folder):
         "config.json": json.dumps(config, indent=2).encode(),
         "model.safetensors": lambda path: weight_files.write(tensors, path),
     }
-    if tok is not None:
+    if tok:
         files |= tokenizer_files.files(tok)
-    write_folder(os.path.normpath(folder), files)
+    write_folder(Path(folder), files)
 
 
 def load(folder, kind="", like=None, shard=False, weights=True):
@@ -90,15 +90,11 @@ def load(folder, kind="", like=None, shard=False, weights=True):
     weights   False: leave the weights on the meta device and do not read their files (--dry_run)
     """
     folder = _find(folder)
-    model, tok, family = _build(folder, shard, weights)
-    if shard and weights:
-        model.fill = lambda model: weight_files.fill(model, family, folder)
-    elif weights:
-        weight_files.fill(model, family, folder)
+    model, tok = _build(folder, shard, weights)
     is_a = "reward model" if isinstance(model, ScalarModel) else "language model"
     require(kind in ("", is_a), f"{folder}: is a {is_a}, must be a {kind}")
     missing = f"{folder}: has no tokenizer (tokenizer.json or {tokenizer_files.FILE})"
-    require(not kind or tok is not None, missing)
+    require(tok or not kind, missing)
     fits = like is None or tok == like
     require(fits, f"{folder}: not the vocabulary of the other models; all need one SFT run")
     return model, tok
@@ -106,22 +102,21 @@ def load(folder, kind="", like=None, shard=False, weights=True):
 
 def _find(folder):
     """The path of a folder with a config.json. Missing where there is none."""
-    folder = os.path.normpath(folder)  # "model/" and a Path too
-    if not os.path.isdir(folder) and os.path.isdir(f"{folder}.old"):
-        folder += ".old"  # a crash in mid-save leaves it
-    inner = os.path.join(folder, "model")
-    if os.path.isfile(os.path.join(inner, "config.json")):
-        raise UserError(f"{folder} is a run folder; give {inner}")
-    if os.path.isfile(os.path.join(folder, "config.json")):
-        for name in os.listdir(folder):
-            file = os.path.join(folder, name)
-            if name.endswith((".json", ".safetensors")) and os.path.isfile(file):
+    folder = Path(folder)
+    old = Path(f"{folder}.old")  # a crash in mid-save leaves it
+    if not isdir(folder) and isdir(old):
+        folder = old
+    inner = folder / "model"
+    require(not isfile(inner / "config.json"), f"{folder} is a run folder; give {inner}")
+    if isfile(folder / "config.json"):
+        for file in folder.iterdir():
+            if file.suffix in (".json", ".safetensors") and isfile(file):
                 with blame(file, OSError), open(file, "rb") as f:
                     require(f.read(len(LFS)) != LFS, OTHER_FILES[LFS])
         return folder
-    if os.path.isfile(folder):
+    if isfile(folder):
         raise Missing(f"{folder} is a file, must be a folder")
-    if os.path.isdir(folder):
+    if isdir(folder):
         raise Missing(f"{folder} has no config.json")
     raise Missing(f"{folder} does not exist")
 
@@ -148,8 +143,8 @@ class _OnMeta(TorchFunctionMode):
 
 
 def _build(folder, shard, weights):
-    """A folder → (model without its weights, tokenizer or None, Family)."""
-    config = os.path.join(folder, "config.json")
+    """A folder → (model, tokenizer or None). The arguments are those of `load`."""
+    config = folder / "config.json"
     raw = read_json(config)
     with blame(config, ValueError):
         cfg, family = families.read_config(raw)
@@ -161,23 +156,23 @@ def _build(folder, shard, weights):
         cfg.tied = True  # no unembedding of its own: `score` is the head
     tok = tokenizer_files.load(folder)
     n_ids = tok.vocab_size if tok else cfg.vocab_size
-    if n_ids > cfg.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {n_ids} ids, the model only {cfg.vocab_size}")
-
+    too_many = f"{folder}: the tokenizer has {n_ids} ids, the model only {cfg.vocab_size}"
+    require(n_ids <= cfg.vocab_size, too_many)
     step_ids = raw.get("step_ids")
     if step_ids is not None:
         good = isinstance(step_ids, list) and all(type(id) is int and 0 <= id < n_ids for id in step_ids)
         require(good, f"{config}: step_ids must be a list of ids from 0 to {n_ids - 1}")
-    if weights:
-        with torch.device("meta"), _OnMeta(draw=False):
-            outline = ScalarModel(GPT(cfg)) if scalar else GPT(cfg)
-        weight_files.match(outline, family, folder)
 
-    with contextlib.ExitStack() as modes:
-        if shard or not weights:
-            modes.enter_context(torch.device("meta"))
-            modes.enter_context(_OnMeta(draw=weights))
+    with torch.device("meta"), _OnMeta(draw=False):
         trunk = GPT(cfg)
+        outline = ScalarModel(trunk) if scalar else trunk
+    if weights:  # the files are checked before the memory for them is asked for
+        places = weight_files.match(outline, family, folder)
+        if shard:
+            with torch.device("meta"), _OnMeta(draw=True):
+                trunk = GPT(cfg)
+        else:
+            trunk = GPT(cfg)
     model = trunk
     if scalar:
         model = ScalarModel(trunk)
@@ -188,4 +183,8 @@ def _build(folder, shard, weights):
     trunk.n_ids = n_ids
     trunk.stop_ids = tuple(tokenizer_files.stop_ids(folder))
     trunk.source = Source(raw, tok)
-    return model, tok, family
+    if shard and weights:
+        model.fill = lambda model: weight_files.fill(model, family, places)
+    elif weights:
+        weight_files.fill(model, family, places)
+    return model, tok

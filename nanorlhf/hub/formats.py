@@ -29,9 +29,18 @@ WANTED = {
 }
 CHATS = ("messages", "conversations")
 ROLES = {
-    "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "model", "chatgpt", "bot", "bing", "bard"),
-    "system": ("system", "developer"),
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+    "developer": "system",
 }
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 REFUSED = """tools functions tool_calls function_call tool_call_id documents chat_template_kwargs history
@@ -105,11 +114,9 @@ def _convert(row, want):
         require(all(turn["content"] in told for turn in _system(row)), f'"system" {cure}')
         require(all(text in prompt for _, text in _choices(row)), f"the list of choices {cure}")
     _read_answer(row, found)
-    keys = [*WANTED[want], "answer"]
+    keys = [*WANTED[want], "answer", "completion", "label"]
     if want == "demos":
         keys.append("turns")
-    if want == "kto":
-        keys += ["completion", "label"]
     return name, {key: found[key] for key in keys if key in found}
 
 
@@ -246,17 +253,19 @@ def _pair_of_messages(row):
         if isinstance(row.get(key), list):
             name = f"{key} + chosen + rejected"
             before = _behind(before, _messages(row, key), key)
-    sides = {}
+    found = {}
+    prompts = []
     for key in ("chosen", "rejected"):
         turns = _messages(row, key)
         asked = {"role": "user", "content": row.get("prompt")}
         if isinstance(asked["content"], str) and asked not in turns:
             turns = _behind([asked], turns, key)
         turns = _behind(before, turns, key)
-        sides[key] = _answered(turns, key)
+        side = _answered(turns, key)
         _require_learnt(turns[-1:], key)
-    found = {key: side["response"] for key, side in sides.items()}
-    prompt, other = (side["prompt"] for side in sides.values())
+        found[key] = side["response"]
+        prompts.append(side["prompt"])
+    prompt, other = prompts
     found["prompt"] = prompt if prompt.messages == other.messages else None
     return name, found
 
@@ -289,7 +298,7 @@ def _messages(row, key):
 
     A thought becomes part of the content. "train": False marks an answer that is not to be learnt.
     """
-    messages = row[key]
+    messages = row.get(key)
     if isinstance(messages, dict):
         messages = [messages]
     right = isinstance(messages, list) and messages
@@ -307,7 +316,7 @@ def _message(m, place):
     text = m.get(key)
     cure = 'expected one string (of a list of parts their joined text, "" for null)'
     require(isinstance(text, str), f'"{key}" of {place} is a {json_type(text)}, {cure}')
-    role = next((role for role, names in ROLES.items() if name.strip().lower() in names), None)
+    role = ROLES.get(name.strip().lower())
     require(role, f'the role {name!r} of {place} is unknown; expected user, assistant or system')
     message = {"role": role, "content": _with_thought(m, text)}
     for key in ("weight", "train"):
@@ -351,13 +360,12 @@ def _single(row, want):
         require(len(there) < 2, f"ambiguous: {' and '.join(there)} could each be the {part}; keep one")
         if there:
             keys[part] = there[0]
-    used = [keys[part] for part in WANTED[want] if part in keys]
     gsm8k = want == "demos" and "response" not in keys and "####" in str(row.get("answer"))
     if gsm8k:
         keys["response"] = "answer"
-        used.append("answer (GSM8K)")
     names = [keys.get(part, part) for part in WANTED[want]]
     check_text(row, [name for name in names if not isinstance(row.get(name), list)])
+    form = " + ".join(names)
     found = {part: row[key] for part, key in keys.items()}
     found["prompt"] = _prompt(row, keys["prompt"], want)
     if want == "demos" and isinstance(found["response"], list):
@@ -365,8 +373,9 @@ def _single(row, want):
     elif want == "demos":
         found["response"] = _with_thought(row, found["response"])
     if gsm8k:  # <<48/2=24>> is for a calculator
+        form += " (GSM8K)"
         found["response"] = re.sub(r"<<[^<>]*>>", "", found["response"])
-    return " + ".join(used), found
+    return form, found
 
 
 def _completed(prompt, completion, key):
@@ -406,7 +415,10 @@ def _choices(row):
     if isinstance(choices, list) and len(choices) <= len(LETTERS):
         pairs = list(zip(LETTERS, choices))
     elif isinstance(choices, dict) and choices.keys() == {"text", "label"}:
-        pairs = list(itertools.zip_longest(choices["label"], choices["text"]))
+        labels = choices["label"]
+        texts = choices["text"]
+        if isinstance(labels, list) and isinstance(texts, list):
+            pairs = list(itertools.zip_longest(labels, texts))
     elif isinstance(choices, dict):
         pairs = [(label, text) for label, text in choices.items() if text is not None]
     right = pairs and all(isinstance(x, (str, int, float)) for pair in pairs for x in pair)

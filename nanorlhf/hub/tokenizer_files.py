@@ -7,14 +7,13 @@ own program. Any other tokenizer.json is run by the `tokenizers` package, or ref
 import base64
 import itertools
 import json
-from pathlib import Path
 
 import regex
 
 from nanorlhf.errors import UserError, require
 from nanorlhf.hub.chat import Template
 from nanorlhf.hub.files import read_json
-from nanorlhf.tokenizer import MARK, Extras, Tokenizer
+from nanorlhf.tokenizer import MARK, Tokenizer
 
 REMOVED = "\ufdd0\ufdd1\ufdd2\ufdd3"  # no characters, so no text holds them; LibraryTokenizer's MARK
 NO_PREFIX = {
@@ -56,14 +55,15 @@ def load(folder):
     UserError naming the file when it is damaged, or when tiktoken could not give the same ids as
     transformers. Such a tokenizer.json is read by the `tokenizers` package where that is installed.
     """
-    paths = [Path(folder) / name for name in LOADERS]
+    paths = [folder / name for name in LOADERS]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
+    content = read_json(path)
     try:
-        return LOADERS[path.name](path)
+        return LOADERS[path.name](path, content)
     except Inexact as reason:
-        return _load_with_library(path, reason)
+        return _load_with_library(path, content, reason)
     except UserError as e:
         raise UserError(f"{path}: damaged: {e}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
@@ -77,7 +77,7 @@ def files(tok):
     "chars" has no counterpart there, as it refuses unknown characters: it has a file of its own.
     """
     if tok.kind == "chars":
-        tokens = [base64.b64encode(token).decode() for token in tok.tokens]
+        tokens = [base64.b64encode(token).decode() for token in tok.ranks]
         return {FILE: json.dumps({"kind": "chars", "tokens": tokens}).encode()}
     out = dict(tok.source)
     if "tokenizer.json" not in out:
@@ -96,13 +96,12 @@ def files(tok):
 
 def beside(folder):
     """{file name: contents} of the files that travel with a model, besides its weights and config.json."""
-    paths = [Path(folder) / name for name in COPIED]
+    paths = [folder / name for name in COPIED]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def stop_ids(folder):
     """The ids that end a response; generation_config.json goes before config.json, as in transformers."""
-    folder = Path(folder)
     settings = read_json(folder / "config.json") | read_json(folder / "generation_config.json")
     ids = settings.get("eos_token_id")
     if not isinstance(ids, list):
@@ -113,7 +112,7 @@ def stop_ids(folder):
 
 
 def _roles(folder, control, spec):
-    """Extras of a folder: which control tokens begin a text, end it and pad it; the chat template."""
+    """What a folder says of a `Tokenizer`: the tokens that begin, end and pad a text; the chat template."""
     config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     names = {}
     for key, token in config.items():
@@ -135,10 +134,10 @@ def _roles(folder, control, spec):
         strange = [key for key, text in names.items() if key in template and text not in control]
         _need(not strange, f"the chat template's {' and '.join(strange)} is no control token")
         template = Template(template, names, control)
-    pad = names.get("pad_token")
     bos = _bos(spec)
     _check_config(config, spec, bos and names.get("bos_token"))
-    return Extras(eos, pad, stop=stop, bos=bos, template=template, source=beside(folder))
+    source = beside(folder)
+    return dict(eos=eos, pad=names.get("pad_token"), stop=stop, bos=bos, template=template, source=source)
 
 
 def _check_config(config, spec, bos):
@@ -163,8 +162,7 @@ def _check_config(config, spec, bos):
 # one function for each kind of file
 
 
-def _load_ours(path):
-    data = json.loads(path.read_text("utf-8"))
+def _load_ours(path, data):
     require(data["kind"] == "chars", "its kind must be chars")
     alphabet = ""
     for token in data["tokens"]:
@@ -174,11 +172,10 @@ def _load_ours(path):
     return Tokenizer.from_chars(alphabet)
 
 
-def _load_json(path):
-    spec = json.loads(path.read_text("utf-8"))
+def _load_json(path, spec):
     tokens = [(token["content"], token["id"]) for token in spec.get("added_tokens") or []]
     require(len(dict(tokens)) == len(tokens), "an added token is there twice")
-    vocab = spec["model"]["vocab"]
+    vocab = spec["model"].get("vocab")
     if isinstance(vocab, dict):
         tokens += vocab.items()
     owner = {}
@@ -188,7 +185,7 @@ def _load_json(path):
     return _from_json(spec, path.parent)
 
 
-def _load_gpt2(path):
+def _load_gpt2(path, vocab):
     """vocab.json + merges.txt, as older folders have them, or OpenAI's encoder.json + vocab.bpe.
 
     They do not name their pattern, and the added tokens stand in other files.
@@ -198,7 +195,6 @@ def _load_gpt2(path):
     kind = str(config.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
     _need(kind in ("GPT2Tokenizer", "Qwen2Tokenizer"), f"vocab.json of a {kind} says no split pattern")
     qwen = kind == "Qwen2Tokenizer"
-    vocab = json.loads(path.read_text("utf-8"))
     merges = "merges.txt" if path.name == "vocab.json" else "vocab.bpe"
     lines = (folder / merges).read_text("utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
@@ -211,11 +207,7 @@ def _load_gpt2(path):
     for i, token in tokens.items():
         i = vocab.get(token["content"], i)
         added.append(plain | token | {"id": int(i)})
-    prefix_space = config.get("add_prefix_space") or False
-    steps = [
-        {"type": "Split", "pattern": {"Regex": QWEN if qwen else GPT2}, "behavior": "Isolated"},
-        {"type": "ByteLevel", "add_prefix_space": prefix_space, "use_regex": False},
-    ]
+    steps = _split_steps(QWEN if qwen else GPT2, config.get("add_prefix_space") or False)
     spec = {
         "added_tokens": added,
         "normalizer": {"type": "NFC"} if qwen else None,
@@ -239,10 +231,10 @@ class LibraryTokenizer(Tokenizer):
     The package gets a text as a whole: what it does at a text's start, and beside control tokens, is its own.
     """
 
-    def __init__(self, spec, control, extras):
-        self.library = _run_by_library(json.dumps(spec))
-        self.inside = _run_by_library(_without_prefix(spec))
-        super().__init__("library", "", {}, control, extras)
+    def __init__(self, spec, control, roles):
+        self.library = _run_by_library(spec)
+        self.inside = _run_by_library(json.loads(_without_prefix(spec)))
+        super().__init__("library", "", {}, control, **roles)
         self.vocab_size = max(self.vocab_size, self.library.get_vocab_size())
 
     def _make_encoding(self):
@@ -275,14 +267,13 @@ class LibraryTokenizer(Tokenizer):
         return self.library.decode(known, skip_special_tokens=False)
 
 
-def _run_by_library(text):
+def _run_by_library(spec):
     """The package's tokenizer of a tokenizer.json. It takes REMOVED out once it has found control tokens."""
     import tokenizers
 
-    spec = json.loads(text)
     remove = {"type": "Replace", "pattern": {"String": REMOVED}, "content": ""}
-    spec["normalizer"] = {"type": "Sequence", "normalizers": [remove, *_steps(spec.get("normalizer"))]}
-    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    normalizer = {"type": "Sequence", "normalizers": [remove, *_steps(spec.get("normalizer"))]}
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec | {"normalizer": normalizer}))
     library.no_truncation()
     library.no_padding()
     return library
@@ -296,7 +287,7 @@ def _without_prefix(spec):
     return text
 
 
-def _load_with_library(path, reason):
+def _load_with_library(path, spec, reason):
     try:
         import tokenizers  # noqa: F401
     except ImportError:
@@ -304,7 +295,6 @@ def _load_with_library(path, reason):
     if path.name != "tokenizer.json":
         raise UserError(f"{path}: {reason}; save it as tokenizer.json with transformers first") from None
     try:
-        spec = json.loads(path.read_text("utf-8"))
         control = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
         tok = LibraryTokenizer(spec, control, _roles(path.parent, control, spec))
         unknown = spec["model"].get("unk_id", control.get(spec["model"].get("unk_token")))
@@ -341,9 +331,9 @@ def _from_json(spec, folder):
     _check_merges(vocab, model["merges"], model.get("ignore_merges", False))
     _check_pattern(pattern)
     nfc = normalizers == "NFC"
-    extras = _roles(folder, control, spec)._replace(words=words, late=late, nfc=nfc)
+    roles = _roles(folder, control, spec)
     kind = "bpe" if len(ranks) > 256 else "bytes"
-    return Tokenizer(kind, pattern, ranks, control, extras)
+    return Tokenizer(kind, pattern, ranks, control, words=words, late=late, nfc=nfc, **roles)
 
 
 def _bos(spec):
@@ -463,6 +453,13 @@ def _check_merges(vocab, merges, ignore_merges):
             _need(ignore_merges, f"no merge makes the token {token}")
 
 
+def _split_steps(pattern, add_prefix_space):
+    """The steps of a pre-tokenizer that cuts text by this pattern, and spells its bytes as characters."""
+    split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+    byte_level = dict(type="ByteLevel", add_prefix_space=add_prefix_space, trim_offsets=True, use_regex=False)
+    return [split, byte_level]
+
+
 def _to_json(tok):
     """The tokenizer.json of a Tokenizer."""
     vocab = {}
@@ -475,22 +472,26 @@ def _to_json(tok):
             merges.append(" ".join(parts))
     added = []
     for text in sorted(tok.added, key=tok.added.get):
-        token = dict(id=tok.added[text], content=text, single_word=False)
-        token |= dict(lstrip=False, rstrip=False)
-        token |= dict(normalized=text in tok.late, special=text in tok.control)
+        token = {
+            "id": tok.added[text],
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": text in tok.late,
+            "special": text in tok.control,
+        }
         added.append(token)
-    pattern = {"Regex": tok.pattern}
-    split = dict(type="Split", pattern=pattern, behavior="Isolated", invert=False)
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    steps = _split_steps(tok.pattern, False)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
         "normalizer": {"type": "NFC"} if tok.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": None,
-        "decoder": byte_level,
+        "decoder": steps[-1],
         "model": {
             "type": "BPE",
             "dropout": None,

@@ -1,13 +1,12 @@
 """Tensors of published models, in and out of safetensors files.
 
-Reading copies a tensor of theirs into our parameters, through the views that `_views` gives. Writing goes the
-other way, by `join`.
+Reading copies a tensor of theirs into our parameters, by `_copy`. Writing goes the other way, by `join`.
 """
 
 import hashlib
 import json
-import os
 import re
+from os.path import exists, isfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,15 +46,6 @@ def _transposed(name, parts):
     return ".c_" in name and parts[0].dim() == 2  # GPT-2 stores these as (in, out)
 
 
-def _views(tensor, name, parts, cfg):
-    """A tensor of theirs → its views that are ours, one for each of `parts`."""
-    if _transposed(name, parts):
-        tensor = tensor.T
-    if "query_key_value" in name:  # GPT-NeoX goes head by head: q, k, v of the first, q, k, v of the next
-        return tensor.unflatten(0, (cfg.n_head, 3, cfg.head_dim)).unbind(1)
-    return tensor.chunk(len(parts))
-
-
 def join(name, parts, cfg):
     """Our parameters → the tensor of theirs that they make up."""
     if "query_key_value" in name:
@@ -70,18 +60,18 @@ def join(name, parts, cfg):
 
 
 def match(model, family, folder):
-    """Find the place of each tensor in a folder's files → {(file, key): (our name for it, our parameters)}.
+    """Find each tensor of a model on the meta device in a folder's files → {file: {key: our name for it}}.
 
-    Reads the headers of the files only, and the model may be on the meta device: a config.json that says
-    1,000 times the true width is refused before its memory is asked for. A second copy of the embedding, and
-    constants, have no place. UserError unless everything else has one, and its shape.
+    Reads the headers of the files only: a config.json that says 1,000 times the true width is refused before
+    its memory is asked for. A second copy of the embedding, and constants, have no place. UserError unless
+    everything else has one, and its shape.
     """
     trunk = model.trunk
     want = dict(tensors_of(model, family))
     lm_head = family.tensors["lm_head"] + ".weight"
     places = {}
-    files = _files(folder)
-    for file in files:
+    for file in _files(folder):
+        places[file] = {}
         with blame(file, *DAMAGE), safe_open(file, "pt") as f:
             for key in sorted(f.keys()):
                 name = key
@@ -96,22 +86,21 @@ def match(model, family, folder):
                 dtype = header.get_dtype()
                 require(dtype in FLOATS, f"tensor {key} is quantised ({dtype})")
                 found = tuple(header.get_shape())
-                sizes = [torch.empty(part.shape, device="meta") for part in parts]
-                shape = tuple(join(name, sizes, trunk.cfg).shape)
+                shape = tuple(join(name, parts, trunk.cfg).shape)
                 require(found == shape, f"tensor {key} has shape {found}, config.json says {shape}")
-                places[file, key] = name, parts
+                places[file][key] = name
     for name in sorted(want):
-        raise UserError(f"{files[-1]}: tensor {name} is missing")
+        raise UserError(f"{file}: tensor {name} is missing")
     return places
 
 
 @torch.no_grad()
-def fill(model, family, folder):
-    """Copy a folder's tensors into the model, one at a time. UserError where `match` has one."""
+def fill(model, family, places):
+    """Copy the tensors of a folder into the model, one at a time, from the places that `match` found."""
     trunk = model.trunk
-    places = match(model, family, folder)
+    ours = dict(tensors_of(model, family))
     unembedding = None
-    for file in _files(folder):
+    for file, names in places.items():
         with blame(file, *DAMAGE), safe_open(file, "pt") as f:
             checksum = (f.metadata() or {}).get("sha256")
             digest = hashlib.sha256()
@@ -119,22 +108,27 @@ def fill(model, family, folder):
                 tensor = f.get_tensor(key)
                 if checksum:
                     _add(digest, key, tensor)
-                if (file, key) in places:
-                    name, parts = places[file, key]
-                    _copy(tensor, name, parts, trunk.cfg)
+                if key in names:
+                    name = names[key]
+                    _copy(tensor, name, ours[name], trunk.cfg)
                 elif not REDUNDANT.search(key):  # the second copy of the embedding
                     unembedding = tensor
             require(checksum in (None, digest.hexdigest()), "wrong checksum: damaged after it was saved")
     if unembedding is not None:
         embedding = sharding.local(trunk.wte.weight)
         same = torch.equal(sharding.piece(unembedding, trunk.wte.weight).to(embedding), embedding)
-        message = "the unembedding is not the embedding, although config.json says that it is"
-        require(same, f"{file}: {message}")
+        require(same, f"{file}: the unembedding is not the embedding, although config.json says that it is")
 
 
 def _copy(tensor, name, parts, cfg):
-    """Copy a tensor of theirs into our parameters."""
-    for part, view in zip(parts, _views(tensor, name, parts, cfg)):
+    """Copy a tensor of theirs into our parameters, a view of it into each."""
+    if _transposed(name, parts):
+        tensor = tensor.T
+    if "query_key_value" in name:  # GPT-NeoX goes head by head: q, k, v of the first, q, k, v of the next
+        views = tensor.unflatten(0, (cfg.n_head, 3, cfg.head_dim)).unbind(1)
+    else:
+        views = tensor.chunk(len(parts))
+    for part, view in zip(parts, views):
         sharding.local(part).copy_(sharding.piece(view.reshape(part.shape), part))
 
 
@@ -165,17 +159,17 @@ def _files(folder):
 
     UserError for one that is no regular file: opening a pipe would wait for ever.
     """
-    single = os.path.join(folder, "model.safetensors")
+    single = folder / "model.safetensors"
     index = f"{single}.index.json"
     files = [single]
-    if not os.path.exists(single) and os.path.exists(index):
-        files = [os.path.join(folder, name) for name in _shards(index)]
+    if not exists(single) and exists(index):
+        files = [folder / name for name in _shards(index)]
     for file in files:
-        regular = os.path.isfile(file) or not os.path.exists(file)
+        regular = isfile(file) or not exists(file)
         require(regular, f"{file}: is no regular file")
-    pickle = os.path.join(folder, "pytorch_model.bin")
-    has_pickle = os.path.exists(pickle) or os.path.exists(f"{pickle}.index.json")
-    if has_pickle and not os.path.exists(files[0]):
+    pickle = folder / "pytorch_model.bin"
+    has_pickle = exists(pickle) or exists(f"{pickle}.index.json")
+    if has_pickle and not exists(files[0]):
         convert = "make it safetensors (in transformers: from_pretrained, then save_pretrained)"
         raise UserError(f"{pickle}: a pickle can run any code and is not read; {convert}")
     return files  # opening one that is missing says so

@@ -11,6 +11,7 @@ Uniform random numbers are indexed by (row of the batch, position). A row's samp
 its slot, on when it starts or on its neighbours, except for rounding.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,7 @@ def how_many(model, rows, length):
 
 def that_fit(model, rows, length, free):
     """`how_many` where `free` bytes are free."""
-    dtype = model.compute_dtype or model.wte.weight.dtype
-    cache = KVCache(model.cfg, 1, length, "meta", dtype)
+    cache = KVCache(model.cfg, 1, length, "meta", model.dtype)
     logits = 16 * model.n_ids  # bytes of a row's fp32 logits, and of three copies of them
     fit = int(SHARE * free / (cache.kv.nbytes + logits))
     return max(1, min(rows, SLOTS, fit))
@@ -51,14 +51,12 @@ def cast_weights(model):
 
     Each layer would cast its weight in every step; here it is cast once. Empty if nothing needs a cast.
     """
-    dtype = model.compute_dtype
     cast = {}
     for name, layer in model.blocks.named_modules():
-        if dtype is None or not isinstance(layer, Linear):
-            continue
-        for kind, p in layer.named_parameters(recurse=False):
-            if p.dtype != dtype:
-                cast[f"blocks.{name}.{kind}"] = p.to(dtype)
+        if isinstance(layer, Linear):
+            for kind, p in layer.named_parameters(recurse=False):
+                if p.dtype != model.dtype:
+                    cast[f"blocks.{name}.{kind}"] = p.to(model.dtype)
     return cast
 
 
@@ -202,10 +200,10 @@ def decode(model, batch, sampling, size):
     n_prompts = len(batch.first_rows)
     waiting = sorted(range(slots.B), key=lambda row: -batch.distinct[row])  # a stack: prompt 0 is on top
     at_once = max(1, PREFILL // max(slots.prompt_len))  # prompts prefilled together
-    at_once = min(at_once, _divide_up(size * n_prompts, slots.B))
+    at_once = min(at_once, math.ceil(size * n_prompts / slots.B))
     batch_sizes = [size]
     while batch_sizes[-1] > 1:
-        batch_sizes.append(_divide_up(batch_sizes[-1], FEWER))
+        batch_sizes.append(math.ceil(batch_sizes[-1] / FEWER))
     b = size  # slots in use: 0 … b-1
     row_in = {}  # slot → its row, until the host sees that it has ended
     sampled = {}  # slot → tokens sampled for its row so far
@@ -255,10 +253,6 @@ def decode(model, batch, sampling, size):
                 del row_in[slot], sampled[slot]
 
     return slots.tokens[:-1], slots.logp[:-1], slots.new[:-1], slots.finished[:-1]
-
-
-def _divide_up(a, b):
-    return -(-a // b)
 
 
 def _rounded_up(length, most):

@@ -9,7 +9,6 @@ derived from (seed, step), so that weights, optimizer and step are the whole sta
 """
 
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -25,7 +24,7 @@ from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require
 from nanorlhf.hub.files import read_json
 from nanorlhf.run import dist, replay, sharding
 from nanorlhf.run.cli import to_json
-from nanorlhf.run.folders import new_folder, require_plain, sha256, sync_folder, take_lock, verify
+from nanorlhf.run.folders import new_folder, require_plain, sha256, take_lock, verify, write_json
 from nanorlhf.run.log import Log, import_wandb
 
 STATE = dict(  # what a checkpoint holds, and of which type
@@ -39,6 +38,7 @@ STATE = dict(  # what a checkpoint holds, and of which type
     models=dict,
     optimizer=dict,
 )
+NEW_RUN = {"step": 0, "extra": {}, "sizes": {}, "last": {}}  # the state of a run without a checkpoint
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of one weight, as AdamW calls them
 KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
 
@@ -87,7 +87,8 @@ class Run:
         self.signum = None  # the signal that asked this run to stop
         self.handlers = {}  # signal → its handler outside of this run
         self.first = dist.rank() == 0  # of several processes, the one that writes
-        import_wandb(cfg.wandb)  # if it is missing, say so before anything is touched
+        if cfg.wandb:
+            import_wandb()  # if it is missing, say so before anything is touched
         require(not (cfg.resume and cfg.overwrite), "--resume and --overwrite: give one of the two")
         require(cfg.resume or not cfg.new_data, "--new_data: belongs to --resume")
 
@@ -145,7 +146,7 @@ class Run:
         self.data = sha256(self.cfg.data) if self.cfg.data else ""
         config = to_json(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
-        state = {"step": 0, "extra": {}, "sizes": {}, "last": {}}
+        state = NEW_RUN
         with self._usable():
             if self.cfg.overwrite and self.first:
                 shutil.rmtree(f"{self.out}/model", ignore_errors=True)
@@ -153,12 +154,10 @@ class Run:
             self.state.mkdir(exist_ok=True)
             if self.cfg.resume:
                 self.changed = self._compare(config)
-                state = self._load() or state
-            step = state["step"]
-            self.log = Log(self.out, self.columns, self.show, self.cfg.steps, step, self.cfg.wandb, config,
-                           state["sizes"], state["last"])
+                state = self._load()
+            self.log = Log(self.cfg, self.columns, self.show, state)
             if self.first:
-                self._write_config(config)
+                write_json(self.config, config)
         if threading.current_thread() is threading.main_thread():  # other threads may set no handlers
             signals = {signal.SIGINT, signal.SIGTERM}
             hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # its terminal is closed; not on Windows
@@ -166,16 +165,7 @@ class Run:
                 signals.add(hangup)
             for signum in signals:
                 self.handlers[signum] = signal.signal(signum, self._stop)
-        return step, state["extra"]
-
-    def _write_config(self, config):
-        tmp = f"{self.config}.tmp"
-        with open(tmp, "w") as f:
-            json.dump(config, f, indent=2)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, self.config)
-        sync_folder(self.out)  # without it a power cut could lose state/ and the logs, too
+        return state["step"], state["extra"]
 
     def _compare(self, config):
         """Print which flags differ from those in config.json → the same as one line, for `_fit`."""
@@ -187,12 +177,11 @@ class Run:
         for name in sorted(config.keys() & old.keys() - {"resume", "overwrite", "new_data"}):
             if old[name] != config[name]:
                 changed.append(f"--{name} was {old[name]}, is now {config[name]}")
-        for change in changed:
-            print(f"resume: {change}")
+                print(f"resume: {changed[-1]}")
         return "; ".join(changed)
 
     def _load(self):
-        """Load the newest checkpoint that is whole, and name those that are not → its state, or None."""
+        """Load the newest checkpoint that is whole, and name those that are not → its state, or NEW_RUN."""
         if self.first:
             self._tidy()
         dist.wait()
@@ -211,7 +200,7 @@ class Run:
             newest = f"the newest: {problems[0]}; --overwrite starts anew"
             raise UserError(f"--resume: every checkpoint in {self.state} is damaged; {newest}")
         print(f"resume: {self.out} has no complete checkpoint yet; starting at step 0")
-        return None
+        return NEW_RUN
 
     def _load_from(self, folder):
         path = folder / "state.pt"
@@ -278,10 +267,8 @@ class Run:
 
     def _fit(self, model, saved, path, key):
         """Load saved tensors into a model. UserError, with the flags that changed, if their shapes differ."""
-        tensors = {}
         here = model.state_dict()
-        for name, x in saved.items():
-            tensors[name] = sharding.shard_like(x, here.get(name))
+        tensors = {name: sharding.shard_like(x, here.get(name)) for name, x in saved.items()}
         try:
             model.load_state_dict(tensors)
         except RuntimeError as e:

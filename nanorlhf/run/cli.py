@@ -32,11 +32,19 @@ HEADINGS = "data method optimisation sampling evaluation run".split()
 
 
 @dataclasses.dataclass(kw_only=True)
-class Flags:
-    """The flags that every trainer has and that are no part of its algorithm.
+class Machine:
+    """The flags that every program with a model has. By keyword only: Config("chain") names the task."""
 
-    By keyword only: Config("chain") names the task.
-    """
+    # run
+    seed: int = 0  # every random number is derived from it
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
+
+
+@dataclasses.dataclass(kw_only=True)
+class Flags(Machine):
+    """The flags that every trainer has and that are no part of its algorithm."""
 
     # data
     eval_data: str = ""  # file of held-out rows for --data; empty: 15% of its prompts are, by a hash
@@ -46,10 +54,7 @@ class Flags:
     resume: bool = False  # go on with the run in --out, from its newest checkpoint that is not damaged
     new_data: bool = False  # with --resume: go on although --data is not the file that the run began with
     overwrite: bool = False  # replace the run in --out
-    seed: int = 0  # every random number of the run is derived from it
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights too
-    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
     shard: bool = False  # under torchrun: cut weights and optimizer over the processes (FSDP2), not only rows
     save_memory: bool = False  # slower: compute activations twice, keep idle frozen models in CPU memory
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
@@ -121,6 +126,9 @@ class Flags:
             print(f"--steps {self.steps}: from {len(rows):,} rows, {batch} a step")
 
 
+COMMON = Machine.__annotations__ | Flags.__annotations__
+
+
 def to_json(cfg):
     """A Config as config.json has it: a reward that is a Python function by its name."""
     flags = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
@@ -129,7 +137,7 @@ def to_json(cfg):
     return flags
 
 
-LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000}  # of other whole numbers 10 million
+LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1}  # other integers: 10 million
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
@@ -265,7 +273,7 @@ def help_text(Config, doc, prog, plans=False):
         lines.append("--dry_run: read data and tokenizer, print the memory that a run needs, and stop")
     comments = _comments(Config)
     groups = {heading: [] for heading in ("", *HEADINGS)}
-    own_first = sorted(_fields(Config), key=lambda pair: pair[0].name in Flags.__annotations__)
+    own_first = sorted(_fields(Config), key=lambda pair: pair[0].name in COMMON)
     for field, kind in own_first:
         heading, comment = comments[field.name]
         groups[heading].append(_entry(Config, field, kind, comment))
@@ -281,8 +289,7 @@ def _entry(Config, field, kind, comment):
     text = f"{comment} (default: {default})" if default else comment
     if typing.get_origin(kind) is Literal:
         text = f"[{'|'.join(filter(None, kind.__args__))}] {text}"
-    name = f"  --{field.name}"
-    name = f"{name:<26}" if len(name) < 26 else f"{name}  "
+    name = f"  --{field.name:<21} "
     return textwrap.fill(text, 80, initial_indent=name, subsequent_indent=" " * 26)
 
 

@@ -108,9 +108,9 @@ def freeze(cfg, *models, trained):
         if any(id(p) in trained_ids for p in trunk.parameters()):
             continue
         if cfg.dtype == "bfloat16":
-            in_fp32 = [trunk.wte.weight, trunk.wpe.weight] if trunk.wpe is not None else []
-            for p in trunk.parameters():
-                if p.dim() > 1 and not any(p is x for x in in_fp32):
+            for name, p in trunk.named_parameters():
+                added_in_fp32 = trunk.wpe is not None and name.startswith(("wte", "wpe"))
+                if p.dim() > 1 and not added_in_fp32:
                     p.data = p.data.bfloat16()
         if offload and model.device.type != "cpu":
             model.home = model.device

@@ -85,6 +85,17 @@ def write_folder(folder, files):
                 f.write(data)
 
 
+def write_json(path, content):
+    """Write a JSON file under a temporary name, and rename it: there is the old file or the whole new one."""
+    tmp = f"{path}.tmp"
+    with open(tmp, "w") as f:
+        json.dump(content, f, indent=2)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    sync_folder(os.path.dirname(path))  # or a power cut could lose the new name, and those of other files
+
+
 def require_plain(folder):
     """UserError if anything in a run folder, or in its checkpoints, is a link, a pipe or a device.
 

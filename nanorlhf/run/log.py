@@ -13,6 +13,7 @@ from tqdm import tqdm
 from nanorlhf.errors import UserError, require, visible
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.run import dist
+from nanorlhf.run.cli import to_json
 
 FILES = ("metrics.csv", "samples.jsonl")
 
@@ -45,38 +46,46 @@ class Log:
     A full disk does not end the run here: it is said once, and training goes on. Of several processes only
     the first writes.
 
-    start, sizes and last are those of the checkpoint that a resumed run goes on from: its step, the bytes of
-    each file, and the figures measured last. What was written after it is cut off: those steps run again.
+    state is that of the checkpoint that a resumed run goes on from: "step", "sizes" (the bytes of each file),
+    and "last" (the figures measured last). What was written after it is cut off: those steps run again.
     """
 
-    def __init__(self, out, columns, show, steps, start=0, wandb="", config=None, sizes=None, last=None):
-        self.out = Path(out)
+    def __init__(self, cfg, columns, show, state):
+        steps = cfg.steps
+        self.out = Path(cfg.out)
         self.columns = columns
         self.widths = {"step": 8} | {name: max(9, len(name) + 2) for name in show}
         self.steps = steps
         self.every = max(1, steps // 20)  # steps between console lines
         self.printed = False  # whether the names stand above the console lines
         self.disk_is_full = False
-        self.last = Result(last or {})  # name → the figure measured last
-        self.last.path = str(out)
+        self.last = Result(state["last"])  # name → the figure measured last
+        self.last.path = str(cfg.out)
         self.writes = dist.rank() == 0
-        self.bar = tqdm(total=steps, initial=start, disable=None, leave=False, dynamic_ncols=True,
-                        desc=self.out.name, file=sys.stdout)
+        self.bar = tqdm(
+            total=steps,
+            initial=state["step"],
+            disable=None,
+            leave=False,
+            dynamic_ncols=True,
+            desc=self.out.name,
+            file=sys.stdout
+        )
         self.wandb = None
         if not self.writes:
             return
         for name in FILES:
             with open(self.out / name, "ab") as f:
-                size = (sizes or {}).get(name, 0)
+                size = state["sizes"].get(name, 0)
                 f.truncate(min(size, f.tell()))  # a size above that of the file would add zeros
         header = ",".join(columns) + "\n"
         if os.path.getsize(self.out / "metrics.csv") == 0:
             self._append("metrics.csv", header)
         with open(self.out / "metrics.csv") as f:
             same = self.disk_is_full or f.readline() == header
-            require(same, f"--resume: {out}/metrics.csv has other columns; is --reward given as before?")
-        if wandb:
-            self.wandb = import_wandb(wandb).init(project=wandb, name=self.out.name, config=config)
+            require(same, f"--resume: {cfg.out}/metrics.csv has other columns; is --reward given as before?")
+        if cfg.wandb:
+            self.wandb = import_wandb().init(project=cfg.wandb, name=self.out.name, config=to_json(cfg))
 
     def _append(self, name, text):
         if not self.writes:
@@ -162,10 +171,8 @@ def _cell(value):
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def import_wandb(project):
-    """The module for --wandb PROJECT, or None without the flag. UserError if it is not installed."""
-    if not project:
-        return None
+def import_wandb():
+    """The module for --wandb. UserError if it is not installed."""
     try:
         import wandb
     except ImportError:

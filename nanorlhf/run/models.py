@@ -74,6 +74,11 @@ def new_tokenizer(cfg, task, rows, test_rows):
     return tok
 
 
+def load_init(cfg, device):
+    """The model of --init, a language model → (model, tokenizer). No weights are read for the meta device."""
+    return load_model("--init", cfg.init, "language model", shard=cfg.shard, weights=device.type != "meta")
+
+
 def load_models(cfg, device):
     """→ policy, reference, reward model (None without --rm, --ref none), tokenizer, the models on the device.
 
@@ -91,9 +96,8 @@ def load_models_and_critic(cfg, device):
     A critic that starts from a language model gets a head of zeros: the best first guess of a return.
     """
     ppo = hasattr(cfg, "critic_init")
-    options = dict(shard=cfg.shard, weights=device.type != "meta")
-    policy, tok = load_model("--init", cfg.init, "language model", **options)
-    options["like"] = tok
+    policy, tok = load_init(cfg, device)
+    options = dict(like=tok, shard=cfg.shard, weights=device.type != "meta")
     ref = rm = critic = None
     if cfg.ref != "none" or ppo:
         ref = load_model("--ref", cfg.ref, "language model", **options)[0]

@@ -35,8 +35,8 @@ CONTEXT = GIB // 2  # bytes that CUDA and its libraries take, about
 
 def n_bytes(models):
     """Bytes of weights. Each tensor counts once: LoRA's reference shares those of the policy."""
-    weights = {p: p.nbytes for model in models for p in model.parameters()}
-    return sum(weights.values())
+    weights = {p for model in models for p in model.parameters()}
+    return sum(p.nbytes for p in weights)
 
 
 def trained_bytes(models):
@@ -46,9 +46,7 @@ def trained_bytes(models):
 
 def width(model):
     """Bytes of an activation: 2 with --dtype bfloat16, 4 in fp32."""
-    trunk = model.trunk
-    dtype = trunk.compute_dtype or trunk.wte.weight.dtype
-    return dtype.itemsize
+    return model.trunk.dtype.itemsize
 
 
 def cast_bytes(module, c):
@@ -219,14 +217,20 @@ def sft(cfg, load):
 def rm(cfg, load, load_pairs):
     model, tok = load(cfg, META)
     lora.add(model, cfg.lora_rank, cfg.dtype)
-    lengths = []
     if cfg.data:
         pairs, _ = load_pairs(cfg, tasks.get(cfg.task), model, tok)
-        for prompt, chosen, rejected in pairs:
-            lengths += [len(prompt) + len(chosen), len(prompt) + len(rejected)]
+        lengths = _side_lengths(pairs)
     else:
         lengths = _made_lengths(cfg, model, tok)
     _supervised("sides of pairs", cfg, model, 2 * cfg.batch_size, lengths)
+
+
+def _side_lengths(pairs):
+    """Tokens of both sides of each pair, with its prompt."""
+    lengths = []
+    for prompt, first, second, *_ in pairs:
+        lengths += [len(prompt) + len(first), len(prompt) + len(second)]
+    return lengths
 
 
 def _made_lengths(cfg, model, tok):
@@ -241,10 +245,9 @@ def dpo(cfg, load):
     freeze(cfg, ref, rm, trained=[policy])
     task = tasks.get(cfg.task)
     worker.rewards_of(task, cfg.reward)
-    lengths = []
     if cfg.data:
-        for e in load_examples(cfg, task, policy, tok, cfg.loss == "kto")[0]:
-            lengths += [len(e.prompt) + len(e.first), len(e.prompt) + len(e.second)]
+        examples = load_examples(cfg, task, policy, tok, cfg.loss == "kto")[0]
+        lengths = _side_lengths(examples)
     else:
         lengths = _made_lengths(cfg, policy, tok)
     longest = max(lengths)
@@ -277,7 +280,7 @@ def rl(cfg, load):
     rewards = worker.rewards_of(task, cfg.reward)
     data, test = load_prompts(cfg, task, tok, policy.cfg.max_len, new, rewards)
     new = new or cfg.max_new_tokens
-    prompts = [len(tok.encode_prompt(row["prompt"])) for row in data]
+    prompts = [len(row["_ids"]) for row in data]
     longest = max(prompts) + new
     rows = cfg.prompts_per_step * cfg.group_size
     tokens = _microbatch(cfg, rows, longest)

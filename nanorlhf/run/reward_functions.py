@@ -5,18 +5,15 @@ This file imports no torch, so that the process is ready after 0.1 seconds and n
 
 import importlib.util
 import inspect
-import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import UserError, blame, require
+from nanorlhf.run import aside
 
 SIGNATURES = (
     "(prompt, response, row) nor (prompt, response) nor (prompt, response, answer), where answer may be any "
@@ -123,30 +120,24 @@ def load_reward(spec: str) -> RewardFunction:
 
     The file is run, and may import the files beside it.
     """
-
-    def wrong(problem):
-        return UserError(f"--reward {spec}: {problem}")
-
+    where = f"--reward {spec}"
     path, _, rest = str(spec).rpartition(":")  # the last colon: C:\rewards.py:name has two
     name, star, factor = rest.partition("*")
-    if not path or not name:
-        raise wrong("expected path/to/file.py:name or path/to/file.py:name*0.2")
+    require(path and name, f"{where}: expected path/to/file.py:name or path/to/file.py:name*0.2")
     try:
         weight = float(factor) if star else 1.0
     except ValueError:
         weight = math.nan
-    if not abs(weight) <= FP32_MAX:  # nan is not, either
-        raise wrong("what stands after * is not a finite number")
-    if not os.path.isfile(path):
-        raise wrong(f"there is no file {path}")
+    finite = abs(weight) <= FP32_MAX  # nan is not, either
+    require(finite, f"{where}: what stands after * is not a finite number")
+    require(os.path.isfile(path), f"{where}: there is no file {path}")
     # The file's own name would not do: a/r.py and b/r.py are two modules.
     module_name = f"reward_{hash(os.path.abspath(path))}"
-    if getattr(sys.modules.get(module_name), "is_loading", False):  # this call comes from its own import
-        hint = 'write `if __name__ == "__main__":` before that, or give the function itself: reward=[score]'
-        raise wrong(f"the file trains when it is imported; {hint}")
+    own_import = getattr(sys.modules.get(module_name), "is_loading", False)  # this call comes from it
+    hint = 'write `if __name__ == "__main__":` before that, or give the function itself: reward=[score]'
+    require(not own_import, f"{where}: the file trains when it is imported; {hint}")
     module_spec = importlib.util.spec_from_file_location(module_name, path)
-    if module_spec is None:
-        raise wrong(f"{path} is not a .py file")
+    require(module_spec, f"{where}: {path} is not a .py file")
     module = importlib.util.module_from_spec(module_spec)
     module.is_loading = True
     sys.modules[module_name] = module  # dataclasses and pickle look their module up there
@@ -158,17 +149,15 @@ def load_reward(spec: str) -> RewardFunction:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file does at import
-        raise wrong(f"importing {path} fails: {type(error).__name__}: {error}") from error
+        problem = f"importing {path} fails: {type(error).__name__}: {error}"
+        raise UserError(f"{where}: {problem}") from error
     finally:
         module.is_loading = False
         sys.modules.update(others)
     function = getattr(module, name, None)
-    if function is None:
-        raise wrong(f"{path} defines no {name}")
-    try:
+    require(function is not None, f"{where}: {path} defines no {name}")
+    with blame(f"{where}: {name}"):
         return RewardFunction(name, weight, UserFunction(function))
-    except UserError as error:
-        raise wrong(f"{name} {error}") from None
 
 
 def number(returned):
@@ -182,40 +171,31 @@ def number(returned):
     return value, ""
 
 
-def serve(pipe, specs):
-    """Main loop of the process: answer (number, index, arguments) with JSON, [number, value, why].
+# ------------------------------------------------------------------------------------------------------------
+# In the other process
 
-    specs: what --reward says; "" for a function that the trainer calls itself.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
-    if hasattr(os, "setsid"):
-        os.setsid()  # a group of its own: killpg then also ends what the functions start
-    os.dup2(2, 1)  # the functions' prints go to stderr, not between the lines of the log
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+FUNCTIONS = []  # those of --reward; None for one that the trainer calls itself
+
+
+def load_all(specs):
+    """Load what --reward says, "" for a function that the trainer calls itself → "", or what is wrong."""
     try:
-        functions = [load_reward(spec).call if spec else None for spec in specs]
+        FUNCTIONS.extend(load_reward(spec).call if spec else None for spec in specs)
     except UserError as e:
-        pipe.send_bytes(str(e).encode())
-        return
-    me = os.getpid()
-    pipe.send_bytes(b"")
-    while True:
-        try:
-            call, i, args = pipe.recv()
-        except EOFError:
-            return
-        try:
-            answer = number(functions[i](*args))
-        except BaseException as e:  # sys.exit and KeyboardInterrupt among them
-            answer = 0.0, f"raised {type(e).__name__}: {e}"[:1000]
-        if os.getpid() != me:
-            os._exit(0)  # the function called os.fork, and this is the child: only the parent may answer
-        pipe.send_bytes(json.dumps([call, *answer]).encode())
+        return str(e)
+    return ""
 
 
-def _end_with_parent():
-    """End this process when the trainer is killed. A function that hangs never sees the closed pipe."""
-    multiprocessing.parent_process().join()
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
+def called(question):
+    """(number of a function, its arguments) → (value, why), as `number`. Before all others: (None, specs)."""
+    i, arguments = question
+    if i is None:
+        return load_all(arguments)
+    try:
+        return number(FUNCTIONS[i](*arguments))
+    except BaseException as e:  # sys.exit and KeyboardInterrupt among them
+        return 0.0, f"raised {type(e).__name__}: {e}"[:1000]
+
+
+if __name__ == "__main__":
+    aside.serve(called)

@@ -4,19 +4,13 @@ A reward function is reward(prompt, response, row) → float, where row is the p
 other signatures are in run/reward_functions.py, with the side of the process that calls them.
 """
 
-import contextlib
-import json
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-import types
 
 from tqdm import tqdm
 
 from nanorlhf.errors import RunError, UserError, blame, require, shown
 from nanorlhf.run import dist
+from nanorlhf.run.aside import Aside
 from nanorlhf.run.reward_functions import (
     SIGNATURES,
     RewardFunction,
@@ -24,11 +18,9 @@ from nanorlhf.run.reward_functions import (
     load_reward,
     number,
     reward_name,
-    serve,
 )
 
 EXPECTED = "it must be a finite number that fp32 can hold"
-LONGEST = 1 << 20  # bytes of an answer
 START = 120  # seconds in which the process of the reward functions must have imported them
 
 
@@ -94,7 +86,6 @@ class Rewards:
         self.calls = 0
         self.failures = 0
         self.warned = False
-        self.number = 0  # of the last call: an answer has the number of its call
 
     def __enter__(self):
         return self
@@ -169,57 +160,23 @@ class Rewards:
         """→ (value, ""), (0.0, why) for a call that failed, (None, why) for a value that is not a number."""
         if self.process is None:
             self._start()
-        why = f"took more than {self.timeout:g} s (--reward_timeout)"
-        self.number += 1
-        alarm = threading.Timer(2 * self.timeout, self.process.kill)  # half an answer would be waited for
-        alarm.start()
-        try:
-            self.pipe.send((self.number, i, args))
-            if self.pipe.poll(self.timeout):
-                why = "wrote bytes of its own to the pipe of its process"
-                # No pickle: it could run code here. A function may have written to the pipe, too.
-                call, *answer = json.loads(self.pipe.recv_bytes(LONGEST))
-                if call == self.number:
-                    return tuple(answer)
-        except (ValueError, TypeError, RecursionError):  # no JSON, no list
-            pass
-        except (EOFError, OSError):
-            self.process.join(1)
-            if self.process.exitcode is not None:
-                why = f"ended its process (status {self.process.exitcode})"
-        finally:
-            alarm.cancel()
-        self._end()
-        return 0.0, why
+        answer, why = self.process.answer((i, args), self.timeout, " (--reward_timeout)")
+        if answer is None:
+            self.process = None  # it has ended; the next call starts another
+            return 0.0, why
+        return answer
 
     def _start(self):
-        spawn = multiprocessing.get_context("spawn")  # fork would copy the locks of our threads, and CUDA
-        self.pipe, child_pipe = spawn.Pipe()
+        self.process = Aside("nanorlhf.run.reward_functions", stderr=None)
         specs = [spec if isinstance(spec, str) else "" for spec in self.specs]
-        self.process = spawn.Process(target=serve, args=(child_pipe, specs))
-        main = sys.modules["__main__"]
-        # A spawned process imports the main module. The user's script would run there once more, and train.
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            self.process.start()
-        finally:
-            sys.modules["__main__"] = main
-        child_pipe.close()
-        problem = f"--reward: the process that imports {', '.join(specs)} ended or hangs"
-        with contextlib.suppress(EOFError, OSError):
-            if self.pipe.poll(START):
-                problem = self.pipe.recv_bytes(LONGEST).decode(errors="replace")
+        problem, why = self.process.answer((None, specs), START)
+        if why:
+            problem = f"--reward: the process that imports {', '.join(specs)} ended or hangs"
         if problem:
             self._end()
             raise RunError(problem)  # without one it is ready: --reward_timeout counts from here
 
     def _end(self):
-        if self.process is None:
-            return
-        with contextlib.suppress(OSError, AttributeError):  # Windows has no groups of processes
-            os.killpg(self.process.pid, signal.SIGKILL)  # before join, which frees the number for others
-        self.process.kill()
-        self.process.join()
-        self.process.close()
-        self.pipe.close()
-        self.process = None
+        if self.process is not None:
+            self.process.end()
+            self.process = None
