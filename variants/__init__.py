@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(path.stem for path in ROOT.glob("variants/[a-z]*.py"))
 # The flag that says in config.json, in --help and in the default --out which method a run has. No other value
 # is allowed.
-FLAG = '    variant: Literal["{name}"] = "{name}"  # the method of variants/ that this trainer has\n'
+FLAG = '    # run\n    variant: Literal["{name}"] = "{name}"  # the method of variants/ in this trainer\n\n'
 COLOURS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"}  # of a terminal: green, red, cyan
 
 
@@ -54,7 +54,7 @@ def sources(name):
 def named(name):
     """→ the changed source whose Config has the flag that names the method."""
     changed = sources(name)[1].replace("typing import ClassVar\n", "typing import ClassVar, Literal\n")
-    return changed.replace("    # run\n", "    # run\n" + FLAG.format(name=name))
+    return changed.replace("    def __post_init__", FLAG.format(name=name) + "    def __post_init__")
 
 
 def load(name):

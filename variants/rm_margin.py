@@ -10,6 +10,11 @@ When it helps: the labels come with degrees.
 TRAINER = "train_rm.py"
 CHANGES = [
     ("""\
+from nanorlhf.data import encode_demonstrations, epoch_batches, microbatches, pad, pad_responses
+""", """\
+from nanorlhf.data import encode_demonstrations, encode_pair, epoch_batches, microbatches, pad, pad_responses
+"""),
+    ("""\
 def pairwise_loss(chosen, rejected):
 """, """\
 def pairwise_loss(chosen, rejected, margin=0.0):
