@@ -22,6 +22,8 @@ GRPO = "tests/test_grpo.py::test_"
 DPO, REWARDS = "tests/test_dpo.py::test_", "tests/test_rewards.py::test_"
 HUB, LORA = "tests/test_hub.py::test_", "tests/test_lora.py::test_"
 TRITON, MACHINES = "tests/test_triton.py::test_", "tests/test_machines.py::test_"
+GOLDEN = "tests/test_variants.py::test_golden"
+VARIANTS = "tests/test_variants_grpo.py::test_"
 DIST = "tests/test_dist.py::test_"  # two processes: a minute each
 SLOTS, DECODE = "tests/test_slots.py::test_", "tests/test_decode.py::test_"
 ANSWERS, DISTILL = "tests/test_answers.py::test_", "tests/test_distill.py::test_"
@@ -473,6 +475,29 @@ MUTANTS = [
     ("--resume takes any --data", "nanorlhf/run/checkpoint.py",
      "require(self.cfg.new_data, f\"--resume: {changed}", "require(True, f\"--resume: {changed}",
      ["tests/test_runs.py::test_resume_on_changed_data_goes_on_only_with_a_flag[train_grpo]"]),
+    ("variant: SAPO's gate upside down", "variants/sapo.py",
+     "loss = -adv * torch.sigmoid(tau * (ratio - 1))", "loss = -adv * torch.sigmoid(tau * (1 - ratio))",
+     [GOLDEN + "[sapo]", VARIANTS + "on_fresh_samples_the_gradient_is_grpos[sapo]"]),
+    ("variant: failures that became likelier are masked", "variants/off_policy_mask.py",
+     "drift = -(log_ratio", "drift = (log_ratio", [GOLDEN + "[off_policy_mask]"]),
+    ("variant: a mask of rows sees chunks", "variants/off_policy_mask.py",
+     "logp, entropy, *kl = policy.logprobs(tokens, mask, cfg.temperature, kl_to=kl_to)\n    loss, stats = ",
+     "loss, stats, logp, entropy, *kl = policy.logprobs(tokens, mask, 1.0, chunk_loss, kl_to=kl_to)\n    ",
+     [VARIANTS + "off_policy_mask_sees_whole_rows"]),
+    ("variant: TIS keeps the sampler's ratio", "variants/tis.py",
+     '"old_logp": trainer_logp}', '"old_logp": old_logp}',
+     [VARIANTS + "the_ratio_is_the_trainers_and_the_weight_the_samplers[tis]"]),
+    ("variant: IcePop's weight upside down", "variants/icepop.py",
+     "sampler_weight(trainer_logp, old_logp)", "sampler_weight(old_logp, trainer_logp)",
+     [VARIANTS + "the_ratio_is_the_trainers_and_the_weight_the_samplers[icepop]"]),
+    ("variant: ReMax samples its baseline", "variants/remax.py",
+     "limit, 0.0, seed", "limit, 1.0, seed",
+     [VARIANTS + "remax_baseline_is_the_greedy_answer_to_the_same_prompt"]),
+    ("variant: log-probs for entropies", "variants/entropy_top_fifth.py",
+     "cfg.temperature)[1]", "cfg.temperature)[0]", [VARIANTS + "top_fifth_is_that_of_the_whole_step"]),
+    ("variant: GDPO sums before it normalises", "variants/gdpo.py",
+     'weight * advantages(part, group, "group_std", std_eps)', "weight * part",
+     [GOLDEN + "[gdpo]", VARIANTS + "gdpo_takes_the_size_from_each_function"]),
 ]  # fmt: skip
 
 
@@ -485,7 +510,7 @@ def pytest(root, tests):
 
 def copy(root):
     """Sources and tests, and nothing else."""
-    for name in ("nanorlhf", "tests", "bench"):
+    for name in ("nanorlhf", "tests", "bench", "variants"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(path, root / path.name)

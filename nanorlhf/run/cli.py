@@ -89,9 +89,13 @@ class Flags(Machine):
             self.notes += defaults.recipe_lines(self, recipe)
 
     def _name_folders(self):
-        """--out is runs/NAME-method, by the data file's name or the task's; --ref is --init."""
+        """--out is runs/NAME-method, by the data file's name or the task's; --ref is --init.
+
+        A trainer that is a variant (variants/) has a flag of that name: its runs are in folders of their own.
+        """
         file = os.path.basename(self.data).partition(".")[0]
-        self.out = self.out or f"runs/{file or self.task}-{self.method}"
+        method = getattr(self, "variant", self.method)
+        self.out = self.out or f"runs/{file or self.task}-{method}"
         if self.method != "sft":
             self.init = self.init or f"runs/{self.task}-sft/model"
         if hasattr(self, "ref"):
