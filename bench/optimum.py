@@ -27,6 +27,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CSV = os.path.join(ROOT, "bench", "results", "optimum.csv")
 sys.path.insert(0, ROOT)
 
+import train_distill  # noqa: E402
 import train_grpo  # noqa: E402
 import train_ppo  # noqa: E402
 from labs.common import frontier  # noqa: E402
@@ -185,6 +186,8 @@ PPO = dict(prompts_per_step=256, max_new_tokens=LIMIT, lr=5e-3, critic_lr=1e-2, 
 GROUPS = dict(prompts_per_step=32, group_size=8, max_new_tokens=LIMIT, agg="seq_sum_const")
 LARGE = GROUPS | dict(prompts_per_step=1, group_size=512)  # a mean and a σ that hardly depend on the sample
 IN_LOSS = LARGE | dict(kl_in="loss", kl_unbiased=False, norm="none")
+DISTILL = dict(prompts_per_step=16, group_size=8, max_new_tokens=LIMIT, steps=200, lr=7e-3, max_grad_norm=1e6,
+               tokens_per_microbatch=0, eval_prompts=0, save_every=0)
 
 # name → trainer, its flags, the fixed point: π* or another policy, None where there is none
 ALGORITHMS = {
@@ -201,6 +204,11 @@ ALGORITHMS = {
     "ppo_exact_loss": (train_ppo, PPO | dict(kl="exact"), reverse_kl),
     "k1_loss": (train_grpo, IN_LOSS | dict(kl="k1"), None),
     "k3_reward": (train_grpo, LARGE | dict(norm="none", kl="k3", kl_in="reward"), None),
+    # distillation from a teacher that is π*, which the student can represent
+    "distill_reverse": (train_distill, DISTILL, pi_star),
+    "distill_forward": (train_distill, DISTILL | dict(divergence="forward"), pi_star),
+    "distill_jsd": (train_distill, DISTILL | dict(divergence="jsd"), pi_star),
+    "distill_as_reward": (train_distill, DISTILL | dict(as_reward=True, prompts_per_step=64), pi_star),
 }
 
 
@@ -262,6 +270,34 @@ def train_with(trainer, flags, problem, name):
     return table(hub.load(f"{out}/model")[0])
 
 
+def model_of(policy, model, steps=1000, lr=1e-2):
+    """A copy of `model` that is fitted to a policy (S, V), to about 1e-4 nats at every prefix."""
+    model = copy.deepcopy(model)
+    opt = torch.optim.Adam(model.parameters(), lr=lr)
+    for step in range(steps):
+        opt.param_groups[0]["lr"] = lr * (1 - step / steps)
+        opt.zero_grad()
+        exact.kl(policy, TREE.table(model, TOK.encode(PROMPT))).sum().backward()
+        opt.step()
+    return model
+
+
+def distil(flags, problem, name):
+    """Train through train_distill.train(), from π_ref, with π* as the teacher → the policy."""
+    folder = problem.folder
+    teacher = f"{folder}/teacher"
+    if not os.path.exists(teacher):
+        hub.save(model_of(problem.fixed_point(pi_star), problem.model), TOK, teacher)
+    out = f"{folder}/{name}"
+    cfg = train_distill.Config(
+        data=f"{folder}/prompts.jsonl", init=f"{folder}/ref", teacher=teacher, out=out, seed=problem.seed,
+        overwrite=True, sample_every=10**6, **flags,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_distill.train(cfg)
+    return table(hub.load(f"{out}/model")[0])
+
+
 def train_dpo(problem, pairs=1_000_000, steps=300, lr=5e-3):
     """DPO on pairs drawn from π_ref and labelled by Bradley–Terry with the same rewards → the policy.
 
@@ -289,7 +325,12 @@ def run(name, problem):
     """Train one algorithm on the problem → its measures, and the CPU seconds it took."""
     trainer, flags, rule = ALGORITHMS[name]
     start = time.process_time()
-    policy = train_with(trainer, flags, problem, name) if trainer else train_dpo(problem)
+    if trainer is None:
+        policy = train_dpo(problem)
+    elif trainer is train_distill:
+        policy = distil(flags, problem, name)
+    else:
+        policy = train_with(trainer, flags, problem, name)
     return problem.measure(policy, rule) | {"cpu_seconds": time.process_time() - start}
 
 

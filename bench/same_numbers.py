@@ -28,6 +28,8 @@ STAGES = {
     "chain-ppo": ["train_ppo.py", "--task", "chain", "--init", "{out}/chain-sft/model",
                   "--out", "{out}/chain-ppo"],
     "grpo": ["train_grpo.py", "--task", "chain", "--init", "{out}/chain-sft/model", "--out", "{out}/grpo"],
+    "distill": ["train_distill.py", "--task", "chain", "--init", "{out}/chain-sft/model",
+                "--teacher", "{out}/grpo/model", "--out", "{out}/distill"],
     "sft": ["train_sft.py", "--task", "reviews", "--out", "{out}/sft"],
     "rm": ["train_rm.py", "--task", "reviews", "--init", "{out}/sft/model", "--out", "{out}/rm"],
     "dpo": ["train_dpo.py", "--task", "reviews", "--init", "{out}/sft/model", "--out", "{out}/dpo"],

@@ -83,20 +83,23 @@ def sample_figures(roll, n):
     """Figures of a Rollout of n samples a prompt → {"reward", "reward_se", "len", "stop", "dead"}.
 
     reward_se is the standard error over the prompts: the n samples of one prompt are not independent. dead is
-    the share of prompts whose samples all scored the same. A figure that cannot be measured is None.
+    the share of prompts whose samples all scored the same. A figure that cannot be measured is None; without
+    rewards there are three figures.
     """
-    groups = roll.reward.view(-1, n)  # (prompts, n)
-    _, se = mean_se(groups)
-    dead = None
-    if n > 1:
-        dead = (groups.amax(1) == groups.amin(1)).float().mean().item()
-    return {
-        "reward": roll.reward.mean().item(),
-        "reward_se": None if math.isnan(se) else se,
+    figures = {
         "len": roll.response_len.float().mean().item(),
         "stop": roll.finished.float().mean().item(),
-        "dead": dead,
+        "dead": None,
     }
+    if roll.reward is None:
+        return figures
+    groups = roll.reward.view(-1, n)  # (prompts, n)
+    _, se = mean_se(groups)
+    if n > 1:
+        figures["dead"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
+    figures["reward"] = roll.reward.mean().item()
+    figures["reward_se"] = None if math.isnan(se) else se
+    return figures
 
 
 def step_means(parts, counts):

@@ -453,6 +453,21 @@ class GPT(nn.Module):
         """tokens (B, T) → fp32 logits (B, T, V). For evaluation and tests: training never builds them."""
         return self.head_logits(self(tokens))
 
+    def hidden_before(self, tokens, mask, doc=None):
+        """tokens, mask (B, T) bool → the hidden states (n, D) that predict the n tokens of the mask.
+
+        ValueError where the mask holds the first token of a row, or of a document: nothing stands before it.
+        """
+        begins = document_begins(torch.zeros_like(tokens) if doc is None else doc)
+        if (mask & begins).any():
+            raise ValueError(
+                "mask[:, 0], and the mask where a document begins, must be 0: "
+                "a first token has no distribution to be scored under"
+            )
+        doc = None if doc is None else doc[:, :-1]
+        hidden = self(tokens[:, :-1], doc=doc)  # hidden[t-1] predicts token t: the one shift in the code base
+        return hidden[mask[:, 1:]]
+
     def logprobs(self, tokens, mask, temperature=1.0, loss=None, doc=None, kl_to=None):
         """→ logp, entropy (B, T): log π(tokens[b,t] | tokens[b,:t]), and the entropy of that distribution.
 
@@ -475,17 +490,9 @@ class GPT(nn.Module):
         model's weights, and it comes from the hidden states of both, so that no logits are stored.
         """
         mask = mask.bool()
-        begins = document_begins(torch.zeros_like(tokens) if doc is None else doc)
-        if (mask & begins).any():
-            raise ValueError(
-                "mask[:, 0], and the mask where a document begins, must be 0: "
-                "a first token has no distribution to be scored under"
-            )
-        doc = None if doc is None else doc[:, :-1]
-        hidden = self(tokens[:, :-1], doc=doc)  # hidden[t-1] predicts token t: the one shift in the code base
+        before = self.hidden_before(tokens, mask, doc)  # (n, D)
         row, column = mask.nonzero(as_tuple=True)  # (n,) each: the tokens to be scored
-        before = hidden[row, column - 1]  # (n, D)
-        targets = tokens[row, column]  # (n,)
+        targets = tokens[mask]  # (n,)
 
         def scatter(values, part=slice(None)):
             """(n,) values of the scored tokens, or of some of them → (B, T), 0 elsewhere."""

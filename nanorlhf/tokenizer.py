@@ -50,8 +50,7 @@ class Chat(str):
 class Tokenizer:
     """`ranks` are the bytes of each id; `pattern` cuts text into pieces, which no merge crosses.
 
-    kind       "bytes", "chars" or "bpe"; all but "chars" need every single byte among their tokens, or some
-               text has no ids
+    kind       "bytes", "chars" or "bpe"
     tokens     the bytes of ids 0 … R-1, all different, then eos_id = R and pad_id = R+1; or {bytes: id}, with
                `control`
     control    {text: id} of tokens that no text encodes to
@@ -92,6 +91,7 @@ class Tokenizer:
             self.ranks = tokens
         else:
             self.ranks = {token: i for i, token in enumerate(tokens)}
+        self.gaps = {b for b in range(256) if bytes([b]) not in self.ranks}  # bytes that are no token
         self.encoding = self._make_encoding()
         size = len(self.ranks)
         self.control = control or {eos: size, pad: size + 1}  # detail 3: pad is not EOS
@@ -193,8 +193,8 @@ class Tokenizer:
         control   whether control tokens in the text become their ids: True for the output of a chat template,
                   never for a user's text. Without it the ids hold no control token, not even BOS.
 
-        Raises UserError for a character outside the alphabet (kind "chars"), and for a text on which the
-        pattern overflows: GPT-2's does on a million spaces in a row.
+        Raises UserError for a character that needs a byte which is no token, where transformers drops it
+        (U+0013 in SmolLM2), and for a text on which the pattern overflows: GPT-2's does on a million spaces.
         """
         ids = []
         pattern = self._early_or_control if control else self._early
@@ -214,11 +214,11 @@ class Tokenizer:
         return ids
 
     def _ordinary(self, text):
-        if self.kind == "chars":
-            alphabet = b"".join(self.ranks).decode()
-            unknown = [c for c in text if c not in alphabet]
-            if unknown:  # tiktoken panics on bytes that have no rank
-                raise UserError(f"tokenizer: character {unknown[0]!r} is not in alphabet {alphabet[:100]!r}")
+        for char in sorted(set(text)) if self.gaps else []:
+            spelt = char.encode(errors="surrogatepass")
+            if spelt not in self.ranks and not self.gaps.isdisjoint(spelt):  # tiktoken would panic
+                alphabet = b"".join(self.ranks).decode(errors="replace")
+                raise UserError(f"tokenizer: character {char!r} is not in alphabet {alphabet[:100]!r}")
         try:
             # Not encode_ordinary: where the regex gives up, that one panics past `except Exception`.
             return self.encoding.encode(text, disallowed_special=())

@@ -22,10 +22,12 @@ GRPO = "tests/test_grpo.py::test_"
 DPO, REWARDS = "tests/test_dpo.py::test_", "tests/test_rewards.py::test_"
 HUB, LORA = "tests/test_hub.py::test_", "tests/test_lora.py::test_"
 TRITON, MACHINES = "tests/test_triton.py::test_", "tests/test_machines.py::test_"
+GOLDEN = "tests/test_variants.py::test_golden"
+VARIANTS = "tests/test_variants_grpo.py::test_"
 DIST = "tests/test_dist.py::test_"  # two processes: a minute each
 SLOTS, DECODE = "tests/test_slots.py::test_", "tests/test_decode.py::test_"
-ANSWERS = "tests/test_answers.py::test_"
 RUNS = "tests/test_runs.py::test_"
+ANSWERS, DISTILL = "tests/test_answers.py::test_", "tests/test_distill.py::test_"
 ORACLE = PPO + "first_gradient_is_the_oracle"  # knows the whole step, but takes 1 s and names no culprit
 
 OLD_LOGP_OF_NOW = """opt.zero_grad()
@@ -346,6 +348,43 @@ MUTANTS = [
     ("DPO: self-judge without its reference", "train_dpo.py",
      "policy.logprobs(tokens, mask)[0] - ref.logprobs(tokens, mask)[0]", "policy.logprobs(tokens, mask)[0]",
      [DPO + "the_policy_judges_itself"]),
+    ("distillation: the directions of the KL swapped", "train_distill.py",
+     'forward = cfg.divergence == "forward"', 'forward = cfg.divergence == "reverse"',
+     [DISTILL + "first_gradient_is_the_oracle[reverse-0]"]),
+    ("distillation: denominator of the micro-batch", "train_distill.py",
+     '(mb["w"][mask] * losses).sum()', "losses.mean()",
+     [DISTILL + "first_gradient_is_the_oracle[forward-40]"]),
+    ("distillation: a teacher that learns too", "train_distill.py",
+     "ref_hidden = teacher.hidden_before(tokens, mask)", "ref_hidden = student.hidden_before(tokens, mask)",
+     [DISTILL + "first_gradient_is_the_oracle[jsd-0]"]),
+    ("distillation: the temperature in one of two places", "train_distill.py",
+     "ref_weight, cfg.temperature, reverse=forward)", "ref_weight, 1.0, reverse=forward)",
+     [DISTILL + "first_gradient_is_the_oracle[reverse-0]"]),
+    ("distillation: sign of the advantage", "train_distill.py",
+     "adv = teacher_logp - old_logp", "adv = old_logp - teacher_logp",
+     [DISTILL + "as_reward_is_a_policy_gradient_of_the_sampled_tokens"]),
+    ("distillation: the student samples off policy", "train_distill.py",
+     "sampler = student if cfg.on_policy else teacher", "sampler = student",
+     [DISTILL + "the_teacher_samples_off_policy"]),
+    ("distillation: the same uniforms in every rollout", "train_distill.py",
+     'derive_seed(cfg.seed, "rollout", step)', 'derive_seed(cfg.seed, "rollout")',
+     [DISTILL + "prompts_and_samples_are_new_in_every_step"]),
+    ("distillation: the KL of another divergence in the log", "train_distill.py",
+     "        kl = linear_kl(hidden", "        kl = losses.detach() if cfg.divergence else linear_kl(hidden",
+     [DISTILL + "first_gradient_is_the_oracle[forward-0]"]),
+    ("distillation: any teacher is taken", "nanorlhf/hub/folder.py",
+     "fits = like is None or tok == like", "fits = True",
+     [DISTILL + "a_teacher_with_another_vocabulary_is_refused"]),
+    ("JSD: β and 1 − β swapped in the mixture", "nanorlhf/kernels/torch_backend.py",
+     "torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))",
+     "torch.logaddexp(logp + math.log(beta), logq + math.log1p(-beta))",
+     ["tests/test_kernels.py::test_jsd_near_its_ends_is_a_kl"]),
+    ("JSD: gradient without the policy's own KL", "nanorlhf/kernels/torch_backend.py",
+     "dz = logp.exp() * (logp - logm - of_policy[r, None])", "dz = logp.exp() * (logp - logm)",
+     ["tests/test_kernels.py::test_jsd_gradcheck[0.1]"]),
+    ("hidden states: one token late", "nanorlhf/model.py",
+     "return hidden[mask[:, 1:]]", "return hidden[mask[:, :-1]]",
+     [DISTILL + "first_gradient_is_the_oracle[reverse-0]"]),
     ("KL of evaluate.py one token late", "evaluate.py",
      "before = tokens[:, :-1]", "before = tokens[:, 1:]",
      ["tests/test_evaluate.py::test_both_kl_figures_have_the_mean_that_enumeration_gives"]),
@@ -442,6 +481,29 @@ MUTANTS = [
     ("--resume takes any --data", "nanorlhf/run/checkpoint.py",
      "require(self.cfg.new_data, f\"--resume: {changed}", "require(True, f\"--resume: {changed}",
      ["tests/test_runs.py::test_resume_on_changed_data_goes_on_only_with_a_flag[train_grpo]"]),
+    ("variant: SAPO's gate upside down", "variants/sapo.py",
+     "loss = -adv * torch.sigmoid(tau * (ratio - 1))", "loss = -adv * torch.sigmoid(tau * (1 - ratio))",
+     [GOLDEN + "[sapo]", VARIANTS + "on_fresh_samples_the_gradient_is_grpos[sapo]"]),
+    ("variant: failures that became likelier are masked", "variants/off_policy_mask.py",
+     "drift = -(log_ratio", "drift = (log_ratio", [GOLDEN + "[off_policy_mask]"]),
+    ("variant: a mask of rows sees chunks", "variants/off_policy_mask.py",
+     "logp, entropy, *kl = policy.logprobs(tokens, mask, cfg.temperature, kl_to=kl_to)\n    loss, stats = ",
+     "loss, stats, logp, entropy, *kl = policy.logprobs(tokens, mask, 1.0, chunk_loss, kl_to=kl_to)\n    ",
+     [VARIANTS + "off_policy_mask_sees_whole_rows"]),
+    ("variant: TIS keeps the sampler's ratio", "variants/tis.py",
+     '"old_logp": trainer_logp}', '"old_logp": old_logp}',
+     [VARIANTS + "the_ratio_is_the_trainers_and_the_weight_the_samplers[tis]"]),
+    ("variant: IcePop's weight upside down", "variants/icepop.py",
+     "sampler_weight(trainer_logp, old_logp)", "sampler_weight(old_logp, trainer_logp)",
+     [VARIANTS + "the_ratio_is_the_trainers_and_the_weight_the_samplers[icepop]"]),
+    ("variant: ReMax samples its baseline", "variants/remax.py",
+     "limit, 0.0, seed", "limit, 1.0, seed",
+     [VARIANTS + "remax_baseline_is_the_greedy_answer_to_the_same_prompt"]),
+    ("variant: log-probs for entropies", "variants/entropy_top_fifth.py",
+     "cfg.temperature)[1]", "cfg.temperature)[0]", [VARIANTS + "top_fifth_is_that_of_the_whole_step"]),
+    ("variant: GDPO sums before it normalises", "variants/gdpo.py",
+     'weight * advantages(part, group, "group_std", std_eps)', "weight * part",
+     [GOLDEN + "[gdpo]", VARIANTS + "gdpo_takes_the_size_from_each_function"]),
     # What a first step, one epoch, one round, one stage or one batch cannot show
     ("old log-probs recomputed from the second epoch on", "train_grpo.py",
      "opt.zero_grad()", OLD_LOGP_OF_NOW, [GRPO + "old_logp_stays_in_every_epoch"]),
@@ -570,7 +632,7 @@ def pytest(root, tests):
 
 def copy(root):
     """Sources and tests, and nothing else."""
-    for name in ("nanorlhf", "tests", "bench"):
+    for name in ("nanorlhf", "tests", "bench", "variants"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(path, root / path.name)

@@ -19,6 +19,7 @@ import torch
 from stages import Stages
 from torch.distributed import fsdp
 
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -38,6 +39,7 @@ RUNS = {  # name → trainer, flags; several micro-batches each, and not the sam
     "dpo": (train_dpo, dict(tokens_per_microbatch=60, eval_every=HALF)),
     "ppo": (train_ppo, dict(tokens_per_microbatch=60, kl_target=1.0)),
     "grpo": (train_grpo, dict(tokens_per_microbatch=60, off_policy_steps=0, kl="k3", beta=0.1)),
+    "distill": (train_distill, dict(tokens_per_microbatch=60)),
 }
 SHORT = {  # of which a few steps are enough
     "kto": (train_dpo, dict(loss="kto", tokens_per_microbatch=60, steps=4)),
@@ -46,6 +48,8 @@ SHORT = {  # of which a few steps are enough
     "lean": (train_dpo, dict(save_memory=True, dtype="bfloat16", steps=4)),  # bf16 samples other tokens
     "lora": (train_ppo, dict(lora_rank=2, tokens_per_microbatch=60, steps=4)),
     "exact": (train_grpo, dict(kl="exact", beta=0.1, tokens_per_microbatch=60, off_policy_steps=0, steps=4)),
+    "jsd": (train_distill, dict(divergence="jsd", lora_rank=2, tokens_per_microbatch=60, steps=4)),
+    "as_reward": (train_distill, dict(as_reward=True, tokens_per_microbatch=60, steps=4)),
     "old": (train_grpo, dict(off_policy_steps=1, steps=4)),  # not sharded
     "bf16": (train_sft, dict(dtype="bfloat16", steps=4)),
 }
@@ -150,7 +154,8 @@ def main(stages, out):
     with precision(torch.float64):
         for shard in (False, True):
             kind = "fsdp" if shard else "ddp"
-            for name in (*RUNS, "kto", "dapo", "online", "lora", *["old", "exact"] * (not shard)):
+            for name in (*RUNS, "kto", "dapo", "online", "lora", "jsd", "as_reward",
+                         *["old", "exact"] * (not shard)):
                 run(stages, name, f"{out}/{name}-{kind}", shard=shard)
         for name in ("sft", "ppo"):  # begun by one process
             run(stages, name, f"{out}/{name}-begun", shard=True, resume=True)

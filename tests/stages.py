@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -11,9 +12,9 @@ import train_rm
 import train_sft
 from nanorlhf.hub.files import write_jsonl
 
-TRAINERS = [train_sft, train_rm, train_ppo, train_grpo, train_dpo]
+TRAINERS = [train_sft, train_rm, train_ppo, train_grpo, train_dpo, train_distill]
 LOSS = {train_sft: "sft_loss", train_rm: "pairwise_loss", train_ppo: "policy_loss", train_grpo: "policy_loss"}
-LOSS |= {train_dpo: "preference_loss"}
+LOSS |= {train_dpo: "preference_loss", train_distill: "divergence"}
 
 
 def words(n, seed=0, letters="abcdef"):
@@ -52,7 +53,7 @@ def tastes(n, seed=0):
 
 
 class Stages:
-    """A folder with data files, and the SFT and reward models that the later stages start from."""
+    """A folder with data files, and the models that later stages start from: SFT, reward model, teacher."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -60,6 +61,8 @@ class Stages:
             write_jsonl(self.folder / f"{trainer.__name__}.jsonl", rows_of(trainer))
         for trainer, name in ((train_sft, "sft"), (train_rm, "rm")):
             trainer.train(self.config(trainer, self.folder / name))
+        teacher = self.config(train_sft, self.folder / "teacher", seed=1, d_model=48)
+        train_sft.train(teacher)
 
     @classmethod
     def at(cls, folder):
@@ -86,6 +89,9 @@ class Stages:
         if trainer in (train_ppo, train_grpo):
             flags |= dict(rm=f"{self.folder}/rm/model", prompts_per_step=8, max_new_tokens=5, minibatches=2,
                           eval_prompts=4, sample_every=1)  # fmt: skip
+        if trainer is train_distill:
+            flags |= dict(teacher=f"{self.folder}/teacher/model", prompts_per_step=8, group_size=2,
+                          max_new_tokens=5, eval_prompts=4, sample_every=1)  # fmt: skip
         if trainer is train_grpo:
             flags |= dict(prompts_per_step=4, group_size=4, max_new_tokens=5, off_policy_steps=1)
         return flags | more

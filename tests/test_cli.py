@@ -14,6 +14,7 @@ import pytest
 import demo
 import evaluate
 import sample
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -24,7 +25,7 @@ from nanorlhf.errors import RunError, UserError
 from nanorlhf.run.cli import Flags, check_ranges, help_text, parse, run_cli
 
 ROOT = Path(__file__).parents[1]
-TRAINERS = [train_sft, train_rm, train_prm, train_ppo, train_grpo, train_dpo]
+TRAINERS = [train_sft, train_rm, train_prm, train_ppo, train_grpo, train_dpo, train_distill]
 PROGRAMS = pytest.mark.parametrize("module", [*TRAINERS, demo, evaluate, sample], ids=lambda m: m.__name__)
 
 
@@ -205,6 +206,12 @@ def test_ways_to_write_a_flag():
         (train_dpo, "--online 2 --group_size 1", "--group_size 1: best against worst needs at least 2"),
         (train_dpo, "--online 9 --steps 8", "--online: more than --steps or --pairs"),
         (train_dpo, "--task chain", "--task chain has a reward function, no preferences"),
+        (train_distill, "--jsd_beta 1", "--jsd_beta 1.0: must be between 0 and 1"),
+        (train_distill, "--divergence reversed",
+         "--divergence reversed: must be one of reverse, forward, jsd (did you mean reverse?)"),
+        (train_distill, "--as_reward --divergence jsd", "--as_reward: for --divergence reverse and --on"),
+        (train_distill, "--as_reward --on_policy 0", "--as_reward: for --divergence reverse and --on_policy"),
+        (train_distill, "--data p.jsonl", "--data p.jsonl: name the model to learn from with --teacher"),
         (train_dpo, "--task chain --online 2 --judge self", "--task chain has a reward function, no prefer"),
         (evaluate, "--k 1,x", "--k 1,x: must be integers such as"),
         (evaluate, "--rm a --reward b.py:f", "--rm and --reward: give one of the two"),
@@ -256,6 +263,9 @@ def test_statuses(module, cli):
         (train_grpo, "", "--init runs/chain-sft/model MISSING {sft} chain"),
         (train_grpo, "--init SFT --task reviews",
          "--rm runs/reviews-rm/model MISSING {rm} reviews"),
+        (train_distill, "", "--init runs/chain-sft/model MISSING {sft} chain"),
+        (train_distill, "--init SFT",
+         "--teacher runs/chain-grpo/model MISSING python train_grpo.py --task chain"),
         (train_dpo, "", "--init runs/reviews-sft/model MISSING {sft} reviews"),
         (train_dpo, "--init SFT --online 2",
          "--rm runs/reviews-rm/model MISSING {rm} reviews"),
@@ -322,7 +332,7 @@ def state():
     numbers = random.getstate(), torch.get_rng_state().tolist(), str(numpy.random.get_state())
     return handlers, numbers, torch.get_num_threads(), torch.get_default_dtype(), os.listdir("."), os.getcwd()
 before = state()
-import train_sft, train_rm, train_prm, train_ppo, train_grpo, train_dpo, demo, evaluate, sample
+import train_sft, train_rm, train_prm, train_ppo, train_grpo, train_dpo, train_distill, demo, evaluate, sample
 assert state() == before
 """
 

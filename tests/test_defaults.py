@@ -9,6 +9,7 @@ import pytest
 import torch
 from stages import TRAINERS, jsonl, rows_of, words
 
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -23,6 +24,7 @@ from nanorlhf.run.cli import parse
 
 ALL = [*TRAINERS, train_prm]
 BEARS = {train_sft: 1e-4, train_rm: 1e-4, train_prm: 1e-4, train_ppo: 3e-5, train_grpo: 3e-5, train_dpo: 5e-6}
+BEARS[train_distill] = 3e-5
 each = pytest.mark.parametrize("trainer", ALL, ids=lambda t: t.__name__)
 
 
@@ -104,6 +106,8 @@ def test_every_recipe_of_a_large_model_too(sized):
 ])  # fmt: skip
 def test_out_is_named_after_the_data(trainer, data, name):
     more = dict(reward=["r.py:f"]) if trainer in (train_ppo, train_grpo) else {}
+    if trainer is train_distill:
+        more = dict(teacher="runs/teacher/model")
     assert trainer.Config(data=data, **more).out == f"runs/{name}-{method(trainer)}"
     assert trainer.Config(data=data, out="runs/mine", **more).out == "runs/mine"
     task = next(iter(trainer.Config.BY_TASK))
@@ -272,7 +276,7 @@ def test_gpu_lines_run_as_they_stand(trainer, stages, tmp_path, monkeypatch, no_
             trainer.train(cfg)
         missing = "--init runs/sft/model does not exist"
         assert str(e.value).startswith(missing if cfg.init else f"--data: {cfg.data}: No such file")
-    for name in ("sft", "rm"):
+    for name in ("sft", "rm", "teacher"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "model").symlink_to(stages.folder / name / "model")
     for argv in gpu_lines(trainer):
@@ -287,7 +291,7 @@ def test_gpu_lines_run_as_they_stand(trainer, stages, tmp_path, monkeypatch, no_
         short = ["--steps", "1"]
         if trainer is train_sft:
             short += ["--n_layer", "1", "--d_model", "48"]
-        if trainer in (train_ppo, train_grpo):
+        if trainer in (train_ppo, train_grpo, train_distill):
             short += ["--max_new_tokens", "5", "--prompts_per_step", "4"]  # the stages' context is 16
         last = trainer.train(parse(trainer.Config, [*argv, *short]))
         assert torch.isfinite(torch.tensor(last.get("loss", last.get("reward", 0.0))))

@@ -146,7 +146,7 @@ def test_ppo_and_grpo_read_alike():
 
 EXAMPLES = ["data", "exact", "answers", "metrics", "pairs", "rollout"]
 EXAMPLES += ["run.replay", "run.log", "run.reward_functions"]
-TRAINERS = ["train_sft", "train_rm", "train_ppo", "train_grpo", "train_dpo"]
+TRAINERS = ["train_sft", "train_rm", "train_ppo", "train_grpo", "train_dpo", "train_distill"]
 
 
 @pytest.mark.parametrize("name", [f"nanorlhf.{name}" for name in EXAMPLES] + TRAINERS)

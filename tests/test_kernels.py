@@ -1,5 +1,6 @@
-"""linear_logprob and linear_kl against float64 oracles, finite differences and torch.log_softmax."""
+"""linear_logprob, linear_kl and linear_jsd against float64 oracles, finite differences, torch.log_softmax."""
 
+import math
 from unittest import mock
 
 import pytest
@@ -8,7 +9,7 @@ from helpers import Watch, close, differentiate, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorlhf.kernels import linear_kl, linear_logprob, reference, torch_backend
+from nanorlhf.kernels import linear_jsd, linear_kl, linear_logprob, reference, torch_backend
 
 INF = float("inf")
 
@@ -88,6 +89,63 @@ def test_kl_gradcheck(reverse, with_bias):
 
     with mock.patch.object(torch_backend, "TILE", 14):
         assert torch.autograd.gradcheck(f, inputs)
+
+
+BETAS = st.sampled_from([0.01, 0.3, 0.5, 0.99])
+
+
+@settings(max_examples=80, deadline=None)
+@given(**sizes, ref_d=st.sampled_from([2, 5]), beta=BETAS)
+def test_jsd_is_the_oracle_float64(N, V, chunk, temperature, std, seed, ref_d, beta):
+    """Values and gradients for any cut into tiles, also of columns; between 0 and the entropy of (β, 1−β)."""
+    hidden, weight, _, _ = operands(N, V, seed=seed, std=std)
+    ref_hidden, ref_weight, _, _ = operands(N, V, D=ref_d, seed=seed + 1, std=std)
+
+    def run(fn):
+        return lambda h, w: fn(h, w, ref_hidden, ref_weight, beta, temperature)
+
+    with mock.patch.multiple(torch_backend, TILE=chunk, COLS=8):
+        got = differentiate(run(linear_jsd), (hidden, weight))
+    want = differentiate(run(reference.linear_jsd), (hidden, weight))
+    for a, b in zip(got, want):
+        close(a, b, 1e-10 * (1 + std / temperature))  # the rounding grows with the logits
+    most = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+    assert (got[0][0] >= -1e-12 * (1 + std)).all() and (got[0][0] <= most + 1e-9).all()
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_jsd_gradcheck(beta):
+    hidden, weight, _, _ = operands(4, 7, D=3)
+    ref_hidden, ref_weight, _, _ = operands(4, 7, D=2, seed=5)
+    inputs = [x.requires_grad_() for x in (hidden, weight)]
+
+    def f(hidden, weight):
+        return linear_jsd(hidden, weight, ref_hidden, ref_weight, beta, 0.7)
+
+    with mock.patch.object(torch_backend, "TILE", 14):
+        assert torch.autograd.gradcheck(f, inputs)
+
+
+def test_jsd_near_its_ends_is_a_kl():
+    """JSD/β → KL(reference‖policy) as β → 0, and JSD/(1−β) → KL(policy‖reference) as β → 1 (GKD)."""
+    hidden, weight, _, _ = operands(20, 11, std=1.0)
+    ref_hidden, ref_weight, _, _ = operands(20, 11, seed=1, std=1.0)
+    small = 1e-6
+    forward = linear_jsd(hidden, weight, ref_hidden, ref_weight, small) / small
+    reverse = linear_jsd(hidden, weight, ref_hidden, ref_weight, 1 - small) / small
+    close([forward], [linear_kl(hidden, weight, ref_hidden, ref_weight, reverse=True)], 1e-4)
+    close([reverse], [linear_kl(hidden, weight, ref_hidden, ref_weight)], 1e-4)
+    assert (forward - reverse).abs().max() > 0.05
+
+
+def test_jsd_by_hand():
+    """p = (½, ½), q = (1, 0) to 1e-40, β = ½: m = (¾, ¼), so ½ log 4/3 + ½ (½ log 2/3 + ½ log 2)."""
+    weight = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    policy = torch.zeros(1, 1, dtype=torch.float64)
+    ref = torch.full((1, 1), -100.0, dtype=torch.float64)
+    want = 0.5 * math.log(4 / 3) + 0.25 * math.log(2 / 3) + 0.25 * math.log(2)
+    assert linear_jsd(policy, weight, ref, weight, 0.5).item() == pytest.approx(want, abs=1e-12)
+    assert linear_jsd(policy, weight, policy, weight, 0.5).item() == pytest.approx(0, abs=1e-15)
 
 
 def some_loss(N, part, module=None, seed=4, dtype=torch.float64):
@@ -216,7 +274,7 @@ def test_fp32_close_to_float64(N, V, chunk, temperature, std, seed):
         assert (a - b).abs().le(2e-6 * max(1, largest)).all()
 
 
-@pytest.mark.parametrize("fn", ["logprob", "kl"])
+@pytest.mark.parametrize("fn", ["logprob", "kl", "jsd"])
 def test_bf16_operands_keep_fp32_logits(fn):
     """bf16 operands, logit std 6: log-probs are off by ≤ 2e-5; logits rounded to bf16 would give 1e-2."""
     hidden, weight, targets, _ = operands(128, 499, D=64, std=6.0, dtype=torch.bfloat16)
@@ -226,6 +284,8 @@ def test_bf16_operands_keep_fp32_logits(fn):
         h, w, rh, rw = (cast(x) for x in (hidden, weight, ref_hidden, ref_weight))
         if fn == "logprob":
             return differentiate(lambda h, w: module.linear_logprob(h, w, targets), (h, w))
+        if fn == "jsd":
+            return differentiate(lambda h, w: module.linear_jsd(h, w, rh, rw, 0.3), (h, w))
         return differentiate(lambda h, w: module.linear_kl(h, w, rh, rw), (h, w))
 
     got, grads = run(torch_backend_with_defaults, lambda x: x)
@@ -238,6 +298,7 @@ def test_bf16_operands_keep_fp32_logits(fn):
 
 class torch_backend_with_defaults:
     linear_logprob, linear_kl = staticmethod(linear_logprob), staticmethod(linear_kl)
+    linear_jsd = staticmethod(linear_jsd)
 
 
 def test_minus_infinity_in_the_bias():
@@ -296,7 +357,7 @@ def test_kl_of_equal_models_is_zero():
         assert kl.abs().max() <= 1e-6 and max(g.abs().max() for g in grads) <= 1e-5
 
 
-@pytest.mark.parametrize("fn", ["logprob", "kl", "one pass"])
+@pytest.mark.parametrize("fn", ["logprob", "kl", "jsd", "one pass"])
 def test_logits_are_never_stored_whole(fn):
     """No operation, forward or backward, returns more than a chunk; what is saved is inputs and (N,) rows.
 
@@ -313,6 +374,8 @@ def test_logits_are_never_stored_whole(fn):
             out = sum(module.linear_logprob(h, w, targets, 1.0, b))
         elif fn == "one pass" and module is not reference:
             out = module.linear_logprob(h, w, targets, 1.0, b, loss=some_loss(N, "both"))[0]
+        elif fn == "jsd":
+            out = module.linear_jsd(h, w, ref_hidden, ref_weight, 0.3)
         else:
             out = module.linear_kl(h, w, ref_hidden, ref_weight, 1.0, False, b, ref_bias)
         out.sum().backward()
@@ -326,7 +389,7 @@ def test_logits_are_never_stored_whole(fn):
     assert fn == "one pass" or N * D + V * D < sum(saved) <= 2 * (N * D + V * D + V) + 3 * N < N * V
     with Watch() as watch:  # the oracle does store them: the watch can see
         run(reference)
-    assert watch.largest == N * V
+    assert watch.largest >= N * V
 
 
 def test_reference_gets_no_gradient():
@@ -336,6 +399,7 @@ def test_reference_gets_no_gradient():
     for x in ref:
         x.requires_grad_()
     linear_kl(hidden, weight, ref[0], ref[1], bias=bias, ref_bias=ref[2]).sum().backward()
+    linear_jsd(hidden, weight, ref[0], ref[1], 0.5).sum().backward()
     assert hidden.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0 and bias.grad.abs().sum() > 0
     assert all(x.grad is None for x in ref)
 
@@ -348,6 +412,11 @@ def test_bad_arguments_are_refused():
             linear_logprob(hidden, weight, targets, temperature)
         with pytest.raises(ValueError, match="temperature"):
             linear_kl(hidden, weight, hidden, weight, temperature)
+    for beta in (0.0, 1.0, 2.0, float("nan")):
+        with pytest.raises(ValueError, match="beta"):
+            linear_jsd(hidden, weight, hidden, weight, beta)
+    with pytest.raises(ValueError, match="ref_weight"):
+        linear_jsd(hidden, weight, hidden, weight[:-1], 0.5)
     with pytest.raises(ValueError, match="weight"):
         linear_logprob(hidden, weight[:, :-1], targets)
     with pytest.raises(ValueError, match="targets"):

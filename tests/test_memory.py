@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import STYLES, V, randint, tiny
 
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -46,7 +47,7 @@ def test_checkpointing_keeps_less_and_changes_no_bit(style):
     assert kept < 0.5 * all_kept
 
 
-@pytest.mark.parametrize("trainer", [train_sft, train_rm, train_ppo, train_grpo, train_dpo])
+@pytest.mark.parametrize("trainer", [train_sft, train_rm, train_ppo, train_grpo, train_dpo, train_distill])
 def test_checkpointing_reaches_every_trainer(trainer, stages, tmp_path, no_curves):
     """Blocks run once more for each micro-batch, and the weights come out the same."""
     weights, calls = [], []
@@ -90,7 +91,7 @@ def test_with_bf16_activations_frozen_bf16_weights_change_nothing(style, scalar)
     assert any(p.dtype == torch.bfloat16 for p in model.parameters())
 
 
-@pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo])
+@pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo, train_distill])
 def test_frozen_bfloat16_reaches_the_trainers(trainer, stages, tmp_path, no_curves, spy):
     """The policy's weights stay in fp32, and KL is 0 at the start."""
     frozen = spy(trainer, "freeze")
@@ -102,7 +103,7 @@ def test_frozen_bfloat16_reaches_the_trainers(trainer, stages, tmp_path, no_curv
     assert all(p.dtype == torch.float32 for p in hub.load(f"{tmp_path}/run/model")[0].parameters())
 
 
-@pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo])
+@pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo, train_distill])
 def test_offloaded_models_are_at_work_when_they_are_used(trainer, stages, tmp_path, no_curves, monkeypatch):
     """A device that is none: each frozen model must be there in every forward pass, and away at the end."""
     seen, freeze = [], device.freeze
@@ -118,7 +119,8 @@ def test_offloaded_models_are_at_work_when_they_are_used(trainer, stages, tmp_pa
     online = dict(online=2, pairs=16, rm=f"{stages.folder}/rm/model") if trainer is train_dpo else {}
     kl = dict(kl="k3", beta=0.1) if trainer is train_grpo else {}
     trainer.train(stages.config(trainer, tmp_path / "run", steps=2, **online, **kl))
-    assert len({model for model, _ in seen}) == 2, "the reference and the reward model"
+    frozen = {model for model, _ in seen}
+    assert len(frozen) == (1 if trainer is train_distill else 2), "the teacher; reference and reward model"
     assert {where for _, where in seen} == {"device"} and {model.where for model, _ in seen} == {"cpu"}
     assert device.freeze is freeze
 

@@ -24,7 +24,7 @@ from optimum import ALGORITHMS, Problem, Tree, run  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 # one of each kind; the others are rows of `make test-all`
-QUICK = "ppo", "grpo_k1_reward", "dpo", "k3_loss", "exact_loss"
+QUICK = "ppo", "grpo_k1_reward", "dpo", "k3_loss", "exact_loss", "distill_reverse"
 EOS = 3
 TREE = Tree(4, 3, EOS)  # 4 tokens, at most 3: 13 prefixes, 1 + 3 + 9 responses that end and 27 that are cut
 
@@ -220,6 +220,14 @@ def test_reaches_its_own_fixed_point_and_not_the_optimum(problem, name):
     """A KL in the loss is a penalty at each prefix alone: no token is charged for the KL that it leads to."""
     got = run(name, problem)
     assert got["own"] <= 0.02 and got["star"] >= 0.05
+
+
+def test_a_student_reaches_a_teacher_that_it_can_represent(problem):
+    """The teacher is π* to 1e-6 nats, half a nat and more from where the student starts."""
+    star = problem.fixed_point(optimum.pi_star)
+    teacher = optimum.table(optimum.model_of(star, problem.model))
+    assert optimum.kl(teacher, star) < 1e-6 and optimum.kl(problem.ref, teacher) > 0.3
+    assert run("distill_jsd", problem)["own"] <= 0.01
 
 
 @pytest.mark.slow

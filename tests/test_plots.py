@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 import demo
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -13,7 +14,7 @@ import train_sft
 from nanorlhf.look import plots
 from nanorlhf.run.log import read_rows
 
-TRAINERS = [train_sft, train_rm, train_prm, train_ppo, train_grpo, train_dpo]
+TRAINERS = [train_sft, train_rm, train_prm, train_ppo, train_grpo, train_dpo, train_distill]
 
 
 def drawn(monkeypatch, owner, draw):

@@ -19,7 +19,7 @@ READING = [*TRAINERS, *sorted(ROOT.glob("nanorlhf/*.py"))]
 # By name: the README has its reader write a my_reward.py beside them.
 PROGRAMS = [*TRAINERS, *(ROOT / f"{name}.py" for name in ("demo", "evaluate", "sample"))]
 CORE = [*PROGRAMS, *sorted(ROOT.glob("nanorlhf/**/*.py"))]
-SIZES = {"grpo": 4000, "ppo": 3100, "dpo": 3400, "rm": 2000, "sft": 1900, "prm": 1300}
+SIZES = {"grpo": 4000, "ppo": 3100, "dpo": 3400, "rm": 2000, "sft": 1900, "prm": 1300, "distill": 2000}
 BUNDLES = {"how", "given", "what", "said", "mine", "whole"}  # names that say nothing of what they hold
 LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 SKIPPED = {tokenize.COMMENT, tokenize.ENCODING, tokenize.ENDMARKER, *LAYOUT}

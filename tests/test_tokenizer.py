@@ -426,7 +426,6 @@ REFUSED = {
     "behavior": dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Removed", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}),
-    "not every single byte": dict(model__vocab={k: i for k, i in GPT2_VOCAB.items() if k != "Ā"}),
     "not spelt in bytes": dict(model__vocab=GPT2_VOCAB | {"日": 2000}),
     "no merge": dict(model__merges=[]),
     "order of the ids": dict(model__merges=GPT2_MERGES[::-1]),
@@ -486,6 +485,28 @@ def test_the_longest_added_token_wins(tmp_path):
     tok = tokenizer_files.load(folder_of("pythia", tmp_path))
     runs = {n: tok.words[" " * n] for n in (2, 3, 4, 8)}
     assert tok.encode(" " * 15) == [runs[8], runs[4], runs[3]]
+
+
+def test_a_byte_that_is_no_token(tmp_path, monkeypatch):
+    """SmolLM2 lacks the tokens of 21 bytes: only a text that needs one is refused, by its character."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    lacking = [0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)]
+    vocab = dict(GOLDEN["smollm2"]["spec"]["model"]["vocab"])
+    for byte in lacking:
+        del vocab[tokenizer_files.CHARS[byte]]
+    tok = tokenizer_files.load(folder_of("smollm2", tmp_path, model__vocab=vocab))
+    for text, ids in zip(GOLDEN["texts"], GOLDEN["smollm2"]["ids"]):
+        assert tok.encode(text) == ids and tok.decode(ids) == text
+    assert tok.encode("\ud800") == tok.encode("\ufffd")
+    for char in ("\x13", "\U00040000", "\U000bffff"):
+        with pytest.raises(UserError) as caught:
+            tok.encode(f"ab{char}c")
+        assert str(caught.value).startswith(f"tokenizer: character {char!r} is not in alphabet")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for name, content in tokenizer_files.files(tok).items():
+        (saved / name).write_bytes(content)
+    assert tokenizer_files.load(saved) == tok
 
 
 def test_the_tokenizers_package_reads_the_rest(tmp_path):

@@ -1,4 +1,4 @@
-"""Hugging Face folders, in and out: config.json, safetensors, and the tokenizer's files beside them.
+"""Hugging Face folders, in and out: config.json, safetensors, and the tokenizer's files beside them. GGUF in.
 
 A saved folder loads in transformers 4 and 5 as it is; the other fields of the config.json that a model came
 from, its tokenizer's files and its generation settings travel with it. Reward models and critics are saved as
@@ -19,6 +19,7 @@ from nanorlhf.errors import UserError, blame, require
 from nanorlhf.hub import families, tokenizer_files
 from nanorlhf.hub import weights as weight_files
 from nanorlhf.hub.files import LFS, OTHER_FILES, read_json
+from nanorlhf.hub.gguf import Gguf, json_folder
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run import dist, sharding
 from nanorlhf.run.folders import write_folder
@@ -77,7 +78,7 @@ def save(model, tok, folder):
 
 
 def load(folder, kind="", like=None, shard=False, weights=True):
-    """Read a folder → (model, tokenizer). UserError, which begins with the folder or file, where that fails.
+    """Read a folder or a .gguf → (model, tokenizer). UserError, which begins with its path, where that fails.
 
     The model is a ScalarModel for *ForSequenceClassification, else a GPT, in torch's default dtype (fp32 if
     nobody has set another); the tokenizer is None where the folder has none. Tensors are read one at a time,
@@ -89,20 +90,23 @@ def load(folder, kind="", like=None, shard=False, weights=True):
               reads this process's pieces of the tensors
     weights   False: leave the weights on the meta device and do not read their files (--dry_run)
     """
-    folder = _find(folder)
-    model, tok = _build(folder, shard, weights)
+    place = _find(folder)
+    with json_folder(place) as folder:
+        model, tok = _build(folder, place, shard, weights)
     is_a = "reward model" if isinstance(model, ScalarModel) else "language model"
-    require(kind in ("", is_a), f"{folder}: is a {is_a}, must be a {kind}")
-    missing = f"{folder}: has no tokenizer (tokenizer.json or {tokenizer_files.FILE})"
+    require(kind in ("", is_a), f"{place}: is a {is_a}, must be a {kind}")
+    missing = f"{place}: has no tokenizer (tokenizer.json or {tokenizer_files.FILE})"
     require(tok or not kind, missing)
     fits = like is None or tok == like
-    require(fits, f"{folder}: not the vocabulary of the other models; all need one SFT run")
+    require(fits, f"{place}: not the vocabulary of the other models; all need one tokenizer")
     return model, tok
 
 
 def _find(folder):
-    """The path of a folder with a config.json. Missing where there is none."""
+    """The path of a folder with a config.json, or an open GGUF. Missing where there is neither."""
     folder = Path(folder)
+    if folder.suffix == ".gguf" and isfile(folder):
+        return Gguf(folder)
     old = Path(f"{folder}.old")  # a crash in mid-save leaves it
     if not isdir(folder) and isdir(old):
         folder = old
@@ -115,7 +119,7 @@ def _find(folder):
                     require(f.read(len(LFS)) != LFS, OTHER_FILES[LFS])
         return folder
     if isfile(folder):
-        raise Missing(f"{folder} is a file, must be a folder")
+        raise Missing(f"{folder} is a file, must be a folder or a .gguf")
     if isdir(folder):
         raise Missing(f"{folder} has no config.json")
     raise Missing(f"{folder} does not exist")
@@ -142,12 +146,14 @@ class _OnMeta(TorchFunctionMode):
         return tensor
 
 
-def _build(folder, shard, weights):
-    """A folder → (model, tokenizer or None). The arguments are those of `load`."""
+def _build(folder, place, shard, weights):
+    """A folder of JSON files, and what holds the weights → (model, tokenizer or None)."""
     config = folder / "config.json"
     raw = read_json(config)
     with blame(config, ValueError):
         cfg, family = families.read_config(raw)
+        if isinstance(place, Gguf):
+            family = place.family(family)
         bias = raw.get("reward_bias", 0.0)
         number = type(bias) in (int, float) and -1e30 < bias < 1e30  # not NaN, which would spoil every reward
         require(number, f"reward_bias={bias!r} must be a number below 1e30")
@@ -167,7 +173,7 @@ def _build(folder, shard, weights):
         trunk = GPT(cfg)
         outline = ScalarModel(trunk) if scalar else trunk
     if weights:  # the files are checked before the memory for them is asked for
-        places = weight_files.match(outline, family, folder)
+        places = weight_files.match(outline, family, place)
         if shard:
             with torch.device("meta"), _OnMeta(draw=True):
                 trunk = GPT(cfg)

@@ -1,6 +1,6 @@
 """Files of prompts, demonstrations and preferences, in the formats that others publish → rows of one shape.
 
-    {"prompt", ["answer"]}               a prompt, and its right answer                   (PPO, GRPO)
+    {"prompt", ["answer"]}               a prompt, and its right answer           (PPO, GRPO, distillation)
     {"prompt", "response"}               demonstrations, or the chosen response of a pair (SFT)
     {"prompt", "chosen", "rejected"}     preferences                                      (RM, DPO)
     {"prompt", "completion", "label"}    one response, liked or not                       (DPO with kto)

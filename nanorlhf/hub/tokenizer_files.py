@@ -28,6 +28,9 @@ QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
+# Digits are cut out first, each alone: they take no space before them, and a space before them ends a piece.
+DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\s+(?!", r"\s+(?=\p{N})|\s+(?!")
+TOKEN = dict(lstrip=False, rstrip=False, single_word=False, normalized=False, special=False)  # an added one
 COPIED = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
     merges.txt encoder.json vocab.bpe chat_template.jinja chat_template.json generation_config.json""".split()
 # tokenizer.json spells a byte as one character: printable bytes as they are, the others from U+0100 on.
@@ -203,19 +206,11 @@ def _load_gpt2(path, vocab):
     if not tokens:
         texts = read_json(folder / "added_tokens.json") or {"<|endoftext|>": None}
         tokens = {i: {"content": text, "special": True} for text, i in texts.items()}
-    plain = dict(lstrip=False, rstrip=False, single_word=False, normalized=False, special=False)
     added = []
     for i, token in tokens.items():
         i = vocab.get(token["content"], i)
-        added.append(plain | token | {"id": int(i)})
-    steps = _split_steps(QWEN if qwen else GPT2, config.get("add_prefix_space") or False)
-    spec = {
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if qwen else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
-    return _from_json(spec, folder)
+        added.append(TOKEN | token | {"id": int(i)})
+    return _from_json(make_spec(vocab, merges, added, QWEN if qwen else GPT2, nfc=qwen), folder)
 
 
 LOADERS = {
@@ -338,7 +333,6 @@ def _from_json(spec, folder):
     control, words, late = _added_tokens(spec.get("added_tokens", []))
     added = control | words
     vocab = {text: i for text, i in model["vocab"].items() if added.get(text) != i}
-    _need(BYTES.keys() <= vocab.keys(), "not every single byte is a token: text would be lost")
     ranks = {}
     for text, i in vocab.items():
         _need(text and BYTES.keys() >= set(text), f"the token {text!r} is not spelt in bytes")
@@ -390,10 +384,8 @@ def _pattern_of(steps):
     if last.get("use_regex", True):
         if kinds == "ByteLevel":
             return GPT2
-        # Digits are cut out first: they take no space before them, and the space before them ends a piece.
         _need(kinds == "Digits+ByteLevel", f"pre-tokenizer {kinds} is unknown")
-        digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
-        return GPT2.replace(r" ?\p{N}+", digits).replace(r"\s+(?!", r"\s+(?=\p{N})|\s+(?!")
+        return DIGITS if first.get("individual_digits") else DIGITS.replace(r"|\p{N}|", r"|\p{N}+|")
     _need(kinds == "Split+ByteLevel", f"pre-tokenizer {kinds} is unknown")
     behavior = first["behavior"]
     isolated = behavior == "Isolated" and not first.get("invert") and "Regex" in first["pattern"]
@@ -468,13 +460,6 @@ def _check_merges(vocab, merges, ignore_merges):
             _need(ignore_merges, f"no merge makes the token {token}")
 
 
-def _split_steps(pattern, add_prefix_space):
-    """The steps of a pre-tokenizer that cuts text by this pattern, and spells its bytes as characters."""
-    split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
-    byte_level = dict(type="ByteLevel", add_prefix_space=add_prefix_space, trim_offsets=True, use_regex=False)
-    return [split, byte_level]
-
-
 def _to_json(tok):
     """The tokenizer.json of a Tokenizer."""
     vocab = {}
@@ -490,23 +475,26 @@ def _to_json(tok):
         token = {
             "id": tok.added[text],
             "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
             "normalized": text in tok.late,
             "special": text in tok.control,
         }
-        added.append(token)
-    steps = _split_steps(tok.pattern, False)
+        added.append(TOKEN | token)
+    return make_spec(vocab, merges, added, tok.pattern, tok.nfc, ignore_merges=True)
+
+
+def make_spec(vocab, merges, added, pattern, nfc, ignore_merges=False):
+    """A tokenizer.json: text is cut by the pattern, its bytes are spelt as characters and merged."""
+    split = dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "NFC"} if tok.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "normalizer": {"type": "NFC"} if nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
-        "decoder": steps[-1],
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -515,7 +503,7 @@ def _to_json(tok):
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,
+            "ignore_merges": ignore_merges,
             "vocab": vocab,
             "merges": merges,
         },

@@ -3,6 +3,7 @@
 Reading copies a tensor of theirs into our parameters, by `_copy`. Writing goes the other way, by `join`.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -14,10 +15,12 @@ from safetensors import torch as safetensors
 
 from nanorlhf.errors import UserError, blame, require
 from nanorlhf.hub.files import read_json
+from nanorlhf.hub.gguf import Gguf
 from nanorlhf.model import ScalarModel
 from nanorlhf.run import sharding
 
-DAMAGE = ValueError, OSError, SafetensorError  # raised by the libraries that read a damaged file
+# Raised by the libraries that read a damaged file; the last by gguf for a quantisation that it cannot read.
+DAMAGE = ValueError, OSError, SafetensorError, NotImplementedError
 FLOATS = "F64", "F32", "F16", "BF16"  # dtypes of weights, in the words of safetensors
 REDUNDANT = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")  # constants
 
@@ -72,7 +75,7 @@ def match(model, family, folder):
     places = {}
     for file in _files(folder):
         places[file] = {}
-        with blame(file, *DAMAGE), safe_open(file, "pt") as f:
+        with blame(file, *DAMAGE), _open(file) as f:
             for key in sorted(f.keys()):
                 name = key
                 if key not in want and not key.startswith(family.prefix):
@@ -101,7 +104,7 @@ def fill(model, family, places):
     ours = dict(tensors_of(model, family))
     unembedding = None
     for file, names in places.items():
-        with blame(file, *DAMAGE), safe_open(file, "pt") as f:
+        with blame(file, *DAMAGE), _open(file) as f:
             checksum = (f.metadata() or {}).get("sha256")
             digest = hashlib.sha256()
             for key in sorted(f.keys()):
@@ -154,11 +157,18 @@ def _add(digest, name, tensor):
     digest.update(tensor.flatten().view(torch.uint8).numpy())
 
 
+def _open(file):
+    """An open safetensors file; an open GGUF as it is."""
+    return contextlib.nullcontext(file) if isinstance(file, Gguf) else safe_open(file, "pt")
+
+
 def _files(folder):
-    """The weight files of a folder: model.safetensors, or the shards that its index names.
+    """The weight files of a folder: model.safetensors, or the shards that its index names. A GGUF is its own.
 
     UserError for one that is no regular file: opening a pipe would wait for ever.
     """
+    if isinstance(folder, Gguf):
+        return [folder]
     single = folder / "model.safetensors"
     index = f"{single}.index.json"
     files = [single]

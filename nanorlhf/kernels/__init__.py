@@ -125,6 +125,27 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
     )
 
 
+def linear_jsd(hidden, weight, ref_hidden, ref_weight, beta, temperature=1.0):
+    """Exact Jensen–Shannon divergence per position (N,): β KL(reference‖m) + (1−β) KL(policy‖m).
+
+    m = β reference + (1−β) policy is the mixture; the divergence is at most log 2 (arXiv 2306.13649). Shapes,
+    gradients and ValueErrors as in linear_kl. In plain torch on every device, tile by tile.
+
+    >>> weight = torch.tensor([[0.0], [1.0]])
+    >>> linear_jsd(torch.tensor([[1.0], [9.0]]), weight, torch.tensor([[1.0], [-9.0]]), weight, beta=0.5)
+    tensor([0.0000, 0.6919])
+    """
+    N, D = hidden.shape
+    V = len(weight)
+    _check_temperature(temperature)
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must be between 0 and 1, got {beta}: at its ends use linear_kl")
+    _check_shape("weight", weight, V, D)
+    _check_shape("ref_hidden", ref_hidden, N, ref_hidden.shape[-1])
+    _check_shape("ref_weight", ref_weight, V, ref_hidden.shape[-1])
+    return torch_backend.LinearJSD.apply(hidden, weight, None, ref_hidden, ref_weight, temperature, beta)
+
+
 def decode_attention(q, k, v, cache_k, cache_v, pos, live, backend=None):
     """One new token per row: writes its key and value into the cache at pos, attends to positions 0 … pos.
 

@@ -1,5 +1,7 @@
 """The oracles: what the kernels compute, in plain torch, ten lines each. Tests run them in float64."""
 
+import math
+
 import torch
 
 
@@ -29,6 +31,17 @@ def linear_kl(hidden, weight, ref_hidden, ref_weight, temperature=1.0, reverse=F
         logp, logq = logq, logp
     terms = logp.exp() * (logp - logq)  # (N, V)
     return torch.where(logp > -torch.inf, terms, 0.0).sum(-1)
+
+
+def linear_jsd(hidden, weight, ref_hidden, ref_weight, beta, temperature=1.0):
+    """β KL(reference‖m) + (1−β) KL(policy‖m) per position (N,), m = β reference + (1−β) policy."""
+    logp = log_softmax(hidden, weight, temperature, None)  # (N, V)
+    logq = log_softmax(ref_hidden, ref_weight, temperature, None)
+    parts = torch.stack((logq + math.log(beta), logp + math.log(1 - beta)))
+    logm = torch.logsumexp(parts, dim=0)
+    of_ref = (logq.exp() * (logq - logm)).sum(-1)
+    of_policy = (logp.exp() * (logp - logm)).sum(-1)
+    return beta * of_ref + (1 - beta) * of_policy
 
 
 def decode_attention(q, k, v, cache_k, cache_v, pos):

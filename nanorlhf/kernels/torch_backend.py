@@ -12,6 +12,7 @@ With z = logits/T, p = softmax(z), lse = log Σ exp z, the row's target y and up
     H    = lse − Σ p z        ∂/∂z: −h p (log p + H)
     KL(p‖q) = Σ p (log p − log q)      ∂/∂z: g p (log p − log q − KL)
     KL(q‖p) = Σ q (log q − log p)      ∂/∂z: g (p − q)
+    JSD = β KL(q‖m) + (1−β) KL(p‖m), m = βq + (1−β)p      ∂/∂z: g (1−β) p (log p − log m − KL(p‖m))
 
 Where the loss is a sum over rows of a function of that row's logp and entropy, g and h are known as soon as
 all tiles of the row are folded. LinearLoss keeps the logits of a chunk of rows until then and turns them into
@@ -21,6 +22,8 @@ The online log-sum-exp is that of Milakov and Gimelshein (arXiv 1805.02867), tak
 
 Names: r and c are the slices of rows and columns of a tile, m its row maxima, s = Σ exp(z−m).
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -347,6 +350,66 @@ class LinearKL(torch.autograd.Function):
 
         grads = _backward(ctx, hidden, weight, bias, dlogits)
         return (*grads, None, None, None, None, None)
+
+
+def _log_softmax_sums(hidden, weight, temperature):
+    """log Σ exp z of each row (N,), tile by tile."""
+    targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)  # any: only the sums count
+    rows, cols = _tiles(len(hidden), len(weight))
+    z, spare = _buffers(hidden, 2, rows, cols)
+    logits = [z] * len(cols)
+    lse = hidden.new_empty(len(hidden), dtype=_wide_dtype(hidden))
+    for r in rows:
+        *_, lse[r] = _fold_rows(hidden, weight, None, targets, temperature, r, cols, logits, z, spare)
+    return lse
+
+
+def _log_mixture(logp, logq, beta):
+    """log(β q + (1−β) p), where both may be as small as fp32 allows."""
+    return torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))
+
+
+class LinearJSD(torch.autograd.Function):
+    """The Jensen–Shannon divergence of policy and reference (N,): `kernels.linear_jsd`.
+
+    The forward pass makes each tile twice: the mixture of two tokens' probabilities needs both models' sums.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, temperature, beta):
+        lse = _log_softmax_sums(hidden, weight, temperature)
+        lse_ref = _log_softmax_sums(ref_hidden, ref_weight, temperature)
+        of_policy = torch.zeros_like(lse)  # KL(p‖m)
+        of_ref = torch.zeros_like(lse)  # KL(q‖m)
+        rows, cols = _tiles(len(hidden), len(weight))
+        for r in rows:
+            for c in cols:
+                logp = _logits(hidden, weight, None, r, c, temperature).sub_(lse[r, None])
+                logq = _logits(ref_hidden, ref_weight, None, r, c, temperature).sub_(lse_ref[r, None])
+                logm = _log_mixture(logp, logq, beta)
+                of_policy[r] += (logp.exp() * (logp - logm)).sum(-1)
+                of_ref[r] += (logq.exp() * (logq - logm)).sum(-1)
+        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, of_policy, lse, lse_ref)
+        ctx.temperature = temperature
+        ctx.beta = beta
+        return beta * of_ref + (1 - beta) * of_policy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        hidden, weight, ref_hidden, ref_weight, of_policy, lse, lse_ref = ctx.saved_tensors
+        g = g * (1 - ctx.beta) / ctx.temperature
+
+        def dlogits(r, c, z, spare):
+            z_ref = _logits(ref_hidden, ref_weight, None, r, c, ctx.temperature, out=spare)
+            logp = z.sub_(lse[r, None])
+            logq = z_ref.sub_(lse_ref[r, None])
+            logm = _log_mixture(logp, logq, ctx.beta)
+            dz = logp.exp() * (logp - logm - of_policy[r, None])
+            return dz.mul_(g[r, None])
+
+        grads = _backward(ctx, hidden, weight, None, dlogits)
+        return (*grads, None, None, None, None)
 
 
 def _backward(ctx, hidden, weight, bias, dlogits):

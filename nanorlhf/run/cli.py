@@ -89,13 +89,20 @@ class Flags(Machine):
             self.notes += defaults.recipe_lines(self, recipe)
 
     def _name_folders(self):
-        """--out is runs/NAME-method, by the data file's name or the task's; --ref is --init."""
+        """--out is runs/NAME-method, by the data file's name or the task's; --ref is --init.
+
+        A trainer that is a variant (variants/) has a flag of that name: its runs are in folders of their own.
+        """
         file = os.path.basename(self.data).partition(".")[0]
-        self.out = self.out or f"runs/{file or self.task}-{self.method}"
+        method = getattr(self, "variant", self.method)
+        self.out = self.out or f"runs/{file or self.task}-{method}"
         if self.method != "sft":
             self.init = self.init or f"runs/{self.task}-sft/model"
         if hasattr(self, "ref"):
             self.ref = self.ref or self.init
+        if hasattr(self, "teacher") and not self.teacher:
+            require(not self.own_data, f"--data {self.data}: name the model to learn from with --teacher")
+            self.teacher = f"runs/{self.task}-grpo/model"
 
     def fill_judge(self):
         """Without --rm and --reward: the task's reward function, or else runs/TASK-rm/model."""

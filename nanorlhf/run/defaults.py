@@ -16,6 +16,7 @@ PUBLISHED = {  # trainer → learning rate for a pretrained model above LARGE, a
     "ppo": (3e-6, "N+, arXiv 2403.17031"),
     "grpo": (1e-6, "DeepSeekMath, arXiv 2402.03300"),
     "dpo": (5e-7, "Zephyr, arXiv 2310.16944"),
+    "distill": (5e-6, "MiniLLM, arXiv 2306.08543"),
 }
 LORA = 10  # adapters learn at about ten times the rate: QLoRA's SFT (arXiv 2305.14314) takes 2e-4
 

@@ -9,7 +9,7 @@ import torch
 
 from nanorlhf import hub, lora
 from nanorlhf.data import encode_demonstrations
-from nanorlhf.errors import UserError, memory_for
+from nanorlhf.errors import UserError, memory_for, require
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run import defaults
 from nanorlhf.run.device import to_device
@@ -27,9 +27,11 @@ def _named(flag):
 SMALLER = "take a smaller model, or --dtype bf16_weights in training"
 
 # owner/name on the Hugging Face Hub, and the old names there that have no owner
-HUB_NAME = r"(?!(runs|models|out|data|\.+)/)[\w.-]+/(?!model$)[\w.-]+|(distil)?gpt2(-medium|-large|-xl)?"
+HUB_NAME = (
+    r"(?!(runs|models|out|data|\.+)/|.*\.gguf$)[\w.-]+/(?!model$)[\w.-]+|(distil)?gpt2(-medium|-large|-xl)?"
+)
 # run folders of the trainers' defaults; there are no preferences for chain and countdown
-MADE = r"runs/(?!(?:chain|countdown)-(?:rm|dpo))(reviews|chain|countdown)-(sft|rm|ppo|grpo|dpo)/model"
+MADE = r"runs/(?!(?:chain|countdown)-(?:rm|dpo))(reviews|chain|countdown)-(sft|rm|ppo|grpo|dpo|distill)/model"
 
 
 def _remedy(flag, folder, kind):
@@ -84,6 +86,8 @@ def load_init(cfg, device):
 def load_models(cfg, device):
     """→ policy, reference, reward model (None without --rm, --ref none), tokenizer, the models on the device.
 
+    In distillation the policy is the student, and the teacher stands in the place of the reference.
+
     All must share one vocabulary. With adapters (cfg.lora_rank) the policy's frozen self is the reference,
     unless that is another folder or is to follow the policy (cfg.ref_every). On the meta device (--dry_run)
     no weights are read.
@@ -101,9 +105,14 @@ def load_models_and_critic(cfg, device):
     policy, tok = load_init(cfg, device)
     options = dict(like=tok, shard=cfg.shard, weights=device.type != "meta")
     ref = rm = critic = None
-    if cfg.ref != "none" or ppo:
-        ref = load_model("--ref", cfg.ref, "language model", **options)[0]
-    if cfg.rm:
+    ref_flag = "teacher" if hasattr(cfg, "teacher") else "ref"
+    ref_folder = getattr(cfg, ref_flag)
+    if ref_folder != "none" or ppo:
+        ref = load_model(f"--{ref_flag}", ref_folder, "language model", **options)[0]
+        short = f"--{ref_flag} {ref_folder}: its context of {ref.cfg.max_len} tokens is shorter than"
+        fits = ref_flag == "ref" or ref.cfg.max_len >= policy.cfg.max_len
+        require(fits, f"{short} the {policy.cfg.max_len} of --init {cfg.init}")
+    if getattr(cfg, "rm", ""):
         rm = load_model("--rm", cfg.rm, "reward model", **options)[0]
     if ppo:
         critic = load_model("--critic_init", cfg.critic_init, **options)[0]
@@ -112,7 +121,7 @@ def load_models_and_critic(cfg, device):
             torch.nn.init.zeros_(critic.score.weight)
     # Adapters come after all models: their random numbers are drawn last.
     frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
-    fixed = cfg.ref == cfg.init and not getattr(cfg, "ref_every", 0)
+    fixed = ref_folder == cfg.init and not getattr(cfg, "ref_every", 0)
     if frozen and fixed:
         ref = frozen
     if ppo:

@@ -269,8 +269,9 @@ def dpo(cfg, load):
 
 
 def rl(cfg, load):
-    """PPO and GRPO. Only PPO's loader returns a critic."""
+    """PPO, GRPO and distillation, whose reference is the teacher. Only PPO's loader returns a critic."""
     policy, ref, *critic, rm, tok = load(cfg, META)
+    distills = hasattr(cfg, "teacher")
     trained = {"policy": policy}
     if critic:
         trained["critic"] = critic[0]
@@ -284,12 +285,12 @@ def rl(cfg, load):
     longest = max(prompts) + new
     rows = cfg.prompts_per_step * cfg.group_size
     tokens = _microbatch(cfg, rows, longest)
-    by_token = getattr(cfg, "ratio", "token") == "token"
+    by_token = getattr(cfg, "ratio", "token") == "token" and not distills
     phases = {
         "scoring": forward_parts(policy, max(tokens, SCORE_TOKENS if rm else 0)),
         "update": update_parts(list(trained.values()), tokens, one_pass=by_token),
     }
-    if getattr(cfg, "kl", "") == "exact":
+    if distills or getattr(cfg, "kl", "") == "exact":  # a forward pass of the other model in each micro-batch
         phases["update"] |= {f"reference, {name}": n for name, n in forward_parts(ref, tokens).items()}
     copies = 0
     older = getattr(cfg, "off_policy_steps", 0)
@@ -298,7 +299,8 @@ def rl(cfg, load):
     rows = max(rows, min(512, len(test)))  # those of a step, or of the evaluation
     sampled = SampledRows(policy, rows, longest, max(prompts))
     about = f"{len(data):,} prompts, {_summary(prompts)}; responses of at most {new:,}"
-    report(about, trained, {"reference": ref, "reward model": rm}, phases, sampled, copies)
+    frozen = {"teacher" if distills else "reference": ref, "reward model": rm}
+    report(about, trained, frozen, phases, sampled, copies)
 
 
 # ------------------------------------------------------------------------------------------------------------

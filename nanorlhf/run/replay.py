@@ -66,7 +66,7 @@ def load(path):
         content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as e:  # torch's reader raises whatever the bytes of a file that is none lead it to
         raise UserError(f"{path}: cannot be read: {reason_of(e)}") from None
-    ours = isinstance(content, dict) and re.fullmatch("train_[a-z]+", str(content.get("trainer")))
+    ours = isinstance(content, dict) and re.fullmatch("train_[a-z_]+", str(content.get("trainer")))
     require(ours, f"{path}: was not written by Run.check")
     try:
         return _rebuilt(content)

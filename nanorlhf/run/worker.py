@@ -43,7 +43,7 @@ def _sample(prompt, text):
 
 
 def rewards_of(task, specs, timeout=0.0):
-    """The reward functions of a run: those of --reward (specs), else the task's own → Rewards.
+    """The reward functions of a run: those of --reward (specs), else those of the task (or None) → Rewards.
 
     With a timeout those of files run in a process of their own; they are loaded here too, to report mistakes
     at once. In Python a spec may be the function itself, which is called in this process.
@@ -51,7 +51,7 @@ def rewards_of(task, specs, timeout=0.0):
     right = isinstance(specs, list)
     require(right, f'reward={specs!r}: must be a list, such as ["my_reward.py:score"] or [score]')
     functions = [_from_python(spec) if callable(spec) else load_reward(spec) for spec in specs]
-    if not functions and task.reward:
+    if not functions and task and task.reward:
         functions = [RewardFunction(task.name, 1.0, task.reward)]
     return Rewards(functions, specs, timeout)
 

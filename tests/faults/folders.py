@@ -19,7 +19,7 @@ from nanorlhf import hub
 from nanorlhf.generate import generate
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.tokenizer import Chat, Tokenizer
-from tests.faults import limits
+from tests.faults import gguf_files, limits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -108,7 +108,7 @@ def good_folders(folder):
                 (target / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
                 (target / "tokenizer_config.json").write_text(json.dumps(names))
             made.append(target)
-    return made
+    return made + gguf_files.good_files(made)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -124,6 +124,8 @@ def change(rng, folder):
     kind = rng.choice(["inside", "inside", "inside", "inside", "bytes", "special"])
     if kind == "special":
         _special(rng, path)
+    elif path.suffix == ".gguf":
+        gguf_files.bend(rng, path, ODD)
     elif kind == "bytes" or path.suffix not in (".json", ".safetensors"):
         damage_bytes(rng, path)
     elif path.suffix == ".json":
@@ -233,7 +235,8 @@ def _weights(rng, path):
 
 def use(folder, out):
     """What a user does with a model folder: load it, read a text and a chat, sample, save."""
-    model, tok = hub.load(folder)
+    single = folder / "model.gguf"
+    model, tok = hub.load(single if os.path.lexists(single) else folder)
     prompts = [[0, 1], [1]]
     if tok is not None:
         tok.decode(tok.encode("abc=" * 20))

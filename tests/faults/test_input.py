@@ -16,6 +16,7 @@ from stages import rows_of, words
 
 import evaluate
 import sample
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -323,7 +324,8 @@ def test_row_23_sizes_that_do_not_fit(trainer, run, refuse, tmp_path):
     """S | fewer rows than a batch; samples that do not fill the minibatches | rows come again in the next
     epoch; refused with the numbers"""
     few = data(tmp_path, rows_of(trainer)[:12])
-    more = dict(prompts_per_step=40) if trainer in (train_ppo, train_grpo) else dict(batch_size=40)
+    samples = trainer in (train_ppo, train_grpo, train_distill)
+    more = dict(prompts_per_step=40) if samples else dict(batch_size=40)
     assert run(trainer, data=few, steps=2, **more).status == 0
     if trainer in (train_ppo, train_grpo):
         shutil.rmtree(tmp_path / "run")

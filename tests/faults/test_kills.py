@@ -12,6 +12,7 @@ import pytest
 from runs import EACH, metrics, snapshot, to_argv
 from victim import PHASES, train
 
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -30,7 +31,7 @@ def flags_of(trainer, stages, out):
     if trainer is train_dpo:
         online = dict(online=STEPS, pairs=8 * STEPS, group_size=2, eval_every=1)
         return flags | online | dict(rm=f"{stages.folder}/rm/model")
-    if trainer in (train_ppo, train_grpo):
+    if trainer in (train_ppo, train_grpo, train_distill):
         return flags
     if not (sft := out.parent / "sft").exists():
         size = dict(n_layer=1, n_head=2, d_model=16, demos=60, vocab_size=400, max_len=128, steps=1)

@@ -20,6 +20,7 @@ from stages import LOSS
 
 import evaluate
 import sample
+import train_distill
 import train_grpo
 import train_ppo
 import train_sft
@@ -332,9 +333,11 @@ def test_row_09_resume_with_another_model(flags, says, run, tmp_path):
 def test_row_10_resume_with_another_learning_rate(trainer, run, tmp_path, spy):
     """S | --resume with another learning rate, batch size, weight decay, beta, number of steps | printed, and
     used"""
-    more = {train_ppo: dict(beta=0.7, critic_lr=1e-9), train_grpo: {}}.get(trainer, dict(weight_decay=0.5))
-    batch, was = {train_ppo: ("prompts_per_step", 8), train_grpo: ("prompts_per_step", 4)}.get(
-        trainer, ("batch_size", 8))  # fmt: skip
+    more = {train_ppo: dict(beta=0.7, critic_lr=1e-9), train_grpo: {}, train_distill: {}}
+    more = more.get(trainer, dict(weight_decay=0.5))
+    batch, was = "batch_size", 8
+    if trainer in (train_ppo, train_grpo, train_distill):
+        batch, was = "prompts_per_step", 4 if trainer is train_grpo else 8
     more[batch] = was + 2
     drawn = spy(trainer, "epoch_batches")
     run(trainer, steps=2)
@@ -347,7 +350,7 @@ def test_row_10_resume_with_another_learning_rate(trainer, run, tmp_path, spy):
     groups = state(tmp_path / "run", "step-000004")["optimizer"]["param_groups"]
     if trainer is train_ppo:
         assert groups[1]["peak"] == 1e-9
-    elif trainer is not train_grpo:
+    elif trainer not in (train_grpo, train_distill):
         assert groups[0]["weight_decay"] == 0.5
 
 

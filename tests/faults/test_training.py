@@ -17,6 +17,7 @@ from runs import metrics, same_run
 from stages import TRAINERS
 
 import evaluate
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -196,6 +197,9 @@ def test_row_40_no_network(tmp_path, monkeypatch):
         (train_grpo, dict(task="reviews", out="grpo", init="sft/model", rm="rm/model", prompts_per_step=2,
                           group_size=2, minibatches=1, eval_prompts=4)),
         (train_dpo, dict(out="dpo", init="sft/model", pairs=16, batch_size=4, eval_prompts=4)),
+        (train_sft, dict(task="chain", out="small", batch_size=4, eval_every=0, demos=60, n_layer=1)),
+        (train_distill, dict(out="distill", init="small/model", teacher="small/model", prompts_per_step=4,
+                             eval_prompts=4)),
     ):
         monkeypatch.chdir(tmp_path)
         trainer.train(trainer.Config(steps=1, **flags))
@@ -250,7 +254,7 @@ def test_no_temporary_folder(run, monkeypatch):
     assert run(train_sft, steps=2).status == 0 and os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
 
 
-@pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("trainer", TRAINERS[2:], ids=lambda t: t.__name__)
 def test_row_43_reference(trainer, run, stages, tmp_path, monkeypatch):
     """S | the reference drifts with the policy | its weights are bit-equal after training; at step 0 the
     ratio is 1, DPO's margin 0, and the KL 0"""
@@ -258,10 +262,17 @@ def test_row_43_reference(trainer, run, stages, tmp_path, monkeypatch):
     seen, real = [], getattr(trainer, loader)
     monkeypatch.setattr(trainer, loader, lambda *args: seen.append(real(*args)) or seen[-1])
     more = {train_ppo: dict(minibatches=1), train_grpo: dict(minibatches=1, kl="k3", off_policy_steps=0)}
-    assert run(trainer, beta=0.1, **more.get(trainer, {})).status == 0
+    folder = "sft"
+    if trainer is train_distill:  # learns from another model, and has no β
+        folder = "teacher"
+        assert run(trainer).status == 0
+    else:
+        assert run(trainer, beta=0.1, **more.get(trainer, {})).status == 0
     policy, ref = seen[0][:2]
-    before = hub.load(stages.folder / "sft/model")[0].state_dict()
+    before = hub.load(f"{stages.folder}/{folder}/model")[0].state_dict()
     assert all(torch.equal(ref.state_dict()[key], before[key]) for key in before)
+    if trainer is train_distill:
+        return
     assert not all(torch.equal(policy.state_dict()[key], before[key]) for key in before)
     first, *_, last = metrics(tmp_path / "run")
     assert abs(float(first["kl"])) < 1e-5 < abs(float(last["kl"]))

@@ -1,0 +1,36 @@
+"""Sequence TIS: one truncated importance weight for a whole response (richardli.xyz/rl-collapse).
+
+    l_it = min(Π_t π_old / π_sampler, 2) · max(−Â_i ρ_it, −Â_i clip(ρ_it)),   ρ_it = π_θ / π_old
+
+The ratio that is clipped is π_θ/π_old, where the trainer itself computes π_old once, before the step's
+first update. The sampler's own probabilities enter the weight alone: this is decoupled PPO (arXiv
+2110.00641).
+When it helps: as TIS does, with short answers. The product over the response is the weight that is right in
+expectation, and TIS's is not, as it leaves out what the tokens before did; but its variance grows with the
+length.
+"""
+
+TRAINER = "train_grpo.py"
+CHANGES = [
+    ("""\
+            batch = roll.batch() | {"ref_logp": ref_logp, "adv": adv}
+""", """\
+            trainer_logp = roll.logp_under(policy, cfg.temperature, cfg.tokens_per_microbatch)  # (B, T)
+            adv_token = adv[:, None] * sampler_weight(trainer_logp, old_logp)  # (B, T)
+            batch = roll.batch() | {"ref_logp": ref_logp, "adv": adv_token, "old_logp": trainer_logp}
+"""),
+    ("""\
+def token_weights(mask, group, cfg):
+""", """\
+SAMPLER_CAP = 2.0  # largest weight of a response
+
+
+def sampler_weight(trainer_logp, sampler_logp):
+    \"\"\"π of the trainer over that of the sampler, of whole responses (B, 1), truncated.\"\"\"
+    return (trainer_logp - sampler_logp).sum(1, keepdim=True).exp().clamp(max=SAMPLER_CAP)
+
+
+def token_weights(mask, group, cfg):
+"""),
+]  # fmt: skip
+GOLDEN = "verl 0.9.1"
