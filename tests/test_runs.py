@@ -19,6 +19,7 @@ import torch
 from runs import EACH, Crash, crash, disk_full, equal, flip, metrics, same_run, snapshot, state, states
 from stages import TRAINERS, jsonl
 
+import train_distill
 import train_dpo
 import train_grpo
 import train_ppo
@@ -541,7 +542,10 @@ def test_the_gradient_is_clipped(trainer, stages, tmp_path, monkeypatch):
     assert all(float(row["gnorm"]) > 1e-3 for row in metrics(tmp_path / "run"))  # before it was clipped
 
 
-@pytest.mark.parametrize("trainer", [train_sft, train_rm, train_dpo], ids=lambda t: t.__name__)
+LINE_TO_A_TENTH = [train_sft, train_rm, train_dpo, train_distill]
+
+
+@pytest.mark.parametrize("trainer", LINE_TO_A_TENTH, ids=lambda t: t.__name__)
 def test_the_learning_rate_of_each_step(trainer, stages, tmp_path, monkeypatch):
     """One step of warm-up out of six, then 15% less with each: in the optimizer, and in the log."""
     rates, step = [], torch.optim.AdamW.step
