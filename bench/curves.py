@@ -32,6 +32,7 @@ RUNS = {
     "chain_sft": "train_sft.py --task chain",
     "chain_ppo": "train_ppo.py --task chain --init {chain_sft}/model",
     "chain_grpo": "train_grpo.py --init {chain_sft}/model",
+    "chain_distill": "train_distill.py --init {chain_sft}/model --teacher {chain_grpo}/model",
 }
 BLUE, RED, GREEN, GREY = "tab:blue", "tab:red", "tab:green", "tab:gray"
 
@@ -204,6 +205,20 @@ def draw_dpo(plt):
     return fig
 
 
+def draw_distill(plt):
+    titles = ("kl, nats per sequence", "reward: accuracy while sampling", "len, tokens")
+    fig, (a, b, c) = panels(plt, 1, 3, *titles)
+    a.plot(*column("chain_distill", "kl"), color=BLUE, label="kl, exact")
+    a.plot(*column("chain_distill", "eval/kl"), "o", color=GREEN, label="eval/kl, one sample a prompt")
+    a.set_yscale("log")
+    for run, colour, name in (("chain_distill", BLUE, "distillation"), ("chain_grpo", GREY, "GRPO")):
+        b.plot(*column(run, "reward"), color=colour, label=name)
+        c.plot(*column(run, "len"), color=colour, label=name)
+    a.legend()
+    b.legend()
+    return fig
+
+
 def draw_reading(plt):
     titles = ("chain, SFT: loss stands still, then drops", "reward model: 50% at first",
               "PPO: clip is near 0", "DPO: k1 of the last samples, 2% below 0", "DPO: both log-probs fall",
@@ -241,7 +256,7 @@ def main():
         return
     for name, draw in (("sft", draw_sft), ("rm", draw_rm), ("ppo", draw_ppo), ("chain", draw_chain),
                        ("grpo", draw_grpo), ("overoptimisation", draw_overoptimisation), ("dpo", draw_dpo),
-                       ("reading", draw_reading)):
+                       ("distill", draw_distill), ("reading", draw_reading)):
         save_figure(draw(plt), str(IMG / f"{name}.png"))
 
 
