@@ -423,7 +423,8 @@ def sample_step(policy, tok, cfg, rows, limit, progress, score):
         if cfg.no_positive_resampling:
             for row, passed in zip(batch, (groups > 0).sum(1).tolist()):
                 past = progress["history"].get(row["prompt"], (0, 0))
-                progress["history"][row["prompt"]] = (past[0] + passed, past[1] + cfg.group_size)
+                prompt = str(row["prompt"])  # of a Chat its text: a checkpoint holds no classes of ours
+                progress["history"][prompt] = (past[0] + passed, past[1] + cfg.group_size)
         if cfg.dead_groups != "keep":
             alive = groups.amax(1) > groups.amin(1)  # (prompts,)
             roll = roll.select(alive[roll.group].nonzero()[:, 0])

@@ -1110,6 +1110,21 @@ def test_mastery_is_judged_by_the_whole_history(lab):
         drawn({"aa=": (36, 40)})
 
 
+def test_the_history_of_conversations_can_be_resumed(lab):
+    """Their prompts are Chats, and a checkpoint with a class of ours in it would be refused as damaged."""
+    tok = Tokenizer.from_chars(LETTERS + "=:\n UAsrnti")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.gpt2(tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_len=64))
+    hub.save(model, tok, f"{lab}/talker")
+    talks = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
+    (lab / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    flags = dict(data=f"{lab}/talks.jsonl", init=f"{lab}/talker", no_positive_resampling=1.0, save_every=1)
+    train(config(lab, by_letters, steps=1, **flags))
+    cfg = config(lab, by_letters, steps=2, resume=True, **flags)
+    train(cfg)
+    assert [row["step"] for row in table(cfg)] == [0, 1]
+
+
 def test_a_pass_is_a_reward_above_0(lab, spy):
     """Rewards of ±1 count like those of 1 and 0."""
     histories = []
