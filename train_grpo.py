@@ -48,7 +48,7 @@ from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.defaults import RECIPES
-from nanorlhf.run.device import adamw, clip_gradient, freeze, rl_rate, setup
+from nanorlhf.run.device import adamw, clip_gradient, freeze, rl_rate, set_rate, setup
 from nanorlhf.run.log import Clock, due
 from nanorlhf.run.models import load_models
 from nanorlhf.run.worker import rewards_of
@@ -513,8 +513,7 @@ def train(cfg):
             unit = torch.arange(len(roll))  # rows are dealt to the minibatches
             if cfg.agg == "prompt_mean":
                 unit = roll.group  # whole prompts are: a part of a prompt would count like a whole one
-            for param_group in opt.param_groups:
-                param_group["lr"] = rl_rate(step, cfg)
+            set_rate(opt, rl_rate(step, cfg))
             # over the updates of this step; averages() divides sums by their number
             figures = Figures(clip="sum", entropy="sum", gnorm="sum", ratio_max="max", gap="first")
             # ---- the same in train_ppo.py and train_grpo.py
