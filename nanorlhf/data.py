@@ -322,8 +322,8 @@ def take_rows(batch, rows):
 def deal(unit, n, seed):
     """Deal rows out to n minibatches at random → index tensors; rows of one unit stay together.
 
-    unit (B,) int64, numbers from 0 on: arange(B) deals single rows, the number of its prompt whole prompts.
-    Fewer than n units make fewer minibatches.
+    unit (B,) int64: rows of the same number are one unit. arange(B) deals single rows, the index of each
+    row's prompt deals whole prompts. Fewer than n units make fewer minibatches.
 
     >>> [rows.tolist() for rows in deal(torch.tensor([0, 0, 1, 1, 2, 2]), 2, seed=0)]
     [[4, 5, 0, 1], [2, 3]]
@@ -338,7 +338,7 @@ def deal(unit, n, seed):
 
 
 def trim(batch):
-    """Cut the (B, T) tensors of a batch to its longest row: columns that only pads stand in cost time.
+    """Cut the (B, T) tensors of a batch to its longest row, as columns of pads alone cost time.
 
     >>> trim({"tokens": torch.tensor([[7, 8, 0]]), "lengths": torch.tensor([2])})
     {'tokens': tensor([[7, 8]]), 'lengths': tensor([2])}
