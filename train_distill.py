@@ -11,7 +11,7 @@ D is exact: a sum over the whole vocabulary, not over the one token that was sam
 through the sampling (GKD, arXiv 2306.13649), so a token is not charged for the prefixes that it leads to.
 Teacher and student share one tokenizer, as D compares them id by id.
 
-`--as_reward` needs of the teacher only the log-probs of the sampled tokens: A_t = log q(y_t) − log p_old(y_t)
+`--as_reward` needs only the teacher's log-probs of the sampled tokens: A_t = log q(y_t) − log p_old(y_t)
 is the advantage of token t, and −A_t p/p_old its loss, as in GRPO, whose clip never acts on policy. The
 expected gradient is that of KL(p‖q), with sampling noise (K. Lu and Thinking Machines Lab, *On-Policy
 Distillation*, 2025). With `--on_policy 0` the student learns on
