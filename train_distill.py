@@ -11,9 +11,10 @@ D is exact: a sum over the whole vocabulary, not over the one token that was sam
 through the sampling (GKD, arXiv 2306.13649), so a token is not charged for the prefixes that it leads to.
 Teacher and student share one tokenizer, as D compares them id by id.
 
-`--as_reward` needs of the teacher only the log-probs of the sampled tokens: log q(y_t) − log p_old(y_t) is
-the advantage of token t in GRPO's loss. Its expected gradient is that of KL(p‖q), with sampling noise
-(K. Lu and Thinking Machines Lab, *On-Policy Distillation*, 2025). With `--on_policy 0` the student learns on
+`--as_reward` needs only the teacher's log-probs of the sampled tokens: A_t = log q(y_t) − log p_old(y_t)
+is the advantage of token t, and −A_t p/p_old its loss, as in GRPO, whose clip never acts on policy. The
+expected gradient is that of KL(p‖q), with sampling noise (K. Lu and Thinking Machines Lab, *On-Policy
+Distillation*, 2025). With `--on_policy 0` the student learns on
 the teacher's samples, and with `--from_data` on the responses of a file.
 
 Where we deviate: one update per rollout, so that every step is on policy. GKD mixes its two sources of
@@ -33,7 +34,6 @@ from typing import ClassVar, Literal
 
 import torch
 
-import train_grpo
 from nanorlhf import hub, tasks
 from nanorlhf.data import epoch_batches, microbatches, take_rows, trim
 from nanorlhf.errors import derive_seed, require
@@ -44,7 +44,7 @@ from nanorlhf.rewards import evaluate, fresh_samples, load_prompts, score_respon
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, lr_at, setup
+from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, lr_at, set_rate, setup
 from nanorlhf.run.distilling import first_signs, require_responses, responses_of_data
 from nanorlhf.run.log import Clock, due
 from nanorlhf.run.models import load_models
@@ -146,8 +146,8 @@ def reward_loss(student, teacher, mb, cfg):
         teacher_logp, _ = teacher.logprobs(tokens, mask, cfg.temperature)
     logp, _ = student.logprobs(tokens, mask, cfg.temperature)
     adv = teacher_logp - old_logp  # (B, T): a token is not charged for what follows it
-    loss, _ = train_grpo.policy_loss(logp, old_logp, None, adv, mask, mb["w"], train_grpo.Config())
-    return loss, -adv
+    ratio = torch.exp(logp - old_logp)  # 1, as there is one update per rollout; its gradient is ∇log p
+    return -(mb["w"] * adv * ratio).sum(), -adv
 
 
 def divergence_loss(student, teacher, mb, cfg):
@@ -247,7 +247,8 @@ def train(cfg):
             if score:
                 roll.reward = score(roll)  # (B,)
             metrics |= sample_figures(roll, len(roll) // cfg.prompts_per_step)
-            metrics["entropy"] = -roll.logp.sum().item() / n_tokens  # estimated, of the sampler
+            if not cfg.from_data:
+                metrics["entropy"] = -roll.logp.sum().item() / n_tokens  # estimated, of the sampler
 
             # ---- loss and update
             opt.zero_grad()
@@ -259,9 +260,7 @@ def train(cfg):
             run.check(step, update["loss"], metrics["gnorm"], where, batch, [student, teacher])
             if step == 0:
                 run.log.say(first_signs(metrics, roll, student, cfg))
-            metrics["lr"] = lr_at(step, cfg.steps, cfg.lr)
-            for group in opt.param_groups:
-                group["lr"] = metrics["lr"]
+            metrics["lr"] = set_rate(opt, lr_at(step, cfg.steps, cfg.lr))
             opt.step()
 
             # ---- one log line

@@ -50,7 +50,7 @@ from nanorlhf.rewards import fresh_samples, score_responses
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, lr_at, setup
+from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, lr_at, set_rate, setup
 from nanorlhf.run.log import Clock, due
 from nanorlhf.run.models import load_models
 from nanorlhf.run.worker import rewards_of
@@ -512,9 +512,7 @@ def train(cfg):
             figures = dist.whole_step(gradient(policy, part, cfg), policy)  # one process: as it is
             gnorm = clip_gradient(policy, cfg.max_grad_norm)
             run.check(step, figures["loss"], gnorm, f"{len(order)} pairs", batch, [policy])
-            lr = lr_at(step, cfg.steps, cfg.lr)
-            for group in opt.param_groups:
-                group["lr"] = lr
+            lr = set_rate(opt, lr_at(step, cfg.steps, cfg.lr))
             opt.step()
 
             # ---- one log line

@@ -3,12 +3,13 @@
     Â_i   = (r_i − mean_group r) / std_group r                                     --norm
     ρ_it  = π_θ(y_it) / π_old(y_it)                                                --ratio
     l_it  = max(−Â_i ρ_it, −Â_i clip(ρ_it, 1 − ε_low, 1 + ε_high))                 --loss
-    L     = Σ_i Σ_t w_it (l_it + β k_it)                                           --agg, --kl
+    L     = Σ_i Σ_t w_it (l_it + β k_it − c H_it)                                  --agg, --kl, --entropy_coef
 
 The weights w_it are the aggregation: they are computed once for the whole optimizer step, so that cutting it
 into micro-batches cannot change the loss. k is the KL to the reference, exact or estimated, in the loss or,
-as −β Σ_t k1, in the reward. The defaults are GRPO with a token mean and no KL; `--recipe` sets a published
-combination, and any flag that is given wins over it.
+as −β Σ_t k1, in the reward. H is the entropy of the policy where token t was sampled. The defaults are GRPO
+with a token mean, no KL and no entropy bonus; `--recipe` sets a published combination, and any flag that is
+given wins over it.
 
 Sources: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783), RLOO (2402.14740), REINFORCE++ (2501.03262), DAPO
 (2503.14476), GSPO (2507.18071), CISPO (2506.13585), ScaleRL (2510.13786), DeepSeek-R1 (2501.12948),
@@ -48,7 +49,7 @@ from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.defaults import RECIPES
-from nanorlhf.run.device import adamw, clip_gradient, freeze, rl_rate, setup
+from nanorlhf.run.device import adamw, clip_gradient, freeze, rl_rate, set_rate, setup
 from nanorlhf.run.log import Clock, due
 from nanorlhf.run.models import load_models
 from nanorlhf.run.worker import rewards_of
@@ -67,7 +68,7 @@ class Config(Flags):
     task: str = ""  # built-in task: chain (the default), countdown or reviews; sets many defaults
     data: str = ""  # file of prompts (formats: docs/data.md), in place of the task's own
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
-    reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
+    reward_timeout: float = 10.0  # seconds for a call of --reward, in a process; 0: no limit, no process
     rm: str = ""  # reward model folder, where the task has no reward function; empty: runs/TASK-rm/model
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     ref: str = ""  # reference model folder for the KL; empty: --init; none: no reference
@@ -82,9 +83,9 @@ class Config(Flags):
     clip_low: float | None = None  # ε_low
     clip_high: float | None = None  # ε_high; above ε_low: clip-higher (DAPO)
     agg: Literal["seq_mean", "token", "seq_sum_const", "prompt_mean"] | None = None  # weights of the tokens
-    kl: Literal["none", "k1", "k2", "k3", "exact"] | None = None  # of KL(policy‖ref); exact: no estimate
-    kl_in: Literal["loss", "reward"] | None = None  # where it is charged
-    kl_unbiased: bool | None = None  # in the loss: times the token ratio, for the gradient of KL(policy‖ref)
+    kl: Literal["none", "k1", "k2", "k3", "exact"] | None = None  # estimator; exact: no estimate
+    kl_in: Literal["loss", "reward"] | None = None  # where the KL is charged
+    kl_unbiased: bool | None = None  # KL in the loss × token ratio: its gradient is that of KL(policy‖ref)
     beta: float | None = None  # KL coefficient
     ref_every: int | None = None  # optimizer steps after which the reference becomes the policy; 0: never
     entropy_coef: float | None = None  # weight of an entropy bonus in the loss; 0: none
@@ -104,13 +105,13 @@ class Config(Flags):
     # sampling
     prompts_per_step: int | None = None  # prompts a rollout
     group_size: int | None = None  # G, samples per prompt
-    max_new_tokens: int | list[int] | None = None  # longest response with EOS; 24,40,64: longer in the run
-    lengthen_at: list[int] = field(default_factory=list)  # steps of the lengthenings, such as 40,80
+    max_new_tokens: int | list[int] | None = None  # longest response, with EOS; 24,40,64: raised in the run
+    lengthen_at: list[int] = field(default_factory=list)  # steps at which it is raised, such as 40,80
     temperature: float = 1.0  # of sampling, and of every log-prob
     off_policy_steps: int | None = None  # sample with the weights of this many steps ago
-    dead_groups: Literal["keep", "drop", "refill"] | None = None  # of equal rewards; refill: sample others
-    no_positive_resampling: float | None = None  # never again a prompt whose pass rate reached this; 0: off
-    overlong_penalty: float | None = None  # at the limit, from 0 at four fifths; 1 suits rewards of ±1
+    dead_groups: Literal["keep", "drop", "refill"] | None = None  # equal rewards; refill: sample others
+    no_positive_resampling: float | None = None  # a prompt with this pass rate is not sampled again; 0: off
+    overlong_penalty: float | None = None  # at the limit; 0 up to four fifths of it; 1 suits rewards of ±1
 
     # evaluation
     eval_prompts: int | None = None  # held-out prompts for eval/reward and eval/greedy; own data: 128
@@ -322,7 +323,7 @@ def microbatch_loss(policy, batch, cfg, kl_to=None):
     """→ loss, stats of `policy_loss`, log-probs and entropies (B, T) of one micro-batch.
 
     kl_to: the reference, with --kl exact: Σ_v π (log π − log π_ref) at every sampled position joins the loss.
-    A figure of stats is a scalar, or where the loss is formed chunk by chunk a tensor with one value a chunk.
+    Each of the stats is a scalar; where the loss is formed in chunks of tokens, it has one value a chunk.
     """
     tokens = batch["tokens"]
     mask = batch["mask"]
@@ -423,7 +424,8 @@ def sample_step(policy, tok, cfg, rows, limit, progress, score):
         if cfg.no_positive_resampling:
             for row, passed in zip(batch, (groups > 0).sum(1).tolist()):
                 past = progress["history"].get(row["prompt"], (0, 0))
-                progress["history"][row["prompt"]] = (past[0] + passed, past[1] + cfg.group_size)
+                prompt = str(row["prompt"])  # of a Chat its text: a checkpoint holds no classes of ours
+                progress["history"][prompt] = (past[0] + passed, past[1] + cfg.group_size)
         if cfg.dead_groups != "keep":
             alive = groups.amax(1) > groups.amin(1)  # (prompts,)
             roll = roll.select(alive[roll.group].nonzero()[:, 0])
@@ -512,8 +514,7 @@ def train(cfg):
             unit = torch.arange(len(roll))  # rows are dealt to the minibatches
             if cfg.agg == "prompt_mean":
                 unit = roll.group  # whole prompts are: a part of a prompt would count like a whole one
-            for param_group in opt.param_groups:
-                param_group["lr"] = rl_rate(step, cfg)
+            set_rate(opt, rl_rate(step, cfg))
             # over the updates of this step; averages() divides sums by their number
             figures = Figures(clip="sum", entropy="sum", gnorm="sum", ratio_max="max", gap="first")
             # ---- the same in train_ppo.py and train_grpo.py

@@ -7,6 +7,7 @@
          + c · 1/N · Σ_t ½ max((V_t − R_t)², (clip(V_t, V_old ± ε_v) − R_t)²)          critic
 
 With --kl exact, β · 1/N · Σ_t KL(π_θ‖π_ref) over the vocabulary joins the loss, in place of the KL in r_t.
+With --entropy_coef c, −c · 1/N · Σ_t H(π_θ) joins it, the entropy where token t was sampled.
 N counts the sampled tokens of the whole optimizer step. Sources: PPO (arXiv 1707.06347), GAE (1506.02438),
 RLHF with PPO (1909.08593, 2009.01325) and "The N+ Implementation Details of RLHF with PPO" (2403.17031): the
 comments "detail n" are its numbers; docs/details.md says what happens without each.
@@ -57,7 +58,7 @@ class Config(Flags):
     task: str = ""  # built-in task: reviews (the default), chain or countdown; sets many defaults
     data: str = ""  # file of prompts (formats: docs/data.md), in place of the task's own
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
-    reward_timeout: float = 10.0  # seconds for a call of --reward, in a process of its own; 0: none, no limit
+    reward_timeout: float = 10.0  # seconds for a call of --reward, in a process; 0: no limit, no process
     rm: str = ""  # reward model folder; empty: runs/TASK-rm/model, unless there is a reward function
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
     ref: str = ""  # reference model folder; empty: --init
@@ -65,7 +66,7 @@ class Config(Flags):
     out: str = ""  # run folder; empty: runs/TASK-ppo, or with --data runs/FILE-ppo
 
     # method
-    kl: Literal["k1", "exact"] = "k1"  # k1 in the reward, or KL(policy‖ref) over all tokens, in the loss
+    kl: Literal["k1", "exact"] = "k1"  # k1: in the reward; exact: over the vocabulary, in the loss
     beta: float | None = None  # KL coefficient, reward per nat; with --reward 0
     kl_target: float = 0.0  # nats per sequence that an adaptive beta steers to; 0: beta is fixed
     gamma: float = 1.0  # discount

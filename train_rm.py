@@ -34,7 +34,7 @@ from nanorlhf.pairs import encode_pairs, load_rows, require_both
 from nanorlhf.run import dist, models, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
+from nanorlhf.run.device import adamw, clip_gradient, lr_at, set_rate, setup, to_device
 from nanorlhf.run.log import Clock, due
 
 # ------------------------------------------------------------------------------------------------------------
@@ -298,9 +298,7 @@ def fit(run, model, tok, data, *, make_batch, gradient, measure):
         figures = dist.whole_step(gradient(model, part, cfg), model)  # one process: as it is
         gnorm = clip_gradient(model, cfg.max_grad_norm)
         run.check(step, figures["loss"], gnorm, f"a batch of {len(order)} rows", batch, [model])
-        lr = lr_at(step, cfg.steps, cfg.lr)
-        for group in opt.param_groups:
-            group["lr"] = lr
+        lr = set_rate(opt, lr_at(step, cfg.steps, cfg.lr))
         opt.step()
 
         done = step + 1

@@ -19,6 +19,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
+from tqdm import tqdm
 
 from nanorlhf import hub, lora, tasks
 from nanorlhf.data import (
@@ -35,11 +36,11 @@ from nanorlhf.errors import derive_seed
 from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.rewards import evaluate, score_responses, warn_at_gate
+from nanorlhf.rewards import evaluate, gate_problem, score_responses
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, clip_gradient, lr_at, setup, to_device
+from nanorlhf.run.device import adamw, clip_gradient, lr_at, set_rate, setup, to_device
 from nanorlhf.run.log import Clock, due
 from nanorlhf.run.models import load_init, new_tokenizer
 from nanorlhf.run.worker import rewards_of
@@ -197,7 +198,9 @@ def accuracy(model, tok, task, cfg):
     limit = task.max_new_tokens
     score = partial(score_responses, rm=None, rewards=rewards_of(task, []))
     metrics = evaluate(model, tok, rows, score, 1.0, cfg.seed, limit)
-    warn_at_gate(model, tok, task, limit, cfg.seed)
+    problem = gate_problem(model, tok, task, limit, cfg.seed)
+    if problem:
+        tqdm.write(problem)
     return metrics
 
 
@@ -262,9 +265,7 @@ def train(cfg):
             loss = update["loss"]
             gnorm = clip_gradient(model, cfg.max_grad_norm)
             run.check(step, loss, gnorm, f"{len(rows)} demonstrations", batch, [model])
-            lr = lr_at(step, cfg.steps, cfg.lr)
-            for group in opt.param_groups:
-                group["lr"] = lr
+            lr = set_rate(opt, lr_at(step, cfg.steps, cfg.lr))
             opt.step()
 
             # ---- one log line

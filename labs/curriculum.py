@@ -85,7 +85,7 @@ def measure(folders, families, seed, n):
     found = {}
     for family in families:
         rows = draw(family, "test", n, random.Random(derive_seed(seed, family)))
-        encoded = [x for r in rows for x in encode_demonstration(tok, r, one.cfg.max_len)]
+        encoded = [x for r in rows for x in encode_demonstration(tok, r)]
         tokens, mask = train_sft.pad_demonstrations(encoded, tok, "cpu")
         kl = kl_per_token(one, two, tokens, mask) + kl_per_token(two, one, tokens, mask)
         kl, right = kl.sum() / mask.sum() / 2, 0.0

@@ -3,6 +3,7 @@
 Files of rows are read by `nanorlhf/hub/files.py`, and in other people's formats by `nanorlhf/hub/formats.py`.
 """
 
+import math
 from functools import partial
 
 import numpy as np
@@ -103,34 +104,29 @@ def encode_pair(tok, prompt, response, max_len, at=""):
     return prompt_ids, response_ids
 
 
-def encode_demonstration(tok, row, max_len):
+def encode_demonstration(tok, row):
     """Tokenize one row for SFT → [(ids, mask)], where the mask is True on the tokens to learn.
 
     {"prompt", "response"} gives one pair, whose mask is True on the response and its EOS. A conversation
     ("turns") may give several, and every answer of the assistant is learnt; see `Tokenizer.encode_chat`.
-    None stands in place of a pair that exceeds max_len tokens.
 
     >>> from nanorlhf.tokenizer import Tokenizer
-    >>> encode_demonstration(Tokenizer.from_chars("abc"), {"prompt": "a", "response": "b"}, max_len=3)
+    >>> encode_demonstration(Tokenizer.from_chars("abc"), {"prompt": "a", "response": "b"})
     [([0, 1, 3], [False, True, True])]
     """
     at = row.get("_at", "")
     if "turns" in row:
         with blame(at):
-            encoded = tok.encode_chat(row["turns"])
-        return [(ids, mask) if len(ids) <= max_len else None for ids, mask in encoded]
-    pair = encode_pair(tok, row["prompt"], row["response"], max_len, at)
-    if pair is None:
-        return [None]
-    prompt_ids, response_ids = pair
+            return tok.encode_chat(row["turns"])
+    prompt_ids, response_ids = encode_pair(tok, row["prompt"], row["response"], math.inf, at)
     mask = [False] * len(prompt_ids) + [True] * len(response_ids)
     return [(prompt_ids + response_ids, mask)]
 
 
 def encode_demonstrations(rows, tok, max_len):
     """Rows → [(ids with EOS, mask of the response's)]; those beyond max_len are dropped, and counted."""
-    found = [pair for row in rows for pair in encode_demonstration(tok, row, max_len)]
-    kept = [pair for pair in found if pair]
+    found = [pair for row in rows for pair in encode_demonstration(tok, row)]
+    kept = [(ids, mask) for ids, mask in found if len(ids) <= max_len]
     why = f"longer than the context of {max_len} tokens (--max_len)"
     require(kept or not rows, f"all {len(found)} demonstrations are {why}")
     if len(kept) < len(found):
@@ -151,17 +147,15 @@ def pad_demonstrations(rows, tok, device, loss_on_prompt=False):
 def response_mask(prompt_lens, lengths, T):
     """Mark the tokens of the responses, EOS included → (B, T) bool.
 
-    prompt_lens   (B,) tokens of each prompt, a list or a tensor
-    lengths       (B,) tokens of each prompt and response together
+    prompt_lens   (B,) int64, tokens of each prompt
+    lengths       (B,) int64, tokens of each prompt and response together
     The mask comes from lengths and never from token ids, because a prompt may contain any id, EOS too.
     ValueError unless 0 ≤ prompt ≤ length ≤ T in every row.
 
-    >>> response_mask([1, 2], [3, 3], T=4).int()  # prompts of 1 and 2 tokens, responses of 2 and 1
+    >>> response_mask(torch.tensor([1, 2]), torch.tensor([3, 3]), T=4).int()  # responses of 2 tokens and of 1
     tensor([[0, 1, 1, 0],
             [0, 0, 1, 0]], dtype=torch.int32)
     """
-    prompt_lens = torch.as_tensor(prompt_lens, dtype=torch.int64)
-    lengths = torch.as_tensor(lengths, dtype=torch.int64, device=prompt_lens.device)
     wrong = (prompt_lens < 0) | (prompt_lens > lengths) | (lengths > T)
     if wrong.any():
         raise ValueError(f"response_mask needs 0 <= prompt_lens <= lengths <= T = {T}")
@@ -241,7 +235,7 @@ def pad_responses(rows, device):
     [[0, 0, 1, 0], [0, 1, 1, 1]]
     """
     tokens, lengths = pad([prompt + response for prompt, response in rows], 0)
-    prompt_lens = [len(prompt) for prompt, _ in rows]
+    prompt_lens = torch.tensor([len(prompt) for prompt, _ in rows])
     mask = response_mask(prompt_lens, lengths, tokens.shape[1])
     return tokens.to(device), lengths.to(device), mask.to(device)
 
@@ -328,8 +322,8 @@ def take_rows(batch, rows):
 def deal(unit, n, seed):
     """Deal rows out to n minibatches at random → index tensors; rows of one unit stay together.
 
-    unit (B,) int64, numbers from 0 on: arange(B) deals single rows, the number of its prompt whole prompts.
-    Fewer than n units make fewer minibatches.
+    unit (B,) int64: rows of the same number are one unit. arange(B) deals single rows, the index of each
+    row's prompt deals whole prompts. Fewer than n units make fewer minibatches.
 
     >>> [rows.tolist() for rows in deal(torch.tensor([0, 0, 1, 1, 2, 2]), 2, seed=0)]
     [[4, 5, 0, 1], [2, 3]]
@@ -344,7 +338,7 @@ def deal(unit, n, seed):
 
 
 def trim(batch):
-    """Cut the (B, T) tensors of a batch to its longest row: columns that only pads stand in cost time.
+    """Cut the (B, T) tensors of a batch to its longest row, as columns of pads alone cost time.
 
     >>> trim({"tokens": torch.tensor([[7, 8, 0]]), "lengths": torch.tensor([2])})
     {'tokens': tensor([[7, 8]]), 'lengths': tensor([2])}

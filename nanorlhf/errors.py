@@ -40,18 +40,19 @@ def shown(text, most=LONGEST):
     return f"{line[:part]} … {line[-part:]}"
 
 
-class UserError(Exception):
-    """A user's mistake, in one line: the flag, or file and line, and what would be right. Exit status 2."""
+class OneLine(Exception):
+    """An error whose message is printed as one line."""
 
     def __str__(self):
         return shown(super().__str__())
 
 
-class RunError(Exception):
-    """A run that cannot go on, in one line: a loss that is not finite, a full disk. Exit status 1."""
+class UserError(OneLine):
+    """A user's mistake: the message names the flag, or file and line, and what is right. Exit status 2."""
 
-    def __str__(self):
-        return shown(super().__str__())
+
+class RunError(OneLine):
+    """A run that cannot go on: a loss that is not finite, a full disk. Exit status 1."""
 
 
 class Interrupted(Exception):

@@ -84,17 +84,17 @@ def sample_figures(roll, n):
 
     reward_se is the standard error over the prompts: the n samples of one prompt are not independent. dead is
     the share of prompts whose samples all scored the same. A figure that cannot be measured is None; without
-    rewards there are three figures.
+    rewards there are the figures len and stop alone.
     """
     figures = {
         "len": roll.response_len.float().mean().item(),
         "stop": roll.finished.float().mean().item(),
-        "dead": None,
     }
     if roll.reward is None:
         return figures
     groups = roll.reward.view(-1, n)  # (prompts, n)
     _, se = mean_se(groups)
+    figures["dead"] = None
     if n > 1:
         figures["dead"] = (groups.amax(1) == groups.amin(1)).float().mean().item()
     figures["reward"] = roll.reward.mean().item()

@@ -417,15 +417,14 @@ class GPT(nn.Module):
         mask = None if doc is None else document_mask(start, x.dtype)  # None: causal
 
         for i, block in enumerate(self.blocks):
-            if cache is not None:  # prefill or decode
-                x = block(x, rope, cache.kv[i], step, mask)
-            elif self.recompute and torch.is_grad_enabled():
+            layer_cache = None if cache is None else cache.kv[i]
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(
-                    block, x, rope, None, None, mask,
+                    block, x, rope, layer_cache, step, mask,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                x = block(x, rope, None, None, mask)
+                x = block(x, rope, layer_cache, step, mask)
         return self.norm(x)
 
     def head_logits(self, hidden, weight=None):
@@ -502,7 +501,7 @@ class GPT(nn.Module):
         kl = []
         if kl_to is not None:
             with torch.no_grad():
-                other = kl_to(tokens[:, :-1], doc=doc)[row, column - 1]  # (n, D')
+                other = kl_to.hidden_before(tokens, mask, doc)  # (n, D')
             exact = linear_kl(before, self.unembedding, other, kl_to.unembedding, temperature)
             kl = [scatter(exact)]
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from nanorlhf import generate
 from nanorlhf.data import fill_rows, load_split
 from nanorlhf.errors import RunError, blame, derive_seed, require
+from nanorlhf.metrics import sample_figures
 from nanorlhf.run.defaults import HELD_OUT, response_limit
 from nanorlhf.run.device import at_work
 
@@ -86,13 +87,6 @@ def pass_gate(policy, tok, task, limit, seed):
     require(problem is None, problem)
 
 
-def warn_at_gate(policy, tok, task, limit, seed):
-    """Print the `gate_problem`, if there is one, at the end of SFT: RL from this model would be refused."""
-    problem = gate_problem(policy, tok, task, limit, seed)
-    if problem:
-        tqdm.write(problem)
-
-
 def evaluate(policy, tok, rows, score, temperature, seed, limit):
     """Mean score on held-out prompts, printed, and → {"eval/reward": sampled, "eval/greedy": greedy}.
 
@@ -112,20 +106,21 @@ def evaluate(policy, tok, rows, score, temperature, seed, limit):
 def health(metrics, mean_adv, tokens, ref_is_init=True):
     """Vital signs of the first step, in 80 columns. A figure that is not as it must be is explained below.
 
-    metrics: gap, the largest |logp − old_logp| of the first minibatch, before any update; kl, nats per
-    sequence to the reference, or None; dead, the share of groups with equal rewards, or None; stop, the share
-    of responses that ended by themselves. mean_adv: mean advantage, or None where it need not be near 0.
+    metrics: gap, the largest |logp − old_logp| of the first minibatch, before any update, or none where the
+    policy has not sampled; kl, nats per sequence to the reference, or None; dead, the share of groups with
+    equal rewards, or None; stop, the share of responses that ended by themselves. mean_adv: mean advantage,
+    or None where it need not be near 0.
     tokens: sampled tokens, EOS among them.
     """
-    gap = metrics.get("gap", 0.0)
+    gap = metrics.get("gap")
     kl = metrics["kl"]
-    signs = [f"health: ratio 1 ± {gap:.0e}"]
+    signs = ["health: no ratio" if gap is None else f"health: ratio 1 ± {gap:.0e}"]
     signs.append("no reference" if kl is None else f"KL {abs(kl):.6f}")
     if mean_adv is not None:
         signs.append(f"mean advantage {abs(mean_adv):.3f}")
     signs.append(f"{tokens} tokens")
     lines = [" · ".join(signs)]
-    if gap > 1e-4:
+    if (gap or 0.0) > 1e-4:
         lines.append("ratio is not 1: sampling and scoring disagree")
     if ref_is_init and kl is not None and abs(kl) > 1e-3:
         lines.append("KL is not 0: the reference is not the policy")
@@ -174,10 +169,8 @@ def fresh_samples(policy, ref, tok, rows, max_new_tokens, seed, budget=8192):
     metrics = {
         "kl": kl.mean().item(),
         "entropy": (entropy.sum() / roll.mask.sum()).item(),
-        "len": roll.response_len.float().mean().item(),
-        "stop": roll.finished.float().mean().item(),
     }
-    return roll, metrics
+    return roll, metrics | sample_figures(roll, 1)
 
 
 def load_prompts(cfg, task, tok, max_len, limit, rewards):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nanorlhf import tasks
 from nanorlhf.data import (
     encode_demonstration,
+    encode_demonstrations,
     encode_pair,
     epoch_batches,
     microbatches,
@@ -168,32 +169,32 @@ def test_encode_demonstration():
     """The mask is True on the response and its EOS, of a conversation on every answer."""
     tok = Tokenizer.from_bytes()
     row = {"prompt": "ab", "response": "cde"}
-    ((ids, mask),) = encode_demonstration(tok, row, 6)
+    ((ids, mask),) = encode_demonstration(tok, row)
     assert ids == [*b"abcde", tok.eos_id] and mask == [False] * 2 + [True] * 4
-    assert encode_demonstration(tok, row, 5) == [None]
+    assert encode_demonstrations([row, {"prompt": "ab", "response": "cd"}], tok, 5) == [
+        ([*b"abcd", tok.eos_id], [False] * 2 + [True] * 3)]  # fmt: skip
     talk = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd")]
-    rows = encode_demonstration(tok, {"turns": talk, "_at": "x.jsonl:1"}, 99)
+    rows = encode_demonstration(tok, {"turns": talk, "_at": "x.jsonl:1"})
     assert [bytes(i for i, m in zip(*row) if m and i < 256) for row in rows] == [b"b", b"d"]
-    assert [row and len(row[0]) for row in encode_demonstration(tok, {"turns": talk}, len(rows[0][0]))] == [
-        len(rows[0][0]), None]  # fmt: skip
-    with pytest.raises(UserError, match="^x.jsonl:1: .*'U'"):
-        encode_demonstration(Tokenizer.from_chars("ab"), {"turns": talk, "_at": "x.jsonl:1"}, 99)
+    assert encode_demonstrations([{"turns": talk}], tok, len(rows[0][0])) == rows[:1]
+    with pytest.raises(UserError, match=r"^x.jsonl:1: .* character '.n' is not"):
+        encode_demonstration(Tokenizer.from_chars("ab"), {"turns": talk, "_at": "x.jsonl:1"})
 
 
 def test_response_mask():
-    mask = response_mask([1, 2, 0], torch.tensor([3, 2, 4]), 4)
+    mask = response_mask(torch.tensor([1, 2, 0]), torch.tensor([3, 2, 4]), 4)
     assert mask.dtype == torch.bool
     assert mask.int().tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
     for prompt_lens, lengths in [([1], [5]), ([3], [2]), ([-1], [2])]:
         with pytest.raises(ValueError):
-            response_mask(prompt_lens, lengths, 4)
+            response_mask(torch.tensor(prompt_lens), torch.tensor(lengths), 4)
 
 
 def test_mask_counts_the_eos():
     tok = Tokenizer.from_bytes()
     pairs = [encode_pair(tok, p, r, 99) for p, r in [("ab", "cde"), ("a", "")]]
     tokens, lengths = pad([p + r for p, r in pairs], tok.pad_id)
-    mask = response_mask([len(p) for p, _ in pairs], lengths, tokens.shape[1])
+    mask = response_mask(torch.tensor([len(p) for p, _ in pairs]), lengths, tokens.shape[1])
     assert [tokens[b][mask[b]].tolist() for b in range(2)] == [r for _, r in pairs]
 
 

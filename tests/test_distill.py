@@ -173,8 +173,11 @@ def test_prompts_and_samples_are_new_in_every_step(stages, tmp_path, spy):
     assert texts[0] != texts[1] != texts[2]
 
 
-def test_responses_of_a_file(stages, tmp_path, gradients, spy):
-    """Nobody samples in training; a step is the mean of D over the tokens of its rows' responses."""
+def test_responses_of_a_file(stages, tmp_path, gradients, spy, capsys):
+    """Nobody samples in training; a step is the mean of D over the tokens of its rows' responses.
+
+    There is then no ratio and no sampler's entropy: 0 would read like a policy that has collapsed.
+    """
     rollouts = spy(train_distill, "next_rollout")
     flags = dict(on_policy=False, from_data=True, steps=1, eval_prompts=0)
     last = train_distill.train(config(stages, tmp_path / "run", **flags))
@@ -186,6 +189,8 @@ def test_responses_of_a_file(stages, tmp_path, gradients, spy):
     logq = log_softmaxes(teacher, roll.tokens, roll.mask, 1.0)
     assert last["loss"] == pytest.approx(oracle("reverse", logp, logq).mean().item(), rel=1e-4)
     assert last["stop"] == 1.0 and last["len"] == 4.0
+    assert "entropy" not in last and metrics(tmp_path / "run")[0]["entropy"] == ""
+    assert "health: no ratio" in capsys.readouterr().out
 
 
 def test_a_row_without_a_usable_response_is_named(stages, tmp_path):

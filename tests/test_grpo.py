@@ -429,7 +429,7 @@ FACTS = [
     ("grpo", "2402.03300 §4.1.4", "the reference is renewed in each iteration", None),
     ("dr_grpo", "2503.20783 §3.2", "r − mean, not divided by the std", dict(norm="none")),
     ("dr_grpo", "2503.20783 §3.2", "sum over tokens / a constant", dict(agg="seq_sum_const")),
-    ("dr_grpo", "2503.20783 §3.2", "no KL", dict(kl="none", beta=0.0)),
+    ("dr_grpo", "2503.20783 §3", "no KL", dict(kl="none", beta=0.0)),
     ("rloo", "2402.14740", "r − mean of the other samples", dict(norm="leave_one_out")),
     ("rloo", "2402.14740", "REINFORCE on the response's log-prob: no ratio, no clip", dict(loss="reinforce")),
     ("rloo", "2402.14740", "k1 of the whole response in the reward", dict(kl="k1", kl_in="reward")),
@@ -460,11 +460,14 @@ FACTS = [
     ("gspo", "2507.18071 §4.1", "one ratio a response: the geometric mean", dict(ratio="sequence")),
     ("gspo", "2507.18071 §4.1", "mean over responses", dict(agg="seq_mean")),
     ("gspo", "2507.18071 §5.1", "clip 3e-4 below, 4e-4 above", dict(clip_low=3e-4, clip_high=4e-4)),
-    ("gspo", "2507.18071 §4.1", "(r − mean) / std of the group, no KL", dict(norm="group_std", kl="none")),
+    ("gspo", "2507.18071 §4.1", "(r − mean) / std of the group", dict(norm="group_std")),
+    ("gspo", "2507.18071 §2", "the KL is left out of the formulas, as not their subject", dict(kl="none")),
     ("cispo", "2506.13585 §3.1", "the weight is capped, every token keeps its gradient", dict(loss="cispo")),
+    ("cispo", "2506.13585 §3.1", "the weight has no lower bound; its cap is not named", {}),
     ("cispo", "2506.13585 §3.1", "(r − mean) / std of the group, no KL", dict(norm="group_std", kl="none")),
     ("cispo", "2506.13585 §3.1", "mean over the tokens of a prompt's group", None),
     ("cispo", "2506.13585 §3.1", "dynamic sampling and length penalty of DAPO", None),
+    ("cispo", "2506.13585 §3.2", "Adam's β₂ 0.95 and eps 1e-15", None),
     ("scalerl", "2510.13786", "(r − mean) / std of all advantages of the batch", dict(norm="batch_std")),
     ("scalerl", "2510.13786", "CISPO with a cap of 4 to 8", dict(loss="cispo")),
     ("scalerl", "2510.13786", "mean over whole prompts of the mean over their tokens",
@@ -487,7 +490,7 @@ FACTS = [
     ("r1_zero", "2501.12948 §2.1", "the reference is renewed after 400 updates", dict(ref_every=400)),
     ("r1_zero", "2501.12948 §2.1", "16 minibatches, each passed once", dict(minibatches=16, epochs=1)),
     ("r1_zero", "2501.12948 §2.1", "temperature 1", dict(temperature=1.0)),
-    ("r1_zero", "2501.12948 §2.1", "accuracy and format weigh the same", None),
+    ("r1_zero", "2501.12948 §2.2", "accuracy and format weigh the same", None),
     ("r1_zero", "2501.12948 §2.1", "32 prompts × 16 samples in each update", None),
     ("r1_zero", "2501.12948 §2.1", "a longer limit from step 8,200 on", None),
     ("deepscaler", "the released scripts", "GRPO with a mean over tokens",
@@ -1108,6 +1111,21 @@ def test_mastery_is_judged_by_the_whole_history(lab):
         assert drawn({"aa=": (passed, sampled)}) == "aa="
     with pytest.raises(UserError, match="all 2 prompts reached it"):
         drawn({"aa=": (36, 40)})
+
+
+def test_the_history_of_conversations_can_be_resumed(lab):
+    """Their prompts are Chats, and a checkpoint with a class of ours in it would be refused as damaged."""
+    tok = Tokenizer.from_chars(LETTERS + "=:\n UAsrnti")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.gpt2(tok.vocab_size, n_layer=1, n_head=2, d_model=32, max_len=64))
+    hub.save(model, tok, f"{lab}/talker")
+    talks = [{"messages": [{"role": "user", "content": prompt}]} for prompt in PROMPTS]
+    (lab / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    flags = dict(data=f"{lab}/talks.jsonl", init=f"{lab}/talker", no_positive_resampling=1.0, save_every=1)
+    train(config(lab, by_letters, steps=1, **flags))
+    cfg = config(lab, by_letters, steps=2, resume=True, **flags)
+    train(cfg)
+    assert [row["step"] for row in table(cfg)] == [0, 1]
 
 
 def test_a_pass_is_a_reward_above_0(lab, spy):

@@ -339,6 +339,13 @@ def test_refused(name, reward, more, message, stages, tmp_path):
         variants.load(name).train(config(name, stages, tmp_path / "run", **more))
 
 
+def test_reinforce_pp_goes_with_the_recipe_of_its_name(stages, tmp_path, capsys):
+    """Its advantages are those of tokens, also for the health line, where batch_whiten weighs responses."""
+    cfg = config("reinforce_pp", stages, tmp_path / "run", recipe="reinforce++", steps=1)
+    variants.load("reinforce_pp").train(cfg)
+    assert "mean advantage 0.000" in capsys.readouterr().out
+
+
 def test_gmpo_is_of_whole_responses():
     with pytest.raises(UserError, match="--ratio token: must be one of sequence"):
         parse(variants.load("gmpo").Config, ["--ratio", "token"])

@@ -1,8 +1,9 @@
 """Overlong filter: a response that was cut at the limit gives no gradient (DAPO, arXiv 2503.14476).
 
-    w_it = 0   if response i was cut; the other weights count finished responses alone
+    w_it = 0   if response i was cut
 
-Its reward still enters the mean of its group.
+The mean over tokens (`--agg token`) is then one over the tokens of finished responses. A mean over responses
+still divides by all of them, as in TRL. The reward of a cut response still enters the mean of its group.
 When it helps: long reasoning, cut by a limit that is tight. A cut answer is scored as wrong, although
 nothing in it may be, and the policy learns to fear length. Where answers should become shorter, it hides
 what is wrong.

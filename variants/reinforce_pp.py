@@ -42,8 +42,10 @@ def token_weights(mask, group, cfg):
 """),
     ("""\
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)
+            weight = mask.sum(1) if cfg.norm == "batch_whiten" else torch.ones_like(adv)
 """, """\
             adv = whitened_returns(reward, penalty, mask)  # (B, T)
+            weight = mask
 """),
 ]  # fmt: skip
 GOLDEN = "verl 0.9.1"

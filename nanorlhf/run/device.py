@@ -143,10 +143,17 @@ def clip_gradient(model, max_norm):
     return sharding.full(norm).item()
 
 
-def rl_rate(step, cfg):
-    """Learning rate of GRPO: up over 5 steps and on a line to 0 at the end, the smaller of the two.
+def set_rate(opt, lr):
+    """Give an optimizer this learning rate → the rate, for the log."""
+    for group in opt.param_groups:
+        group["lr"] = lr
+    return lr
 
-    With cfg.constant_lr_after it rises over that many steps and stays.
+
+def rl_rate(step, cfg):
+    """GRPO's learning rate: it rises over the first 5 steps, and falls linearly to 0 at the end.
+
+    With cfg.constant_lr_after it rises over that many steps, and then stays.
     """
     if cfg.constant_lr_after:
         return cfg.lr * min((step + 1) / cfg.constant_lr_after, 1)
