@@ -268,6 +268,9 @@ class Run:
             if type(like) in (int, float):
                 good = good and 0 <= saved < 1e15
             require(good, f"{foreign} ({name} is {saved!r:.80}); --overwrite starts anew")
+        for passed, sampled in state["extra"].get("history", {}).values():  # of one prompt of GRPO
+            good = sampled >= 1 and 0 <= passed <= sampled
+            require(good, f"{foreign} ({passed} of {sampled} samples passed); --overwrite starts anew")
         good = all(type(n) is int and n >= 0 for n in state["sizes"].values())
         good = good and all(type(x) in (int, float) for x in state["last"].values())
         require(good, f"{foreign} (its figures are no numbers); --overwrite starts anew")
