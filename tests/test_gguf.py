@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_sft
 from nanorlhf import generate, hub
 from nanorlhf.errors import UserError
 from nanorlhf.hub import __main__ as command
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.run import defaults
 from nanorlhf.tokenizer import Chat
 
 gguf = pytest.importorskip("gguf")
@@ -163,6 +165,18 @@ def test_what_no_published_llama_has_is_refused(tmp_path):
     gguf_files.write(path, settings, tensors)
     with pytest.raises(UserError, match="model.gguf: tensor blk.1.attn_k.weight is missing"):
         hub.load(path)
+
+
+def test_a_large_one_has_the_learning_rate_of_large_models(tmp_path, monkeypatch):
+    """Not the one of the toys, which would destroy it. A damaged file is named by the loader, later."""
+    path = gguf_files.convert(GOLDEN / "llama", tmp_path / "model.gguf", "F16")
+    size = sum(p.numel() for p in hub.load(path)[0].parameters())
+    assert defaults.n_parameters(path) == size
+    assert train_sft.Config(init=str(path)).lr == train_sft.Config().lr
+    monkeypatch.setattr(defaults, "LARGE", size - 1)
+    assert train_sft.Config(init=str(path)).lr == defaults.PUBLISHED["sft"][0] == 2e-5
+    (tmp_path / "damaged.gguf").write_bytes(path.read_bytes()[:99])
+    assert defaults.n_parameters(tmp_path / "damaged.gguf") == 0
 
 
 def test_command(tmp_path, capsys):
