@@ -60,7 +60,7 @@ class Aside:
             if self.pid != os.getpid() or self.process.poll() is not None:
                 self.start()
             self.number += 1
-            alarm = threading.Timer(wait, self.kill)
+            alarm = threading.Timer(wait, self.process.kill)
             alarm.daemon = True
             alarm.start()
             started = time.monotonic()
@@ -105,15 +105,11 @@ class Aside:
             start_new_session=True,  # a group of its own, which killpg ends
         )
 
-    def kill(self):
-        """Kill the program with all that it started: what it has forked holds our pipe open, too."""
-        with contextlib.suppress(OSError, AttributeError):  # Windows has no groups of processes
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
-
     def end(self):
-        """Kill the program, and wait for its end, which frees its number for other processes."""
-        self.kill()
+        """End the program, with all that it started."""
+        with contextlib.suppress(OSError, AttributeError):  # Windows has no groups of processes
+            os.killpg(self.process.pid, signal.SIGKILL)  # before wait, which frees the number for others
+        self.process.kill()
         self.process.wait()
 
 
@@ -130,7 +126,7 @@ def serve(answer, memory=None):
     pipe = os.dup(1)
     answers = os.fdopen(pipe, "w")
     os.dup2(2, 1)  # what else is printed goes to stderr, not between the answers
-    if hasattr(os, "register_at_fork"):  # a fork in a session of its own outlives us, and must not hold it
+    if hasattr(os, "register_at_fork"):  # or the other side would wait for the end of every fork, too
         os.register_at_fork(after_in_child=lambda: os.dup2(2, pipe))
     questions = queue.SimpleQueue()
     threading.Thread(target=_read, args=(questions,), daemon=True).start()
