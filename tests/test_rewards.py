@@ -334,7 +334,8 @@ def g(prompt, response):
 
 # signatures
 
-VALUES = dict(prompt="p", _at="f.jsonl:3", _ids=[1], _pair=([1], [2]), answer="4", row="own", level=2, extra_info={"n": 1})
+VALUES = dict(prompt="p", _at="f.jsonl:3", _ids=[1], answer="4", row="own", level=2, extra_info={"n": 1})
+VALUES["_pair"] = ([1], [2])
 
 
 def called(function, row=VALUES, prompt="p", response="r"):
