@@ -40,7 +40,7 @@ class Aside:
         self.seconds = seconds
         self.stderr = stderr
         self.process = None
-        self.pid = 0  # of the process that started it: a fork must not share its pipes
+        self.owner = 0  # the number of the process that started it: a fork must not share its pipes
         self.number = 0  # of the last question: an answer has the number of its question
         self.lock = threading.Lock()  # two threads must not read each other's answers
 
@@ -57,7 +57,7 @@ class Aside:
         flag: what says how long to wait, for the message.
         """
         with self.lock:
-            if self.pid != os.getpid() or self.process.poll() is not None:
+            if self.owner != os.getpid() or self.process.poll() is not None:
                 self.start()
             self.number += 1
             alarm = threading.Timer(wait, self.process.kill)
@@ -93,7 +93,7 @@ class Aside:
             return None, why
 
     def start(self):
-        self.pid = os.getpid()
+        self.owner = os.getpid()
         # In PYTHONPATH the path would reach what a reward function starts, another version of Python say.
         path = f"import sys; sys.path[:] = {list(map(str, sys.path))}"
         run = f"import runpy; runpy.run_module({self.module!r}, run_name='__main__')"
