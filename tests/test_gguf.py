@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_sft
 from nanorlhf import generate, hub
 from nanorlhf.errors import UserError
 from nanorlhf.hub import __main__ as command
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.run import defaults
 from nanorlhf.tokenizer import Chat
 
 gguf = pytest.importorskip("gguf")
@@ -112,17 +114,16 @@ def test_rotary_settings_of_llama_3_1(factor, tmp_path):
         hub.load(path)
 
 
-def test_gpt2_that_holds_its_embedding_twice(tmp_path):
-    """As llama.cpp wrote it up to 2024. Another unembedding is one of its own."""
+def test_an_unembedding_in_the_file_is_one_of_its_own(tmp_path):
+    """Also where it equals the embedding, as in the GPT-2 files that llama.cpp wrote up to 2024."""
     tensors = gguf_files.tensors_of(GOLDEN / "gpt2")
     settings = gguf_files.settings_of(GOLDEN / "gpt2")
-    for tied in (True, False):
-        tensors["output.weight"] = tensors["token_embd.weight"] * (1 if tied else 2)
+    for scale in (1, 2):
+        tensors["output.weight"] = tensors["token_embd.weight"] * scale
         model = hub.load(gguf_files.write(tmp_path / "model.gguf", settings, tensors))[0]
-        assert model.cfg.tied == tied
-        scale = 1 if tied else 2
         want = scale * torch.tensor(EXPECTED["gpt2"])
         assert (model.logits(torch.tensor(EXPECTED["tokens"])) - want).abs().max() < 2e-5
+        assert not model.cfg.tied and hub.load(GOLDEN / "gpt2")[0].cfg.tied
 
 
 @pytest.mark.parametrize("more, says", [
@@ -164,6 +165,18 @@ def test_what_no_published_llama_has_is_refused(tmp_path):
     gguf_files.write(path, settings, tensors)
     with pytest.raises(UserError, match="model.gguf: tensor blk.1.attn_k.weight is missing"):
         hub.load(path)
+
+
+def test_a_large_one_has_the_learning_rate_of_large_models(tmp_path, monkeypatch):
+    """Not the one of the toys, which would destroy it. A damaged file is named by the loader, later."""
+    path = gguf_files.convert(GOLDEN / "llama", tmp_path / "model.gguf", "F16")
+    size = sum(p.numel() for p in hub.load(path)[0].parameters())
+    assert defaults.n_parameters(path) == size
+    assert train_sft.Config(init=str(path)).lr == train_sft.Config().lr
+    monkeypatch.setattr(defaults, "LARGE", size - 1)
+    assert train_sft.Config(init=str(path)).lr == defaults.PUBLISHED["sft"][0] == 2e-5
+    (tmp_path / "damaged.gguf").write_bytes(path.read_bytes()[:99])
+    assert defaults.n_parameters(tmp_path / "damaged.gguf") == 0
 
 
 def test_command(tmp_path, capsys):

@@ -4,6 +4,7 @@ import csv
 import functools
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -106,6 +107,16 @@ def f(prompt, response, row):
                 time.sleep(600)
             with open(row["pids"], "a") as log:
                 print(pid, file=log)
+        case "all forks hang":
+            os.fork()
+            os.fork()
+            time.sleep(600)
+        case "daemon":
+            if os.fork() == 0:
+                os.setsid()
+                with open(row["pids"] + "-daemon", "w") as log:
+                    print(os.getpid(), file=log)
+            time.sleep(600)
         case "print": print("noise", flush=True)
         case "garbage": to_pipe(b"no answer at all, and long enough")
         case "pickle":
@@ -156,15 +167,17 @@ def wait_for_the_end(pids):
 @posix
 def test_what_a_reward_function_does_ends_with_the_call(mischief, capfd, tmp_path):
     """Whatever it does, the other samples have their scores, in order; failures are 0, counted, said once."""
-    good = ["x" * n for n in range(12)]
+    good = ["x" * n for n in range(14)]
     bad = ["raise", "interrupt", "sys.exit", "_exit", "hang", "garbage", "pickle", "answer"]
+    bad += ["all forks hang", "daemon"]  # they hold the pipe open, whose end would be waited for
     odd = ["fork", "print", "fork and hang"]
     texts = [text for pair in zip(good, [*bad, *odd, "raise"]) for text in pair]
     with mischief(5.0, "f") as rewards:
         want = [0.0 if text in bad else 2.0 + len(text) for text in texts]
         assert mischief.score(rewards, *texts) == want
         assert mischief.score(rewards, "x", "xx") == [3.0, 4.0]  # no answer is left over in the pipe
-        assert rewards.share_failed() == 9 / 26 and rewards.share_failed() is None
+        assert rewards.share_failed() == 11 / 30 and rewards.share_failed() is None
+    os.kill(int(Path(f"{tmp_path}/pids-daemon").read_text()), signal.SIGKILL)  # in a session of its own
     assert not list(tmp_path.glob("*canary"))  # nothing that came from the process was unpickled
     out, err = capfd.readouterr()
     says = "warning: reward f raised KeyError: 'two\\nlines' (prompt 'ab', response 'raise'): scored 0"
@@ -255,6 +268,47 @@ def f(prompt, response):
     wait_for_the_end({int(pid.read_text())})
 
 
+ASK = """
+from nanorlhf.run.aside import Aside
+process = Aside("nanorlhf.run.reward_functions", stderr=None)
+assert process.answer((None, [{spec!r}]), 120) == ("", "")
+print(process.answer((0, ("p", "r", {{}})), 2))
+"""
+
+
+def ask(tmp_path, body, shell):
+    """Write a reward function, call it from a script → (what the script has printed, its status)."""
+    (tmp_path / "r.py").write_text(f"import os, re, signal\ndef f(p, r):\n    {body}\n")
+    script = ASK.format(spec=f"{tmp_path}/r.py:f")
+    command = ["sh", "-c", shell, "sh", sys.executable, "-c", script]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    return done.stdout, done.returncode
+
+
+@posix
+def test_prints_with_closed_error_stream(tmp_path):
+    """Standard error is closed: the next file of the process would take its number, and get the prints."""
+    printed, status = ask(tmp_path, "print('noise', flush=True); return 1", 'exec "$@" 2>&-')
+    assert printed == "([1.0, ''], '')\n" and status == 0
+
+
+@posix
+def test_environment_of_the_reward_process(tmp_path):
+    """A program that the function starts, another version of Python say, must not get our module path."""
+    body = "return float(os.environ.get('PYTHONPATH') == 'mine')"
+    printed, status = ask(tmp_path, body, 'PYTHONPATH=mine exec "$@"')
+    assert printed == "([1.0, ''], '')\n" and status == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_trainer_leaves_no_regular_expression(tmp_path):
+    """The function kills the trainer. Then one call of re keeps the thread from running that would see it."""
+    body = "open('PID', 'w').write(str(os.getpid())); os.kill(os.getppid(), 9); re.match('(a|a)*b', 'a' * 60)"
+    _, status = ask(tmp_path, body.replace("PID", f"{tmp_path}/pid"), 'exec "$@"')
+    assert status == -signal.SIGKILL
+    wait_for_the_end({int((tmp_path / "pid").read_text())})
+
+
 @pytest.mark.parametrize("trainer", [train_grpo, train_ppo], ids=lambda t: t.__name__)
 def test_a_run_goes_on_with_its_failures_counted(trainer, stages, tmp_path, no_curves):
     """The column has the share of the samples that fail; all else is as with a function that gives them 0."""
@@ -281,6 +335,7 @@ def g(prompt, response):
 # signatures
 
 VALUES = dict(prompt="p", _at="f.jsonl:3", _ids=[1], answer="4", row="own", level=2, extra_info={"n": 1})
+VALUES["_pair"] = ([1], [2])
 
 
 def called(function, row=VALUES, prompt="p", response="r"):

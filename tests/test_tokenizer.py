@@ -730,7 +730,7 @@ def test_a_template_in_a_process_that_was_forked(chatty):
     tok = chatty("qwen", CHATML)
     want = tok.encode_prompt(Chat(TALK[:1]))
     before = RENDERER.process
-    RENDERER.pid = -1  # as in a fork
+    RENDERER.owner = -1  # as in a fork
     assert tok.encode_prompt(Chat(TALK[:1])) == want and RENDERER.process is not before
 
 

@@ -22,13 +22,11 @@ import numpy as np
 import regex
 import torch
 
-from nanorlhf.errors import UserError, blame, require
+from nanorlhf.errors import UserError, require
 from nanorlhf.hub import families
 from nanorlhf.hub.tokenizer_files import DIGITS, GPT2, QWEN, TOKEN, make_spec
 from nanorlhf.model import rope_table
 
-DAMAGE = ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError
-DAMAGE += ArithmeticError, struct.error
 NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # types of values, as `struct` has them
 U32 = 4
 U64 = 10
@@ -103,12 +101,12 @@ class Tensor(NamedTuple):
 
 @contextlib.contextmanager
 def _reading(path):
-    """Inside, whatever a damaged file makes Python raise becomes a UserError that begins with the path."""
-    with blame(path):
-        try:
-            yield
-        except DAMAGE as e:
-            raise UserError(f"damaged ({e!r:.200})") from None
+    """Inside, any error becomes a UserError that begins with the path: a damaged file may lead to any."""
+    try:
+        yield
+    except Exception as e:
+        problem = str(e) if isinstance(e, UserError) else f"damaged ({e!r:.200})"
+        raise UserError(f"{path}: {problem}") from None
 
 
 class Gguf:
@@ -174,11 +172,6 @@ class Gguf:
         shape = self.package.quants.quant_shape_to_byte_shape(tensor.shape, tensor.kind)
         return np.frombuffer(self.data, np.uint8, math.prod(shape), self.start + tensor.offset).reshape(shape)
 
-    def has_one_embedding(self):
-        """Whether the unembedding is the embedding. Older files of GPT-2 then hold it twice."""
-        head = "output.weight"
-        return head not in self.tensors or np.array_equal(self._bytes(head), self._bytes("token_embd.weight"))
-
     def keys(self):
         return self.tensors.keys() - {"rope_freqs.weight"}  # a setting: `_rope_scaling` reads it
 
@@ -235,7 +228,7 @@ def _config(gguf):
     ours = dict(
         vocab_size=gguf.tensors["token_embd.weight"].shape[0],
         mlp=list(family.acts)[0],
-        tied=gguf.has_one_embedding(),
+        tied="output.weight" not in gguf.tensors,
     )
     for key, value in gguf.settings.items():
         name = key.removeprefix(f"{kind}.")
@@ -262,9 +255,9 @@ def _rope_scaling(slower, theta):
     """Llama 3.1's rotary settings. A GGUF has only what they lead to: how much slower each pair turns."""
     scaling = (slower.max().item(), 1.0, 4.0, 8192)  # of Llama 3.1 to 3.3, which differ in the first
     dim = 2 * len(slower)
-    sines = rope_table(dim, 2, theta, "cpu")[1][1]  # of the angles that the pairs turn in one step
-    theirs = (sines.asin() / slower).sin()
-    same = torch.allclose(theirs, rope_table(dim, 2, theta, "cpu", scaling)[1][1], rtol=1e-5, atol=0)
+    plain = rope_table(dim, 2, theta, "cpu")[1][1].asin()  # the angles that the pairs turn in one step
+    scaled = rope_table(dim, 2, theta, "cpu", scaling)[1][1].asin()
+    same = torch.allclose(plain / scaled, slower, rtol=1e-5, atol=0)
     require(same, "rope_freqs.weight is not supported: it is not that of Llama 3.1, 3.2 or 3.3")
     return dict(zip(families.LLAMA3, scaling), rope_type="llama3")
 

@@ -8,7 +8,6 @@ program starts in a moment.
 
 import contextlib
 import json
-import math
 import os
 import pickle
 import queue
@@ -30,10 +29,10 @@ LONGEST = 1 << 27  # bytes of an answer
 
 
 class Aside:
-    """The program `python -m module`, started by the first question, and again after one that ended it.
+    """The program of this module, started by the first question, and again after one that ended it.
 
-    seconds: of the processor's time, for one answer; 0: any. stderr: where the program's messages go; None:
-    where ours go.
+    seconds: of the processor's time, for one answer; 0: what all cores give while it is waited for. stderr:
+    where the program's messages go; None: where ours go.
     """
 
     def __init__(self, module, seconds=0, stderr=subprocess.DEVNULL):
@@ -41,7 +40,7 @@ class Aside:
         self.seconds = seconds
         self.stderr = stderr
         self.process = None
-        self.pid = 0  # of the process that started it: a fork must not share its pipes
+        self.owner = 0  # the number of the process that started it: a fork must not share its pipes
         self.number = 0  # of the last question: an answer has the number of its question
         self.lock = threading.Lock()  # two threads must not read each other's answers
 
@@ -58,7 +57,7 @@ class Aside:
         flag: what says how long to wait, for the message.
         """
         with self.lock:
-            if self.pid != os.getpid() or self.process.poll() is not None:
+            if self.owner != os.getpid() or self.process.poll() is not None:
                 self.start()
             self.number += 1
             alarm = threading.Timer(wait, self.process.kill)
@@ -68,7 +67,8 @@ class Aside:
             line = b""
             try:
                 # No pickle comes back: loading one could run code here.
-                pickle.dump((self.number, self.seconds, question), self.process.stdin)
+                seconds = self.seconds or wait * (os.cpu_count() or 1)
+                pickle.dump((self.number, seconds, question), self.process.stdin)
                 self.process.stdin.flush()
                 line = self.process.stdout.readline(LONGEST)
                 number, answer = json.loads(line)
@@ -93,14 +93,16 @@ class Aside:
             return None, why
 
     def start(self):
-        self.pid = os.getpid()
+        self.owner = os.getpid()
+        # In PYTHONPATH the path would reach what a reward function starts, another version of Python say.
+        path = f"import sys; sys.path[:] = {list(map(str, sys.path))}"
+        run = f"import runpy; runpy.run_module({self.module!r}, run_name='__main__')"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", self.module],
+            [sys.executable, "-c", f"{path}; {run}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr,
             start_new_session=True,  # a group of its own, which killpg ends
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
     def end(self):
@@ -118,17 +120,22 @@ def serve(answer, memory=None):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
     if memory:
-        limit("RLIMIT_AS", memory)
-    answers = os.fdopen(os.dup(1), "w")
+        with contextlib.suppress(ValueError, OSError, AttributeError):  # macOS refuses it, Windows has none
+            resource.setrlimit(resource.RLIMIT_AS, (memory, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed (2>&-): the next file would take its number
+    pipe = os.dup(1)
+    answers = os.fdopen(pipe, "w")
     os.dup2(2, 1)  # what else is printed goes to stderr, not between the answers
+    if hasattr(os, "register_at_fork"):  # or the other side would wait for the end of every fork, too
+        os.register_at_fork(after_in_child=lambda: os.dup2(2, pipe))
     questions = queue.SimpleQueue()
     threading.Thread(target=_read, args=(questions,), daemon=True).start()
     me = os.getpid()
     while True:
         number, seconds, question = questions.get()
-        if seconds:
-            limit("RLIMIT_CPU", math.ceil(time.process_time()) + seconds)
+        set_timer(seconds)  # for one call of re.match that keeps all threads from running, `_read` too
         found = answer(question)
+        set_timer(0)
         if os.getpid() != me:
             os._exit(0)  # a reward function called os.fork, and this is the child: only the parent may answer
         print(json.dumps([number, found]), file=answers, flush=True)
@@ -146,9 +153,7 @@ def _read(questions):
     os._exit(1)
 
 
-def limit(name, most):
-    """Set a limit of this process. Windows has none, and macOS not all: there the other side waits."""
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        number = getattr(resource, name)
-        _, hard = resource.getrlimit(number)
-        resource.setrlimit(number, (most, hard))
+def set_timer(seconds):
+    """End this process when it has taken so many seconds of the processor's time; 0: never."""
+    if hasattr(signal, "setitimer"):  # not on Windows, where the other side waits
+        signal.setitimer(signal.ITIMER_PROF, seconds)

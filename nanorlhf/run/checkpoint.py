@@ -49,7 +49,7 @@ STATE = dict(  # what a checkpoint holds, and of which type
 )
 NEW_RUN = {"step": 0, "extra": {}, "sizes": {}, "last": {}}  # the state of a run without a checkpoint
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of one weight, as AdamW calls them
-# What values of other types and sizes lead to; errors of the program itself are others.
+# Errors that a checkpoint whose values have other types or sizes leads to.
 FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
 KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
 
@@ -249,7 +249,7 @@ class Run:
         return state
 
     def _check_state(self, state, path):
-        """UserError unless this is what `save` of this version writes, of a step that this run has before it.
+        """UserError unless this is what `save` of this version writes, at a step from 0 to --steps.
 
         A state of step −3 would train three steps too many, one of step 1e9 would end at once, with status 0.
         """
@@ -268,6 +268,9 @@ class Run:
             if type(like) in (int, float):
                 good = good and 0 <= saved < 1e15
             require(good, f"{foreign} ({name} is {saved!r:.80}); --overwrite starts anew")
+        for passed, sampled in state["extra"].get("history", {}).values():  # of one prompt of GRPO
+            good = sampled >= 1 and 0 <= passed <= sampled
+            require(good, f"{foreign} ({passed} of {sampled} samples passed); --overwrite starts anew")
         good = all(type(n) is int and n >= 0 for n in state["sizes"].values())
         good = good and all(type(x) in (int, float) for x in state["last"].values())
         require(good, f"{foreign} (its figures are no numbers); --overwrite starts anew")

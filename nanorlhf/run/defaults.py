@@ -6,7 +6,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from nanorlhf.errors import require
+from nanorlhf.errors import UserError, require
+from nanorlhf.hub.gguf import Gguf
 
 LARGE = 50_000_000  # parameters; the learning rates of the built-in tasks would destroy such a model
 PUBLISHED = {  # trainer → learning rate for a pretrained model above LARGE, and who published it
@@ -27,10 +28,16 @@ HELD_OUT = 128  # prompts to measure on, at most
 
 
 def n_parameters(folder):
-    """The numbers in a folder's safetensors files, by their headers; 0 without any."""
+    """The numbers in a folder's safetensors files or in a .gguf, by their headers; 0 without any.
+
+    The loader, which comes next, names a damaged file and what is wrong with it.
+    """
     total = 0
-    for path in filter(Path.is_file, Path(folder).glob("*.safetensors")):  # a pipe would be waited for
-        # The loader, which comes next, names a damaged file and what is wrong with it.
+    folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        with contextlib.suppress(UserError):
+            return sum(math.prod(tensor.shape) for tensor in Gguf(folder).tensors.values())
+    for path in filter(Path.is_file, folder.glob("*.safetensors")):  # a pipe would be waited for
         with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as f:
             total += sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())
     return total

@@ -21,7 +21,8 @@ SIGNATURES = (
     "ground_truth, extra_info)"
 )
 FP32_MAX = 3.4028234663852886e38  # rewards become fp32
-PRIVATE = ("_at", "_ids")  # what a run adds to a row: its place in the file, the tokens of its prompt
+# What a run adds to a row: its place in the file, the tokens of its prompt, and those with its response.
+PRIVATE = ("_at", "_ids", "_pair")
 # An annotation: dict, dict[str, str], "dict", Optional[dict], Mapping[str, Any]; but not list[dict]
 DICT = re.compile(r"(<class ')?(typing\.)?(Optional\[)?(typing\.|collections\.abc\.)?([Dd]ict|Mapping)\b")
 # Names of what is no prompt and no response: as the first two parameters they would get those, and never pay.

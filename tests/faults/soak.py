@@ -61,7 +61,7 @@ def soak(stages, out, steps, marks, look):
 
     def remember(rewards, i, *args):
         answer = call(rewards, i, *args)
-        workers[:] = [rewards.process.pid]
+        workers[:] = [rewards.process.process.pid]
         return answer
 
     def watch(log, step, metrics):

@@ -102,6 +102,9 @@ def test_row_54_other_names_among_the_checkpoints(name, run, tmp_path):
 @pytest.mark.parametrize("trainer, extra", [
     (train_ppo, {"beta": math.nan}), (train_ppo, {"beta": "1"}), (train_ppo, {}),
     (train_grpo, {"drawn": -3}), (train_grpo, {"drawn": 10**30}), (train_grpo, {"history": []}),
+    (train_grpo, {"history": {"12=": 3}}), (train_grpo, {"history": {"12=": (0, 0)}}),
+    (train_grpo, {"history": {"12=": (3, 2)}}), (train_grpo, {"history": {"12=": ("1", "2")}}),
+    (train_grpo, {"history": {"12=": (1, math.nan)}}),
     (train_grpo, {"past": [{}]}), (train_grpo, {"past": [3]}), (train_grpo, {"past": None}),
 ], ids=str)  # fmt: skip
 def test_row_55_progress_of_another_type(trainer, extra, run, tmp_path):
