@@ -593,7 +593,7 @@ MUTANTS = [
      '{"params": vectors, "weight_decay": 0.0}', '{"params": vectors, "weight_decay": cfg.weight_decay}',
      ["tests/test_sft.py::test_weight_decay_is_on_matrices_only"]),
     ("SFT: the learning rate of the next step", "train_sft.py",
-     "lr = lr_at(step, cfg.steps, cfg.lr)", "lr = lr_at(step + 1, cfg.steps, cfg.lr)",
+     "lr_at(step, cfg.steps, cfg.lr)", "lr_at(step + 1, cfg.steps, cfg.lr)",
      [RUNS + "the_learning_rate_of_each_step[train_sft]"]),
     ("SFT: gradient not clipped", "train_sft.py",
      "clip_gradient(model, cfg.max_grad_norm)", 'clip_gradient(model, float("inf"))',

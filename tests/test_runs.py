@@ -299,7 +299,7 @@ def test_disk_full_when_resuming_keeps_the_logs(stages, tmp_path, monkeypatch):
     before = snapshot(tmp_path / "run")
     opened = {"w": disk_full}  # config.json is written anew
     full = lambda path, mode="r", **kw: opened.get(mode, open)(path, mode, **kw)  # noqa: E731
-    monkeypatch.setattr(checkpoint, "open", full, raising=False)
+    monkeypatch.setattr(folders, "open", full, raising=False)
     with pytest.raises(UserError, match="cannot be used as a run folder .No space left"):
         train_ppo.train(stages.config(train_ppo, tmp_path / "run", resume=True, steps=8))
     assert snapshot(tmp_path / "run") == before

@@ -381,8 +381,8 @@ def test_two_files_of_one_name_stay_apart(tmp_path):
     {
         "": "expected path/to/file.py:name", ":": "expected path/to/file.py:name", ":*2": "expected path",
         ":two*": "not a finite number", ":two*x": "not a finite number", ":two*nan": "not a finite number",
-        ":two*0.2*3": "not a finite number", ":four": "defines no four", ":number": "number takes neither",
-        ":one": r"one takes neither \(prompt, response, row\) nor", ":builtin": "builtin takes neither",
+        ":two*0.2*3": "not a finite number", ":four": "defines no four", ":number": "number: takes neither",
+        ":one": r"one: takes neither \(prompt, response, row\) nor", ":builtin": "builtin: takes neither",
     }.items(),
 )  # fmt: skip
 def test_load_reward_names_the_mistake(reward_file, rest, says):

@@ -159,7 +159,7 @@ def load_reward(spec: str) -> RewardFunction:
         sys.modules.update(others)
     function = getattr(module, name, None)
     require(function is not None, f"{where}: {path} defines no {name}")
-    with blame(f"{where}: {name}"):
+    with blame(where):
         return RewardFunction(name, weight, UserFunction(function))
 
 
