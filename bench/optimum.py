@@ -1,6 +1,6 @@
 """Which optimum does each algorithm really reach? The trainers against exact enumeration.
 
-    python bench/optimum.py                  five seeds, 4 CPU minutes → bench/results/optimum.csv
+    python bench/optimum.py                  five seeds, about 10 CPU minutes → bench/results/optimum.csv
     python bench/optimum.py --seeds 0,1      other seeds
     python bench/optimum.py --draw           docs/img/optimum.png from the CSV
 
