@@ -384,7 +384,8 @@ def draw():
     b.set(title="reward against KL(π‖π_ref), seed 0", xlabel="nats", ylabel="expected reward")
     for ax in (a, b):
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=8)
+    a.legend(fontsize=8)
+    b.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))  # inside it would cover the frontier
     save_figure(fig, os.path.join(ROOT, "docs", "img", "optimum.png"))
 
 
