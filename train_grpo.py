@@ -83,7 +83,7 @@ class Config(Flags):
     clip_low: float | None = None  # ε_low
     clip_high: float | None = None  # ε_high; above ε_low: clip-higher (DAPO)
     agg: Literal["seq_mean", "token", "seq_sum_const", "prompt_mean"] | None = None  # weights of the tokens
-    kl: Literal["none", "k1", "k2", "k3", "exact"] | None = None  # estimator; exact: no estimate
+    kl: Literal["none", "k1", "k2", "k3", "exact"] | None = None  # estimator; exact: over the vocabulary
     kl_in: Literal["loss", "reward"] | None = None  # where the KL is charged
     kl_unbiased: bool | None = None  # KL in the loss × token ratio: its gradient is that of KL(policy‖ref)
     beta: float | None = None  # KL coefficient
@@ -109,9 +109,9 @@ class Config(Flags):
     lengthen_at: list[int] = field(default_factory=list)  # steps at which it is raised, such as 40,80
     temperature: float = 1.0  # of sampling, and of every log-prob
     off_policy_steps: int | None = None  # sample with the weights of this many steps ago
-    dead_groups: Literal["keep", "drop", "refill"] | None = None  # equal rewards; refill: sample others
+    dead_groups: Literal["keep", "drop", "refill"] | None = None  # groups of equal rewards; refill: add more
     no_positive_resampling: float | None = None  # a prompt with this pass rate is not sampled again; 0: off
-    overlong_penalty: float | None = None  # at the limit; 0 up to four fifths of it; 1 suits rewards of ±1
+    overlong_penalty: float | None = None  # at the limit, from 0 at four fifths of it; 1 fits rewards of ±1
 
     # evaluation
     eval_prompts: int | None = None  # held-out prompts for eval/reward and eval/greedy; own data: 128
@@ -470,7 +470,7 @@ def train(cfg):
             saved["ref"] = ref
         elif ref is not None:
             frozen.append(ref)
-        # of a resumed run it is as the checkpoint has it
+        # With --resume, run.start gives back the progress of the checkpoint instead of this one.
         progress = {"drawn": 0, "history": {}, "past": [], "updates": 0}
         start, progress = run.start(saved, opt, frozen, progress)
 
@@ -507,13 +507,13 @@ def train(cfg):
             # ---- advantage
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)
             weight = mask.sum(1) if cfg.norm == "batch_whiten" else torch.ones_like(adv)
-            mean_adv = ((adv * weight).sum() / weight.sum()).item()  # 0; of batch_whiten over the tokens
+            mean_adv = ((adv * weight).sum() / weight.sum()).item()  # near 0; batch_whiten counts tokens
             batch = roll.batch() | {"ref_logp": ref_logp, "adv": adv}
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             unit = torch.arange(len(roll))  # rows are dealt to the minibatches
             if cfg.agg == "prompt_mean":
-                unit = roll.group  # whole prompts are: a part of a prompt would count like a whole one
+                unit = roll.group  # a prompt stays whole: a half of it would weigh like a whole one
             set_rate(opt, rl_rate(step, cfg))
             # over the updates of this step; averages() divides sums by their number
             figures = Figures(clip="sum", entropy="sum", gnorm="sum", ratio_max="max", gap="first")

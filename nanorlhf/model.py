@@ -491,7 +491,7 @@ class GPT(nn.Module):
         mask = mask.bool()
         before = self.hidden_before(tokens, mask, doc)  # (n, D)
         row, column = mask.nonzero(as_tuple=True)  # (n,) each: the tokens to be scored
-        targets = tokens[mask]  # (n,)
+        targets = tokens[row, column]  # (n,)
 
         def scatter(values, part=slice(None)):
             """(n,) values of the scored tokens, or of some of them → (B, T), 0 elsewhere."""

@@ -19,7 +19,7 @@ CHANGES = [
     ("""\
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)
             weight = mask.sum(1) if cfg.norm == "batch_whiten" else torch.ones_like(adv)
-            mean_adv = ((adv * weight).sum() / weight.sum()).item()  # 0; of batch_whiten over the tokens
+            mean_adv = ((adv * weight).sum() / weight.sum()).item()  # near 0; batch_whiten counts tokens
 """, """\
             greedy = reward.new_tensor([row["_greedy"] for row in roll.rows])
             adv = beyond_greedy(reward, greedy)  # (B,)
