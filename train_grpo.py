@@ -35,22 +35,14 @@ from nanorlhf.data import deal, epoch_batches, microbatches, take_rows, trim
 from nanorlhf.errors import UserError, derive_seed, require
 from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures, sample_figures
-from nanorlhf.rewards import (
-    evaluate,
-    health,
-    length_schedule,
-    load_prompts,
-    pass_gate,
-    score_responses,
-    unit_of,
-)
+from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses, unit_of
 from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
-from nanorlhf.run.cli import Flags, check_ranges, run_cli
+from nanorlhf.run.cli import Flags, check_ranges, length_schedule, run_cli
 from nanorlhf.run.defaults import RECIPES
 from nanorlhf.run.device import adamw, clip_gradient, freeze, rl_rate, set_rate, setup
-from nanorlhf.run.log import Clock, due
+from nanorlhf.run.log import Clock, due, health
 from nanorlhf.run.models import load_models
 from nanorlhf.run.worker import rewards_of
 

@@ -35,12 +35,12 @@ from nanorlhf.data import deal, epoch_batches, microbatches, take_rows, trim
 from nanorlhf.errors import derive_seed, require
 from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures, sample_figures
-from nanorlhf.rewards import evaluate, health, load_prompts, pass_gate, score_responses, unit_of
+from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses, unit_of
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
 from nanorlhf.run.device import adamw, clip_gradient, freeze, setup
-from nanorlhf.run.log import Clock, due
+from nanorlhf.run.log import Clock, due, health
 from nanorlhf.run.models import load_models_and_critic
 from nanorlhf.run.worker import rewards_of
 

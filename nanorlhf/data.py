@@ -316,7 +316,11 @@ def take_rows(batch, rows):
     >>> take_rows(batch, [1])
     {'tokens': tensor([[7, 8]]), 'lengths': tensor([1]), 'denom': 3}
     """
-    return {name: x[rows] if isinstance(x, torch.Tensor) and x.dim() else x for name, x in batch.items()}
+    taken = dict(batch)
+    for name, x in batch.items():
+        if isinstance(x, torch.Tensor) and x.dim():
+            taken[name] = x[rows]
+    return taken
 
 
 def deal(unit, n, seed):

@@ -76,7 +76,10 @@ def maj_at_k(answers, rewards, k):
 def mean_se(x):
     """Mean of the prompts' means (P, n) or (P,), and its standard error."""
     x = x.cpu().double().reshape(len(x), -1).mean(1)  # on the CPU: a Mac's GPU has no float64
-    return x.mean().item(), (x.std(correction=1) / math.sqrt(len(x))).item() if len(x) > 1 else math.nan
+    se = math.nan  # of a single prompt
+    if len(x) > 1:
+        se = (x.std(correction=1) / math.sqrt(len(x))).item()
+    return x.mean().item(), se
 
 
 def sample_figures(roll, n):

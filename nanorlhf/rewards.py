@@ -30,8 +30,9 @@ def score_responses(roll, rm, rewards):
         functions = rewards.functions
 
         def call(index):
-            texts = [roll.texts[i] for i in index.tolist()]
-            rows = [roll.rows[i] for i in index.tolist()]
+            samples = index.tolist()
+            texts = [roll.texts[i] for i in samples]
+            rows = [roll.rows[i] for i in samples]
             columns = [rewards.values(i, texts, rows) for i in range(len(functions))]
             return torch.tensor(columns).T
 
@@ -101,53 +102,6 @@ def evaluate(policy, tok, rows, score, temperature, seed, limit):
     means = f"sampled {out['eval/reward']:.3f}, greedy {out['eval/greedy']:.3f}"
     tqdm.write(f"held out ({len(rows)} prompts): {means}")
     return out
-
-
-def health(metrics, mean_adv, tokens, ref_is_init=True):
-    """Vital signs of the first step, in 80 columns. A figure that is not as it must be is explained below.
-
-    metrics: gap, the largest |logp − old_logp| of the first minibatch, before any update, or none where the
-    policy has not sampled; kl, nats per sequence to the reference, or None; dead, the share of groups with
-    equal rewards, or None; stop, the share of responses that ended by themselves. mean_adv: mean advantage,
-    or None where it need not be near 0.
-    tokens: sampled tokens, EOS among them.
-    """
-    gap = metrics.get("gap")
-    kl = metrics["kl"]
-    signs = ["health: no ratio" if gap is None else f"health: ratio 1 ± {gap:.0e}"]
-    signs.append("no reference" if kl is None else f"KL {abs(kl):.6f}")
-    if mean_adv is not None:
-        signs.append(f"mean advantage {abs(mean_adv):.3f}")
-    signs.append(f"{tokens} tokens")
-    lines = [" · ".join(signs)]
-    if (gap or 0.0) > 1e-4:
-        lines.append("ratio is not 1: sampling and scoring disagree")
-    if ref_is_init and kl is not None and abs(kl) > 1e-3:
-        lines.append("KL is not 0: the reference is not the policy")
-    if abs(mean_adv or 0.0) > 0.1:
-        lines.append("mean advantage is not near 0: rewards and groups do not belong together")
-    if (metrics["dead"] or 0.0) > 0.8:
-        lines.append("most groups are dead: there is little to learn from prompts so hard or so easy")
-    if metrics["stop"] < 0.5:
-        lines.append("most responses are cut: raise --max_new_tokens")
-    return "\n  !! ".join(lines)
-
-
-def length_schedule(max_new_tokens, lengthen_at):
-    """--max_new_tokens 24,40,64 with --lengthen_at 40,80 → limits [24, 40, 64], one after the other.
-
-    [None] where --max_new_tokens is to be read from the data.
-    """
-    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens]
-    shown = ",".join(map(str, limits))
-    rising = limits == [None] or limits and limits[0] > 0 and limits == sorted(set(limits))
-    require(rising, f"--max_new_tokens {shown}: must be an integer, or rising ones such as 24,40,64")
-    lengthenings = len(limits) - 1
-    steps = [0, *lengthen_at]
-    fits = len(lengthen_at) == lengthenings and steps == sorted(set(steps))
-    shown = ",".join(map(str, lengthen_at))
-    require(fits, f"--lengthen_at {shown!r}: must be {lengthenings} rising steps, one for each lengthening")
-    return limits
 
 
 @torch.no_grad()

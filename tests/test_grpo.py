@@ -25,8 +25,7 @@ from nanorlhf.data import deal
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.kernels import torch_backend
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.rewards import length_schedule
-from nanorlhf.run.cli import parse
+from nanorlhf.run.cli import length_schedule, parse
 from nanorlhf.tokenizer import Tokenizer
 from train_grpo import (
     RECIPES,

@@ -161,6 +161,23 @@ def check_ranges(cfg, above_zero, any_sign=("seed",)):
     require(-(2**63) <= cfg.seed < 2**63, f"--seed {cfg.seed}: must fit into 64 bits")
 
 
+def length_schedule(max_new_tokens, lengthen_at):
+    """--max_new_tokens 24,40,64 with --lengthen_at 40,80 → limits [24, 40, 64], one after the other.
+
+    [None] where --max_new_tokens is to be read from the data.
+    """
+    limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens]
+    shown = ",".join(map(str, limits))
+    rising = limits == [None] or limits and limits[0] > 0 and limits == sorted(set(limits))
+    require(rising, f"--max_new_tokens {shown}: must be an integer, or rising ones such as 24,40,64")
+    lengthenings = len(limits) - 1
+    steps = [0, *lengthen_at]
+    fits = len(lengthen_at) == lengthenings and steps == sorted(set(steps))
+    shown = ",".join(map(str, lengthen_at))
+    require(fits, f"--lengthen_at {shown!r}: must be {lengthenings} rising steps, one for each lengthening")
+    return limits
+
+
 # ------------------------------------------------------------------------------------------------------------
 # command line → config
 

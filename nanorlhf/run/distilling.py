@@ -4,8 +4,8 @@ import torch
 
 from nanorlhf.data import encode_pair, pad_responses
 from nanorlhf.errors import require
-from nanorlhf.rewards import health
 from nanorlhf.rollout import Rollout
+from nanorlhf.run.log import health
 
 
 def require_responses(cfg, rows, tok, max_len):

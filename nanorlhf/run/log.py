@@ -199,3 +199,33 @@ class Clock:
 def due(step, every):
     """Whether something happens at this step that happens at step 0 and every `every` steps; 0: at step 0."""
     return step == 0 or (every > 0 and step % every == 0)
+
+
+def health(metrics, mean_adv, tokens, ref_is_init=True):
+    """Vital signs of the first step, in 80 columns. A figure that is not as it must be is explained below.
+
+    metrics: gap, the largest |logp − old_logp| of the first minibatch, before any update, or none where the
+    policy has not sampled; kl, nats per sequence to the reference, or None; dead, the share of groups with
+    equal rewards, or None; stop, the share of responses that ended by themselves. mean_adv: mean advantage,
+    or None where it need not be near 0.
+    tokens: sampled tokens, EOS among them.
+    """
+    gap = metrics.get("gap")
+    kl = metrics["kl"]
+    signs = ["health: no ratio" if gap is None else f"health: ratio 1 ± {gap:.0e}"]
+    signs.append("no reference" if kl is None else f"KL {abs(kl):.6f}")
+    if mean_adv is not None:
+        signs.append(f"mean advantage {abs(mean_adv):.3f}")
+    signs.append(f"{tokens} tokens")
+    lines = [" · ".join(signs)]
+    if (gap or 0.0) > 1e-4:
+        lines.append("ratio is not 1: sampling and scoring disagree")
+    if ref_is_init and kl is not None and abs(kl) > 1e-3:
+        lines.append("KL is not 0: the reference is not the policy")
+    if abs(mean_adv or 0.0) > 0.1:
+        lines.append("mean advantage is not near 0: rewards and groups do not belong together")
+    if (metrics["dead"] or 0.0) > 0.8:
+        lines.append("most groups are dead: there is little to learn from prompts so hard or so easy")
+    if metrics["stop"] < 0.5:
+        lines.append("most responses are cut: raise --max_new_tokens")
+    return "\n  !! ".join(lines)
