@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import traceback
+import typing
 from pathlib import Path
 
 import pytest
@@ -191,9 +192,9 @@ def test_every_trainer_can_have_the_flag(monkeypatch):
     for trainer in variants.ROOT.glob("train_*.py"):
         text = trainer.read_text("utf-8")
         monkeypatch.setattr(variants, "sources", lambda name, text=text: (text, text))
-        source = variants.named("x")
-        compile(source, "x", "exec")
-        assert source.count(variants.FLAG.format(name="x")) == 1
+        source = variants.named("tis")
+        compile(source, "tis", "exec")
+        assert source.count(variants.FLAG.format(name="tis")) == 1
         assert re.search(r"^from typing import .*Literal$", source, re.M)
 
 
@@ -244,8 +245,10 @@ def test_list(capsys, monkeypatch):
     assert main([]) == 0
     out = capsys.readouterr().out
     assert main(["--help"]) == 0 and capsys.readouterr().out == out
-    line = next(line for line in out.splitlines() if line.startswith("dpo_length_norm  "))
-    assert "train_dpo.py" in line and "arXiv 2411.15124" in line and "Length-normalised DPO" in line
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    at = lines.index("dpo_length_norm, train_dpo.py")
+    assert lines[at + 1].startswith("  Length-normalised DPO") and lines[at + 2] == "  (arXiv 2411.15124)."
     assert all(f"\n{name}" in out for name in variants.NAMES)
 
 
@@ -281,7 +284,11 @@ def test_mistakes_are_one_line(words, message, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "flag, message",
-    [("--stps=3", "did you mean --steps"), ("--variant=other", "must be one of dpo_length_norm")],
+    [
+        ("--stps=3", "did you mean --steps"),
+        ("--variant=other", "must be one of dpo_length_norm"),
+        ("--loss=simpo", "--loss simpo: must be one of dpo, cdpo"),
+    ],
 )
 def test_mistakes_in_flags_are_one_line(flag, message, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["variants"])
@@ -429,6 +436,40 @@ def test_soft_labels_are_read_and_others_refused(stages, tmp_path, no_curves):
     data = st.jsonl(tmp_path / "labels.jsonl", [row | {"labels": [0.25]} for row in st.words(64)])
     with pytest.raises(UserError, match="expected 1 of 1, 0, null"):
         train_prm.train(train_prm.Config(**flags("prm_soft", stages, tmp_path / "plain", data=data)))
+
+
+def choices(Config, flag):
+    kind = Config.__dataclass_fields__[flag].type
+    if type(None) in typing.get_args(kind):  # Literal[...] | None
+        kind = typing.get_args(kind)[0]
+    return set(typing.get_args(kind))
+
+
+def narrowed():
+    """The flags of which a method takes fewer values than its trainer, as pairs (method, flag)."""
+    for name in variants.NAMES:
+        source = variants.method(name).CHANGES
+        for flag in ("loss", "norm", "ratio"):
+            if any(new.startswith(f"    {flag}: Literal[") for _, new in source):
+                yield name, flag
+
+
+@pytest.mark.parametrize("name, flag", list(narrowed()))
+def test_a_flag_that_leads_past_the_new_lines_is_refused(name, flag):
+    """`sapo run --loss cispo` would train CISPO, in a folder that says SAPO; so would a recipe's cispo."""
+    trainer = variants.load(name)
+    plain = importlib.import_module(variants.method(name).TRAINER.removesuffix(".py"))
+    takes = choices(trainer.Config, flag)
+    refused = choices(plain.Config, flag) - takes
+    assert takes and refused
+    for value in refused:
+        with pytest.raises(UserError, match=f"--{flag} {value}: must be one of"):
+            trainer.Config(**{flag: value})
+
+
+def test_a_recipe_cannot_lead_past_the_new_lines():
+    with pytest.raises(UserError, match="--loss cispo: must be one of clip"):
+        variants.load("sapo").Config(recipe="cispo")
 
 
 def test_the_policy_stands_still_while_the_critic_learns(stages, tmp_path, no_curves):

@@ -1,9 +1,9 @@
 """An algorithm is a diff: each file here is a published method, as the lines that it changes in a trainer.
 
-    python -m variants                            all methods, with their trainers and papers
+    python -m variants                            all methods and their papers
     python -m variants apo_zero                   the diff
-    python -m variants apo_zero run --steps 50    the changed trainer, with all flags of the trainer
-    python -m variants apo_zero export FILE       the changed trainer as a new file, to work on
+    python -m variants apo_zero run --steps 50    the changed trainer, all flags
+    python -m variants apo_zero export FILE       the changed trainer as a file
 
     import variants                               in labs, bench and notebooks
     trainer = variants.load("apo_zero")
@@ -76,9 +76,10 @@ def load(name):
 def act(name="", action="show", *words):
     """Do what the words of the command line say."""
     if name in ("", "-h", "--help"):
-        print(__doc__)
+        print(__doc__.split("\n\n")[1])
         for each in NAMES:
-            print(f"{each:<20} {method(each).TRAINER:<13} {method(each).__doc__.splitlines()[0]}")
+            title = method(each).__doc__.splitlines()[0].replace(" (", "\n  (")
+            print(f"\n{each}, {method(each).TRAINER}\n  {title}")
     elif action == "show":
         print(method(name).__doc__)
         source, changed = sources(name)

@@ -1,4 +1,4 @@
-"""DiscoPOP: a loss that a language model found, logistic or exponential by the margin (arXiv 2406.08414).
+"""DiscoPOP: a loss found by a language model, logistic or exponential by margin (arXiv 2406.08414).
 
     L = (1 − m) (−log σ(z)) + m e^−z,   z = βΔ,   m = σ(z / τ),   τ = 0.05
 

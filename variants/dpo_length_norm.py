@@ -9,6 +9,11 @@ When it helps: DPO makes answers longer where the chosen ones are longer, since 
 TRAINER = "train_dpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "dpo_nll"] = "dpo"  # above
+""", """\
+    loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "dpo_nll"] = "dpo"  # above
+"""),
+    ("""\
         h_w = logp_w - ref_w
         h_l = logp_l - ref_l
 """, """\

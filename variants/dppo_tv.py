@@ -11,6 +11,11 @@ the clip does not see it.
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["clip", "cispo", "reinforce"] | None = None  # surrogate
+""", """\
+    loss: Literal["clip"] | None = None  # surrogate; the others have no line of this variant
+"""),
+    ("""\
         self.fill("grpo", RECIPES[self.recipe])
 """, """\
         self.fill("grpo", RECIPES[self.recipe] | {"clip_low": 0.15, "clip_high": 0.15})

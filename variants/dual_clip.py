@@ -11,6 +11,11 @@ Here it has none from ρ = 3 on.
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["clip", "cispo", "reinforce"] | None = None  # surrogate
+""", """\
+    loss: Literal["clip"] | None = None  # surrogate; the others have no line of this variant
+"""),
+    ("""\
         loss = torch.maximum(unclipped, clipped)
         is_clipped = clipped > unclipped
 """, """\

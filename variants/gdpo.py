@@ -10,6 +10,11 @@ functions.
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
+    norm: Literal["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"] | None = None  # for Â_i
+""", """\
+    norm: Literal["group_std"] | None = None  # of this variant; no other has an effect
+"""),
+    ("""\
             adv = advantages(reward, roll.group, cfg.norm, cfg.std_eps, roll.response_len)  # (B,)
 """, """\
             require(rm is None, "GDPO needs --reward functions, to normalise each by itself; here is --rm")

@@ -10,6 +10,11 @@ mean of the logarithms of ten tokens it adds 0.3. So the wider clip stays stable
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["clip", "cispo", "reinforce"] | None = None  # surrogate
+""", """\
+    loss: Literal["clip"] | None = None  # surrogate; the others have no line of this variant
+"""),
+    ("""\
         self.fill("grpo", RECIPES[self.recipe])
 """, """\
         gmpo = {"ratio": "sequence", "clip_low": 0.4, "clip_high": 0.4, "agg": "seq_mean"}

@@ -10,6 +10,11 @@ When it helps: as Clip-Cov, and more smoothly, since the token still learns.
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["clip", "cispo", "reinforce"] | None = None  # surrogate
+""", """\
+    loss: Literal["clip"] | None = None  # surrogate; the others have no line of this variant
+"""),
+    ("""\
     beta: float | None = None  # KL coefficient
 """, """\
     beta: float | None = None  # KL coefficient
@@ -41,8 +46,7 @@ def policy_loss(logp, old_logp, ref_logp, adv, mask, w, cfg):
 """, """\
 def largest_cov(logp, adv, mask, cfg):
     \"\"\"→ bool (B, T): the tokens of the mask with the largest covariance of log-prob and advantage.\"\"\"
-    adv = adv[:, None].expand_as(logp)
-    covariance = (logp - logp[mask].mean()) * (adv - adv[mask].mean())
+    covariance = (logp - logp[mask].mean()) * (adv[:, None] - adv[mask.nonzero()[:, 0]].mean())
     number = max(1, int(cfg.cov_share * mask.sum()))
     return mask & (covariance >= covariance[mask].topk(number).values[-1])
 

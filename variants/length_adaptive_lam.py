@@ -1,4 +1,4 @@
-"""VAPO's length-adaptive GAE: the policy's λ grows with the length of the response (arXiv 2504.05118).
+"""VAPO's length-adaptive GAE: the policy's λ grows with the response's length (arXiv 2504.05118).
 
     λ = 1 − 1 / (α l),   l = tokens of the response,   α = 0.05,   at least 0;   the critic's λ is 1
 

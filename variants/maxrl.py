@@ -11,6 +11,11 @@ GRPO.
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
+    norm: Literal["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"] | None = None  # for Â_i
+""", """\
+    norm: Literal["group_std"] | None = None  # of this variant; no other has an effect
+"""),
+    ("""\
         variance = zeros.index_add(0, group, adv.square()) / (size - 1)
         adv = adv / (variance.sqrt()[group] + std_eps)
 """, """\

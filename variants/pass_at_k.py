@@ -12,6 +12,11 @@ failures.
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
+    norm: Literal["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"] | None = None  # for Â_i
+""", """\
+    norm: Literal["group_std"] | None = None  # of this variant; no other has an effect
+"""),
+    ("""\
     std_eps: float = 1e-6  # added to the standard deviation
 """, """\
     std_eps: float = 1e-6  # added to the standard deviation

@@ -1,4 +1,4 @@
-"""Plain REINFORCE++: k1 in every token's reward, whitened returns, no critic, no groups (arXiv 2501.03262).
+"""Plain REINFORCE++: k1 in every token's reward, whitened returns, no groups (arXiv 2501.03262).
 
     A_t = whiten (r − β Σ_{s ≥ t} (log π(y_s) − log π_ref(y_s))),   over all tokens of the batch
 
@@ -8,6 +8,11 @@ When it helps: --group_size 1, many prompts with one sample each, where the othe
 
 TRAINER = "train_grpo.py"
 CHANGES = [
+    ("""\
+    norm: Literal["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"] | None = None  # for Â_i
+""", """\
+    norm: Literal["group_std"] | None = None  # of this variant; no other has an effect
+"""),
     ("""\
         self.fill("grpo", RECIPES[self.recipe])
 """, """\

@@ -10,6 +10,11 @@ draws one sample.
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
+    norm: Literal["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"] | None = None  # for Â_i
+""", """\
+    norm: Literal["group_std"] | None = None  # of this variant; no other has an effect
+"""),
+    ("""\
         seed = derive_seed(cfg.seed, "rollout", progress["drawn"])
 """, """\
         seed = derive_seed(cfg.seed, "rollout", progress["drawn"])

@@ -11,6 +11,11 @@ When it helps: several updates a rollout, where the clip silences a token fully 
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["clip", "cispo", "reinforce"] | None = None  # surrogate
+""", """\
+    loss: Literal["clip"] | None = None  # surrogate; the others have no line of this variant
+"""),
+    ("""\
         self.fill("grpo", RECIPES[self.recipe])
 """, """\
         self.fill("grpo", RECIPES[self.recipe] | {"agg": "seq_mean"})

@@ -11,6 +11,11 @@ unusable, is cut off smoothly.
 TRAINER = "train_grpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["clip", "cispo", "reinforce"] | None = None  # surrogate
+""", """\
+    loss: Literal["clip"] | None = None  # surrogate; the others have no line of this variant
+"""),
+    ("""\
         unclipped = -adv * ratio
         clipped = -adv * ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
         loss = torch.maximum(unclipped, clipped)

@@ -11,6 +11,11 @@ When it helps: the pairs were written by another model.
 TRAINER = "train_dpo.py"
 CHANGES = [
     ("""\
+    loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "kto", "dpo_nll"] = "dpo"  # above
+""", """\
+    loss: Literal["dpo", "cdpo", "robust", "ipo", "hinge", "simpo", "orpo", "dpo_nll"] = "dpo"  # above
+"""),
+    ("""\
     ipo_mean=False, simpo_ratio=0.5, orpo_lam=0.1, dpo_nll_coef=1.0,
 """, """\
     ipo_mean=False, simpo_ratio=0.5, orpo_lam=0.1, dpo_nll_coef=1.0, sharp_w=None, sharp_l=None,

@@ -82,6 +82,9 @@ class Flags(Machine):
                 waits = self.own_data and name in defaults.FROM_DATA
                 if getattr(self, name) is None and not waits:
                     setattr(self, name, value)
+        for field, kind in _fields(type(self)):
+            if typing.get_origin(kind) is Literal:
+                check_choice(f"--{field.name}", getattr(self, field.name), kind.__args__)
         self.notes = defaults.fill_rates(self, rates)
         if starts_from_task and self.init:
             self.notes.append(f"--init {self.init}: no other model was given")
@@ -161,6 +164,13 @@ def check_ranges(cfg, above_zero, any_sign=("seed",)):
     require(-(2**63) <= cfg.seed < 2**63, f"--seed {cfg.seed}: must fit into 64 bits")
 
 
+def check_choice(flag, value, choices):
+    """UserError unless the value is one of the choices. Config(loss="clp") would train another loss."""
+    near = difflib.get_close_matches(str(value), choices, 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    require(value in choices, f"{flag} {value}: must be one of {', '.join(filter(None, choices))}{hint}")
+
+
 def length_schedule(max_new_tokens, lengthen_at):
     """--max_new_tokens 24,40,64 with --lengthen_at 40,80 → limits [24, 40, 64], one after the other.
 
@@ -211,10 +221,7 @@ def _convert(flag, kind, text):
         require(text.lower() in words, f"{flag} {text}: must be true or false")
         return words[text.lower()]
     if typing.get_origin(kind) is Literal:
-        choices = ", ".join(filter(None, kind.__args__))
-        near = difflib.get_close_matches(text, kind.__args__, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        require(text in kind.__args__, f"{flag} {text}: must be one of {choices}{hint}")
+        check_choice(flag, text, kind.__args__)
     if kind not in NUMBERS:
         return text
     parts = text.split(",") if kind not in (int, float) else [text]
