@@ -77,9 +77,8 @@ def act(name="", action="show", *words):
     """Do what the words of the command line say."""
     if name in ("", "-h", "--help"):
         print(__doc__.split("\n\n")[1])
-        for each in NAMES:
-            title = method(each).__doc__.splitlines()[0].replace(" (", "\n  (")
-            print(f"\n{each}, {method(each).TRAINER}\n  {title}")
+        for m in map(method, NAMES):
+            print(f"\n{m.__name__[9:]}, {m.TRAINER}\n  {m.__doc__.splitlines()[0]}".replace(" (", "\n  ("))
     elif action == "show":
         print(method(name).__doc__)
         source, changed = sources(name)

@@ -246,8 +246,8 @@ def _check_types(settings):
 
 
 def _check_number(name, value):
-    good = type(value) in (int, float) and 0 < value < 1e30  # beyond, fp32 overflows
-    require(good, f"{name}={value!r} must be a positive number below 1e30")
+    good = type(value) in (int, float) and 0 < value < 1e18  # torch takes no integer beyond 64 bits
+    require(good, f"{name}={value!r:.40} must be a positive number below 1e18")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def _build(folder, place, shard, weights):
     model = trunk
     if scalar:
         model = ScalarModel(trunk)
-        model.reward_bias.fill_(bias)
+        model.reward_bias.fill_(float(bias))  # torch takes no integer beyond 64 bits
         model.step_ids = step_ids
     if not weights:
         model.to("meta")

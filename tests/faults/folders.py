@@ -24,7 +24,8 @@ from tests.faults import gguf_files, limits
 GOLDEN = Path(__file__).parents[1] / "golden"
 DEEP = "[" * 100_000 + "]" * 100_000
 ODD = [
-    None, True, False, 0, 1, -1, 2, 7, 2**31, 2**31 - 1, 2**53, 2**63, 10**400, -(2**70), 1.5, 1e-300, 1e308,
+    None, True, False, 0, 1, -1, 2, 7, 2**31, 2**31 - 1, 2**53, 2**63, 2**64, 10**29, 10**400,
+    -(2**70), 1.5, 1e-300, 1e308,
     float("nan"), float("inf"), "", "x", "1", "\0", "\ud800", "\x1b[2J", "a" * 5000, "../../x",
     "/dev/zero", [], {}, [[]], [1, 2], [None], {"a": 1}, "DEEP",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ import train_grpo
 import train_ppo
 import train_sft
 from labs import common
+from nanorlhf import hub
 from nanorlhf.errors import UserError
 from nanorlhf.hub import tokenizer_files
 from nanorlhf.run import replay
@@ -236,3 +238,36 @@ def test_objects_of_a_run_do_not_grow(stages, tmp_path):
     blocks = growth.pop("blocks")
     assert blocks < 600, growth  # 5 a step; each row that is kept would be more
     assert sum(n for n in growth.values() if n > 0) < 120, {name: n for name, n in growth.items() if n}
+
+
+def numbers(settings, path=()):
+    """The paths of the numbers in a config.json."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from numbers(value, (*path, key))
+        elif type(value) in (int, float):
+            yield *path, key
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "llama_bias_reward", "pythia_reward"])
+def test_row_64_integers_that_torch_cannot_take(family, tmp_path):
+    """R | config.json: a number that is a whole one beyond 64 bits | one line that names it; a `reward_bias`
+    below 1e30 is used"""
+    golden = ROOT / "tests/golden" / family
+    settings = json.loads((golden / "config.json").read_text())
+    shutil.copytree(golden, tmp_path / "model")
+    for path in [*numbers(settings), ("reward_bias",)]:
+        for value in (2**64, 10**29, -(2**64)):
+            changed = json.loads(json.dumps(settings))
+            place = changed
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = value
+            (tmp_path / "model/config.json").write_text(json.dumps(changed))
+            try:
+                model, _ = hub.load(tmp_path / "model")
+            except UserError as error:
+                assert path[-1] != "reward_bias" and str(value) in str(error), path
+                continue
+            if path == ("reward_bias",) and hasattr(model, "reward_bias"):
+                assert model.reward_bias.item() == pytest.approx(value)
