@@ -14,4 +14,4 @@ def test_the_table_is_up_to_date():
     assert faults.filled(page) == page, "run python -m tests.faults --update"
     found = faults.rows()
     assert all(len(tests) == 1 for tests in found.values())
-    assert set(found) == set(range(1, 64))
+    assert set(found) == set(range(1, len(found) + 1)) and len(found) >= 64
