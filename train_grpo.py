@@ -98,7 +98,6 @@ class Config(Flags):
     constant_lr_after: int | None = None  # steps of warm-up before a constant lr; 0: lr falls to 0
     adam_eps: float | None = None  # Adam's eps; where gradients are near it, steps become shorter
     weight_decay: float | None = None  # AdamW's
-    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     tokens_per_microbatch: int = 4096  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 

@@ -149,15 +149,15 @@ class Run:
     def start(self, models, optimizer, frozen=(), extra=None):
         """Load the newest whole checkpoint if --resume, open the log → (first step to run, extra dict).
 
-        models: {name: model} to save. frozen: models that the run only reads; a resumed run must have the
-        same. extra: what else the trainer keeps, as it is before the first step; a checkpoint has values of
+        models: {name: model} to save. frozen: models (or None) that the run only reads; a resumed run must have
+        the same. extra: what else the trainer keeps, as it is before the first step; a checkpoint has values of
         the same types. Nothing of an older run is touched before this call: a mistaken flag or bad data cost
         nothing.
         """
         self.extra = extra or {}
         self.models = models
         self.optimizer = optimizer
-        self.frozen = [_checksum(model) for model in frozen]
+        self.frozen = [_checksum(model) for model in frozen if model is not None]
         self.data = sha256(self.cfg.data) if self.cfg.data else ""
         config = to_json(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
