@@ -486,9 +486,9 @@ def train(cfg):
                 progress["updates"] -= cfg.ref_every
             if cfg.off_policy_steps:
                 past = progress["past"]  # weights of this and the steps before; the sampler has the oldest
-                past.append(copy.deepcopy(policy.state_dict()))
+                past.append(copy.deepcopy(lora.own_weights(policy)))
                 del past[: -cfg.off_policy_steps - 1]
-                sampler.load_state_dict(past[0])
+                sampler.load_state_dict(past[0], strict=False)  # adapters come without their frozen weights
 
             # ---- prompts, rollout, reward
             roll, rounds = sample_step(sampler, tok, cfg, rows, limit, progress, score)
