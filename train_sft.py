@@ -181,13 +181,13 @@ def held_out_loss(model, rows, tok, cfg):
 
 
 def log_samples(model, rows, tok, cfg, log, step):
-    """One response to each of the first eight held-out rows → samples.jsonl."""
+    """One response to each of the first eight held-out rows, of 64 tokens at most → samples.jsonl."""
     ids = [ids[: mask.index(True)] for ids, mask in rows[:8]]
     prompts = [{"prompt": tok.decode(ids), "_ids": ids} for ids in ids]
     longest = max(sum(mask) for _, mask in rows)
     room = model.cfg.max_len - max(map(len, ids))
     seed = derive_seed(cfg.seed, "samples")
-    roll = sample_responses(model, tok, prompts, 1, min(room, longest), 1.0, seed)
+    roll = sample_responses(model, tok, prompts, 1, min(room, longest, 64), 1.0, seed)
     log.samples(step, prompts, roll.texts, None)
 
 
@@ -227,7 +227,7 @@ def load(cfg, device):
     test = encode_demonstrations(test_rows, tok, model.cfg.max_len)
     cfg.fill_steps(data)
     to_device(cfg, device, model)
-    return model, tok, data, test if cfg.eval_data else test[:256]
+    return model, tok, data, test if cfg.eval_data else test[: cfg.held_out]
 
 
 def train(cfg):
@@ -247,6 +247,9 @@ def train(cfg):
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
         start, _ = run.start({"model": model}, opt)
         seed = derive_seed(cfg.seed, "data")
+        if test and start == 0:
+            loss = held_out_loss(model, test, tok, cfg)
+            run.log.say(f"held-out loss before the first step: {loss:.3f} ({len(test)} rows)")
         for step in range(start, cfg.steps):
             # ---- batch
             clock = Clock()

@@ -128,8 +128,8 @@ def health(metrics, mean_adv, tokens, ref_is_init=True):
         lines.append("mean advantage is not near 0: rewards and groups do not belong together")
     if (metrics["dead"] or 0.0) > 0.8:
         lines.append("most groups are dead: there is little to learn from prompts so hard or so easy")
-    if metrics["stop"] < 0.5:
-        lines.append("most responses are cut: raise --max_new_tokens")
+    if metrics["stop"] < 0.5 and (metrics["dead"] is None or metrics["dead"] > 0.5):  # else it may learn to end
+        lines.append("most responses are cut: raise --max_new_tokens, if what is rewarded comes later")
     return "\n  !! ".join(lines)
 
 
@@ -192,7 +192,7 @@ def load_prompts(cfg, task, tok, max_len, limit, rewards):
                 rewards.check(row)
             row["_ids"] = tok.encode_prompt(row["prompt"])
     if limit is None:
-        limit = response_limit(max(len(row["_ids"]) for row in rows), max_len, cfg.data)
+        limit = response_limit(max(len(row["_ids"]) for row in rows), max_len, cfg.data, rows, tok)
         cfg.fill_limit(limit)
     room = max_len - limit
     train = [row for row in train if len(row["_ids"]) <= room]  # detail 2: N+ truncates

@@ -21,6 +21,7 @@ from nanorlhf.errors import UserError
 from nanorlhf.run import defaults
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import parse
+from nanorlhf.tokenizer import Tokenizer
 
 ALL = [*TRAINERS, train_prm]
 BEARS = {train_sft: 1e-4, train_rm: 1e-4, train_prm: 1e-4, train_ppo: 3e-5, train_grpo: 3e-5, train_dpo: 5e-6}
@@ -240,13 +241,27 @@ def test_lengths_come_from_the_data(stages, tmp_path, capsys, no_curves):
     assert cfg.max_new_tokens == max(map(len, responses)) + 1
 
 
+def limit_of(longest, context, **row):
+    return defaults.response_limit(longest, context, "x", [row], Tokenizer.from_bytes())
+
+
 def test_a_long_context_must_be_asked_for():
-    assert defaults.response_limit(100, 1024, "x") == 924 and defaults.response_limit(1024, 2048, "x") == 1024
+    assert limit_of(100, 1024) == 924 and limit_of(1024, 2048) == 1024
     for longest, says in ((100, "32,668"), (31000, "1,768"), (32768, "0"), (40000, "-7,232")):
         with pytest.raises(UserError, match=f"^--max_new_tokens: .* leaves room for {says} tokens; give"):
-            defaults.response_limit(longest, 32768, "x")
+            limit_of(longest, 32768, answer="42")
     pairs = [([0] * 5000, [False] * 4000 + [True] * 1000)]
     assert defaults.context_for(pairs) == defaults.LONGEST
+
+
+def test_in_a_long_context_the_longest_response_of_the_data_is_enough(capsys):
+    """Its bytes and EOS; a bare answer is no response. A context that is full anyway is used whole, as ever."""
+    assert limit_of(9, 8192, response="a" * 30) == 31 and limit_of(9, 8192, answer="6 + 7\n#### 13") == 13
+    assert "--max_new_tokens 13: by the longest response in x" in capsys.readouterr().out
+    assert limit_of(9, 1024, response="a" * 30) == 1015
+    for row in (dict(answer=13), dict(answer="13"), dict(response=[]), dict(response="a" * 1024)):
+        with pytest.raises(UserError, match="^--max_new_tokens: "):
+            limit_of(9, 8192, **row)
 
 
 def test_a_task_that_is_named_sets_its_own_defaults():

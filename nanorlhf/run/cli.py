@@ -81,6 +81,7 @@ class Flags(Machine):
         starts_from_task = self.own_data and not self.init
         self._name_folders()
         real = defaults.of_real_model(self)
+        self.held_out = 64 if real else 256  # rows that SFT measures its loss on, at most
         unset = [name for name in real if getattr(self, name, 0) is None and name not in (recipe or {})]
         for values in (recipe or {}, real, self.BY_TASK[self.task], self.DEFAULTS, {"lora_rank": 0}):
             for name, value in values.items():

@@ -88,19 +88,31 @@ def context_for(pairs):
     return min(LONGEST, max(prompts) + max(responses))
 
 
-def response_limit(longest_prompt, max_len, path):
+def response_limit(longest_prompt, max_len, path, rows, tok):
     """Tokens that a response may have: the room behind the longest prompt of the data file. Printed, too.
 
-    UserError where there is none, and above LONGEST: responses of minutes must be asked for.
-
-    >>> limit = response_limit(24, max_len=64, path="a.jsonl")
-    --max_new_tokens 40: by a.jsonl and the model's context
+    Where that is above LONGEST it is the longest response in the data: a "response", or an "answer" that is
+    worked out (GSM8K). UserError without one for each row: responses of minutes must be asked for.
     """
     room = max_len - longest_prompt
+    limit = room
+    by = f"{path} and the model's context"
+    examples = [text for row in rows if (text := _worked_out(row))]
+    if room > LONGEST and len(examples) == len(rows):
+        limit = min(room, 1 + max(len(tok.encode(text)) for text in examples))  # and EOS
+        by = f"the longest response in {path}"
     ask = f"the longest prompt leaves room for {room:,} tokens; give the longest response, such as 512"
-    require(0 < room <= LONGEST, f"--max_new_tokens: {ask}")
-    print(f"--max_new_tokens {room}: by {path} and the model's context")
-    return room
+    require(0 < limit <= LONGEST, f"--max_new_tokens: {ask}")
+    print(f"--max_new_tokens {limit}: by {by}")
+    return limit
+
+
+def _worked_out(row):
+    """A response in a row of prompts, or "". A bare "answer" is none: a model may say more than "42"."""
+    if isinstance(row.get("response"), str):
+        return row["response"]
+    answer = row.get("answer")
+    return answer if isinstance(answer, str) and "####" in answer else ""
 
 
 PAPERS = {

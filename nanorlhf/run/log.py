@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from nanorlhf.errors import UserError, require, visible
 from nanorlhf.look.plots import plot_curves
-from nanorlhf.run import dist
+from nanorlhf.run import dist, pulse
 from nanorlhf.run.cli import to_json
 
 FILES = ("metrics.csv", "samples.jsonl")
@@ -47,6 +47,8 @@ def read_rows(out):
 
 class Log:
     """metrics.csv (one row a step), samples.jsonl, about 20 console lines within 80 columns, a bar with ETA.
+
+    Slow steps have a line each: none is later than run/pulse.py allows.
 
     A full disk does not end the run here: it is said once, and training goes on. Of several processes only
     the first writes.
@@ -119,6 +121,7 @@ class Log:
         """Print a line, above the progress bar."""
         self.bar.clear()
         print(visible(text), flush=True)
+        pulse.printed()
         self.bar.refresh()
 
     def row(self, step, metrics):
@@ -132,7 +135,7 @@ class Log:
         cells[0] = str(step)
         self._append("metrics.csv", ",".join(cells) + "\n")
         self.bar.update(1)
-        if step % self.every == 0 or step == self.steps - 1:
+        if step % self.every == 0 or step == self.steps - 1 or pulse.is_late():
             self._print(measured | {"step": step})
         if self.wandb:
             self.wandb.log(measured, step=step)
@@ -145,10 +148,14 @@ class Log:
         self.say("".join(f"{_cell(values.get(name)):>{width}}" for name, width in self.widths.items()))
 
     def samples(self, step, rows, texts, score):
-        """Write to samples.jsonl: prompts (of the data's rows), responses, and scores, (B,) or None."""
+        """Write to samples.jsonl: prompts (of the data's rows), responses, and scores, (B,) or None.
+
+        A Chat is written as the model has read it, with the control tokens of its template.
+        """
         lines = []
         for i, (row, text) in enumerate(zip(rows, texts)):
-            sample = {"step": step, "prompt": row["prompt"], "response": text}
+            prompt = getattr(row["prompt"], "seen", None) or row["prompt"]
+            sample = {"step": step, "prompt": prompt, "response": text}
             if score is not None:
                 sample["reward"] = round(score[i].item(), 4)
             lines.append(visible(json.dumps(sample, ensure_ascii=False)) + "\n")
