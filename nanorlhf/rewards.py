@@ -128,7 +128,8 @@ def health(metrics, mean_adv, tokens, ref_is_init=True):
         lines.append("mean advantage is not near 0: rewards and groups do not belong together")
     if (metrics["dead"] or 0.0) > 0.8:
         lines.append("most groups are dead: there is little to learn from prompts so hard or so easy")
-    if metrics["stop"] < 0.5 and (metrics["dead"] is None or metrics["dead"] > 0.5):  # else it may learn to end
+    learns = metrics["dead"] is not None and metrics["dead"] < 0.5  # also to end
+    if metrics["stop"] < 0.5 and not learns:
         lines.append("most responses are cut: raise --max_new_tokens, if what is rewarded comes later")
     return "\n  !! ".join(lines)
 

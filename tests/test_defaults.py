@@ -104,7 +104,7 @@ def test_grpo_of_a_large_model_samples_as_its_rate_was_measured(sized):
 
 
 def test_no_reference_where_a_large_model_has_no_kl(sized):
-    """It is loaded for a KL that weighs something, and where it is asked for; small models always have one."""
+    """It is loaded for a KL that weighs something, and where it is asked for; small models have one."""
     init = sized(51)
     judge = dict(reward=["r.py:f"])
     for kw in ({}, dict(data="p.jsonl"), dict(recipe="dapo", max_new_tokens=16)):
@@ -149,7 +149,8 @@ def test_a_small_model_keeps_those_of_the_task(trainer, sized):
 def test_every_recipe_of_a_large_model_too(sized):
     init = sized(100)
     for recipe in train_grpo.RECIPES:
-        assert train_grpo.Config(recipe=recipe, init=init, lora_rank=0, max_new_tokens=16).lr <= BEARS[train_grpo]
+        cfg = train_grpo.Config(recipe=recipe, init=init, lora_rank=0, max_new_tokens=16)
+        assert cfg.lr <= BEARS[train_grpo]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -255,9 +256,9 @@ def test_a_long_context_must_be_asked_for():
 
 
 def test_in_a_long_context_the_longest_response_of_the_data_is_enough(capsys):
-    """Its bytes and EOS; a bare answer is no response. A context that is full anyway is used whole, as ever."""
-    assert limit_of(9, 8192, response="a" * 30) == 31 and limit_of(9, 8192, answer="6 + 7\n#### 13") == 13
-    assert "--max_new_tokens 13: by the longest response in x" in capsys.readouterr().out
+    """Its bytes and EOS; a bare answer is no response. A short context is used whole, as ever."""
+    assert limit_of(9, 8192, response="a" * 30) == 31 and limit_of(9, 8192, answer="6 + 7\n#### 13") == 14
+    assert "--max_new_tokens 14: by the longest response in x" in capsys.readouterr().out
     assert limit_of(9, 1024, response="a" * 30) == 1015
     for row in (dict(answer=13), dict(answer="13"), dict(response=[]), dict(response="a" * 1024)):
         with pytest.raises(UserError, match="^--max_new_tokens: "):

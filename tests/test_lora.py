@@ -212,7 +212,7 @@ def test_the_base_of_adapters_must_be_the_same(flag, name, stages, tmp_path, no_
     model, tok = hub.load(tmp_path / "moved")
     model.trunk.blocks[0].attn.q.weight.data[0, 0] += 1e-4
     hub.save(model, tok, tmp_path / "moved")
-    says = rf"--resume: --{flag} \S*moved is not the base that the adapters in .* belong to \(.*sha256 .* then, "
+    says = rf"--resume: --{flag} \S*moved is not the base that the adapters in .* belong to \(.*sha256 .* then"
     with pytest.raises(UserError, match=says):
         train_ppo.train(train_ppo.Config(**flags | {flag: f"{tmp_path}/moved", "steps": 4}))
 
@@ -222,7 +222,7 @@ def test_a_base_within_the_run_folder_would_be_overwritten(stages, tmp_path):
     for rank in (2, 0):
         cfg = stages.config(train_sft, tmp_path / "run", init=init, lora_rank=rank, steps=1)
         if rank:
-            with pytest.raises(UserError, match=f"^--init {init}: lies in --out {tmp_path}/run, .*another --out"):
+            with pytest.raises(UserError, match=f"^--init {init}: lies in --out {tmp_path}/run, where"):
                 train_sft.train(cfg)
         else:
             train_sft.train(cfg)

@@ -38,7 +38,8 @@ def test_every_slow_step_has_its_line(stages, tmp_path, capsys, monkeypatch, no_
     lines = []
     for silence in (15.0, -1.0):
         monkeypatch.setattr(pulse, "SILENCE", silence)
-        train_sft.train(stages.config(train_sft, tmp_path / f"run{silence}", steps=60, save_every=0, eval_every=0))
+        cfg = stages.config(train_sft, tmp_path / f"run{silence}", steps=60, save_every=0, eval_every=0)
+        train_sft.train(cfg)
         out = capsys.readouterr().out
         lines.append(sum(line.split()[:1] == [str(step)] for step in range(60) for line in out.splitlines()))
     assert lines == [21, 60]

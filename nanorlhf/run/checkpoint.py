@@ -5,8 +5,8 @@
 
 A folder is written under a temporary name, fsynced, and renamed into place. A checkpoint lists the size and
 sha256 of each of its files, since neither torch.load nor safetensors notices a flipped bit. All randomness is
-derived from (seed, step), so that weights, optimizer and step are the whole state of a run. With adapters it
-holds these alone, and of the frozen weights the folder and a sha256: 59 MB in place of 600 at 135M parameters.
+derived from (seed, step), so that weights, optimizer and step are the whole state of a run. Of weights that
+are frozen under adapters a checkpoint holds the folder and a sha256.
 """
 
 import contextlib
@@ -153,10 +153,10 @@ class Run:
     def start(self, models, optimizer, frozen=(), extra=None):
         """Load the newest whole checkpoint if --resume, open the log → (first step to run, extra dict).
 
-        models: {name: model} to save. frozen: models (or None) that the run only reads; a resumed run must have
-        the same. extra: what else the trainer keeps, as it is before the first step; a checkpoint has values of
-        the same types. Nothing of an older run is touched before this call: a mistaken flag or bad data cost
-        nothing.
+        models: {name: model} to save. frozen: models (or None) that the run only reads; a resumed run must
+        have the same. extra: what else the trainer keeps, as it is before the first step; a checkpoint has
+        values of the same types. Nothing of an older run is touched before this call: a mistaken flag or bad
+        data cost nothing.
         """
         self.extra = extra or {}
         self.models = models
