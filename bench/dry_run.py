@@ -2,9 +2,9 @@
 
     python -m bench.dry_run --model models/SmolLM2-135M-Instruct --demos gsm8k_train.jsonl --pairs hh.jsonl
 
-One step of each trainer in a process of its own, on one CPU thread. The files are in any format that the trainers
-read; a few hundred rows are enough. What a run took is the largest resident set of its process. Times are not
-compared: on a busy machine those of this minute tell little of the next.
+One step of each trainer in a process of its own, on one CPU thread. The files are in any format that the
+trainers read; a few hundred rows are enough. What a run took is the largest resident set of its process.
+Times are not compared: on a busy machine those of this minute tell little of the next.
 """
 
 import argparse
@@ -42,27 +42,32 @@ def run(command, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="folder of a language model, such as SmolLM2-135M-Instruct")
-    parser.add_argument("--demos", required=True, help="file of questions with worked answers, such as GSM8K's")
-    parser.add_argument("--pairs", required=True, help="file of preferences, such as HH's")
+    parser.add_argument("--model", required=True, help="folder, such as that of SmolLM2-135M-Instruct")
+    parser.add_argument("--demos", required=True, help="questions with worked answers, such as GSM8K's")
+    parser.add_argument("--pairs", required=True, help="preferences, such as HH's")
     parser.add_argument("--only", default=",".join(FLAGS), help="trainers, such as sft,grpo")
     parser.add_argument("--ranks", default="16,0", help="of the adapters; 0: all weights")
     parser.add_argument("--out", default="runs/bench-dry-run", help="folder for the runs")
     args = parser.parse_args()
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    print("| trainer | `--lora_rank` | `--dry_run`, GiB | measured, GiB | ratio |\n| --- | --- | --- | --- | --- |")
+    model = Path(args.model).resolve()
+    print("| trainer | `--lora_rank` | `--dry_run`, GiB | measured, GiB | ratio |")
+    print("| --- | --- | --- | --- | --- |")
     for trainer in args.only.split(","):
         data = Path(args.pairs if trainer in ("rm", "dpo") else args.demos).resolve()
         for rank in args.ranks.split(","):
-            flags = f"--init {Path(args.model).resolve()} --data {data} --lora_rank {rank} {COMMON} {FLAGS[trainer]}"
+            folder = out / f"{trainer}-{rank}"
+            flags = f"--init {model} --data {data} --out {folder} --lora_rank {rank} {COMMON}"
+            flags += f" {FLAGS[trainer]}"
             if trainer == "distill":
-                flags += f" --teacher {Path(args.model).resolve()}"
-            command = [sys.executable, f"train_{trainer}.py", *flags.split(), "--out", f"{out}/{trainer}-{rank}"]
+                flags += f" --teacher {model}"
+            command = [sys.executable, f"train_{trainer}.py", *flags.split()]
             text, _ = run([*command, "--dry_run"], out / "dry.log")
             planned = float(re.search(r"^  at most +([\d.]+)", text, re.M)[1])
             _, measured = run(command, out / f"{trainer}-{rank}.log")
-            print(f"| {trainer} | {rank} | {planned:.2f} | {measured:.2f} | {planned / measured:.2f} |", flush=True)
+            ratio = planned / measured
+            print(f"| {trainer} | {rank} | {planned:.2f} | {measured:.2f} | {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

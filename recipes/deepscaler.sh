@@ -7,7 +7,7 @@
 #          pip install math-verify.
 # Reports  AIME 2024 28.8 → 43.1, MATH 82.8 → 87.8; 3,800 A100-hours.
 #
-# Memory, computed by --dry_run and not measured: one H200 of 139 GiB, prompts of 100 tokens on average (300 at
+# Memory, computed by --dry_run --device cuda and not measured: one H200 of 139 GiB, prompts of 100 tokens on average (300 at
 # most), responses as long as they may be.
 #   PROMPTS      8K        16K        24K
 #   128        89 GiB     89 GiB    110 GiB     the published batch
@@ -23,7 +23,7 @@ set -e
 MODEL=${MODEL:-models/DeepSeek-R1-Distill-Qwen-1.5B}
 PROMPTS=${PROMPTS:-128}
 FLAGS="--recipe deepscaler --temperature 0.6 --lr 1e-6 --epochs 1 --minibatches 2"
-FLAGS="$FLAGS --dtype bfloat16"
+FLAGS="$FLAGS --lora_rank 0 --dtype bfloat16"
 FLAGS="$FLAGS --data data/deepscaler.jsonl --reward nanorlhf/answers.py:math_answer --eval_prompts 16"
 
 echo "deepscaler, after DeepScaleR (Luo et al. 2025): every stage with its flags"

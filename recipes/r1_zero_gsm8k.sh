@@ -5,7 +5,7 @@
 #
 # Needs    models/Qwen2.5-$SIZE and data/gsm8k_train.jsonl (question, answer).
 #
-# Memory, computed by --dry_run and not measured: one A100 of 80 GB, prompts of 110 tokens on average (300 at most),
+# Memory, computed by --dry_run --device cuda and not measured: one A100 of 80 GB, prompts of 110 tokens on average (300 at most),
 # 512 new tokens in every response.
 #   0.5B         23 GiB
 #   1.5B         56 GiB
@@ -41,4 +41,4 @@ python train_grpo.py --recipe r1_zero --data "$PROMPTS" --init "$MODEL" --out "r
     --reward nanorlhf/answers.py:numeric_answer --reward nanorlhf/answers.py:answer_format \
     --prompts_per_step 32 --group_size 16 --max_new_tokens 512 --minibatches 1 --steps 198 --lr 1e-6 \
     --temperature 1 --eval_prompts 256 --tokens_per_microbatch 8192 \
-    --dtype bfloat16 "$@"
+    --lora_rank 0 --dtype bfloat16 "$@"

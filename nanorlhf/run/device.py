@@ -108,7 +108,7 @@ def to_device(cfg, device, *models):
 
 
 def _measured_threads(cfg, trunk):
-    """The number of threads that is fastest now, printed. A resumed run keeps its own, or bits would change."""
+    """The number of threads that is fastest now, printed. A resumed run keeps its own, for its bits."""
     if getattr(cfg, "resume", False):
         saved = read_json(Path(cfg.out, "config.json")).get("threads")
         if type(saved) is int and saved > 0:

@@ -470,14 +470,14 @@ def _file_bytes(folder):
 
 
 def pass_flops(model, tokens, scored):
-    """Operations of a forward pass: two for each weight of a matrix and token; the head sees scored tokens."""
+    """Operations of a forward pass: two for each weight and token; the head sees the scored tokens only."""
     weights = [p.numel() for p in model.trunk.blocks.parameters() if p.dim() == 2]
     head = 0 if isinstance(model, ScalarModel) else model.trunk.wte.weight.numel()
     return 2 * (sum(weights) * tokens + head * scored)
 
 
 def update_flops(model, tokens, scored):
-    """Operations of forward and backward pass, the latter for activations and for weights that are trained."""
+    """Operations of forward and backward pass: as many again for activations, and for weights if trained."""
     trains_all = model.trunk.blocks[0].norm1.weight.requires_grad
     return (3 if trains_all else 2) * pass_flops(model, tokens, scored)
 

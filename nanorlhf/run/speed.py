@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices now: measured, because a busy machine is slower than a free one."""
+"""How fast this machine multiplies matrices now: measured, as a busy machine is slower than a free one."""
 
 import time
 
