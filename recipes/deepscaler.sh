@@ -7,7 +7,7 @@
 #          pip install math-verify.
 # Reports  AIME 2024 28.8 → 43.1, MATH 82.8 → 87.8; 3,800 A100-hours.
 #
-# Memory, computed by --dry_run --device cuda and not measured: one H200 of 139 GiB, prompts of 100 tokens on average (300 at
+# Memory, computed by --dry_run and not measured: one H200 of 139 GiB, prompts of 100 tokens on average (300 at
 # most), responses as long as they may be.
 #   PROMPTS      8K        16K        24K
 #   128        89 GiB     89 GiB    110 GiB     the published batch

@@ -6,7 +6,7 @@
 # Needs    models/Qwen2.5-1.5B, data/ultrachat.jsonl (messages) and data/ultrafeedback.jsonl (chosen and
 #          rejected messages; of the binarized set its train_prefs).
 #
-# Memory, computed by --dry_run --device cuda and not measured: one A100 of 80 GB.
+# Memory, computed by --dry_run and not measured: one A100 of 80 GB.
 #   SFT          41 GiB  (conversations of 1,050 tokens on average)
 #   DPO          43 GiB  (prompt and response together 700 tokens on average, 2,048 at most)
 #

@@ -8,7 +8,7 @@
 # Reports  reward model's accuracy .628 / .669 / .689; PPO preferred to the reference about 80% of the time
 #          at 6.9B; at 1B it over-optimises.
 #
-# Memory, computed by --dry_run --device cuda and not measured: prompts of 370 tokens on average (512 at most), summaries of 40
+# Memory, computed by --dry_run and not measured: prompts of 370 tokens on average (512 at most), summaries of 40
 # tokens (in PPO of all 53), PPO on one H200.
 #             SFT       RM        PPO
 #   1b       24 GiB    22 GiB     55 GiB    all weights

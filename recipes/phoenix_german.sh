@@ -6,7 +6,7 @@
 # Needs    models/Qwen2.5-1.5B, data/ultrachat_de.jsonl (messages) and data/ultrafeedback_de.jsonl (chosen and
 #          rejected messages), both translated; the paper used ALMA-13B. Any other language works the same way.
 #
-# Memory, computed by --dry_run --device cuda and not measured: one A100 of 80 GB.
+# Memory, computed by --dry_run and not measured: one A100 of 80 GB.
 #   SFT          41 GiB  (conversations of 1,350 tokens on average)
 #   DPO          43 GiB  (prompt and response together 900 tokens on average, 2,048 at most)
 #

@@ -5,7 +5,7 @@
 #
 # Needs    models/Qwen2.5-$SIZE and data/gsm8k_train.jsonl (question, answer).
 #
-# Memory, computed by --dry_run --device cuda and not measured: one A100 of 80 GB, prompts of 110 tokens on average (300 at most),
+# Memory, computed by --dry_run and not measured: one A100 of 80 GB, prompts of 110 tokens on average (300 at most),
 # 512 new tokens in every response.
 #   0.5B         23 GiB
 #   1.5B         56 GiB

@@ -30,6 +30,9 @@ def test_a_sign_every_15_seconds(monkeypatch, capsys):
         pulse.sign(f"at {second}")
         if second == 20:
             pulse.printed()  # a line of the log
+    pulse.end()
+    now[0] = 1000.0
+    pulse.sign("without a run")
     assert capsys.readouterr().out.split("\n") == ["  … at 16", "  … at 36", ""]
 
 

@@ -81,6 +81,7 @@ class Log:
         self.wandb = None
         if not self.writes:
             return
+        pulse.printed()
         for name in FILES:
             with open(self.out / name, "ab") as f:
                 size = state["sizes"].get(name, 0)
@@ -164,6 +165,7 @@ class Log:
     def close(self, panels=()):
         """End the bar, read the rows of the whole run, and draw curves.png with these panels."""
         self.bar.close()
+        pulse.end()
         if panels and self.writes:
             self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
