@@ -71,7 +71,7 @@ class Config(Flags):
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process; 0: no limit, no process
     rm: str = ""  # reward model folder, where the task has no reward function; empty: runs/TASK-rm/model
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
-    ref: str = ""  # reference model folder for the KL; empty: --init; none: no reference
+    ref: str = ""  # reference model folder; empty: --init, of a real model only with a KL; none: no reference
     out: str = ""  # run folder; empty: runs/TASK-grpo, or with --data runs/FILE-grpo
 
     # method

@@ -61,7 +61,7 @@ class Config(Flags):
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process; 0: no limit, no process
     rm: str = ""  # reward model folder; empty: runs/TASK-rm/model, unless there is a reward function
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
-    ref: str = ""  # reference model folder for the KL; empty: --init; none: no reference
+    ref: str = ""  # reference model folder; empty: --init, of a real model only with a KL; none: no reference
     critic_init: str = ""  # folder the critic starts from; empty: the reward model, else the policy
     out: str = ""  # run folder; empty: runs/TASK-ppo, or with --data runs/FILE-ppo
 

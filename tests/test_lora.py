@@ -199,8 +199,10 @@ def test_a_checkpoint_holds_adapters_and_no_base(trainer, stages, tmp_path, no_c
 
 
 @pytest.mark.parametrize("flag, name", [("init", "sft"), ("critic_init", "rm")])
-def test_the_base_of_adapters_must_be_the_same(flag, name, stages, tmp_path, no_curves):
-    """One weight of it changed: refused, with the flag. Moved: accepted. Gone: named."""
+def test_row_64_base_of_adapters(flag, name, stages, tmp_path, no_curves):
+    """R | --resume of adapters whose base has one other weight, or is gone | refused, with the flag, both
+    sha256 and the folder that it was; a base that was moved is taken
+    """
     flags = stages.flags(train_ppo, tmp_path / "run", lora_rank=2, steps=2)
     flags[flag] = copied(stages, tmp_path, name)
     train_ppo.train(train_ppo.Config(**flags))

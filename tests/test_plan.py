@@ -130,7 +130,7 @@ def test_the_largest_micro_batch_is_that_of_training():
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("style", ["llama-gqa-untied", "qwen3"])
 def test_operations_are_those_that_torch_counts(style, rank):
-    """FlopCounterMode counts attention's own products too, few in rows of 16. The last token has no target."""
+    """FlopCounterMode counts attention's own products too: few here. The last token has no target."""
     model = tiny(style, n_layer=3, d_model=64, d_ff=96, vocab_size=50)
     lora.add(model, rank)
     tokens = randint(50, 8, 17)

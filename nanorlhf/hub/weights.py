@@ -11,7 +11,6 @@ from os.path import exists, isfile
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors
 
 from nanorlhf.errors import UserError, blame, require
 from nanorlhf.hub.files import read_json

@@ -10,7 +10,6 @@ the rate that this machine shows in a second.
 """
 
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +33,8 @@ TILES = 96 << 20  # bytes of logits that the Triton backend holds at once; the t
 STORED = GIB  # at most so many bytes where it forms a loss in one pass (triton_backend.STORED_BYTES)
 CPU_TILES = 5 * 4 * torch_backend.TILE  # the torch backend's tile of logits, and its copies of that size
 CPU_STORED = 4 * torch_backend.STORED + CPU_TILES
-# The activations of SmolLM2-135M take 1.46 times their bytes on a CPU under Linux: glibc's heap keeps a hole for
-# each temporary tensor between two that are kept. With MALLOC_MMAP_THRESHOLD_=100000 it is 1.01, and slower.
+# The activations of SmolLM2-135M take 1.46 times their bytes under Linux: glibc's heap has a hole for each
+# temporary tensor between two that are kept. With MALLOC_MMAP_THRESHOLD_=100000 they take 1.01 times theirs.
 HOLES = 1.45
 DRAWS = 100  # steps whose batches are drawn, to find the largest micro-batch
 SIZES = 8, 12, 16, 24, 40, 48, 80, 139  # GiB of GPUs
@@ -427,20 +426,20 @@ def _fit_this_machine(cfg, always, phases, sampled, trained):
         parts = sampling_parts(sampled.model, sampled.rows, sampled.length, sampled.prompt)
         del parts["weights cast once"]  # on a GPU
         phases["sampling"] = parts
-    folders = [getattr(cfg, flag, "") for flag in ("init", "ref", "rm", "teacher")]
-    file = max(map(_file_bytes, folders))  # of one model at a time, while gradients and moments are not there
-    later = always["gradients"] + always["optimizer (AdamW's two moments)"]
-    phases["loading"] = {"file of weights, mapped": max(0, file - later)}
-    merged = [p.nbytes for model in trained.values() for p in model.parameters() if p.dim() == 2]
+    if cfg.init:  # one file at a time is mapped, while gradients and moments are not there
+        later = always["gradients"] + always["optimizer (AdamW's two moments)"]
+        phases["loading"] = {"file of weights, mapped": max(0, _file_bytes(cfg.init) - later)}
     if cfg.lora_rank:
+        merged = [p.nbytes for model in trained.values() for p in model.parameters() if p.dim() == 2]
         phases["saving"] = {"weights with their adapters": sum(merged)}
     sizes = {phase: sum(parts.values()) for phase, parts in phases.items()}
     largest = max(sizes, key=sizes.get)
     peak = sum(always.values()) + sizes[largest]
     _print_parts("memory of this machine's CPU, GiB", always, phases, f"{peak / GIB:>10.2f}  ({largest})")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    verdict = "fits" if peak < memory else "does not fit"
-    print(f"  {verdict} into the {memory / GIB:.1f} GiB of this machine")
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        verdict = "fits" if peak < memory else "does not fit"
+        print(f"  {verdict} into the {memory / GIB:.1f} GiB of this machine")
 
 
 def _print_parts(title, always, phases, peak):
@@ -458,8 +457,7 @@ def _resident_now():
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return 300 << 20  # where there is no such file: as much as under Linux, about
 
 
 def _file_bytes(folder):
