@@ -16,9 +16,9 @@ import train_ppo
 import train_prm
 import train_rm
 import train_sft
-from nanorlhf import hub
+from nanorlhf import generate, hub
 from nanorlhf.errors import UserError
-from nanorlhf.run import defaults
+from nanorlhf.run import defaults, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import parse
 from nanorlhf.tokenizer import Tokenizer
@@ -191,13 +191,17 @@ def test_own_prompts_need_a_reward(trainer):
     assert not trainer.Config(data="my/p.jsonl", task="chain").rm  # the task's own prompts in a file
 
 
-def test_a_task_that_scores_other_prompts_says_that_they_need_a_reward(stages, tmp_path):
+def test_a_task_that_scores_other_prompts_says_that_they_need_a_reward(stages, tmp_path, monkeypatch):
+    """Before anything is sampled, and with --dry_run."""
+    monkeypatch.setattr(generate, "generate", None)
     for task in ("chain", "countdown"):
         cfg = stages.config(train_grpo, tmp_path / task, data=jsonl(tmp_path / "p.jsonl", words(64)), rm="",
                             task=task)  # fmt: skip
         says = f"--task {task}: the prompt '.*' is not of this task; prompts of your own need --reward"
         with pytest.raises(UserError, match=says):
             train_grpo.train(cfg)
+        with pytest.raises(UserError, match=says):
+            plan.rl(cfg, train_grpo.load_models)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda t: t.__name__)
