@@ -467,7 +467,7 @@ def train(cfg):
         frozen = []
         if cfg.ref_every:
             saved["ref"] = ref
-        elif ref is not None:
+        else:
             frozen.append(ref)
         # With --resume, run.start gives back the progress of the checkpoint instead of this one.
         progress = {"drawn": 0, "history": {}, "past": [], "updates": 0}
