@@ -208,7 +208,7 @@ def load_prompts(cfg, task, tok, max_len, limit, rewards):
     if cfg.own_data:
         cfg.fill_steps(train)
         if cfg.eval_prompts is None:
-            cfg.eval_prompts = min(len(test), HELD_OUT)
+            cfg.eval_prompts = len(test) if cfg.eval_data else min(len(test), HELD_OUT)
     if cfg.data and 0 < cfg.eval_prompts < len(test):
         print(f"held out: the first {cfg.eval_prompts} of {len(test)} prompts are used (--eval_prompts)")
     return train, test[: cfg.eval_prompts]
