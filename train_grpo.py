@@ -113,7 +113,7 @@ class Config(Flags):
     overlong_penalty: float | None = None  # at the limit, from 0 at four fifths of it; 1 fits rewards of ±1
 
     # evaluation
-    eval_prompts: int | None = None  # held-out prompts of eval/…; of own data 128, of --eval_data all
+    eval_prompts: int | None = None  # held-out prompts to measure on; of own data 128, of --eval_data all
     eval_every: int = 0  # steps between these; 0: only before the first step and after the last
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
 

@@ -94,7 +94,7 @@ class Config(Flags):
     temperature: float = 1.0  # of sampling, and of every log-prob
 
     # evaluation
-    eval_prompts: int | None = None  # held-out prompts of eval/…; of own data 128, of --eval_data all
+    eval_prompts: int | None = None  # held-out prompts to measure on; of own data 128, of --eval_data all
     eval_every: int = 0  # steps between these; 0: only before the first step and after the last
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
 

@@ -130,7 +130,7 @@ def health(metrics, mean_adv, tokens, ref_is_init=True):
         lines.append("most groups are dead: there is little to learn from prompts so hard or so easy")
     learns = metrics["dead"] is not None and metrics["dead"] < 0.5  # also to end
     if metrics["stop"] < 0.5 and not learns:
-        lines.append("most responses are cut: raise --max_new_tokens, if what is rewarded comes later")
+        lines.append("most responses are cut: raise --max_new_tokens if the reward comes later")
     return "\n  !! ".join(lines)
 
 

@@ -8,9 +8,9 @@ from safetensors import SafetensorError, safe_open
 
 from nanorlhf.errors import UserError, require
 from nanorlhf.hub.gguf import Gguf
+from nanorlhf.run.device import LARGE
 
-LARGE = 50_000_000  # parameters; the defaults of the built-in tasks would destroy such a model
-RANK = 16  # of the adapters of such a model; --lora_rank 0 trains all of its weights
+RANK = 16  # of the adapters of a real model; --lora_rank 0 trains all of its weights
 # trainer → its learning rate for all weights, for adapters, and where the two are from. Adapters learn at
 # about ten times the rate: QLoRA's SFT (arXiv 2305.14314) takes 2e-4.
 REAL = {
@@ -48,7 +48,7 @@ def n_parameters(folder):
 
 
 def of_real_model(cfg):
-    """→ {flag: its default} where --init is above LARGE, in place of those of a built-in task; else {}."""
+    """→ {flag: its default} where --init is above LARGE, as those of a task would destroy it; else {}."""
     if not cfg.init or n_parameters(cfg.init) <= LARGE:
         return {}
     rank = cfg.lora_rank

@@ -77,7 +77,7 @@ def _join(cfg, device):
 
 
 THREADS = torch.get_num_threads()  # torch's own choice
-LARGE = 50_000_000  # parameters of a model for which it pays to measure
+LARGE = 50_000_000  # parameters; a real model
 
 
 def to_device(cfg, device, *models):
@@ -108,14 +108,16 @@ def to_device(cfg, device, *models):
 
 
 def _measured_threads(cfg, trunk):
-    """The number of threads that is fastest now, printed. A resumed run keeps its own, for its bits."""
-    if getattr(cfg, "resume", False):
+    """The fastest number of threads now; a trainer prints it. A resumed run keeps its own, for its bits."""
+    trains = hasattr(cfg, "resume")
+    if trains and cfg.resume and Path(cfg.out, "config.json").is_file():
         saved = read_json(Path(cfg.out, "config.json")).get("threads")
         if type(saved) is int and saved > 0:
             return saved
     threads, rates = best_threads(THREADS, trunk.cfg.d_model, trunk.cfg.d_ff, trunk.dtype)
     shown = ", ".join(f"{rate / 1e9:.0f} GFLOP/s on {n}" for n, rate in rates.items())
-    print(f"--threads {threads}: measured just now, {shown}")
+    if trains:
+        print(f"--threads {threads}: measured just now, {shown}")
     return threads
 
 
