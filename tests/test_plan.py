@@ -179,8 +179,10 @@ def test_every_trainer_plans_without_weights_and_writes_nothing(trainer, rank, s
     assert float(figures["at most"]) >= 0.2 and "optimizer (AdamW's two moments)" in figures
     assert "frozen" in out or "own" in out or "trained" in out
     assert "GPU" not in out and "CUDA" not in out and "memory of this machine's CPU, GiB" in out
-    rates = [float(x) for x in re.findall(r" ([\d,.]+) GFLOP/s", out.replace(",", ""))]
-    assert len(rates) >= 1 and min(rates) > 0 and re.search(r"^  a step .* s; 6 steps .* minutes$", out, re.M)
+    rates = re.findall(r"^  (\w[\w ]*?) +[\d.]+ TFLOP +[\d,.]+ GFLOP/s +[\d.]+ s$", out, re.M)
+    samples = trainer.__name__ in ("train_ppo", "train_grpo", "train_distill")
+    assert rates[-1] == "update" and ("sampling" in rates) == samples
+    assert re.search(r"^  a step .* s; 6 steps .* minutes$", out, re.M)
 
 
 def test_a_dry_run_finds_what_is_wrong_with_the_data(stages, tmp_path, monkeypatch, capsys):

@@ -497,5 +497,5 @@ def _least_time(cfg, model, work, sampled):
         rate = speed.flops(rows, trunk.cfg.d_model, trunk.cfg.d_ff, trunk.dtype, device, seconds=0.4)
         seconds = operations / rate
         total += seconds
-        print(f"  {phase:<14}{operations / 1e12:>10.3f} TFLOP{rate / 1e9:>10,.0f} GFLOP/s{seconds:>12.2f} s")
+        print(f"  {phase:<14}{operations / 1e12:>10.3f} TFLOP{rate / 1e9:>10,.1f} GFLOP/s{seconds:>12.2f} s")
     print(f"  {'a step':<43}{total:>12.2f} s; {cfg.steps:,} steps {total * cfg.steps / 60:.1f} minutes")
