@@ -167,7 +167,7 @@ def load_rows(cfg, task, tok, max_len, rewards):
                 require(n + cfg.max_new_tokens <= max_len, f"{room} in the context of {max_len}")
             longest = max(longest, n)
         if not cfg.max_new_tokens:
-            cfg.max_new_tokens = response_limit(longest, max_len, cfg.data)
+            cfg.max_new_tokens = response_limit(longest, max_len, cfg.data, chosen, tok)
         print(f"{len(chosen)} of the {len(rows)} prompts of {cfg.data} are scored, {cfg.n} samples of each")
         return chosen
     rows = task.prompts("test", cfg.prompts or 256, cfg.seed)

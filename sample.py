@@ -4,7 +4,8 @@
     python sample.py --model runs/reviews-ppo/model           one prompt a line, until an empty one
     python sample.py ... --n 4 --temperature 0.7 --top_p 0.9  several answers, from a sharper distribution
     python sample.py ... --logprobs                           one token a line, with its log-prob
-    python sample.py ... --chat                               the prompt as a user's turn (chat template)
+    python sample.py ... --chat                               the prompt as a user's turn, shown in the
+                                                              chat template that the model reads
 
 A model continues a text, or answers one turn: it has no memory of earlier prompts. Each answer ends in [EOS],
 where the model ended it, or in [cut after 40 tokens]. The log-prob is that of the distribution sampled from;
@@ -185,7 +186,7 @@ def main(cfg):
                     print(f"── {i + 1}")
                 screen = Screen()
                 if not cfg.logprobs:
-                    screen.write(prompt)
+                    screen.write(tok.decode(ids) if cfg.chat else prompt)
                 seed = derive_seed(cfg.seed, "sample", number, i)
                 tokens = stream(model, ids, cfg.max_new_tokens, tok.eos_id, seed, sampling)
                 answers.append(show(tokens, tok, cfg.logprobs, screen, model.stop_ids))

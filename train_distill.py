@@ -74,7 +74,6 @@ class Config(Flags):
     # optimisation
     steps: int | None = None  # rollouts, each for one update; of own data: 1 pass, at least 100
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
-    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     tokens_per_microbatch: int = 4096  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
@@ -85,7 +84,7 @@ class Config(Flags):
     temperature: float = 1.0  # of sampling, and of both distributions
 
     # evaluation
-    eval_prompts: int | None = None  # held-out prompts for eval/kl and eval/reward; own data: 128
+    eval_prompts: int | None = None  # held-out prompts to measure on; of own data 128, of --eval_data all
     eval_every: int = 0  # steps between these; 0: only before the first step and after the last
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
 

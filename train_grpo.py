@@ -63,7 +63,7 @@ class Config(Flags):
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process; 0: no limit, no process
     rm: str = ""  # reward model folder, where the task has no reward function; empty: runs/TASK-rm/model
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
-    ref: str = ""  # reference model folder for the KL; empty: --init; none: no reference
+    ref: str = ""  # reference model folder; empty: --init, of a real model only with a KL; none: no reference
     out: str = ""  # run folder; empty: runs/TASK-grpo, or with --data runs/FILE-grpo
 
     # method
@@ -90,7 +90,6 @@ class Config(Flags):
     constant_lr_after: int | None = None  # steps of warm-up before a constant lr; 0: lr falls to 0
     adam_eps: float | None = None  # Adam's eps; where gradients are near it, steps become shorter
     weight_decay: float | None = None  # AdamW's
-    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     tokens_per_microbatch: int = 4096  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
@@ -106,7 +105,7 @@ class Config(Flags):
     overlong_penalty: float | None = None  # at the limit, from 0 at four fifths of it; 1 fits rewards of ±1
 
     # evaluation
-    eval_prompts: int | None = None  # held-out prompts for eval/reward and eval/greedy; own data: 128
+    eval_prompts: int | None = None  # held-out prompts to measure on; of own data 128, of --eval_data all
     eval_every: int = 0  # steps between these; 0: only before the first step and after the last
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
 
@@ -460,7 +459,7 @@ def train(cfg):
         frozen = []
         if cfg.ref_every:
             saved["ref"] = ref
-        elif ref is not None:
+        else:
             frozen.append(ref)
         # With --resume, run.start gives back the progress of the checkpoint instead of this one.
         progress = {"drawn": 0, "history": {}, "past": [], "updates": 0}
@@ -479,9 +478,9 @@ def train(cfg):
                 progress["updates"] -= cfg.ref_every
             if cfg.off_policy_steps:
                 past = progress["past"]  # weights of this and the steps before; the sampler has the oldest
-                past.append(copy.deepcopy(policy.state_dict()))
+                past.append(copy.deepcopy(lora.own_weights(policy)))
                 del past[: -cfg.off_policy_steps - 1]
-                sampler.load_state_dict(past[0])
+                sampler.load_state_dict(past[0], strict=False)  # adapters come without their frozen weights
 
             # ---- prompts, rollout, reward
             roll, rounds = sample_step(sampler, tok, cfg, rows, limit, progress, score)

@@ -61,7 +61,7 @@ class Config(Flags):
     reward_timeout: float = 10.0  # seconds for a call of --reward, in a process; 0: no limit, no process
     rm: str = ""  # reward model folder; empty: runs/TASK-rm/model, unless there is a reward function
     init: str = ""  # SFT model folder; empty: runs/TASK-sft/model
-    ref: str = ""  # reference model folder; empty: --init
+    ref: str = ""  # reference model folder; empty: --init, of a real model only with a KL; none: no reference
     critic_init: str = ""  # folder the critic starts from; empty: the reward model, else the policy
     out: str = ""  # run folder; empty: runs/TASK-ppo, or with --data runs/FILE-ppo
 
@@ -84,7 +84,6 @@ class Config(Flags):
     lr: float | None = None  # policy learning rate, linear to 0 (detail 20)
     critic_lr: float | None = None  # critic learning rate, linear to 0
     adam_eps: float = 1e-5  # Adam's eps (detail 20); with PyTorch's 1e-8 the first step is a fifth longer
-    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norms of policy and critic are clipped to it, each on its own
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
 
@@ -95,7 +94,7 @@ class Config(Flags):
     temperature: float = 1.0  # of sampling, and of every log-prob
 
     # evaluation
-    eval_prompts: int | None = None  # held-out prompts for eval/reward and eval/greedy; own data: 128
+    eval_prompts: int | None = None  # held-out prompts to measure on; of own data 128, of --eval_data all
     eval_every: int = 0  # steps between these; 0: only before the first step and after the last
     sample_every: int = 5  # steps between rollouts written to samples.jsonl
 
@@ -145,6 +144,8 @@ class Config(Flags):
         require(max(self.gamma, self.lam) <= 1, "--gamma and --lam: must not be above 1")
         require(not (self.rm and self.reward), "--rm and --reward: give one of the two")
         require(self.kl == "k1" or self.beta, "--kl exact: has no effect with --beta 0")
+        if self.beta or self.kl_target:
+            require(self.ref != "none", "--beta and --kl_target need a reference, --ref is none")
         rows = self.prompts_per_step * self.group_size
         require(rows >= self.minibatches, f"--minibatches {self.minibatches}: a step has {rows} samples only")
 
@@ -384,8 +385,11 @@ def train(cfg):
             roll.reward = score(roll)  # (B,)
             mask = roll.mask  # (B, T)
             old_logp = roll.logp  # (B, T): the sampler's log-probs are the old policy's own
-            ref_logp = roll.logp_under(ref, cfg.temperature, cfg.tokens_per_microbatch)  # (B, T)
-            kl = (old_logp - ref_logp).sum(1).mean().item()  # nats per sequence
+            kl = None
+            ref_logp = old_logp  # without a reference beta is 0
+            if ref is not None:
+                ref_logp = roll.logp_under(ref, cfg.temperature, cfg.tokens_per_microbatch)  # (B, T)
+                kl = (old_logp - ref_logp).sum(1).mean().item()  # nats per sequence
             reward_beta = beta if cfg.kl == "k1" else 0.0  # exact: beta weighs the KL in the loss
             reward = shape_rewards(
                 roll.reward, old_logp, ref_logp, mask, roll.finished, reward_beta, cfg.no_eos_score

@@ -73,7 +73,6 @@ class Config(Flags):
     batch_size: int | None = None  # demonstrations a step
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     weight_decay: float = 0.1  # AdamW, on matrices only
-    lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
     tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
     pack: bool = False  # short demonstrations share a row, unseen by each other: fewer pads, the same curve
@@ -182,13 +181,13 @@ def held_out_loss(model, rows, tok, cfg):
 
 
 def log_samples(model, rows, tok, cfg, log, step):
-    """One response to each of the first eight held-out rows → samples.jsonl."""
+    """One response to each of the first eight held-out rows, of 64 tokens at most → samples.jsonl."""
     ids = [ids[: mask.index(True)] for ids, mask in rows[:8]]
     prompts = [{"prompt": tok.decode(ids), "_ids": ids} for ids in ids]
     longest = max(sum(mask) for _, mask in rows)
     room = model.cfg.max_len - max(map(len, ids))
     seed = derive_seed(cfg.seed, "samples")
-    roll = sample_responses(model, tok, prompts, 1, min(room, longest), 1.0, seed)
+    roll = sample_responses(model, tok, prompts, 1, min(room, longest, 64), 1.0, seed)
     log.samples(step, prompts, roll.texts, None)
 
 
@@ -228,7 +227,7 @@ def load(cfg, device):
     test = encode_demonstrations(test_rows, tok, model.cfg.max_len)
     cfg.fill_steps(data)
     to_device(cfg, device, model)
-    return model, tok, data, test if cfg.eval_data else test[:256]
+    return model, tok, data, test if cfg.eval_data else test[: cfg.held_out]
 
 
 def train(cfg):
@@ -248,6 +247,9 @@ def train(cfg):
     with Run(cfg, COLUMNS, SHOW, PANELS) as run:
         start, _ = run.start({"model": model}, opt)
         seed = derive_seed(cfg.seed, "data")
+        if test and start == 0:
+            loss = held_out_loss(model, test, tok, cfg)
+            run.log.say(f"held-out loss before the first step: {loss:.3f} ({len(test)} rows)")
         for step in range(start, cfg.steps):
             # ---- batch
             clock = Clock()

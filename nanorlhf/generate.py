@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nanorlhf.data import pad, response_mask
 from nanorlhf.errors import require
 from nanorlhf.rollout import Rollout
-from nanorlhf.run import dist
+from nanorlhf.run import dist, pulse
 from nanorlhf.sampling import Sampling, sample
 from nanorlhf.tokenizer import Chat
 
@@ -184,6 +184,7 @@ def decode(model, prompts, n, max_new_tokens, sampling, eos_id, seed, slots, fir
             token = token[keep]
             alive = alive[keep]
         position = batch.prompt_len[rows] + t
+        pulse.sign(f"sampling: token {t + 1} of {max_new_tokens}")
         hidden = model(token[:, None], cache, position)  # (b, 1, D)
         last = hidden[:, 0]
     return batch.rollout()

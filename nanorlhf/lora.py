@@ -83,6 +83,16 @@ def merged_weights(model):
     return weights
 
 
+def own_weights(model):
+    """→ {name: tensor} of what training may change: without the frozen weights, where there are adapters."""
+    weights = model.state_dict()
+    if rank_in(weights):
+        for name, p in model.named_parameters():
+            if not p.requires_grad:
+                del weights[name]
+    return weights
+
+
 def rank_in(weights):
     """Rank of the adapters among {name: tensor}; 0 if there are none."""
     return next((len(x) for name, x in weights.items() if name.endswith(".A")), 0)

@@ -146,7 +146,7 @@ def load_prompts(cfg, task, tok, max_len, limit, rewards):
                 rewards.check(row)
             row["_ids"] = tok.encode_prompt(row["prompt"])
     if limit is None:
-        limit = response_limit(max(len(row["_ids"]) for row in rows), max_len, cfg.data)
+        limit = response_limit(max(len(row["_ids"]) for row in rows), max_len, cfg.data, rows, tok)
         cfg.fill_limit(limit)
     room = max_len - limit
     train = [row for row in train if len(row["_ids"]) <= room]  # detail 2: N+ truncates
@@ -161,7 +161,7 @@ def load_prompts(cfg, task, tok, max_len, limit, rewards):
     if cfg.own_data:
         cfg.fill_steps(train)
         if cfg.eval_prompts is None:
-            cfg.eval_prompts = min(len(test), HELD_OUT)
+            cfg.eval_prompts = len(test) if cfg.eval_data else min(len(test), HELD_OUT)
     if cfg.data and 0 < cfg.eval_prompts < len(test):
         print(f"held out: the first {cfg.eval_prompts} of {len(test)} prompts are used (--eval_prompts)")
     return train, test[: cfg.eval_prompts]

@@ -23,7 +23,7 @@ set -e
 MODEL=${MODEL:-models/DeepSeek-R1-Distill-Qwen-1.5B}
 PROMPTS=${PROMPTS:-128}
 FLAGS="--recipe deepscaler --temperature 0.6 --lr 1e-6 --epochs 1 --minibatches 2"
-FLAGS="$FLAGS --dtype bfloat16"
+FLAGS="$FLAGS --lora_rank 0 --dtype bfloat16"
 FLAGS="$FLAGS --data data/deepscaler.jsonl --reward nanorlhf/answers.py:math_answer --eval_prompts 16"
 
 echo "deepscaler, after DeepScaleR (Luo et al. 2025): every stage with its flags"

@@ -24,9 +24,9 @@ set -x
 
 python train_sft.py --data data/ultrachat_de.jsonl --init "$MODEL" --out runs/phoenix-sft --skip_bad_rows \
     --steps 345 --batch_size 512 --lr 2e-5 --weight_decay 0 --tokens_per_microbatch 4096 \
-    --dtype bfloat16 "$@"
+    --lora_rank 0 --dtype bfloat16 "$@"
 
 python train_dpo.py --data data/ultrafeedback_de.jsonl --init runs/phoenix-sft/model --skip_bad_rows \
     --out runs/phoenix-dpo --loss dpo --beta 0.1 --lr 5e-7 --batch_size 32 --steps 1620 \
     --max_new_tokens 512 --eval_prompts 64 --eval_every 500 --save_every 500 \
-    --tokens_per_microbatch 4096 --dtype bfloat16 "$@"
+    --tokens_per_microbatch 4096 --lora_rank 0 --dtype bfloat16 "$@"

@@ -41,4 +41,4 @@ python train_grpo.py --recipe r1_zero --data "$PROMPTS" --init "$MODEL" --out "r
     --reward nanorlhf/answers.py:numeric_answer --reward nanorlhf/answers.py:answer_format \
     --prompts_per_step 32 --group_size 16 --max_new_tokens 512 --minibatches 1 --steps 198 --lr 1e-6 \
     --temperature 1 --eval_prompts 256 --tokens_per_microbatch 8192 \
-    --dtype bfloat16 "$@"
+    --lora_rank 0 --dtype bfloat16 "$@"

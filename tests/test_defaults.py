@@ -16,11 +16,12 @@ import train_ppo
 import train_prm
 import train_rm
 import train_sft
-from nanorlhf import hub
+from nanorlhf import generate, hub
 from nanorlhf.errors import UserError
-from nanorlhf.run import defaults
+from nanorlhf.run import defaults, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import parse
+from nanorlhf.tokenizer import Tokenizer
 
 ALL = [*TRAINERS, train_prm]
 BEARS = {train_sft: 1e-4, train_rm: 1e-4, train_prm: 1e-4, train_ppo: 3e-5, train_grpo: 3e-5, train_dpo: 5e-6}
@@ -66,20 +67,75 @@ def test_numbers_of_a_folder(sized, tmp_path, stages):
 
 
 @each
-@pytest.mark.parametrize("rank", [0, 8])
-def test_a_large_model_has_a_published_learning_rate(trainer, rank, sized):
-    cfg = trainer.Config(init=sized(51), lora_rank=rank)
-    bears = BEARS[trainer] * (20 if rank else 1)
+@pytest.mark.parametrize("rank", [None, 0, 8])
+def test_a_large_model_has_the_defaults_of_a_real_one(trainer, rank, sized):
+    """Adapters of rank 16 and published or measured rates, said in one line; a flag that is given wins."""
+    init = sized(51)
+    cfg = trainer.Config(init=init, lora_rank=rank)
+    full, adapters, source = defaults.REAL[method(trainer)]
+    assert cfg.lora_rank == (16 if rank is None else rank)
+    assert 0 < full <= BEARS[trainer] and 2 * full < adapters <= 20 * BEARS[trainer]
     rates = {name: getattr(cfg, name) for name in ("lr", "critic_lr") if hasattr(cfg, name)}
-    for name, rate in rates.items():
-        assert 0 < rate <= bears
-        assert any(f"--{name} {rate:g}: the published one for 51M parameters" in line for line in cfg.notes)
-    assert rates["lr"] == pytest.approx(defaults.PUBLISHED[method(trainer)][0] * (10 if rank else 1))
+    assert set(rates.values()) == {full if rank == 0 else adapters}
+    (note,) = cfg.notes
+    assert note.startswith("--init of 51M parameters: --l") and f"--lr {cfg.lr}" in note and source in note
+    assert ("--lora_rank" in note) == (rank is None)
     for task in trainer.Config.BY_TASK:
         if trainer not in (train_rm, train_dpo) or task == "reviews":
-            assert trainer.Config(task=task, init=cfg.init).lr <= BEARS[trainer]
-    by_hand = trainer.Config(init=cfg.init, lr=3e-3)
-    assert by_hand.lr == 3e-3 and not any("--lr" in line for line in by_hand.notes)
+            assert trainer.Config(task=task, init=init, lora_rank=0).lr <= BEARS[trainer]
+    rates = {name: 3e-3 for name in rates}
+    by_hand = trainer.Config(init=init, lora_rank=0, **rates)
+    assert (by_hand.lr, by_hand.lora_rank) == (3e-3, 0) and "--lr" not in str(by_hand.notes)
+
+
+def test_adapters_are_trained_in_fp32(sized):
+    assert train_sft.Config(init=sized(51), dtype="bf16_weights").lora_rank == 0
+
+
+def test_grpo_of_a_large_model_samples_as_its_rate_was_measured(sized):
+    """64 samples an update, as by the defaults of the built-in task; a recipe's own number wins."""
+    init = sized(51)
+    large = train_grpo.Config(init=init)
+    small = train_grpo.Config()
+    per_update = [c.prompts_per_step * c.group_size / c.minibatches for c in (large, small)]
+    assert per_update == [64, 64] and large.prompts_per_step * large.group_size == 64
+    assert train_grpo.Config(init=init, recipe="r1_zero", max_new_tokens=16).minibatches == 16
+    assert train_grpo.Config(init=init, group_size=4).group_size == 4
+
+
+def test_no_reference_where_a_large_model_has_no_kl(sized):
+    """It is loaded for a KL that weighs something, and where it is asked for; small models have one."""
+    init = sized(51)
+    judge = dict(reward=["r.py:f"])
+    for kw in ({}, dict(data="p.jsonl"), dict(recipe="dapo", max_new_tokens=16)):
+        cfg = train_grpo.Config(init=init, **judge, **kw)
+        assert cfg.ref == "none" and "--ref none" in cfg.notes[0]
+        assert train_grpo.Config(init=init, ref=init, **judge, **kw).ref == init
+        assert train_grpo.Config(init="small", **judge, **kw).ref == "small"
+    for kw in (dict(kl="k3", beta=0.1), dict(recipe="grpo"), dict(ref_every=2)):
+        assert train_grpo.Config(init=init, **judge, **kw).ref == init
+    assert train_ppo.Config(init=init, **judge).ref == "none"
+    assert train_ppo.Config(init="small", **judge).ref == "small"
+    for kw in (dict(beta=0.1), dict(kl_target=1.0)):
+        assert train_ppo.Config(init=init, **judge, **kw).ref == init
+        with pytest.raises(UserError, match="^--beta and --kl_target need a reference, --ref is none$"):
+            train_ppo.Config(init=init, ref="none", **judge, **kw)
+    assert train_ppo.Config(init=init, rm="rm").ref == train_dpo.Config(init=init).ref == init
+
+
+def test_ppo_without_a_reference_learns_the_same(stages, tmp_path, no_curves):
+    """With beta 0 the reference is only measured: the same figures, but for an empty kl; and it resumes."""
+    rows = {}
+    for ref in ("none", ""):
+        cfg = stages.config(train_ppo, tmp_path / f"run{ref}", ref=ref, beta=0.0, steps=3)
+        rows[ref] = train_ppo.train(cfg).rows
+    for row in [*rows["none"], *rows[""]]:
+        row.update(s=0, tok_s=0)
+    assert all(row.pop("kl") is None for row in rows["none"])
+    assert all(row.pop("kl") is not None for row in rows[""])
+    assert rows["none"] == rows[""] and len(rows[""]) == 3
+    cfg = stages.config(train_ppo, tmp_path / "runnone", ref="none", beta=0.0, steps=4, resume=True)
+    assert len(train_ppo.train(cfg).rows) == 4
 
 
 @each
@@ -87,13 +143,14 @@ def test_a_small_model_keeps_those_of_the_task(trainer, sized):
     table = trainer.Config.DEFAULTS | trainer.Config.BY_TASK[next(iter(trainer.Config.BY_TASK))]
     for init in ("", sized(50), "nowhere"):
         cfg = trainer.Config(init=init)
-        assert cfg.lr == table["lr"] and cfg.steps == table["steps"] and not cfg.notes
+        assert cfg.lr == table["lr"] and cfg.steps == table["steps"] and not cfg.notes and cfg.lora_rank == 0
 
 
 def test_every_recipe_of_a_large_model_too(sized):
     init = sized(100)
     for recipe in train_grpo.RECIPES:
-        assert train_grpo.Config(recipe=recipe, init=init, max_new_tokens=16).lr <= BEARS[train_grpo]
+        cfg = train_grpo.Config(recipe=recipe, init=init, lora_rank=0, max_new_tokens=16)
+        assert cfg.lr <= BEARS[train_grpo]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -134,13 +191,17 @@ def test_own_prompts_need_a_reward(trainer):
     assert not trainer.Config(data="my/p.jsonl", task="chain").rm  # the task's own prompts in a file
 
 
-def test_a_task_that_scores_other_prompts_says_that_they_need_a_reward(stages, tmp_path):
+def test_a_task_that_scores_other_prompts_says_that_they_need_a_reward(stages, tmp_path, monkeypatch):
+    """Before anything is sampled, and with --dry_run."""
+    monkeypatch.setattr(generate, "generate", None)
     for task in ("chain", "countdown"):
         cfg = stages.config(train_grpo, tmp_path / task, data=jsonl(tmp_path / "p.jsonl", words(64)), rm="",
                             task=task)  # fmt: skip
         says = f"--task {task}: the prompt '.*' is not of this task; prompts of your own need --reward"
         with pytest.raises(UserError, match=says):
             train_grpo.train(cfg)
+        with pytest.raises(UserError, match=says):
+            plan.rl(cfg, train_grpo.load_models)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda t: t.__name__)
@@ -185,13 +246,27 @@ def test_lengths_come_from_the_data(stages, tmp_path, capsys, no_curves):
     assert cfg.max_new_tokens == max(map(len, responses)) + 1
 
 
+def limit_of(longest, context, **row):
+    return defaults.response_limit(longest, context, "x", [row], Tokenizer.from_bytes())
+
+
 def test_a_long_context_must_be_asked_for():
-    assert defaults.response_limit(100, 1024, "x") == 924 and defaults.response_limit(1024, 2048, "x") == 1024
+    assert limit_of(100, 1024) == 924 and limit_of(1024, 2048) == 1024
     for longest, says in ((100, "32,668"), (31000, "1,768"), (32768, "0"), (40000, "-7,232")):
         with pytest.raises(UserError, match=f"^--max_new_tokens: .* leaves room for {says} tokens; give"):
-            defaults.response_limit(longest, 32768, "x")
+            limit_of(longest, 32768, answer="42")
     pairs = [([0] * 5000, [False] * 4000 + [True] * 1000)]
     assert defaults.context_for(pairs) == defaults.LONGEST
+
+
+def test_in_a_long_context_the_longest_response_of_the_data_is_enough(capsys):
+    """Its bytes and EOS; a bare answer is no response. A short context is used whole, as ever."""
+    assert limit_of(9, 8192, response="a" * 30) == 31 and limit_of(9, 8192, answer="6 + 7\n#### 13") == 14
+    assert "--max_new_tokens 14: by the longest response in x" in capsys.readouterr().out
+    assert limit_of(9, 1024, response="a" * 30) == 1015
+    for row in (dict(answer=13), dict(answer="13"), dict(response=[]), dict(response="a" * 1024)):
+        with pytest.raises(UserError, match="^--max_new_tokens: "):
+            limit_of(9, 8192, **row)
 
 
 def test_a_task_that_is_named_sets_its_own_defaults():

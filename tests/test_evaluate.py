@@ -19,12 +19,13 @@ import evaluate
 import sample
 from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import RunError, UserError, visible
+from nanorlhf.hub.chat import Template
 from nanorlhf.metrics import maj_at_k, mean_se, pass_at_k
 from nanorlhf.run import log
 from nanorlhf.run.checkpoint import NEW_RUN
 from nanorlhf.run.cli import run_cli
 from nanorlhf.sampling import Sampling
-from nanorlhf.tokenizer import Tokenizer
+from nanorlhf.tokenizer import ONE_CHAR, Chat, Tokenizer
 
 # pass@k and maj@k
 
@@ -535,6 +536,23 @@ def test_chat_answers_a_users_turn(tmp_path, capsys):
         flags |= dict(model=f"{tmp_path}/m", prompt=text, max_new_tokens=9)
         seen.append((sample.main(sample.Config(**flags)), capsys.readouterr().out))
     assert seen[0] == seen[1]
+
+
+def test_a_chat_is_shown_as_the_model_reads_it(tmp_path, capsys, monkeypatch):
+    """With the control tokens of its template, in the terminal and in samples.jsonl."""
+    control = {"<end>": 256, "<pad>": 257, "<user>": 258}
+    tok = Tokenizer("bytes", ONE_CHAR, [bytes([b]) for b in range(256)], control, "<end>", "<pad>")
+    tok.template = Template("<user>{{ messages[0].content }}<end>", {}, control)
+    model = tiny(vocab_size=tok.vocab_size, max_len=64)
+    monkeypatch.setattr(sample, "load_model", lambda *args: (model, tok))
+    sample.main(sample.Config(prompt="hi", chat=True, max_new_tokens=3))
+    assert capsys.readouterr().out.startswith("<user>hi<end>")
+    row = {"prompt": Chat([{"role": "user", "content": "hi"}])}
+    row["_ids"] = tok.encode_prompt(row["prompt"])
+    roll = generate.sample_responses(model, tok, [row], 1, 3, 1.0, 0)
+    written = log.Log(SimpleNamespace(steps=1, out=tmp_path, wandb=""), ["step"], [], NEW_RUN)
+    written.samples(0, roll.rows, roll.texts, None)
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["prompt"] == "<user>hi<end>"
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -633,7 +633,9 @@ def test_overlong_penalty(length, want):
     (dict(mean_adv=0.4), "mean advantage"),
     (dict(mean_adv=None, dead=None), None),
     (dict(dead=0.9), "dead"),
-    (dict(stop=0.2), "max_new_tokens"),
+    (dict(stop=0.2), None),  # rewards differ in most groups: it learns, also to end
+    (dict(stop=0.2, dead=0.7), "max_new_tokens"),
+    (dict(stop=0.2, mean_adv=None, dead=None), "max_new_tokens"),
 ], ids=str)
 def test_health_line(kw, word):
     """One line when all is well; else one more that begins with !!, for the figure that is wrong."""

@@ -17,7 +17,7 @@ WINGS = ("kernels", "hub", "run", "look")
 UP = {
     "answers": {"run.formulas"},  # math-verify, in a process of its own
     "data": {"hub.formats", "run.dist"},  # files of demonstrations; who computes which rows
-    "generate": {"kernels.slots", "run.dist"},  # a GPU's decode loop; many processes
+    "generate": {"kernels.slots", "run.dist", "run.pulse"},  # a GPU's decode loop; many processes
     "model": {"kernels", "kernels.torch_backend"},  # log-probs without logits, attention of one token
     "pairs": {"hub.files", "run.dist"},  # files of preferences; who writes them
     "rewards": {"run.defaults", "run.device"},  # lengths that the data gives; --save_memory

@@ -6,9 +6,12 @@ import shutil
 import pytest
 import torch
 from helpers import STYLES, V, randint, tiny
+from runs import state
 from stages import TRAINERS
 
 import train_grpo
+import train_ppo
+import train_sft
 from nanorlhf import hub, lora
 from nanorlhf.errors import UserError
 from nanorlhf.model import ScalarModel
@@ -170,6 +173,61 @@ def test_every_trainer(trainer, stages, tmp_path, no_curves):
     for name, model in found.items():
         again = hub.load(out / name)[0].parameters()
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again, strict=True))
+
+
+def copied(stages, tmp_path, name):
+    shutil.copytree(stages.folder / name / "model", tmp_path / name)
+    return str(tmp_path / name)
+
+
+@pytest.mark.parametrize("trainer", [train_grpo, train_ppo], ids=lambda t: t.__name__)
+def test_a_checkpoint_holds_adapters_and_no_base(trainer, stages, tmp_path, no_curves):
+    """Nor do the older weights of GRPO's sampler. A ScalarModel's head, and its bias, are trained."""
+    cfg = stages.config(trainer, tmp_path / "run", lora_rank=2)
+    trainer.train(cfg)
+    saved = state(tmp_path / "run")
+    weights = list(saved["models"].values()) + saved["extra"].get("past", [])
+    assert len(weights) == (2 if trainer is train_ppo else 3)
+    names = {name for tensors in weights for name in tensors}
+    assert {name for name in names if not name.endswith((".A", ".B"))} <= {"score.weight", "reward_bias"}
+    base, _ = hub.load(cfg.init)
+    assert len([name for name in weights[0] if name.endswith(".A")]) == sum(
+        p.dim() == 2 for name, p in base.named_parameters() if "blocks" in name
+    )
+    flags = [flag for flag, *_ in saved["base"].values()]
+    assert flags == (["--init", "--critic_init"] if trainer is train_ppo else ["--init"])
+
+
+@pytest.mark.parametrize("flag, name", [("init", "sft"), ("critic_init", "rm")])
+def test_row_65_base_of_adapters(flag, name, stages, tmp_path, no_curves):
+    """R | --resume of adapters whose base has one other weight, or is gone | refused, with the flag, both
+    sha256 and the folder that it was; a base that was moved is taken
+    """
+    flags = stages.flags(train_ppo, tmp_path / "run", lora_rank=2, steps=2)
+    flags[flag] = copied(stages, tmp_path, name)
+    train_ppo.train(train_ppo.Config(**flags))
+    flags |= dict(steps=3, resume=True)
+    (tmp_path / name).rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=f"^--{flag} {flags[flag]} does not exist"):
+        train_ppo.train(train_ppo.Config(**flags))
+    train_ppo.train(train_ppo.Config(**flags | {flag: f"{tmp_path}/moved"}))
+    model, tok = hub.load(tmp_path / "moved")
+    model.trunk.blocks[0].attn.q.weight.data[0, 0] += 1e-4
+    hub.save(model, tok, tmp_path / "moved")
+    says = rf"--resume: --{flag} \S*moved is not the base that the adapters in .* belong to \(.*sha256"
+    with pytest.raises(UserError, match=says):
+        train_ppo.train(train_ppo.Config(**flags | {flag: f"{tmp_path}/moved", "steps": 4}))
+
+
+def test_a_base_within_the_run_folder_would_be_overwritten(stages, tmp_path):
+    init = copied(stages, tmp_path / "run", "sft")
+    for rank in (2, 0):
+        cfg = stages.config(train_sft, tmp_path / "run", init=init, lora_rank=rank, steps=1)
+        if rank:
+            with pytest.raises(UserError, match=f"^--init {init}: lies in --out {tmp_path}/run, where"):
+                train_sft.train(cfg)
+        else:
+            train_sft.train(cfg)
 
 
 def test_the_reference_of_a_run_is_the_frozen_base(stages, tmp_path, no_curves, spy):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from runs import EACH, metrics
-from stages import jsonl, rows_of
+from stages import jsonl, rows_of, words
 
 import train_dpo
 import train_grpo
@@ -132,6 +132,18 @@ def test_eval_data_is_measured_in_place_of_a_share_of_the_data(stages, tmp_path,
     assert out["eval/reward"] == 0.0
     said = capsys.readouterr().out
     assert f"{path}: 3 rows of prompt" in said and "held out (3 prompts)" in said and "warning" not in said
+
+
+def test_eval_data_is_measured_whole(stages, tmp_path, no_curves, capsys):
+    """All 150 rows, where of a share of --data 128 would be; --eval_prompts takes fewer."""
+    path = jsonl(tmp_path / "e.jsonl", words(150, seed=1))
+    more = dict(rm="", reward=[lambda prompt, response: 0.0], steps=1)
+    flags = stages.flags(train_grpo, tmp_path / "run", eval_data=path, **more)
+    del flags["eval_prompts"]
+    train_grpo.train(train_grpo.Config(**flags))
+    assert "held out (150 prompts)" in capsys.readouterr().out
+    train_grpo.train(train_grpo.Config(**flags | dict(eval_prompts=5, overwrite=True)))
+    assert "held out (5 prompts)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("trainer", [train_sft, train_rm, train_dpo], ids=lambda t: t.__name__)

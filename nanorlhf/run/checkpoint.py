@@ -5,10 +5,12 @@
 
 A folder is written under a temporary name, fsynced, and renamed into place. A checkpoint lists the size and
 sha256 of each of its files, since neither torch.load nor safetensors notices a flipped bit. All randomness is
-derived from (seed, step), so that weights, optimizer and step are the whole state of a run.
+derived from (seed, step), so that weights, optimizer and step are the whole state of a run. Of weights that
+are frozen under adapters a checkpoint holds the folder and a sha256.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import re
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from nanorlhf import lora
 from nanorlhf.errors import Interrupted, RunError, UserError, reason_of, require, shown
 from nanorlhf.hub.files import read_json
 from nanorlhf.run import dist, replay, sharding
@@ -42,6 +45,7 @@ STATE = dict(  # what a checkpoint holds, and of which type
     data=str,
     extra=dict,
     frozen=list,
+    base=dict,
     sizes=dict,
     last=dict,
     models=dict,
@@ -149,15 +153,16 @@ class Run:
     def start(self, models, optimizer, frozen=(), extra=None):
         """Load the newest whole checkpoint if --resume, open the log → (first step to run, extra dict).
 
-        models: {name: model} to save. frozen: models that the run only reads; a resumed run must have the
-        same. extra: what else the trainer keeps, as it is before the first step; a checkpoint has values of
-        the same types. Nothing of an older run is touched before this call: a mistaken flag or bad data cost
-        nothing.
+        models: {name: model} to save. frozen: models (or None) that the run only reads; a resumed run must
+        have the same. extra: what else the trainer keeps, as it is before the first step; a checkpoint has
+        values of the same types. Nothing of an older run is touched before this call: a mistaken flag or bad
+        data cost nothing.
         """
         self.extra = extra or {}
         self.models = models
         self.optimizer = optimizer
-        self.frozen = [_checksum(model) for model in frozen]
+        self.frozen = [_checksum(model) for model in frozen if model is not None]
+        self.base = self._bases()
         self.data = sha256(self.cfg.data) if self.cfg.data else ""
         config = to_json(self.cfg)
         dist.wait()  # until all processes have looked whether --out holds a run
@@ -181,6 +186,21 @@ class Run:
             for signum in signals:
                 self.handlers[signum] = signal.signal(signum, self._stop)
         return state["step"], state["extra"]
+
+    def _bases(self):
+        """→ {model: [flag, folder, sha256]} of the frozen weights that its adapters belong to."""
+        found = {}
+        for name, model in self.models.items():
+            if not lora.rank_in(model.state_dict()):
+                continue
+            flag = "critic_init" if name == "critic" else "init"
+            folder = getattr(self.cfg, flag)
+            inside = f"--{flag} {folder}: lies in --out {self.out}, where this run writes its own model"
+            outside = Path(self.out).resolve() not in Path(folder).resolve().parents
+            require(outside, f"{inside}; name another --out")
+            checksum = dist.gather(_sha256_of(folder) if self.first else None)[0]
+            found[name] = [f"--{flag}", folder, checksum]
+        return found
 
     def _compare(self, config):
         """Print which flags differ from those in config.json → the same as one line, for `_fit`."""
@@ -240,6 +260,11 @@ class Run:
             self._fit(self.models["policy"], weights, path, "sampler")
         for key, model in self.models.items():
             self._fit(model, state["models"].get(key, {}), path, key)
+        for name, (_, folder, now) in self.base.items():
+            flag, was, before = state["base"][name]
+            changed = f"--resume: {flag} {folder} is not the base that the adapters in {self.out} belong to"
+            hashes = f"{was}, sha256 {before[:12]} then, {now[:12]} now"
+            require(before == now, f"{changed} ({hashes}); put that one back")
         same = len(state["frozen"]) == len(self.frozen)
         for was, now in zip(state["frozen"], self.frozen):
             same = same and math.isclose(was, now, rel_tol=1e-9)
@@ -311,7 +336,8 @@ class Run:
     def _fit(self, model, saved, path, key):
         """Load saved tensors into a model. UserError, with the flags that changed, if their shapes differ."""
         here = model.state_dict()
-        tensors = {}
+        own = lora.own_weights(model)
+        tensors = {name: x for name, x in here.items() if name not in own}  # frozen, and read from their base
         for name, x in saved.items():
             tensors[name] = sharding.shard_like(x, here.get(name))
             local = sharding.local(tensors[name])
@@ -394,8 +420,9 @@ class Run:
             "data": self.data,
             "extra": extra or {},
             "frozen": self.frozen,
+            "base": self.base,
         }
-        models = {name: model.state_dict() for name, model in self.models.items()}
+        models = {name: lora.own_weights(model) for name, model in self.models.items()}
         tensors = {"models": models, "optimizer": self.optimizer.state_dict()}
         folder = self._folder(step)
         shards = f"{folder}.tmp/{sharding.SHARDS}"
@@ -424,6 +451,14 @@ class Run:
             raise KeyboardInterrupt(128 + signum)
         self.signum = signum
         self.log.say("\nstopping after this step (once more to stop at once)")
+
+
+def _sha256_of(folder):
+    """One sha256 of all files that a model is read from: a .gguf, or config.json and the safetensors."""
+    path = Path(folder)
+    files = [path, path / "config.json", *sorted(path.glob("*.safetensors"))]
+    checksums = [sha256(file) for file in files if file.is_file()]
+    return hashlib.sha256(" ".join(checksums).encode()).hexdigest()
 
 
 def _checksum(model):

@@ -45,6 +45,9 @@ class Machine:
 class Flags(Machine):
     """The flags that every trainer has and that are no part of its algorithm."""
 
+    # optimisation
+    lora_rank: int | None = None  # rank of adapters (nanorlhf/lora.py), of real models 16; 0: all weights
+
     # data
     eval_data: str = ""  # file of held-out rows for --data; empty: 15% of its prompts are, by a hash
     skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
@@ -64,9 +67,10 @@ class Flags(Machine):
     def fill(self, method, recipe=None):
         """Give every field that is None its value from the first table {field: value} that has it.
 
-        Order of precedence: command line, recipe, BY_TASK[task] and DEFAULTS of the class. With --data and no
-        --task the lengths, steps and held-out prompts of a task would be those of a toy: they stay None until
-        the data is read. A large model has learning rates of its own. `notes` is printed when the run starts.
+        Order of precedence: command line, recipe, the defaults of a real model (run/defaults.py),
+        BY_TASK[task] and DEFAULTS of the class. With --data and no --task the lengths, steps and held-out
+        prompts of a task would be those of a toy: they stay None until the data is read. A real model without
+        a KL has no reference. `notes` is printed when the run starts.
         """
         self.method = method
         self.own_data = bool(self.data) and not self.task
@@ -76,23 +80,30 @@ class Flags(Machine):
         require(self.data or not self.eval_data, f"--eval_data {self.eval_data}: {needs}")
         starts_from_task = self.own_data and not self.init
         self._name_folders()
-        rates = [name for name in ("lr", "critic_lr") if getattr(self, name, 0) is None]
-        for values in (recipe or {}, self.BY_TASK[self.task], self.DEFAULTS):
+        real = defaults.of_real_model(self)
+        self.held_out = 64 if real else 256  # rows that SFT measures its loss on, at most
+        unset = [name for name in real if getattr(self, name, 0) is None and name not in (recipe or {})]
+        for values in (recipe or {}, real, self.BY_TASK[self.task], self.DEFAULTS, {"lora_rank": 0}):
             for name, value in values.items():
                 waits = self.own_data and name in defaults.FROM_DATA
-                if getattr(self, name) is None and not waits:
+                if getattr(self, name, 0) is None and not waits:
                     setattr(self, name, value)
         for field, kind in _fields(type(self)):
             if typing.get_origin(kind) is Literal:
                 check_choice(f"--{field.name}", getattr(self, field.name), kind.__args__)
-        self.notes = defaults.fill_rates(self, rates)
+        if hasattr(self, "ref") and not self.ref:
+            self.ref = self.init
+            if real and not defaults.reads_reference(self):
+                self.ref = "none"
+                unset.append("ref")
+        self.notes = defaults.taken(self, unset)
         if starts_from_task and self.init:
             self.notes.append(f"--init {self.init}: no other model was given")
         if getattr(self, "recipe", ""):
             self.notes += defaults.recipe_lines(self, recipe)
 
     def _name_folders(self):
-        """--out is runs/NAME-method, by the data file's name or the task's; --ref is --init.
+        """--out is runs/NAME-method, by the data file's name or the task's.
 
         A trainer that is a variant (variants/) has a flag of that name: its runs are in folders of their own.
         """
@@ -101,8 +112,6 @@ class Flags(Machine):
         self.out = self.out or f"runs/{file or self.task}-{method}"
         if self.method != "sft":
             self.init = self.init or f"runs/{self.task}-sft/model"
-        if hasattr(self, "ref"):
-            self.ref = self.ref or self.init
         if hasattr(self, "teacher") and not self.teacher:
             require(not self.own_data, f"--data {self.data}: name the model to learn from with --teacher")
             self.teacher = f"runs/{self.task}-grpo/model"
@@ -327,8 +336,8 @@ def _default(Config, field):
         default = Config.DEFAULTS.get(field.name)
     if default is not None:
         return _plain(default)
-    by_task = Config.BY_TASK.items()
-    return ", ".join(f"{_plain(values[field.name])} for {task}" for task, values in by_task)
+    by_task = {task: values[field.name] for task, values in Config.BY_TASK.items() if field.name in values}
+    return ", ".join(f"{_plain(value)} for {task}" for task, value in by_task.items())
 
 
 # ------------------------------------------------------------------------------------------------------------

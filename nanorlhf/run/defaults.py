@@ -8,18 +8,22 @@ from safetensors import SafetensorError, safe_open
 
 from nanorlhf.errors import UserError, require
 from nanorlhf.hub.gguf import Gguf
+from nanorlhf.run.device import LARGE
 
-LARGE = 50_000_000  # parameters; the learning rates of the built-in tasks would destroy such a model
-PUBLISHED = {  # trainer → learning rate for a pretrained model above LARGE, and who published it
-    "sft": (2e-5, "Zephyr, arXiv 2310.16944"),
-    "rm": (9e-6, "InstructGPT, arXiv 2203.02155"),
-    "prm": (9e-6, "InstructGPT's reward model, arXiv 2203.02155"),
-    "ppo": (3e-6, "N+, arXiv 2403.17031"),
-    "grpo": (1e-6, "DeepSeekMath, arXiv 2402.03300"),
-    "dpo": (5e-7, "Zephyr, arXiv 2310.16944"),
-    "distill": (5e-6, "MiniLLM, arXiv 2306.08543"),
+RANK = 16  # of the adapters of a real model; --lora_rank 0 trains all of its weights
+# trainer → its learning rate for all weights, for adapters, and where the two are from. Adapters learn at
+# about ten times the rate: QLoRA's SFT (arXiv 2305.14314) takes 2e-4.
+REAL = {
+    "sft": (2e-5, 2e-4, "Zephyr, arXiv 2310.16944, and QLoRA, arXiv 2305.14314"),
+    "rm": (9e-6, 9e-5, "InstructGPT, arXiv 2203.02155; ten times it for adapters"),
+    "prm": (9e-6, 9e-5, "InstructGPT's reward model, arXiv 2203.02155; ten times it for adapters"),
+    "ppo": (3e-6, 3e-5, "N+, arXiv 2403.17031; ten times it for adapters"),
+    "grpo": (2e-5, 4e-4, "measured on SmolLM2-135M; DeepSeekMath, arXiv 2402.03300, has 1e-6 for 7B"),
+    "dpo": (5e-7, 5e-6, "Zephyr, arXiv 2310.16944; ten times it for adapters"),
+    "distill": (5e-6, 5e-5, "MiniLLM, arXiv 2306.08543; ten times it for adapters"),
 }
-LORA = 10  # adapters learn at about ten times the rate: QLoRA's SFT (arXiv 2305.14314) takes 2e-4
+# Sampling that GRPO's rates were measured with: as many samples an update as 16 × 16 in four minibatches.
+REAL_SAMPLING = {"grpo": dict(prompts_per_step=8, group_size=8, minibatches=1)}
 
 FROM_DATA = "steps max_len max_new_tokens eval_prompts".split()  # flags that the user's own data decides
 LEAST_STEPS = 100  # few rows would be over before anything is learnt
@@ -43,17 +47,32 @@ def n_parameters(folder):
     return total
 
 
-def fill_rates(cfg, flags):
-    """Set these flags to the published learning rate if --init is above LARGE → lines that say so."""
-    n = n_parameters(cfg.init) if cfg.init else 0
-    if n <= LARGE:
+def of_real_model(cfg):
+    """→ {flag: its default} where --init is above LARGE, as those of a task would destroy it; else {}."""
+    if not cfg.init or n_parameters(cfg.init) <= LARGE:
+        return {}
+    rank = cfg.lora_rank
+    if rank is None:
+        rank = 0 if cfg.dtype == "bf16_weights" else RANK  # adapters are trained in fp32
+    full, adapters, _ = REAL[cfg.method]
+    lr = adapters if rank else full
+    return dict(lora_rank=rank, lr=lr, critic_lr=lr) | REAL_SAMPLING.get(cfg.method, {})
+
+
+def taken(cfg, flags):
+    """The line that says which defaults of a real model were taken; none for no flags."""
+    if not flags:
         return []
-    lr, source = PUBLISHED[cfg.method]
-    if cfg.lora_rank:
-        lr *= LORA
-    for name in flags:
-        setattr(cfg, name, lr)
-    return [f"--{name} {lr:g}: the published one for {n / 1e6:,.0f}M parameters ({source})" for name in flags]
+    values = " ".join(f"--{name} {getattr(cfg, name)}" for name in flags)
+    source = f" (lr: {REAL[cfg.method][2]})" if "lr" in flags else ""
+    return [f"--init of {n_parameters(cfg.init) / 1e6:,.0f}M parameters: {values}{source}"]
+
+
+def reads_reference(cfg):
+    """Whether GRPO or PPO, as these flags set it up, has a KL to weigh; the others always read theirs."""
+    if cfg.method == "grpo":
+        return cfg.kl != "none" or cfg.ref_every
+    return cfg.method != "ppo" or cfg.beta or cfg.kl_target
 
 
 def context_for(pairs):
@@ -69,19 +88,31 @@ def context_for(pairs):
     return min(LONGEST, max(prompts) + max(responses))
 
 
-def response_limit(longest_prompt, max_len, path):
+def response_limit(longest_prompt, max_len, path, rows, tok):
     """Tokens that a response may have: the room behind the longest prompt of the data file. Printed, too.
 
-    UserError where there is none, and above LONGEST: responses of minutes must be asked for.
-
-    >>> limit = response_limit(24, max_len=64, path="a.jsonl")
-    --max_new_tokens 40: by a.jsonl and the model's context
+    Where that is above LONGEST it is the longest response in the data: a "response", or an "answer" that is
+    worked out (GSM8K). UserError without one for each row: responses of minutes must be asked for.
     """
     room = max_len - longest_prompt
+    limit = room
+    by = f"{path} and the model's context"
+    examples = [text for row in rows if (text := _worked_out(row))]
+    if room > LONGEST and len(examples) == len(rows):
+        limit = min(room, 1 + max(len(tok.encode(text)) for text in examples))  # and EOS
+        by = f"the longest response in {path}"
     ask = f"the longest prompt leaves room for {room:,} tokens; give the longest response, such as 512"
-    require(0 < room <= LONGEST, f"--max_new_tokens: {ask}")
-    print(f"--max_new_tokens {room}: by {path} and the model's context")
-    return room
+    require(0 < limit <= LONGEST, f"--max_new_tokens: {ask}")
+    print(f"--max_new_tokens {limit}: by {by}")
+    return limit
+
+
+def _worked_out(row):
+    """A response in a row of prompts, or "". A bare "answer" is none: a model may say more than "42"."""
+    if isinstance(row.get("response"), str):
+        return row["response"]
+    answer = row.get("answer")
+    return answer if isinstance(answer, str) and "####" in answer else ""
 
 
 PAPERS = {

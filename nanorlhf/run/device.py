@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+from pathlib import Path
 
 import torch
 
 from nanorlhf.errors import require
+from nanorlhf.hub.files import read_json
 from nanorlhf.run import dist, sharding
+from nanorlhf.run.speed import best_threads
 
 
 def setup(cfg):
@@ -16,10 +19,8 @@ def setup(cfg):
     repeat bit by bit, and warn where it has none; on the CPU all of ours repeat without it. UserError for
     flags that do not work here.
     """
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = cfg.device
-    if device == "auto":
-        device = next(name for name in has if has[name])
+    has = _devices()
+    device = device_of(cfg)
     require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
     in_pieces = getattr(cfg, "shard", False) or getattr(cfg, "save_memory", False)
     exact = getattr(cfg, "kl", "") == "exact"  # needs the reference's unembedding in the backward pass
@@ -30,6 +31,16 @@ def setup(cfg):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed one
         torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.device(device)
+
+
+def _devices():
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+
+
+def device_of(cfg):
+    """Where a run with these flags computes, by name: "cuda", "mps" or "cpu"."""
+    has = _devices()
+    return next(name for name in has if has[name]) if cfg.device == "auto" else cfg.device
 
 
 def _join(cfg, device):
@@ -66,6 +77,7 @@ def _join(cfg, device):
 
 
 THREADS = torch.get_num_threads()  # torch's own choice
+LARGE = 50_000_000  # parameters; a real model
 
 
 def to_device(cfg, device, *models):
@@ -76,20 +88,37 @@ def to_device(cfg, device, *models):
     the spacing of bfloat16 numbers is then lost.
 
     Below a million parameters one thread is faster than two, and on a busy machine a hundred times faster:
-    the threads wait for each other at every small operation. The largest model decides, so give all in one
-    call.
+    the threads wait for each other at every small operation. Above LARGE the number is measured. The largest
+    model decides, so give all in one call.
     """
     compute_dtype = {"bfloat16": torch.bfloat16, "bf16_weights": torch.float32}.get(cfg.dtype)
     weight_dtype = torch.bfloat16 if cfg.dtype == "bf16_weights" else None  # None: as it is
     home = None if getattr(cfg, "shard", False) else device  # the model may not fit; FSDP2 moves each block
     largest = 0
+    trunk = None
     for model in filter(None, models):
         model.to(home, weight_dtype)
         trunk = model.trunk
         trunk.compute_dtype = compute_dtype
         trunk.recompute = getattr(cfg, "save_memory", False)
         largest = max(largest, sum(p.numel() for p in model.parameters()))
+    if not cfg.threads and largest > LARGE and device_of(cfg) == "cpu" and THREADS > 1:
+        cfg.threads = _measured_threads(cfg, trunk)
     torch.set_num_threads(cfg.threads or (1 if largest < 1_000_000 else THREADS))
+
+
+def _measured_threads(cfg, trunk):
+    """The fastest number of threads now; a trainer prints it. A resumed run keeps its own, for its bits."""
+    trains = hasattr(cfg, "resume")
+    if trains and cfg.resume and Path(cfg.out, "config.json").is_file():
+        saved = read_json(Path(cfg.out, "config.json")).get("threads")
+        if type(saved) is int and saved > 0:
+            return saved
+    threads, rates = best_threads(THREADS, trunk.cfg.d_model, trunk.cfg.d_ff, trunk.dtype)
+    shown = ", ".join(f"{rate / 1e9:.0f} GFLOP/s on {n}" for n, rate in rates.items())
+    if trains:
+        print(f"--threads {threads}: measured just now, {shown}")
+    return threads
 
 
 def freeze(cfg, *models, trained):

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as torch_dist
 
 from nanorlhf.metrics import Figures
-from nanorlhf.run import sharding
+from nanorlhf.run import pulse, sharding
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange: more than the slowest process's rewards may take
 _device = torch.device("cpu")  # of this process; `start` sets it once
@@ -239,7 +239,9 @@ def paced(microbatches, *passes):
     """
     own = list(microbatches)
     most = largest(len(own))
-    yield from own
+    for i, rows in enumerate(own):
+        pulse.sign(f"micro-batch {i + 1} of {len(own)}")
+        yield rows
     for _ in range(most - len(own)):
         _idle(passes)
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from nanorlhf.errors import UserError, require, visible
 from nanorlhf.look.plots import plot_curves
-from nanorlhf.run import dist
+from nanorlhf.run import dist, pulse
 from nanorlhf.run.cli import to_json
 
 FILES = ("metrics.csv", "samples.jsonl")
@@ -48,6 +48,8 @@ def read_rows(out):
 class Log:
     """metrics.csv (one row a step), samples.jsonl, about 20 console lines within 80 columns, a bar with ETA.
 
+    Slow steps have a line each: none is later than run/pulse.py allows.
+
     A full disk does not end the run here: it is said once, and training goes on. Of several processes only
     the first writes.
 
@@ -79,6 +81,7 @@ class Log:
         self.wandb = None
         if not self.writes:
             return
+        pulse.printed()
         for name in FILES:
             with open(self.out / name, "ab") as f:
                 size = state["sizes"].get(name, 0)
@@ -119,6 +122,7 @@ class Log:
         """Print a line, above the progress bar."""
         self.bar.clear()
         print(visible(text), flush=True)
+        pulse.printed()
         self.bar.refresh()
 
     def row(self, step, metrics):
@@ -132,7 +136,7 @@ class Log:
         cells[0] = str(step)
         self._append("metrics.csv", ",".join(cells) + "\n")
         self.bar.update(1)
-        if step % self.every == 0 or step == self.steps - 1:
+        if step % self.every == 0 or step == self.steps - 1 or pulse.is_late():
             self._print(measured | {"step": step})
         if self.wandb:
             self.wandb.log(measured, step=step)
@@ -145,10 +149,14 @@ class Log:
         self.say("".join(f"{_cell(values.get(name)):>{width}}" for name, width in self.widths.items()))
 
     def samples(self, step, rows, texts, score):
-        """Write to samples.jsonl: prompts (of the data's rows), responses, and scores, (B,) or None."""
+        """Write to samples.jsonl: prompts (of the data's rows), responses, and scores, (B,) or None.
+
+        A Chat is written as the model has read it, with the control tokens of its template.
+        """
         lines = []
         for i, (row, text) in enumerate(zip(rows, texts)):
-            sample = {"step": step, "prompt": row["prompt"], "response": text}
+            prompt = getattr(row["prompt"], "seen", None) or row["prompt"]
+            sample = {"step": step, "prompt": prompt, "response": text}
             if score is not None:
                 sample["reward"] = round(score[i].item(), 4)
             lines.append(visible(json.dumps(sample, ensure_ascii=False)) + "\n")
@@ -157,6 +165,7 @@ class Log:
     def close(self, panels=()):
         """End the bar, read the rows of the whole run, and draw curves.png with these panels."""
         self.bar.close()
+        pulse.end()
         if panels and self.writes:
             self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
@@ -226,6 +235,7 @@ def health(metrics, mean_adv, tokens, ref_is_init=True):
         lines.append("mean advantage is not near 0: rewards and groups do not belong together")
     if (metrics["dead"] or 0.0) > 0.8:
         lines.append("most groups are dead: there is little to learn from prompts so hard or so easy")
-    if metrics["stop"] < 0.5:
-        lines.append("most responses are cut: raise --max_new_tokens")
+    learns = metrics["dead"] is not None and metrics["dead"] < 0.5  # also to end
+    if metrics["stop"] < 0.5 and not learns:
+        lines.append("most responses are cut: raise --max_new_tokens if the reward comes later")
     return "\n  !! ".join(lines)

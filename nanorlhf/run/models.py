@@ -84,7 +84,7 @@ def load_init(cfg, device):
 
 
 def load_models(cfg, device):
-    """→ policy, reference, reward model (None without --rm, --ref none), tokenizer, the models on the device.
+    """→ policy, reference (None with --ref none), reward model (or None), tokenizer; models on the device.
 
     In distillation the policy is the student, and the teacher stands in the place of the reference.
 
@@ -107,7 +107,9 @@ def load_models_and_critic(cfg, device):
     ref = rm = critic = None
     ref_flag = "teacher" if hasattr(cfg, "teacher") else "ref"
     ref_folder = getattr(cfg, ref_flag)
-    if ref_folder != "none" or ppo:
+    moves = getattr(cfg, "ref_every", 0)
+    shares = cfg.lora_rank and ref_folder == cfg.init and not moves  # the policy without its adapters
+    if ref_folder != "none" and not shares:
         ref = load_model(f"--{ref_flag}", ref_folder, "language model", **options)[0]
         short = f"--{ref_flag} {ref_folder}: its context of {ref.cfg.max_len} tokens is shorter than"
         fits = ref_flag == "ref" or ref.cfg.max_len >= policy.cfg.max_len
@@ -121,8 +123,7 @@ def load_models_and_critic(cfg, device):
             torch.nn.init.zeros_(critic.score.weight)
     # Adapters come after all models: their random numbers are drawn last.
     frozen = lora.add(policy, cfg.lora_rank, cfg.dtype)
-    fixed = ref_folder == cfg.init and not getattr(cfg, "ref_every", 0)
-    if frozen and fixed:
+    if shares:
         ref = frozen
     if ppo:
         lora.add(critic, cfg.lora_rank, cfg.dtype)

@@ -1,30 +1,42 @@
-"""The GPU memory that a run needs, computed before it starts (--dry_run).
+"""The memory that a run needs, and the least time of a step, computed before it starts (--dry_run).
 
 The trainer's own loader builds the models on the meta device, where tensors have shapes but no memory. It
 reads config.json and the tokenizer's files, but no weights; data is read as in training. Weights, gradients
 and AdamW's moments are counted from the models' tensors. Activations are counted as in "Reducing Activation
 Recomputation in Large Transformer Models" (arXiv 2205.05198), from what our modules save for their backward
-pass. Sizes are bytes on one GPU, for a run of one process. Memory lost to fragmentation is not counted.
+pass. Sizes are bytes on one GPU, or in the memory of this machine where the run computes on a CPU, for a run
+of one process. Memory lost to fragmentation is not counted. The time is that of the matrix products alone, at
+the rate that this machine shows in a second.
 """
 
 import os
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from nanorlhf import lora, tasks
+from nanorlhf.data import epoch_batches, microbatches
+from nanorlhf.errors import derive_seed
+from nanorlhf.kernels import torch_backend
 from nanorlhf.kernels.slots import PREFILL, SLOTS, that_fit
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.pairs import load_examples
 from nanorlhf.rewards import SCORE_TOKENS, load_prompts
-from nanorlhf.run import worker
-from nanorlhf.run.device import freeze
+from nanorlhf.run import speed, worker
+from nanorlhf.run.device import device_of, freeze
 
 META = torch.device("meta")
 GIB = 1 << 30
 TILES = 96 << 20  # bytes of logits that the Triton backend holds at once; the torch backend holds fewer
 STORED = GIB  # at most so many bytes where it forms a loss in one pass (triton_backend.STORED_BYTES)
+CPU_TILES = 5 * 4 * torch_backend.TILE  # the torch backend's tile of logits, and its copies of that size
+CPU_STORED = 4 * torch_backend.STORED + CPU_TILES
+# The activations of SmolLM2-135M take 1.46 times their bytes under Linux: glibc's heap has a hole for each
+# temporary tensor between two that are kept. With MALLOC_MMAP_THRESHOLD_=100000 they take 1.01 times theirs.
+HOLES = 1.45
+DRAWS = 100  # steps whose batches are drawn, to find the largest micro-batch
 SIZES = 8, 12, 16, 24, 40, 48, 80, 139  # GiB of GPUs
 CONTEXT = GIB // 2  # bytes that CUDA and its libraries take, about
 
@@ -110,7 +122,14 @@ def activation_bytes(model, tokens):
     return kept + norm_bytes(trunk.norm, trunk.cfg.d_model, 4) * tokens
 
 
-def head_bytes(model, logits=TILES, train=False):
+def tile_bytes(cfg, one_pass=False):
+    """Bytes of logits that are held at once where log-probs, or a loss in one pass, are formed."""
+    if device_of(cfg) == "cuda":
+        return STORED if one_pass else TILES
+    return CPU_STORED if one_pass else CPU_TILES
+
+
+def head_bytes(model, logits, train=False):
     """Bytes that log-probs need: logits, the unembedding where it is cast, and its gradient in fp32."""
     if isinstance(model, ScalarModel):
         return 0
@@ -157,21 +176,21 @@ def sampling_parts(model, slots, length, prompt):
     }
 
 
-def forward_parts(model, tokens):
+def forward_parts(cfg, model, tokens):
     """→ {part: bytes} of log-probs without gradient."""
     return {
         "a layer at work": forward_bytes(model, tokens),
-        "unembedding, tile of logits": head_bytes(model),
+        "unembedding, tile of logits": head_bytes(model, tile_bytes(cfg)),
     }
 
 
-def update_parts(models, tokens, one_pass=True):
+def update_parts(cfg, models, tokens, one_pass=True):
     """→ {part: bytes} of forward and backward pass of the trained models, on so many padded tokens.
 
     A loss that is formed in one pass stores logits with their gradients, otherwise tiles of logits are made
     twice.
     """
-    logits = STORED if one_pass else TILES
+    logits = tile_bytes(cfg, one_pass)
     return {
         "activations": sum(activation_bytes(m, tokens) for m in models),
         "a layer at work": forward_bytes(models[0], tokens),
@@ -183,27 +202,39 @@ def update_parts(models, tokens, one_pass=True):
 # One plan per trainer. `load` is the trainer's own loader
 
 
-def _microbatch(cfg, rows, longest):
-    """Padded tokens of the largest micro-batch: the budget or all rows, and at least the longest row."""
-    tokens = rows * longest
-    if cfg.tokens_per_microbatch:
-        tokens = min(tokens, cfg.tokens_per_microbatch)
-    return max(longest, tokens)
+def _microbatch(cfg, lengths, rows, repeats=1):
+    """Padded tokens of the largest micro-batch, in steps that each draw so many rows of the data.
+
+    lengths: tokens of each row of the data. The batches are those of training. repeats: samples of each row.
+    """
+    seed = derive_seed(cfg.seed, "data")
+    most = 0
+    for step in range(min(cfg.steps, DRAWS)):
+        batch = [lengths[i] for i in epoch_batches(len(lengths), rows, seed, step) for _ in range(repeats)]
+        for part in microbatches(batch, cfg.tokens_per_microbatch):
+            most = max(most, len(part) * batch[part[0]])  # the longest comes first
+    return most
 
 
 def _summary(lengths, unit="tokens"):
     return f"{sum(lengths) / len(lengths):.0f} {unit} on average, {max(lengths):,} at most"
 
 
-def _supervised(about, cfg, model, rows, lengths, sampled=None):
-    """The plan of a trainer whose step trains on `rows` rows of the data, which have these lengths."""
-    longest = max(lengths)
+def _supervised(about, cfg, model, rows, lengths, sampled=None, per_row=1):
+    """The plan of a trainer whose step trains on `rows` rows of the data, which have these lengths.
+
+    per_row: sequences of each row; a pair is two, padded to the longer one.
+    """
+    units = [max(lengths[i : i + per_row]) * per_row for i in range(0, len(lengths), per_row)]
+    tokens = _microbatch(cfg, units, rows)
     phases = {
-        "update": update_parts([model], _microbatch(cfg, rows, longest)),
-        "evaluation": forward_parts(model, 64 * longest),
+        "update": update_parts(cfg, [model], tokens),
+        "evaluation": forward_parts(cfg, model, 64 * max(lengths)),
     }
     about = f"{len(lengths):,} {about}, {_summary(lengths)}"
-    report(about, {"model": model}, {}, phases, sampled)
+    tokens = rows * sum(lengths) / len(units)
+    work = {"update": update_flops(model, tokens, tokens)}
+    report(cfg, about, {"model": model}, {}, phases, work, sampled)
 
 
 def sft(cfg, load):
@@ -222,7 +253,7 @@ def rm(cfg, load, load_pairs):
         lengths = _side_lengths(pairs)
     else:
         lengths = _made_lengths(cfg, model, tok)
-    _supervised("sides of pairs", cfg, model, 2 * cfg.batch_size, lengths)
+    _supervised("sides of pairs", cfg, model, cfg.batch_size, lengths, per_row=2)
 
 
 def _side_lengths(pairs):
@@ -251,10 +282,11 @@ def dpo(cfg, load):
     else:
         lengths = _made_lengths(cfg, policy, tok)
     longest = max(lengths)
-    tokens = _microbatch(cfg, 2 * cfg.batch_size, longest)
+    units = [2 * max(lengths[i : i + 2]) for i in range(0, len(lengths), 2)]
+    tokens = _microbatch(cfg, units, cfg.batch_size)
     phases = {
-        "scoring": forward_parts(policy, max(tokens, SCORE_TOKENS if rm else 8192)),
-        "update": update_parts([policy], tokens, one_pass=False),
+        "scoring": forward_parts(cfg, policy, max(tokens, SCORE_TOKENS if rm else 8192)),
+        "update": update_parts(cfg, [policy], tokens, one_pass=False),
     }
     rows = cfg.eval_prompts
     copies = 0
@@ -265,7 +297,10 @@ def dpo(cfg, load):
     length = min(policy.cfg.max_len, longest + cfg.max_new_tokens)
     sampled = SampledRows(policy, rows, length, prompt=longest)
     about = f"{len(lengths) // 2:,} pairs, {_summary(lengths, 'tokens a side')}"
-    report(about, {"policy": policy}, {"reference": ref, "reward model": rm}, phases, sampled, copies)
+    tokens = cfg.batch_size * sum(lengths) / len(units)
+    work = {"update": update_flops(policy, tokens, tokens)}
+    frozen = {"reference": ref, "reward model": rm}
+    report(cfg, about, {"policy": policy}, frozen, phases, work, sampled, copies)
 
 
 def rl(cfg, load):
@@ -283,38 +318,47 @@ def rl(cfg, load):
     new = new or cfg.max_new_tokens
     prompts = [len(row["_ids"]) for row in data]
     longest = max(prompts) + new
-    rows = cfg.prompts_per_step * cfg.group_size
-    tokens = _microbatch(cfg, rows, longest)
+    lengths = [n + new for n in prompts]
+    tokens = _microbatch(cfg, lengths, cfg.prompts_per_step, cfg.group_size)
+    minibatch = max(1, cfg.prompts_per_step // getattr(cfg, "minibatches", 1))
+    updated = _microbatch(cfg, lengths, minibatch, cfg.group_size)
     by_token = getattr(cfg, "ratio", "token") == "token" and not distills
     phases = {
-        "scoring": forward_parts(policy, max(tokens, SCORE_TOKENS if rm else 0)),
-        "update": update_parts(list(trained.values()), tokens, one_pass=by_token),
+        "scoring": forward_parts(cfg, policy, max(tokens, SCORE_TOKENS if rm else 0)),
+        "update": update_parts(cfg, list(trained.values()), updated, one_pass=by_token),
     }
     if distills or getattr(cfg, "kl", "") == "exact":  # a forward pass of the other model in each micro-batch
-        phases["update"] |= {f"reference, {name}": n for name, n in forward_parts(ref, tokens).items()}
+        phases["update"] |= {f"reference, {name}": n for name, n in forward_parts(cfg, ref, tokens).items()}
+    rows = cfg.prompts_per_step * cfg.group_size
+    all_tokens = rows * sum(lengths) / len(lengths)
+    frozen = {"teacher" if distills else "reference": ref, "reward model": rm}
+    scored = rows * new  # each response at its longest
+    work = {"sampling": pass_flops(policy, scored, scored)}
+    for name, model in (frozen | {"critic": trained.get("critic")}).items():
+        if model is not None:
+            work[name] = pass_flops(model, all_tokens, scored)
+    updates = [update_flops(model, all_tokens, scored) for model in trained.values()]
+    work["update"] = getattr(cfg, "epochs", 1) * sum(updates)
     copies = 0
     older = getattr(cfg, "off_policy_steps", 0)
-    if older:  # the sampler, and the weights of each step since it was current
-        copies = n_bytes([policy]) * (older + 2)
+    if older:  # the sampler, and the weights of each step since it was current: those that are trained
+        copies = n_bytes([policy]) + trained_bytes([policy]) * (older + 1)
     rows = max(rows, min(512, len(test)))  # those of a step, or of the evaluation
     sampled = SampledRows(policy, rows, longest, max(prompts))
     about = f"{len(data):,} prompts, {_summary(prompts)}; responses of at most {new:,}"
-    frozen = {"teacher" if distills else "reference": ref, "reward model": rm}
-    report(about, trained, frozen, phases, sampled, copies)
+    report(cfg, about, trained, frozen, phases, work, sampled, copies)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The report
 
 
-def report(about, trained, frozen, phases, sampled=None, copies=0):
+def report(cfg, about, trained, frozen, phases, work, sampled=None, copies=0):
     """Print the plan, at most 80 columns wide. The peak is the resident memory and the largest phase's.
 
     about: a line on the data. trained, frozen: {name: model, frozen ones may be None}. phases: {phase: {part:
-    bytes}}. sampled: SampledRows. copies: bytes of further copies of the weights.
-    A GPU with little memory samples fewer rows at once. The figures are for the smallest GPU on which memory
-    does not reduce them, or else for the largest GPU. The last lines name the GPUs that the run fits, up to
-    that one.
+    bytes}}. work: {phase: operations of a step}. sampled: SampledRows. copies: bytes of further copies of the
+    weights.
     """
     print(f"dry run of {os.path.basename(sys.argv[0])}: nothing is trained or written\n{about}\n")
     frozen = {name: model for name, model in frozen.items() if model}
@@ -327,17 +371,32 @@ def report(about, trained, frozen, phases, sampled=None, copies=0):
             state = f"{n_trained:,} trained"
         print(f"  {name:<14}{n:>16,} parameters, {state}")
 
+    on_gpu = device_of(cfg) == "cuda"
     away = [model for model in frozen.values() if hasattr(model, "home")]  # --save_memory
-    if away:
+    if away and on_gpu:
         phases["scoring"]["largest offloaded model"] = max(n_bytes([model]) for model in away)
-    stay = [model for model in models.values() if model not in away]
+    stay = [model for model in models.values() if model not in away or not on_gpu]
     gradients = trained_bytes(trained.values())
     always = {
         "weights": n_bytes(stay) + copies,
         "gradients": gradients,
         "optimizer (AdamW's two moments)": 2 * gradients,
-        "CUDA's own, about": CONTEXT,
     }
+    if on_gpu:
+        _fit_a_gpu(always, phases, sampled)
+    else:
+        _fit_this_machine(cfg, always, phases, sampled, trained)
+    _least_time(cfg, next(iter(trained.values())), work, sampled)
+
+
+def _fit_a_gpu(always, phases, sampled):
+    """Print the parts, and the GPUs that hold them.
+
+    A GPU with little memory samples fewer rows at once. The figures are for the smallest GPU on which memory
+    does not reduce them, or else for the largest GPU. The last lines name the GPUs that the run fits, up to
+    that one.
+    """
+    always["CUDA's own, about"] = CONTEXT
     resident = sum(always.values())
     slots = 0
     wanted = min(sampled.rows, SLOTS) if sampled else 0
@@ -355,12 +414,88 @@ def report(about, trained, frozen, phases, sampled=None, copies=0):
         fits.append(f"  fits a GPU of {gib} GiB{fewer}")
         if slots == wanted:
             break
+    _print_parts("memory of the GPU, GiB", always, phases, f"{peak / GIB:>10.2f}  ({largest})")
+    print("\n".join(fits) or "  fits no single GPU")
 
-    print("\nmemory of the GPU, GiB")
-    rows = always
+
+def _fit_this_machine(cfg, always, phases, sampled, trained):
+    """Print the parts, and whether the memory of this machine holds them. A CPU samples all rows at once."""
+    always["Python, torch, tokenizer, data"] = _resident_now()
+    phases["update"]["holes in the heap between them"] = (HOLES - 1) * phases["update"]["activations"]
+    if sampled:
+        parts = sampling_parts(sampled.model, sampled.rows, sampled.length, sampled.prompt)
+        del parts["weights cast once"]  # on a GPU
+        phases["sampling"] = parts
+    if cfg.init:  # one file at a time is mapped, while gradients and moments are not there
+        later = always["gradients"] + always["optimizer (AdamW's two moments)"]
+        phases["loading"] = {"file of weights, mapped": max(0, _file_bytes(cfg.init) - later)}
+    if cfg.lora_rank:
+        merged = [p.nbytes for model in trained.values() for p in model.parameters() if p.dim() == 2]
+        phases["saving"] = {"weights with their adapters": sum(merged)}
+    sizes = {phase: sum(parts.values()) for phase, parts in phases.items()}
+    largest = max(sizes, key=sizes.get)
+    peak = sum(always.values()) + sizes[largest]
+    _print_parts("memory of this machine's CPU, GiB", always, phases, f"{peak / GIB:>10.2f}  ({largest})")
+    if hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        verdict = "fits" if peak < memory else "does not fit"
+        print(f"  {verdict} into the {memory / GIB:.1f} GiB of this machine")
+
+
+def _print_parts(title, always, phases, peak):
+    print(f"\n{title}")
+    rows = dict(always)
     for phase, parts in phases.items():
         rows |= {f"{phase}: {name}": size for name, size in parts.items()}
     for name, size in rows.items():
         print(f"  {name:<46}{size / GIB:>10.2f}")
-    print(f"  {'at most':<46}{peak / GIB:>10.2f}  ({largest})")
-    print("\n".join(fits) or "  fits no single GPU")
+    print(f"  {'at most':<46}{peak}")
+
+
+def _resident_now():
+    """Bytes that this process takes, which has read tokenizer and data and holds no weights."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 300 << 20  # where there is no such file: as much as under Linux, about
+
+
+def _file_bytes(folder):
+    """Bytes of the largest file of weights in a folder, or of a .gguf."""
+    path = Path(folder)
+    files = [path, *path.glob("*.safetensors")]
+    return max((file.stat().st_size for file in files if file.is_file()), default=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Time
+
+
+def pass_flops(model, tokens, scored):
+    """Operations of a forward pass: two for each weight and token; the head sees the scored tokens only."""
+    weights = [p.numel() for p in model.trunk.blocks.parameters() if p.dim() == 2]
+    head = 0 if isinstance(model, ScalarModel) else model.trunk.wte.weight.numel()
+    return 2 * (sum(weights) * tokens + head * scored)
+
+
+def update_flops(model, tokens, scored):
+    """Operations of forward and backward pass: as many again for activations, and for weights if trained."""
+    trains_all = model.trunk.blocks[0].norm1.weight.requires_grad
+    return (3 if trains_all else 2) * pass_flops(model, tokens, scored)
+
+
+def _least_time(cfg, model, work, sampled):
+    """Print the seconds that the matrix products of a step take at the rate of this machine, right now."""
+    device = device_of(cfg)
+    if device == "cuda" and not torch.cuda.is_available():
+        return
+    trunk = model.trunk
+    print("\nmatrix products of a step, at rates measured just now; other work comes on top")
+    total = 0.0
+    for phase, operations in work.items():
+        rows = sampled.rows if phase == "sampling" else 512
+        rate = speed.flops(rows, trunk.cfg.d_model, trunk.cfg.d_ff, trunk.dtype, device, seconds=0.4)
+        seconds = operations / rate
+        total += seconds
+        print(f"  {phase:<14}{operations / 1e12:>10.3f} TFLOP{rate / 1e9:>10,.1f} GFLOP/s{seconds:>12.2f} s")
+    print(f"  {'a step':<43}{total:>12.2f} s; {cfg.steps:,} steps {total * cfg.steps / 60:.1f} minutes")

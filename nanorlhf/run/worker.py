@@ -94,9 +94,13 @@ class Rewards:
         self._end()
 
     def check(self, row):
-        """UserError for a row without a key that a function needs, or with an answer that it cannot read."""
+        """UserError for a row that a function could not score: it lacks a key, or an answer that it can read.
+
+        Found at the first sample it would end the run after minutes, and --dry_run would not find it.
+        """
         for name, _, call in self.functions:
-            if not isinstance(call, UserFunction):  # a task's own takes any row of the task
+            if not isinstance(call, UserFunction):  # a task's own: refuses a prompt that is not of the task
+                call_reward(name, call, row["prompt"], "", row)
                 continue
             missing = ", ".join(call.missing(row))
             keys = ", ".join(key for key in row if not key.startswith("_"))
