@@ -232,7 +232,7 @@ def train(cfg):
     dist.spread(cfg, student, frozen=(teacher,))  # one process: as they are; several: all get the same
     opt = adamw(student.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
-    with Run(cfg, COLUMNS, SHOW, PANELS) as run:
+    with Run(cfg, COLUMNS, SHOW, PANELS, tok) as run:
         start, _ = run.start({"model": student}, opt, frozen=(teacher,))
         for step in range(start, cfg.steps):
             metrics = {}
@@ -251,6 +251,7 @@ def train(cfg):
                 metrics["entropy"] = -roll.logp.sum().item() / n_tokens  # estimated, of the sampler
 
             # ---- loss and update
+            run.rollout(step, roll, student, batch)
             opt.zero_grad()
             share = dist.share(batch)  # one process: all of it; several: this one's rows
             update = dist.whole_step(gradient(student, teacher, share, cfg), student)  # one process: as it is
@@ -267,8 +268,6 @@ def train(cfg):
             metrics |= clock.columns(n_tokens)
             done = step + 1
             is_last = done == cfg.steps
-            if is_last or due(step, cfg.sample_every):
-                run.log.samples(step, roll.rows, roll.texts, roll.reward)
             if is_last and test_rows:
                 metrics |= measure(student, teacher, tok, test_rows, score, cfg)
             run.log.row(step, metrics)

@@ -5,16 +5,18 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from nanorlhf.errors import UserError, require, visible
 from nanorlhf.look.plots import plot_curves
+from nanorlhf.look.tokens import FILE, TokenLog
 from nanorlhf.run import dist
 from nanorlhf.run.cli import to_json
 
-FILES = ("metrics.csv", "samples.jsonl")
+FILES = ("metrics.csv", "samples.jsonl", "tokens.jsonl.gz")
 
 
 class Result(dict):
@@ -55,7 +57,7 @@ class Log:
     and "last" (the figures measured last). What was written after it is cut off: those steps run again.
     """
 
-    def __init__(self, cfg, columns, show, state):
+    def __init__(self, cfg, columns, show, state, tok=None):
         steps = cfg.steps
         self.out = Path(cfg.out)
         self.columns = columns
@@ -77,6 +79,8 @@ class Log:
             file=sys.stdout
         )
         self.wandb = None
+        self.step = state["step"]  # the step that the next row is of
+        self.tokens = TokenLog(cfg, tok, partial(self._append, FILE))
         if not self.writes:
             return
         for name in FILES:
@@ -93,12 +97,15 @@ class Log:
             self.wandb = import_wandb().init(project=cfg.wandb, name=self.out.name, config=to_json(cfg))
 
     def _append(self, name, text):
+        """Append text, or bytes, to one of the files."""
         if not self.writes:
             return
         path = self.out / name
-        try:
+        if isinstance(text, str):
             # A lone surrogate has no UTF-8; what backslashreplace makes of it is its JSON escape.
-            with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="") as f:
+            text = text.encode(errors="backslashreplace")
+        try:
+            with open(path, "ab") as f:
                 f.write(text)
         except OSError as e:
             if not self.disk_is_full:
@@ -130,7 +137,9 @@ class Log:
         self.last |= measured
         cells = [f"{measured[name]:.6g}" if name in measured else "" for name in self.columns]
         cells[0] = str(step)
+        self.tokens.end()
         self._append("metrics.csv", ",".join(cells) + "\n")
+        self.step = step + 1
         self.bar.update(1)
         if step % self.every == 0 or step == self.steps - 1:
             self._print(measured | {"step": step})
