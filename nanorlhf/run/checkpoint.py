@@ -1,6 +1,7 @@
 """Run folders and everything a run needs to go on. Nothing is ever half-written.
 
-    out/config.json  metrics.csv  samples.jsonl  curves.png  model/ (a Hugging Face folder)
+    out/config.json  metrics.csv  samples.jsonl  tokens.jsonl.gz  curves.png  look.html
+    model/ (a Hugging Face folder)
     state/step-000020/ (resuming)
 
 A folder is written under a temporary name, fsynced, and renamed into place. A checkpoint lists the size and
@@ -125,7 +126,7 @@ class Run:
         if self.lock is not None:
             os.close(self.lock)
         if kind is None:
-            print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png")
+            print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png, look.html")
 
     def _choices(self):
         """What to do about the run in --out, which nobody wants replaced by a run on other data."""

@@ -11,10 +11,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanorlhf.errors import UserError, require, visible
+from nanorlhf.look import page
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.look.tokens import FILE, TokenLog
 from nanorlhf.run import dist
 from nanorlhf.run.cli import to_json
+from nanorlhf.run.folders import read_rows
 
 FILES = ("metrics.csv", "samples.jsonl", "tokens.jsonl.gz")
 
@@ -28,23 +30,6 @@ class Result(dict):
 
     path = ""
     rows = ()
-
-
-def read_rows(out):
-    """metrics.csv of a run folder → one dict a step, without the lines that a full disk cut short."""
-    path = Path(out, "metrics.csv")
-    require(path.is_file(), f"{path}: is no file")  # of a pipe or a device the end never comes
-    rows = []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        columns = f.readline().rstrip("\n").split(",")
-        for line in f:
-            cells = line.rstrip("\n").split(",")
-            if len(cells) != len(columns):
-                continue
-            with contextlib.suppress(ValueError):  # a damaged line
-                numbers = [float(cell) if cell else None for cell in cells]
-                rows.append(dict(zip(columns, numbers)) | {"step": int(cells[0])})
-    return rows
 
 
 class Log:
@@ -164,11 +149,15 @@ class Log:
         self._append("samples.jsonl", "".join(lines))
 
     def close(self, panels=()):
-        """End the bar, read the rows of the whole run, and draw curves.png with these panels."""
+        """End the bar, read the rows of the whole run, draw curves.png with these panels, and write look.html."""
         self.bar.close()
         if panels and self.writes:
             self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
+            try:
+                page.write([self.out])
+            except OSError as e:
+                print(f"warning: cannot write {self.out}/look.html ({e.strerror})")
         if self.wandb:
             self.wandb.finish()
 
