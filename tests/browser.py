@@ -1,4 +1,4 @@
-"""A browser for tests: Chromium, driven by chromedriver over its HTTP protocol (W3C WebDriver), no package."""
+"""A browser for tests: Chromium, driven by chromedriver over its HTTP protocol (W3C WebDriver)."""
 
 import base64
 import contextlib
@@ -13,10 +13,11 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-FLAGS = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync
---disable-component-update --disable-default-apps --hide-scrollbars --disable-dev-shm-usage""".split()
-needed = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver: apt-get install")
-KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015", "tab": "\ue004", "shift": "\ue008"}
+FLAGS = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking
+--disable-sync --disable-component-update --disable-default-apps --hide-scrollbars --disable-dev-shm-usage""".split()
+needed = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+KEYS = dict(left="\ue012", up="\ue013", right="\ue014", down="\ue015", tab="\ue004", shift="\ue008")
+JSON = {"Content-Type": "application/json"}
 
 
 class Browser:
@@ -28,7 +29,7 @@ class Browser:
 
     def ask(self, method, path, body=None):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(self.base + path, data, JSON, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=120) as answer:
             return json.load(answer)["value"]
@@ -72,7 +73,8 @@ def browser(profile):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = subprocess.DEVNULL
+    driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=silent, stderr=silent)
     try:
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.1):

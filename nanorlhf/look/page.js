@@ -7,35 +7,23 @@ const state = { run: 0, step: 0, quantity: "", update: "loss", row: 0, token: -1
 const RUN = () => DATA.runs[state.run];
 const RECORD = () => RUN().records[state.step];
 
-// ---------------------------------------------------------------------------------------------------------
-// small helpers
-
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "text") element.textContent = value;
-    else if (name === "class") element.className = value;
-    else element.setAttribute(name, value);
-  }
+// ---- small helpers
+function build(element, { text, ...attributes }, children) {
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  if (text !== undefined) element.textContent = text;
   element.append(...children);
   return element;
 }
-
-function draw(tag, attributes = {}, text = "") {
-  // The namespace is that of an <svg> of this page: written out, it would be an address.
-  const element = document.createElementNS($("svg").namespaceURI, tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-  if (text) element.textContent = text;
-  return element;
-}
+const make = (tag, attributes = {}, ...children) => build(document.createElement(tag), attributes, children);
+// The namespace is that of an <svg> of this page: written out, it would be an address.
+const draw = (tag, attributes) => build(document.createElementNS($("svg").namespaceURI, tag), attributes, []);
 
 // Controls, marks that turn text around, and halves of a character, as nanorlhf.errors.visible shows them.
 const CONTROLS = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 const visible = (text) =>
   String(text).replace(CONTROLS, (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
 
-const number = (x) => (x === null || x === undefined || Number.isNaN(x) ? "none" : sign(short(x)));
-const sign = (text) => text.replace("-", "−").replace("e−", "e−");
+const number = (x) => (x === null || x === undefined || Number.isNaN(x) ? "none" : short(x).replace("-", "−"));
 function short(x) {
   if (x === 0) return "0";
   const size = Math.abs(x);
@@ -46,12 +34,9 @@ const derived = (x) => Number(x.toPrecision(4)); // of what this page computes i
 const term = (x) => (x < 0 ? `(${number(x)})` : number(x));
 const column = (run, name) => run.metrics[name] || [];
 
-// ---------------------------------------------------------------------------------------------------------
-// what is known of a token: (row, j) → a number, or undefined. j counts the tokens inside the mask
-
+// ---- what is known of a token: (row, j) → a number, or undefined. j counts the tokens inside the mask
 function value(row, name, j) {
-  const values = row[name];
-  if (values === undefined || values === null) return undefined;
+  const values = row[name] ?? undefined;
   return Array.isArray(values) ? values[j] : values;
 }
 const logp = (row, j) => value(row, "old_logp", j) ?? value(row, "logp", j);
@@ -69,125 +54,83 @@ function runningSum(row, j) {
 }
 function ratio(row, j, update = state.update) {
   if (!row.ratio) return undefined;
-  const after = update === "loss" ? (row.update || [0])[0] : Number(update);
-  const values = row.ratio[after];
-  return values === undefined ? undefined : Array.isArray(values) ? values[j] : values;
+  return value(row.ratio, update === "loss" ? (row.update || [0])[0] : Number(update), j);
 }
 function clipRange(run) {
-  const flags = run.config;
-  if (run.kind === "ppo") return [1 - flags.clip, 1 + flags.clip];
-  if (run.kind === "grpo" && flags.loss === "clip") return [1 - flags.clip_low, 1 + flags.clip_high];
-  return null;
+  const { clip, clip_low, clip_high, loss } = run.config;
+  if (run.kind === "ppo") return [1 - clip, 1 + clip];
+  return run.kind === "grpo" && loss === "clip" ? [1 - clip_low, 1 + clip_high] : null;
 }
 // Which corner of the clip acts: 1 and −1 where max(−Aρ, −A clip ρ) takes the clipped one, so that the token
 // has no gradient; 0 where it takes Aρ.
 function corner(row, j, update) {
   const range = clipRange(RUN());
-  const rho = ratio(row, j, update);
-  const adv = value(row, "adv", j);
+  const rho = ratio(row, j, update), adv = value(row, "adv", j);
   if (!range || rho === undefined || adv === undefined) return undefined;
-  if (adv > 0 && rho > range[1]) return 1;
-  if (adv < 0 && rho < range[0]) return -1;
-  return 0;
+  return adv > 0 && rho > range[1] ? 1 : adv < 0 && rho < range[0] ? -1 : 0;
 }
-const change = (row, j) =>
-  j === 0 ? undefined : derived(value(row, "value", j) - value(row, "value", j - 1));
+const change = (row, j) => derived(value(row, "value", j) - value(row, "value", j - 1));
 
-const DIVERGING = "diverging";
-const QUANTITIES = [
-  ["logp", "log-prob", "falling", logp, "log π of the token, in nats: darker is less likely"],
-  ["loss", "loss of the token", "rising", (row, j) => RUN().kind === "sft" ? derived(-logp(row, j)) : undefined,
-    "−log π of the demonstrated token, in nats"],
-  ["divergence", "divergence, the loss", "rising", (row, j) => value(row, "divergence", j),
-    "D between student and teacher where this token was predicted, over the whole vocabulary"],
-  ["log_ratio", "log-ratio to the reference", DIVERGING, logRatio,
-    "log π − log π_ref: orange tokens became likelier than under the reference, blue ones less likely"],
-  ["running", "log-ratio, running sum", DIVERGING, (row, j) => logRatio(row, j) === undefined ? undefined :
-    runningSum(row, j), "Σ up to this token of log π − log π_ref; at the end the response's part of the KL"],
-  ["entropy", "entropy", "rising", (row, j) => value(row, "entropy", j),
-    "of the distribution that the token was drawn from, in nats"],
-  ["reward", "reward r_t", DIVERGING, (row, j) => Array.isArray(row.reward) ? row.reward[j] : undefined,
-    "−β · log-ratio at every token, and the score on the last"],
-  ["old_value", "value V_t", DIVERGING, (row, j) => value(row, "old_value", j),
-    "the critic’s estimate before it sees the token"],
-  ["score", "score after the token", DIVERGING, (row, j) => value(row, "value", j),
-    "what the reward model would say if the response ended here"],
-  ["change", "change of the score", DIVERGING, (row, j) => row.value === undefined ? undefined : change(row, j),
-    "score after this token less the score after the one before"],
-  ["delta", "δ_t", DIVERGING, (row, j) => value(row, "delta", j), "r_t + γ V_{t+1} − V_t: the surprise of the critic"],
-  ["adv_raw", "advantage, before whitening", DIVERGING, (row, j) => value(row, "adv_raw", j), "Σ (γλ)^k δ_{t+k}"],
-  ["adv", "advantage", DIVERGING, (row, j) => value(row, "adv", j),
-    "orange tokens are made likelier, blue ones less likely"],
-  ["ret", "return R_t", DIVERGING, (row, j) => value(row, "ret", j), "what the critic learns: A_t + V_t"],
-  ["ratio", "ratio ρ_t", "ratio", (row, j) => ratio(row, j), "π_new / π_old: orange above 1, blue below"],
-  ["clip", "clipped", "corner", (row, j) => corner(row, j),
-    "a clipped token has no gradient. Ratios outside 1 ± ε on the other side of the advantage are not clipped"],
-  ["w", "weight in the loss", "rising", (row, j) => value(row, "w", j) ?? RECORD().w,
-    "what the loss of this token is multiplied by"],
-];
-const quantity = () => QUANTITIES.find((q) => q[0] === state.quantity);
+// How the numbers of a quantity are found: those that are not named here stand in the row under their key.
+const GET = {
+  logp,
+  loss: (row, j) => (RUN().kind === "sft" ? derived(-logp(row, j)) : undefined),
+  log_ratio: logRatio,
+  running: (row, j) => (logRatio(row, j) === undefined ? undefined : runningSum(row, j)),
+  reward: (row, j) => (RUN().kind === "ppo" ? value(row, "reward", j) : undefined),
+  score: (row, j) => value(row, "value", j),
+  change: (row, j) => (j > 0 && row.value !== undefined ? change(row, j) : undefined),
+  ratio: (row, j) => ratio(row, j),
+  clip: (row, j) => corner(row, j),
+  w: (row, j) => value(row, "w", j) ?? RECORD().w ?? undefined,
+};
+const QUANTITIES = DATA.quantities.map((q) => ({ ...q, get: GET[q.key] || ((row, j) => value(row, q.key, j)) }));
+const quantity = () => QUANTITIES.find((q) => q.key === state.quantity);
 
 function available(rows) {
-  return QUANTITIES.filter(([, , , get]) =>
-    rows.some((row) => row.positions.some((_, j) => Number.isFinite(get(row, j)))));
+  return QUANTITIES.filter(({ get }) => rows.some((row) => row.positions.some((_, j) => Number.isFinite(get(row, j)))));
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// colours: one scale over all rows of the step
-
-function scaleOf(rows, [, , kind, get]) {
-  let values = [];
-  for (const row of rows) row.positions.forEach((_, j) => values.push(get(row, j)));
-  values = values.filter(Number.isFinite).map((x) => (kind === "ratio" ? Math.log(x) : x));
-  const sizes = values.map(Math.abs).sort((a, b) => a - b);
+// ---- colours: one scale over all rows of the step
+function scaleOf(rows, { kind, get }) {
+  const values = rows.flatMap((row) => row.positions.map((_, j) => get(row, j))).filter(Number.isFinite);
+  const sizes = values.map((x) => Math.abs(kind === "ratio" ? Math.log(x) : x)).sort((a, b) => a - b);
   const most = sizes.at(-1) || 0;
   const usual = sizes[Math.floor(0.98 * (sizes.length - 1))] || 0;
   const top = sizes.length > 50 && usual > 0 ? usual : most; // a few far out would leave all others pale
-  return { kind, top: top || 1, beyond: most > top, most };
+  return { kind, top: kind === "corner" ? 1 : top || 1, beyond: most > top };
 }
+const BLUE = "--blue", ORANGE = "--orange";
+const shade = (colour, alpha) => `rgba(var(${colour}), ${alpha.toFixed(3)})`;
 function paint(scale, x) {
   if (!Number.isFinite(x)) return "";
-  let part = (scale.kind === "ratio" ? Math.log(x) : x) / scale.top;
-  if (scale.kind === "corner") part = x;
-  const positive = scale.kind === "falling" || part > 0;
-  const alpha = Math.min(1, Math.abs(part)) * 0.72;
-  return `rgba(var(--${positive && scale.kind !== "falling" && scale.kind !== "rising" ? "orange" : "blue"}), ${alpha.toFixed(3)})`;
+  const part = (scale.kind === "ratio" ? Math.log(x) : x) / scale.top;
+  const twoSided = scale.kind !== "falling" && scale.kind !== "rising";
+  return shade(twoSided && part > 0 ? ORANGE : BLUE, Math.min(1, Math.abs(part)) * 0.72);
 }
-
 function drawScale(scale) {
   const box = $("scale");
-  box.replaceChildren();
-  const swatch = (colour, text) =>
-    box.append(make("i", { class: "box", style: `background: ${colour}` }), make("span", { text }));
-  if (scale.kind === "corner") {
-    swatch("rgba(var(--orange), 0.72)", "clipped above, A > 0");
-    swatch("rgba(var(--blue), 0.72)", "clipped below, A < 0");
-    swatch("none", "not clipped");
-    return;
-  }
-  const blue = "rgba(var(--blue), 0.72)";
-  const orange = "rgba(var(--orange), 0.72)";
-  const two = scale.kind === DIVERGING || scale.kind === "ratio";
-  const colours = two ? [blue, "transparent", orange] : scale.kind === "falling" ? [blue, "transparent"] : ["transparent", blue];
-  const show = (x) => number(Number((scale.kind === "ratio" ? Math.exp(x) : x).toPrecision(3)));
-  let ends = [0, scale.top];
-  if (two) ends = [-scale.top, scale.top];
-  if (scale.kind === "falling") ends = [-scale.top, 0];
-  const beyond = scale.beyond ? "or beyond" : "";
-  box.append(
-    make("span", { text: (ends[0] === 0 ? "" : beyond) + " " + show(ends[0]) }),
-    make("i", { style: `background: linear-gradient(to right, ${colours.join(", ")})` }),
-    make("span", { text: show(ends[1]) + " " + (ends[1] === 0 ? "" : beyond) }));
+  const swatch = (colour, text) => [make("i", { class: "box", style: `background: ${colour}` }), make("span", { text })];
+  const blue = shade(BLUE, 0.72), orange = shade(ORANGE, 0.72);
+  if (scale.kind === "corner")
+    return box.replaceChildren(...swatch(orange, "clipped above, A > 0"), ...swatch(blue, "clipped below, A < 0"),
+      ...swatch("none", "not clipped"));
+  const [low, high, colours] = {
+    falling: [-scale.top, 0, [blue, "transparent"]],
+    rising: [0, scale.top, ["transparent", blue]],
+  }[scale.kind] || [-scale.top, scale.top, [blue, "transparent", orange]];
+  const end = (x) => {
+    const shown = number(Number((scale.kind === "ratio" ? Math.exp(x) : x).toPrecision(3)));
+    return make("span", { text: shown + (scale.beyond && x !== 0 ? " or beyond" : "") });
+  };
+  box.replaceChildren(end(low), make("i", { style: `background: linear-gradient(to right, ${colours.join(", ")})` }), end(high));
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// curves
-
+// ---- curves
 const HIDDEN = new Set(["step", "s", "tok_s", "lr", "rounds", "sampled", "limit"]);
 const WIDTH = 300, HEIGHT = 150, LEFT = 44, BOTTOM = 18;
 
-function axis(name, values) {
-  // → {at: value → 0..1, ticks, log}. A KL has a line at each nat up to 10, above it the scale is logarithmic.
+function axis(name, values) { // → {at: value → 0..1, ticks, log}. A KL has a line at each nat up to 10, above it the scale is logarithmic.
   let low = Math.min(...values), high = Math.max(...values);
   if (name.endsWith("kl") && high >= 2) {
     const squeeze = (x) => (x <= 10 ? x : 10 + 10 * Math.log10(x / 10));
@@ -212,23 +155,16 @@ function axis(name, values) {
 }
 
 function charts() {
-  const names = [];
-  for (const run of DATA.runs) {
-    for (const name of run.columns) {
-      const some = column(run, name).some((x) => x !== null);
-      if (!names.includes(name) && !HIDDEN.has(name) && some) names.push(name);
-    }
-  }
-  $("charts").replaceChildren(...names.map(chart));
+  const measured = DATA.runs.flatMap((run) => run.columns.filter((name) => column(run, name).some((x) => x !== null)));
+  $("charts").replaceChildren(...[...new Set(measured)].filter((name) => !HIDDEN.has(name)).map(chart));
   const legend = DATA.runs.map((run, i) =>
     make("span", {}, make("i", { style: `border-color: var(--run${i % 6}); border-top-style: ${dash(i)[0]}` }), run.name));
   $("legend").replaceChildren(...(DATA.runs.length > 1 ? legend : []));
 }
 const dash = (i) => [["solid", ""], ["dashed", "7 3"], ["dotted", "2 3"]][i % 3];
-
-function lastStep() {
-  return Math.max(1, ...DATA.runs.map((run) => column(run, "step").at(-1) || 0));
-}
+const lastStep = () => Math.max(1, ...DATA.runs.map((run) => column(run, "step").at(-1) || 0));
+const line = (points, i) => draw("polyline", { points: points.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" "),
+  style: `stroke: var(--run${i % 6})`, "stroke-dasharray": dash(i)[1] });
 
 function chart(name) {
   const all = DATA.runs.flatMap((run) => column(run, name)).filter((x) => x !== null);
@@ -239,17 +175,15 @@ function chart(name) {
   scale.ticks.forEach((tick, i) => {
     svg.append(draw("line", { class: "grid", x1: LEFT, x2: WIDTH - 6, y1: y(tick), y2: y(tick) }));
     if (i % scale.every === 0 || tick > 10)
-      svg.append(draw("text", { x: LEFT - 4, y: y(tick) + 4, "text-anchor": "end" }, number(tick)));
+      svg.append(draw("text", { x: LEFT - 4, y: y(tick) + 4, "text-anchor": "end", text: number(tick) }));
   });
   for (const step of [0, Math.round(lastStep() / 2), lastStep()]) {
     const anchor = step === 0 ? "start" : step === lastStep() ? "end" : "middle";
-    svg.append(draw("text", { x: x(step), y: HEIGHT - 3, "text-anchor": anchor }, String(step)));
+    svg.append(draw("text", { x: x(step), y: HEIGHT - 3, "text-anchor": anchor, text: String(step) }));
   }
   DATA.runs.forEach((run, i) => {
     const points = column(run, "step").map((step, k) => [step, column(run, name)[k]]).filter((p) => p[1] !== null && p[1] !== undefined);
-    const at = points.map(([step, v]) => `${x(step).toFixed(1)},${y(v).toFixed(1)}`);
-    const stroke = `stroke: var(--run${i % 6})`;
-    svg.append(draw("polyline", { points: at.join(" "), style: stroke, "stroke-dasharray": dash(i)[1] }));
+    svg.append(line(points.map(([step, v]) => [x(step), y(v)]), i));
     if (points.length < 15) for (const [step, v] of points)
       svg.append(draw("circle", { cx: x(step), cy: y(v), r: 2.5, style: `fill: var(--run${i % 6})` }));
   });
@@ -268,10 +202,8 @@ function chart(name) {
 function moveCursors() {
   const step = RECORD() ? RECORD().step : 0;
   for (const figure of document.querySelectorAll("figure")) {
-    const name = figure.dataset.name;
-    const line = figure.querySelector(".cursor");
-    line.setAttribute("x1", figure.cursor(step));
-    line.setAttribute("x2", figure.cursor(step));
+    const name = figure.dataset.name, x = figure.cursor(step);
+    build(figure.querySelector(".cursor"), { x1: x, x2: x }, []);
     const values = DATA.runs.map((run) => {
       const v = column(run, name)[column(run, "step").indexOf(step)];
       return v === undefined || v === null ? "–" : number(Number(v.toPrecision(4)));
@@ -282,14 +214,13 @@ function moveCursors() {
 }
 
 function flags() {
-  const configs = DATA.runs.map((run) => run.config);
-  const names = [...new Set(configs.flatMap(Object.keys))].filter((name) => !["out", "overwrite", "resume"].includes(name));
+  const configs = DATA.runs.map((run) => run.config), left = ["out", "overwrite", "resume"];
+  const names = [...new Set(configs.flatMap(Object.keys))].filter((name) => !left.includes(name));
   const text = (config, name) => (name in config ? JSON.stringify(config[name]) : "–");
   const differ = names.filter((name) => new Set(configs.map((config) => text(config, name))).size > 1);
-  const many = configs.length > 1;
-  const listed = many ? differ : names;
-  const summary = many ? `${differ.length} flags differ: ${differ.map((name) => "--" + name).join(", ") || "none"}` : `the ${names.length} flags of the run`;
-  $("flags").querySelector("summary").textContent = summary;
+  const many = configs.length > 1, listed = many ? differ : names;
+  $("flags").querySelector("summary").textContent = many
+    ? `${differ.length} flags differ: ${differ.map((name) => "--" + name).join(", ") || "none"}` : `the ${names.length} flags of the run`;
   const head = make("tr", {}, make("th", { text: "flag" }), ...DATA.runs.map((run) => make("th", { text: run.name })));
   const rows = listed.map((name) => make("tr", {}, make("td", { text: "--" + name }),
     ...configs.map((config) => make("td", { text: visible(text(config, name)) }))));
@@ -297,9 +228,7 @@ function flags() {
   $("flags").open = many;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// responses
-
+// ---- responses
 function prepare(rows) {
   for (const row of rows) {
     row.positions = [];
@@ -307,7 +236,6 @@ function prepare(rows) {
   }
   return rows;
 }
-
 const tokenText = (text) => visible(text).replaceAll("\n", "↵\n").replaceAll("\t", "⇥");
 
 function rowLabel(row, i) {
@@ -327,9 +255,8 @@ function strips() {
   const longest = Math.max(0, ...rows.map((row) => row.ids.length));
   const shown = rows.map((row, i) => {
     const tokens = row.ids.map((id, t) => {
-      const ends = row.finished && t === row.ids.length - 1 || /^<\|?(eos|endoftext|im_end)\|?>$/.test(row.text[t]) && row.j[t] >= 0;
-      const kind = row.j[t] < 0 ? " prompt" : ends ? " eos" : "";
-      const name = ends && row.j[t] >= 0 ? "EOS" : tokenText(row.text[t]);
+      const kind = row.j[t] < 0 ? " prompt" : row.finished && t === row.ids.length - 1 ? " eos" : "";
+      const name = kind === " eos" ? "EOS" : tokenText(row.text[t]);
       return make("span", { class: "t" + kind, role: "button", tabindex: -1, "data-row": i, "data-t": t, text: name });
     });
     const strip = make("div", { class: "strip", role: "group", "aria-label": rowLabel(row, i) }, ...tokens);
@@ -347,17 +274,16 @@ function colour() {
   const record = RECORD();
   if (!record || !quantity()) return;
   const scale = scaleOf(record.rows, quantity());
-  const get = quantity()[3];
+  const { get, meaning } = quantity();
   for (const span of $("strips").querySelectorAll(".t")) {
     const row = record.rows[span.dataset.row];
-    const j = row.j[span.dataset.t];
-    const x = j < 0 ? undefined : get(row, j);
+    const j = row.j[span.dataset.t], x = j < 0 ? undefined : get(row, j);
     span.style.backgroundColor = paint(scale, x);
     span.classList.toggle("above", scale.kind === "corner" && x === 1);
     span.classList.toggle("below", scale.kind === "corner" && x === -1);
   }
   drawScale(scale);
-  $("meaning").textContent = quantity()[4] + ". One scale over all rows of the step.";
+  $("meaning").textContent = meaning + ". One scale over all rows of the step.";
   $("updates").hidden = !(record.rows[0] || {}).ratio;
 }
 
@@ -365,21 +291,19 @@ function quantities() {
   const record = RECORD();
   const found = record ? available(record.rows) : [];
   const wanted = { ppo: "adv", grpo: "adv", dpo: "log_ratio", rm: "score", prm: "score", sft: "loss", distill: "divergence" }[RUN().kind];
-  if (!found.some((q) => q[0] === state.quantity)) state.quantity = found.some((q) => q[0] === wanted) ? wanted : (found[0] || [""])[0];
-  $("quantity").replaceChildren(...found.map(([key, name]) => make("option", { value: key, text: name })));
+  const has = (key) => found.some((q) => q.key === key);
+  if (!has(state.quantity)) state.quantity = has(wanted) ? wanted : (found[0] || { key: "" }).key;
+  $("quantity").replaceChildren(...found.map(({ key, name }) => make("option", { value: key, text: name })));
   $("quantity").value = state.quantity;
-  const updates = record && record.rows[0] && record.rows[0].ratio ? record.rows[0].ratio.length : 0;
-  const options = [make("option", { value: "loss", text: "when its loss was computed" })];
-  for (let k = 0; k < updates; k++)
-    options.push(make("option", { value: k, text: k ? `after update ${k} of the step` : "before the first update" }));
-  $("update").replaceChildren(...options);
-  if (Number(state.update) >= updates) state.update = "loss";
+  const updates = (record && record.rows[0].ratio) || [];
+  const names = updates.map((_, k) => [k, k ? `after update ${k} of the step` : "before the first update"]);
+  names.unshift(["loss", "when its loss was computed"]);
+  $("update").replaceChildren(...names.map(([key, text]) => make("option", { value: key, text })));
+  if (Number(state.update) >= updates.length) state.update = "loss";
   $("update").value = state.update;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// a token: its formulas with its own numbers
-
+// ---- a token: its formulas with its own numbers
 function link(key) {
   const found = RUN().links[key];
   return found ? make("a", { href: found.href, text: found.text }) : "";
@@ -387,15 +311,13 @@ function link(key) {
 
 function formulas(row, j) {
   const run = RUN(), flags = run.config, lines = [];
-  const get = (name, at = j) => value(row, name, at);
-  const add = (name, text, key) => lines.push([name, text, key]);
+  const get = (name, at = j) => value(row, name, at), add = (...formula) => lines.push(formula);
   const last = j === row.positions.length - 1;
   const lp = logp(row, j), reference = refLogp(row, j), beta = RECORD().beta ?? flags.beta;
   if (lp !== undefined) add("log-prob", `log π = ${number(lp)}, probability ${number(derived(Math.exp(lp)))}`, "logp");
   if (get("entropy") !== undefined) add("entropy", `H = ${number(get("entropy"))} nats`, "logp");
   if (reference !== undefined) {
-    const other = run.kind === "distill" ? "teacher" : "ref";
-    add("log-ratio", `log π − log π_${other} = ${number(lp)} − ${term(reference)} = ${number(logRatio(row, j))}; summed up to here ${number(runningSum(row, j))}`, "log_ratio");
+    add("log-ratio", `log π − log π_${run.kind === "distill" ? "teacher" : "ref"} = ${number(lp)} − ${term(reference)} = ${number(logRatio(row, j))}; summed up to here ${number(runningSum(row, j))}`, "log_ratio");
   }
   if (run.kind === "ppo") {
     const next = last ? 0 : get("old_value", j + 1), nextAdv = last ? 0 : get("adv_raw", j + 1);
@@ -439,17 +361,16 @@ function formulas(row, j) {
 }
 
 function moments(values) {
-  const mean = values.reduce((a, b) => a + b, 0) / values.length;
-  const variance = values.reduce((a, b) => a + (b - mean) ** 2, 0) / Math.max(1, values.length - 1);
-  return [mean, Math.sqrt(variance)];
+  const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+  const mean = sum(values) / values.length;
+  return [mean, Math.sqrt(sum(values.map((x) => (x - mean) ** 2)) / Math.max(1, values.length - 1))];
 }
 
 function groupFormulas(row, add) {
   const groups = RECORD().groups, flags = RUN().config;
   const rewards = groups.reward.filter((_, i) => groups.group[i] === row.group);
   const [mean, std] = moments(rewards).map(derived);
-  const A = number(row.adv);
-  const top = `${number(row.reward)} − ${term(mean)}`;
+  const A = number(row.adv), top = `${number(row.reward)} − ${term(mean)}`;
   const text = {
     group_std: `(r − mean) / (std + eps) = (${top}) / (${number(std)} + ${number(flags.std_eps)}) = ${A}`,
     none: `r − mean = ${top} = ${A}`,
@@ -498,14 +419,13 @@ function choose(i, t, focus = false) {
   $("token").replaceChildren(title, list);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// groups, pairs, scores
-
+// ---- groups, pairs, scores
 function section(title, hint, list) {
+  const [heading, text, box] = ["h2", "p", ".list"].map((name) => $("groups").querySelector(name));
   $("groups").hidden = !list.length;
-  $("groups").querySelector("h2").textContent = title;
-  $("groups").querySelector("p").textContent = hint;
-  $("groups").querySelector(".list").replaceChildren(...list);
+  heading.textContent = title;
+  text.textContent = hint;
+  box.replaceChildren(...list);
 }
 
 function groups() {
@@ -516,26 +436,27 @@ function groups() {
   if (kind === "rm") return scores(record.rows);
   if (kind !== "grpo" || !record.groups || !record.groups.reward) return section("", "", []);
   const { group, reward, adv } = record.groups;
-  const low = Math.min(...reward), high = Math.max(...reward, low + 1e-9);
+  const low = Math.min(...reward), high = Math.max(...reward, low + 1e-9), norm = RUN().config.norm;
   const numbers = [...new Set(group)].slice(0, 24);
-  const norm = RUN().config.norm;
   section("Groups", `The rewards of each prompt’s responses, their mean and spread, and the advantages under --norm ${norm}. A dead group, grey, has equal rewards: it teaches nothing. ${numbers.length} of ${new Set(group).size} prompts.`,
     numbers.map((g) => {
       const mine = reward.map((r, i) => [r, adv ? adv[i] : null]).filter((_, i) => group[i] === g);
       const [mean, std] = moments(mine.map((pair) => pair[0]));
       const dead = mine.every((pair) => pair[0] === mine[0][0]);
       const x = (r) => 12 + (r - low) / (high - low) * 276;
-      const svg = draw("svg", { viewBox: "0 0 300 44", role: "img", "aria-label": `prompt ${g}: mean ${short(derived(mean))}` });
-      svg.append(draw("line", { class: "grid", x1: 12, x2: 288, y1: 30, y2: 30 }));
+      const svg = draw("svg", { viewBox: "0 0 300 64", role: "img", "aria-label": `prompt ${g}: mean ${short(derived(mean))}` });
+      svg.append(draw("line", { class: "grid", x1: 12, x2: 288, y1: 52, y2: 52 }));
       const from = Math.max(low, mean - std), to = Math.min(high, mean + std);
-      svg.append(draw("rect", { x: x(from), width: x(to) - x(from), y: 26, height: 8, style: "fill: rgba(var(--blue), 0.3)" }));
+      svg.append(draw("rect", { x: x(from), width: x(to) - x(from), y: 48, height: 8, style: "fill: rgba(var(--blue), 0.3)" }));
       const seen = {};
-      for (const [r] of mine) {
-        const level = (seen[r] = (seen[r] ?? -1) + 1);
-        svg.append(draw("circle", { cx: x(r) + 5 * (level % 8) - (r > mean ? 5 * Math.min(7, mine.filter((p) => p[0] === r).length - 1) : 0), cy: 21 - 7 * Math.floor(level / 8), r: 3, style: `fill: ${dead ? "var(--faint)" : r > mean ? "rgb(var(--orange))" : "rgb(var(--blue))"}` }));
+      const colour = (r) => (dead ? "var(--faint)" : `rgb(var(${r > mean ? ORANGE : BLUE}))`);
+      for (const [r] of mine) { // equal rewards stand in rows of eight, inwards from their value
+        const k = (seen[r] = (seen[r] ?? -1) + 1);
+        const inwards = r > (low + high) / 2 ? -8 : 8;
+        svg.append(draw("circle", { cx: x(r) + inwards * (k % 8), cy: 40 - 8 * Math.floor(k / 8), r: 3.4, style: `fill: ${colour(r)}` }));
       }
-      svg.append(draw("line", { x1: x(mean), x2: x(mean), y1: 22, y2: 38, style: "stroke: var(--text); stroke-width: 2" }));
-      const distinct = [...new Set(mine.map((pair) => `${number(pair[0])} → ${number(pair[1])}`))];
+      svg.append(draw("line", { x1: x(mean), x2: x(mean), y1: 44, y2: 60, style: "stroke: var(--text); stroke-width: 2" }));
+      const distinct = [...new Set(mine.map(([r, A]) => `${number(r)} → ${number(A)}`))];
       const text = dead ? `prompt ${g}: dead, all ${mine.length} rewards are ${number(mine[0][0])}`
         : `prompt ${g}: mean ${number(derived(mean))}, spread ${number(derived(std))}; reward → advantage: ${distinct.slice(0, 6).join(", ")}${distinct.length > 6 ? ", …" : ""}`;
       return make("div", { class: "group" + (dead ? " dead" : "") }, svg, make("p", { text }));
@@ -544,9 +465,8 @@ function groups() {
 
 function pairs(rows) {
   const beta = RUN().config.beta;
-  const chosen = rows.filter((row) => row.side === "chosen");
   section("Pairs", "Where the margin β (h_w − h_l) of each pair comes from: the tokens that move it most. Both strips stand above, under “log-ratio to the reference”.",
-    chosen.map((w) => {
+    rows.filter((row) => row.side === "chosen").map((w) => {
       const l = rows.find((row) => row.pair === w.pair && row.side === "rejected");
       if (!l) return make("p", { text: `pair ${w.pair}: h ${number(w.h)}` });
       const parts = [[w, 1, "chosen"], [l, -1, "rejected"]].flatMap(([row, side, name]) =>
@@ -565,13 +485,12 @@ function scores(rows) {
     numbers.map((pair) => {
       const svg = draw("svg", { viewBox: "0 0 300 90", role: "img", "aria-label": `pair ${pair}` });
       const y = (v) => 84 - (v - low) / (high - low) * 78;
-      for (const v of [low, high]) svg.append(draw("text", { x: 36, y: y(v) + (v === low ? 0 : 6), "text-anchor": "end" }, number(Number(v.toPrecision(3)))));
+      for (const v of [low, high]) svg.append(draw("text", { x: 36, y: y(v) + (v === low ? 0 : 6), "text-anchor": "end", text: number(Number(v.toPrecision(3))) }));
       if (low < 0 && high > 0) svg.append(draw("line", { class: "grid", x1: 40, x2: 296, y1: y(0), y2: y(0) }));
       const both = rows.filter((row) => row.pair === pair);
       const longest = Math.max(...both.map((row) => row.positions.length));
       both.forEach((row, i) => {
-        const points = row.positions.map((_, j) => `${(40 + j / Math.max(1, longest - 1) * 256).toFixed(1)},${y(value(row, "value", j)).toFixed(1)}`);
-        svg.append(draw("polyline", { points: points.join(" "), style: `stroke: var(--run${i})`, "stroke-dasharray": dash(i)[1] }));
+        svg.append(line(row.positions.map((_, j) => [40 + j / Math.max(1, longest - 1) * 256, y(value(row, "value", j))]), i));
       });
       const text = both.map((row) => `${row.side} ${number(row.score)}`).join(", ");
       const order = both.length > 1 ? (both[0].score > both[1].score ? " in order" : " in the wrong order") : "";
@@ -579,9 +498,7 @@ function scores(rows) {
     }));
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// before and after, findings
-
+// ---- before and after, findings
 function answersCard(prompt, sides) {
   const shown = sides.map(([who, answer]) => make("div", {},
     make("div", { class: "who", text: who + (answer.reward === undefined || answer.reward === null ? "" : ` · score ${number(answer.reward)}`) }),
@@ -602,23 +519,20 @@ function beforeAfter() {
     return answersCard(row.prompt, sides);
   }));
   $("before-after").hidden = !cards.length;
-  $("before-after").querySelector("p").textContent = "Held-out prompts, answered before the first update and after the last.";
   $("before-after").querySelector(".list").replaceChildren(...cards);
 }
 
 function findings() {
-  const run = RUN();
-  $("findings").hidden = run.findings === null;
-  const found = (run.findings || []).map((f) => make("div", { class: "finding" },
+  $("findings").hidden = RUN().findings === null;
+  const found = (RUN().findings || []).map((f) => make("div", { class: "finding" },
     make("b", { text: f.title }), make("p", { class: "hint", text: f.steps }), make("p", { text: f.meaning }), make("p", { text: f.remedy }),
     f.href ? make("a", { href: f.href, text: f.page }) : ""));
   $("findings").querySelector(".list").replaceChildren(...(found.length ? found : [make("p", { text: "Nothing was found." })]));
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// moving about
-
-function showStep() {
+// ---- moving about
+function show(step) {
+  state.step = Math.max(0, Math.min(step, RUN().records.length - 1));
   const record = RECORD();
   $("step-name").textContent = record ? `${record.step} (${state.step + 1} of ${RUN().records.length})` : "none";
   $("step").value = state.step;
@@ -633,16 +547,9 @@ function showStep() {
   choose(state.row, state.token < 0 && record ? record.rows[0].mask.indexOf("1") : state.token);
 }
 
-function moveStep(by) {
-  state.step = Math.max(0, Math.min(state.step + by, RUN().records.length - 1));
-  showStep();
-}
-
 function goTo(step) {
-  const far = (record) => Math.abs(record.step - step);
-  const records = RUN().records;
-  records.forEach((record, i) => { if (far(record) < far(records[state.step])) state.step = i; });
-  showStep();
+  const far = RUN().records.map((record) => Math.abs(record.step - step));
+  show(far.indexOf(Math.min(...far)));
 }
 
 function showRun() {
@@ -651,8 +558,7 @@ function showRun() {
   $("about").textContent = `${run.trainer} · ${run.about}`;
   $("step").max = Math.max(0, run.records.length - 1);
   $("left-out").textContent = run.left_out;
-  state.step = Math.min(state.step, Math.max(0, run.records.length - 1));
-  showStep();
+  show(state.step);
   beforeAfter();
   findings();
 }
@@ -665,7 +571,7 @@ function keys(event) {
   if (inStrip && side && !event.shiftKey) choose(state.row, state.token + side, true);
   else if (inStrip && down) choose(state.row + down, state.token, true);
   else if (side) {
-    moveStep(side);
+    show(state.step + side);
     if (inStrip) choose(state.row, state.token, true);
   } else return;
   event.preventDefault();
@@ -679,9 +585,9 @@ function begin() {
   flags();
   showRun();
   $("run").addEventListener("change", () => { state.run = Number($("run").value); showRun(); });
-  $("step").addEventListener("input", () => { state.step = Number($("step").value); showStep(); });
-  $("back").addEventListener("click", () => moveStep(-1));
-  $("next").addEventListener("click", () => moveStep(1));
+  $("step").addEventListener("input", () => show(Number($("step").value)));
+  $("back").addEventListener("click", () => show(state.step - 1));
+  $("next").addEventListener("click", () => show(state.step + 1));
   $("quantity").addEventListener("change", () => { state.quantity = $("quantity").value; colour(); });
   $("update").addEventListener("change", () => { state.update = $("update").value; colour(); choose(state.row, state.token); });
   const point = (event) => {

@@ -1,7 +1,7 @@
-"""look.html of a run: metrics.csv, config.json, tokens.jsonl.gz and samples.jsonl in one page without a network.
+"""look.html of a run: what its files hold, as one page that needs no network.
 
-`page.html`, `page.css` and `page.js` are put together with the numbers as JSON. Texts of a model reach the page
-in that JSON alone, where "<" is written \\u003c: a response of </script> ends no script.
+`page.html`, `page.css` and `page.js` are put together with the numbers as JSON. Texts of a model reach the
+page in that JSON alone, where "<" is written as an escape: a response of </script> ends no script.
 """
 
 import importlib
@@ -30,6 +30,27 @@ KINDS = {
     "prm": "eval/acc",
     "sft": "loss",
 }
+
+# What the tokens can be coloured by: key, name, kind of scale, meaning. page.js finds the numbers.
+QUANTITIES = [
+    ("logp", "log-prob", "falling", "log π of the token, in nats: darker is less likely"),
+    ("loss", "loss of the token", "rising", "−log π of the demonstrated token, in nats"),
+    ("divergence", "divergence, the loss", "rising", "D of student and teacher before this token"),
+    ("log_ratio", "log-ratio to the reference", "two", "log π − log π_ref: orange tokens became likelier"),
+    ("running", "log-ratio, running sum", "two", "its last value is the response's part of the KL"),
+    ("entropy", "entropy", "rising", "of the distribution that the token was drawn from, in nats"),
+    ("reward", "reward r_t", "two", "−β · log-ratio at every token, and the score on the last one"),
+    ("old_value", "value V_t", "two", "what the critic expects before it sees the token"),
+    ("score", "score after the token", "two", "what the model would say if the response ended here"),
+    ("change", "change of the score", "two", "score after this token less the score after the one before"),
+    ("delta", "surprise δ_t", "two", "r_t + γ V_{t+1} − V_t"),
+    ("adv_raw", "advantage, not whitened", "two", "A_t = Σ_k (γλ)^k δ_{t+k}"),
+    ("adv", "advantage", "two", "orange tokens are made likelier, blue ones less likely"),
+    ("ret", "return R_t", "two", "A_t + V_t, which the critic learns"),
+    ("ratio", "ratio ρ_t", "ratio", "π / π_old: orange is above 1, blue below"),
+    ("clip", "clipped", "corner", "a clipped token has no gradient: ρ has left 1 ± ε on the side of A"),
+    ("w", "weight in the loss", "rising", "what the loss of this token is multiplied by"),
+]
 
 # The line of the trainer behind each formula of the page: the first one that holds the text.
 LINES = {
@@ -179,9 +200,8 @@ def held_out_samples(run):
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
-            row = {"step": row["step"], "prompt": str(row["prompt"]), "response": str(row["response"])} | {
-                "reward": row.get("reward")
-            }
+            texts = {name: str(row[name]) for name in ("prompt", "response")}
+            row = texts | {"step": row["step"], "reward": row.get("reward")}
         except (ValueError, KeyError, TypeError):  # a line that a full disk cut off
             continue
         by_step.setdefault(row["step"], []).append(row)
@@ -235,7 +255,7 @@ def findings(run, folder):
 
 
 def demo_answers(folder):
-    """before_after.jsonl of the demo → the first rows as [{"prompt", "answers": [[name, {"response"}], ...]}]."""
+    """before_after.jsonl of the demo → its first rows: [{"prompt", "answers": [[name, {"response"}]]}]."""
     path = Path(folder, "before_after.jsonl")
     rows = read_jsonl(str(path), ("prompt",)) if path.is_file() else []
     names = {"sft": "SFT", "ppo": "PPO", "ppo_nokl": "PPO, β = 0"}
@@ -271,6 +291,7 @@ def render(folders):
     data = {
         "runs": [of_run(run, folder, LARGEST // len(runs)) for run in runs],
         "demo": demo_answers(folder),
+        "quantities": [dict(zip(("key", "name", "kind", "meaning"), row)) for row in QUANTITIES],
     }
     page = (HERE / "page.html").read_text(encoding="utf-8")
     parts = {

@@ -39,7 +39,7 @@ NOT_PER_TOKEN = {"tokens", "mask", "lengths", "group", "row"}
 
 def pack(record):
     """A record as a gzip member. Equal records give equal bytes, because the time is left out."""
-    line = json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"  # ASCII: lone surrogates as \ud800
+    line = json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"  # ASCII: also half characters
     return gzip.compress(line.encode(), 5, mtime=0)
 
 
@@ -280,7 +280,7 @@ class TokenLog:
         rows = self._named(some["tokens"], some["lengths"], mask)
         logp, entropy = model.logprobs(some["tokens"], mask)
         for i, (logp_row, entropy_row) in enumerate(zip(inside(logp, mask), inside(entropy, mask))):
-            rows[i] |= {"logp": logp_row, "entropy": entropy_row}
+            rows[i] |= {"finished": True, "logp": logp_row, "entropy": entropy_row}
         return {"rows": rows, "w": rounded(1 / float(batch["denom"]))}
 
     def _preferences(self, batch, model, ref):
@@ -304,7 +304,7 @@ class TokenLog:
         values = zip(inside(logp, mask), inside(ref_logp, mask), inside(entropy, mask))
         for i, (logp_row, ref_row, entropy_row) in enumerate(values):
             rows[i] |= sides[i] | {"logp": logp_row, "ref_logp": ref_row, "entropy": entropy_row}
-            rows[i]["h"] = rounded(h[i])
+            rows[i] |= {"finished": True, "h": rounded(h[i])}
         z0 = None if batch["z0"] is None else rounded(batch["z0"].item())
         return {"rows": rows, "z0": z0}
 
@@ -320,7 +320,7 @@ class TokenLog:
         tokens, lengths, mask = pad_responses(answers, model.device)
         rows = self._named(tokens, lengths, mask)
         for i, values in enumerate(inside(model.logits(tokens), mask)):
-            rows[i] |= sides[i] | {"value": values, "score": values[-1]}
+            rows[i] |= sides[i] | {"finished": True, "value": values, "score": values[-1]}
         return {"rows": rows}
 
     def held_out(self, step, roll, score):

@@ -348,7 +348,7 @@ class Run:
     # each step
 
     def rollout(self, step, roll, policy, batch, **tensors):
-        """At every --sample_every-th step, before its updates: the samples, and what is known of their tokens.
+        """At every --sample_every-th step, before its updates: log samples and what is known of each token.
 
         batch: that of the updates; tensors: what the trainer has besides, (B,) or (B, T), by name.
         """

@@ -149,7 +149,7 @@ class Log:
         self._append("samples.jsonl", "".join(lines))
 
     def close(self, panels=()):
-        """End the bar, read the rows of the whole run, draw curves.png with these panels, and write look.html."""
+        """End the bar, read the rows of the whole run, draw curves.png with these panels, write look.html."""
         self.bar.close()
         if panels and self.writes:
             self.last.rows = read_rows(self.out)
