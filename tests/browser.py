@@ -14,7 +14,8 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 FLAGS = """--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking
---disable-sync --disable-component-update --disable-default-apps --hide-scrollbars --disable-dev-shm-usage""".split()
+--disable-sync --disable-component-update --disable-default-apps --hide-scrollbars
+--disable-dev-shm-usage""".split()
 needed = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 KEYS = dict(left="\ue012", up="\ue013", right="\ue014", down="\ue015", tab="\ue004", shift="\ue008")
 JSON = {"Content-Type": "application/json"}
