@@ -100,6 +100,7 @@ def test_every_number_of_ppo(followed, stages, flags):
         sampled = row["mask"].count("1")
         close(row["old_logp"], logps(policy, row))
         close(row["ref_logp"], logps(ref, row))
+        close(row["log_ratio"], [a - b for a, b in zip(logps(policy, row), logps(ref, row))])
         close(row["entropy"], entropies(policy, row))
         for model, ratio in zip(after, row["ratio"], strict=True):
             close(ratio, [math.exp(a - b) for a, b in zip(logps(model, row), logps(policy, row))], 5)
@@ -168,6 +169,7 @@ def test_every_number_of_dpo(followed, stages):
             close(row["logp"], logps(policy, row))
             close(row["ref_logp"], logps(ref, row))
             close(row["entropy"], entropies(policy, row))
+            close(row["log_ratio"], [a - b for a, b in zip(logps(policy, row), logps(ref, row))])
             close([row["h"]], [sum(logps(policy, row)) - sum(logps(ref, row))])
         margins.append(cfg.beta * (chosen["h"] - rejected["h"]))
     last = metrics(cfg.out)[-1]
@@ -212,6 +214,7 @@ def test_every_number_of_distillation(followed, divergence):
               {"reverse": (p, q), "forward": (q, p), "p": (p, m), "q": (q, m)}.items()}  # fmt: skip
         kl["jsd"] = 0.3 * kl["q"] + 0.7 * kl["p"]
         close(row["teacher_logp"], logps(teacher, row))
+        close(row["log_ratio"], [a - b for a, b in zip(logps(student, row), logps(teacher, row))])
         close(row["kl"], kl["reverse"].tolist())
         close(row["divergence"], kl[divergence].tolist())
 
@@ -222,7 +225,7 @@ def test_every_number_of_distillation(followed, divergence):
 
 @EACH
 def test_looking_moves_no_number_and_costs_few_passes(trainer, stages, tmp_path, monkeypatch):
-    """The same metrics and weights with and without; a pass at a logged step and behind each of its updates."""
+    """The same metrics and weights with and without; a pass at a logged step and after its updates."""
     calls = []
     score = tokens.TokenLog._score
     monkeypatch.setattr(tokens.TokenLog, "_score", lambda self: calls.append(self.rows) or score(self))
@@ -311,21 +314,23 @@ def a_run(folder, steps, logged, rows, length, text="word "):
     lines = [",".join(names)]
     lines += [",".join([str(i)] + [f"{i + k / 7:.6g}" for k in range(1, len(names))]) for i in range(steps)]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    (folder / "config.json").write_text(json.dumps({"clip": 0.2, "beta": 0.3, "gamma": 1.0, "lam": 0.95}))
+    flags = {"kl": "k1", "clip": 0.2, "beta": 0.3, "gamma": 1.0, "lam": 0.95, "whiten_advantages": True}
+    (folder / "config.json").write_text(json.dumps(flags | {"no_eos_score": -1.0}))
     generator = torch.Generator().manual_seed(0)
 
     def numbers():
         return tokens.rounded(torch.randn(length, generator=generator).tolist())
 
-    quantities = "old_logp ref_logp entropy old_value reward delta adv_raw adv ret".split()
+    quantities = "old_logp ref_logp log_ratio entropy old_value reward delta adv_raw adv ret".split()
     with open(folder / tokens.FILE, "wb") as f:
         for step in logged:
             some = []
             for i in range(rows):
                 row = {name: numbers() for name in quantities} | {"ratio": [numbers(), numbers(), numbers()]}
                 ids = list(range(10 + length))
-                row |= {"ids": ids, "text": [text] * len(ids), "mask": "0" * 10 + "1" * length, "w": [0.1] * length}
-                some.append(row | {"group": i, "finished": True, "score": 1.0, "update": [0]})
+                row |= {"ids": ids, "text": [text] * len(ids), "mask": "0" * 10 + "1" * length}
+                row |= {"group": i, "finished": True, "score": 1.0, "update": [0], "w": [0.1] * length}
+                some.append(row)
             f.write(tokens.pack({"step": step, "beta": 0.3, "rows": some}))
     return folder
 

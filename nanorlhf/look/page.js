@@ -41,10 +41,7 @@ function value(row, name, j) {
 }
 const logp = (row, j) => value(row, "old_logp", j) ?? value(row, "logp", j);
 const refLogp = (row, j) => value(row, "ref_logp", j) ?? value(row, "teacher_logp", j);
-function logRatio(row, j) {
-  const reference = refLogp(row, j);
-  return reference === undefined ? undefined : derived(logp(row, j) - reference);
-}
+const logRatio = (row, j) => value(row, "log_ratio", j);
 function runningSum(row, j) {
   if (!row.sums) {
     let sum = 0;
@@ -260,7 +257,7 @@ function strips() {
       return make("span", { class: "t" + kind, role: "button", tabindex: -1, "data-row": i, "data-t": t, text: name });
     });
     const strip = make("div", { class: "strip", role: "group", "aria-label": rowLabel(row, i) }, ...tokens);
-    if (row.finished === false) strip.append(make("span", { class: "cut", text: "✂ cut" }));
+    if (row.finished === false) strip.append(make("span", { class: "cut", text: "cut at the limit" }));
     if (longest > row.ids.length) strip.append(make("span", { class: "pad", text: `${longest - row.ids.length} pads` }));
     const same = (name) => i > 0 && row[name] === rows[i - 1][name];
     const other = i > 0 && !same("group") && row.group !== undefined || i > 0 && !same("pair");
@@ -334,7 +331,7 @@ function formulas(row, j) {
   if (run.kind === "grpo") groupFormulas(row, add);
   if (row.ratio) {
     const rho = ratio(row, j), range = clipRange(run), A = get("adv");
-    const when = state.update === "loss" ? `when its loss was computed, after ${(row.update || [0])[0]} updates of the step` : $("update").selectedOptions[0].textContent;
+    const when = state.update === "loss" ? `when its loss was computed, after update ${(row.update || [0])[0]} of the step` : $("update").selectedOptions[0].textContent;
     add(`ratio, ${when}`, `ρ_t = π / π_old = ${number(rho)}`, "ratio");
     if (range && A !== undefined && rho !== undefined) {
       const clipped = Math.min(Math.max(rho, range[0]), range[1]);

@@ -296,11 +296,11 @@ def render(folders):
     page = (HERE / "page.html").read_text(encoding="utf-8")
     parts = {
         "/*CSS*/": (HERE / "page.css").read_text(encoding="utf-8"),
-        "/*DATA*/": as_json(data),
         "/*JS*/": (HERE / "page.js").read_text(encoding="utf-8"),
+        "/*DATA*/": as_json(data),  # the last, as a response may hold one of these marks
     }
     for mark, text in parts.items():
-        before, _, after = page.partition(mark)  # not replace: a response may hold a later mark
+        before, _, after = page.partition(mark)
         page = before + text + after
     return page
 

@@ -148,6 +148,8 @@ class TokenLog:
             self.updates = 0
             if "ret" in first:
                 first |= _before_whitening(first, self.cfg.gamma)
+            if first.get("ref_logp") is not None:
+                first["log_ratio"] = first["old_logp"] - first["ref_logp"]
             first["entropy"] = self._score()
             for name, x in first.items():
                 self._put(name, x)
@@ -242,7 +244,7 @@ class TokenLog:
         mask = first["mask"]
         T = self.cfg.temperature
         with at_work(teacher):
-            first["teacher_logp"], _ = teacher.logprobs(tokens, mask, T)
+            teacher_logp, _ = teacher.logprobs(tokens, mask, T)
             ref_hidden = teacher.hidden_before(tokens, mask)  # (n, D')
             hidden = student.hidden_before(tokens, mask)  # (n, D)
             sides = (hidden, student.unembedding, ref_hidden, teacher.unembedding)
@@ -255,7 +257,8 @@ class TokenLog:
             per_token = torch.zeros(mask.shape, device=mask.device)
             per_token[mask] = values.float()
             self._put(name, per_token)
-        self._put("teacher_logp", first["teacher_logp"])
+        self._put("teacher_logp", teacher_logp)
+        self._put("log_ratio", first["old_logp"] - teacher_logp)
         sharding.reshard(student)
         sharding.reshard(teacher)
 
@@ -300,11 +303,13 @@ class TokenLog:
         with at_work(ref):
             ref_logp, _ = ref.logprobs(tokens, mask)
             sharding.reshard(ref)
-        h = (logp - ref_logp).sum(1).tolist()
-        values = zip(inside(logp, mask), inside(ref_logp, mask), inside(entropy, mask))
-        for i, (logp_row, ref_row, entropy_row) in enumerate(values):
-            rows[i] |= sides[i] | {"logp": logp_row, "ref_logp": ref_row, "entropy": entropy_row}
-            rows[i] |= {"finished": True, "h": rounded(h[i])}
+        log_ratio = logp - ref_logp
+        h = log_ratio.sum(1).tolist()
+        found = {"logp": logp, "ref_logp": ref_logp, "log_ratio": log_ratio, "entropy": entropy}
+        found = {name: inside(x, mask) for name, x in found.items()}
+        for i, row in enumerate(rows):
+            row |= sides[i] | {name: values[i] for name, values in found.items()}
+            row |= {"finished": True, "h": rounded(h[i])}
         z0 = None if batch["z0"] is None else rounded(batch["z0"].item())
         return {"rows": rows, "z0": z0}
 
