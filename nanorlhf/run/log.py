@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.errors import UserError, require, visible
+from nanorlhf.errors import UserError, reason_of, require, visible
 from nanorlhf.look import page
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.look.tokens import FILE, TokenLog
@@ -156,8 +156,8 @@ class Log:
             plot_curves(self.out, self.last.rows, panels)
             try:
                 page.write([self.out])
-            except OSError as e:
-                print(f"warning: cannot write {self.out}/look.html ({e.strerror})")
+            except (OSError, ValueError, LookupError, TypeError, UserError) as e:  # a log that was damaged
+                print(f"warning: {self.out}/look.html could not be written ({reason_of(e)})")
         if self.wandb:
             self.wandb.finish()
 
