@@ -39,7 +39,8 @@ def states(out):
 def state(out, name=None):
     """A run's state, without what depends on the clock: the bytes of the logs, and the last figures."""
     saved = torch.load(Path(out) / "state" / (name or states(out)[-1]) / "state.pt", weights_only=True)
-    assert saved.pop("sizes").keys() == {"metrics.csv", "samples.jsonl", "tokens.jsonl.gz"} and saved.pop("last")
+    assert saved.pop("sizes").keys() == {"metrics.csv", "samples.jsonl", "tokens.jsonl.gz"}
+    assert saved.pop("last")
     return saved
 
 
