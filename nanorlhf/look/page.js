@@ -258,7 +258,7 @@ function strips() {
     });
     const strip = make("div", { class: "strip", role: "group", "aria-label": rowLabel(row, i) }, ...tokens);
     if (row.finished === false) strip.append(make("span", { class: "cut", text: "cut at the limit" }));
-    if (longest > row.ids.length) strip.append(make("span", { class: "pad", text: `${longest - row.ids.length} pads` }));
+    if (longest > row.ids.length) strip.append(make("span", { class: "pad", text: `pad × ${longest - row.ids.length}` }));
     const same = (name) => i > 0 && row[name] === rows[i - 1][name];
     const other = i > 0 && !same("group") && row.group !== undefined || i > 0 && !same("pair");
     return make("div", { class: "row" + (other ? " other" : "") }, make("div", { class: "label", text: rowLabel(row, i) }), strip);

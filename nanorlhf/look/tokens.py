@@ -162,7 +162,7 @@ class TokenLog:
     def _put(self, name, x):
         """Into the record: a number, or the values of each row or of each token."""
         rows = self.record["rows"]
-        if name in NOT_PER_TOKEN or x is None:
+        if name in NOT_PER_TOKEN or x is None or getattr(x, "dim", int)() > 2:
             return
         if not isinstance(x, torch.Tensor):
             self.record[name] = rounded(x)
@@ -170,7 +170,8 @@ class TokenLog:
         if x.dim() == 0:
             self.record[name] = rounded(x.item())
             return
-        values = inside(x, self.first["mask"]) if x.dim() == 2 else rounded(x.float().tolist())
+        mask = self.first["mask"]
+        values = rounded(x.float().tolist()) if x.dim() == 1 else inside(x.expand_as(mask), mask)  # (B, 1) too
         for row, value in zip(rows, values):
             row[name] = value
 
