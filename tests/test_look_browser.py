@@ -29,6 +29,8 @@ def opened(window, tmp_path):
         window.log("browser")
         window.log("performance")
         window.open(page.write(folders))
+        assert window.run("return document.getElementById('next').disabled"), "it opens at the last step"
+        window.run("show(0)")
         return window
 
     return open_page
