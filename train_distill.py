@@ -202,13 +202,13 @@ def next_rollout(student, teacher, tok, rows, cfg, step):
         )
 
 
-def measure(student, teacher, tok, rows, score, cfg):
+def measure(student, teacher, tok, rows, score, cfg, record):
     """Held-out prompts → the KL, estimated from a sample each; the score, sampled and greedy."""
     limit = cfg.max_new_tokens
     _, figures = fresh_samples(student, teacher, tok, rows, limit, cfg.seed)
     metrics = {"eval/kl": figures["kl"]}
     if score:
-        metrics |= evaluate(student, tok, rows, score, cfg.temperature, cfg.seed, limit)
+        metrics |= evaluate(student, tok, rows, score, cfg.temperature, cfg.seed, limit, record)
     return metrics
 
 
@@ -237,7 +237,7 @@ def train(cfg):
         for step in range(start, cfg.steps):
             metrics = {}
             if test_rows and due(step, cfg.eval_every):
-                metrics |= measure(student, teacher, tok, test_rows, score, cfg)
+                metrics |= measure(student, teacher, tok, test_rows, score, cfg, run.held_out)
             clock = Clock()
 
             # ---- prompts, rollout; the reward is only logged
@@ -269,7 +269,7 @@ def train(cfg):
             done = step + 1
             is_last = done == cfg.steps
             if is_last and test_rows:
-                metrics |= measure(student, teacher, tok, test_rows, score, cfg)
+                metrics |= measure(student, teacher, tok, test_rows, score, cfg, run.held_out)
             run.log.row(step, metrics)
             run.checkpoint(done, lambda: hub.save(student, tok, f"{cfg.out}/model"))
     return run.log.last

@@ -333,7 +333,7 @@ function formulas(row, j) {
   if (run.kind === "grpo") groupFormulas(row, add);
   if (row.ratio) {
     const rho = ratio(row, j), range = clipRange(run), A = get("adv");
-    const when = state.update === "loss" ? `when its loss was computed, after update ${(row.update || [0])[0]} of the step` : $("update").selectedOptions[0].textContent;
+    const when = state.update === "loss" ? `when its loss was computed, ${$("update").options[(row.update || [0])[0] + 1]?.textContent}` : $("update").selectedOptions[0].textContent;
     add(`ratio, ${when}`, `ρ_t = π / π_old = ${number(rho)}`, "ratio");
     if (range && A !== undefined && rho !== undefined) {
       const clipped = Math.min(Math.max(rho, range[0]), range[1]);

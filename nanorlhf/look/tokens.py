@@ -171,7 +171,10 @@ class TokenLog:
             self.record[name] = rounded(x.item())
             return
         mask = self.first["mask"]
-        values = rounded(x.float().tolist()) if x.dim() == 1 else inside(x.expand_as(mask), mask)  # (B, 1) too
+        if x.dim() == 1:
+            values = rounded(x.float().tolist())
+        else:
+            values = inside(x.expand_as(mask), mask)  # some variants have (B, 1)
         for row, value in zip(rows, values):
             row[name] = value
 
