@@ -90,7 +90,7 @@ def test_size_of_each_trainer(name):
 
 @counted_alike
 def test_size_of_floor_and_core():
-    """The core was to have 84,000. GGUF, distillation with its JSD, the exact KL and look.html exceed that."""
+    """The core was to have 84,000. GGUF, distillation with its JSD, exact KL and look.html exceed that."""
     assert total(READING)["tokens"] <= 36_000
     assert total(CORE)["tokens"] <= 95_500
 

@@ -211,8 +211,8 @@ function moveCursors() {
 }
 
 function flags() {
-  const configs = DATA.runs.map((run) => run.config), left = ["out", "overwrite", "resume"];
-  const names = [...new Set(configs.flatMap(Object.keys))].filter((name) => !left.includes(name));
+  const configs = DATA.runs.map((run) => run.config);
+  const names = [...new Set(configs.flatMap(Object.keys))];
   const text = (config, name) => (name in config ? JSON.stringify(config[name]) : "–");
   const differ = names.filter((name) => new Set(configs.map((config) => text(config, name))).size > 1);
   const many = configs.length > 1, listed = many ? differ : names;

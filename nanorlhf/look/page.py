@@ -31,6 +31,9 @@ KINDS = {
     "sft": "loss",
 }
 
+# Flags that say nothing of how a run learns. A run that is resumed at its end leaves the same page.
+ABOUT_FOLDERS = {"out", "overwrite", "resume", "new_data"}
+
 # What the tokens can be coloured by: key, name, kind of scale, meaning. page.js finds the numbers.
 QUANTITIES = [
     ("logp", "log-prob", "falling", "log π of the token, in nats: darker is less likely"),
@@ -223,7 +226,7 @@ def of_run(run, folder, most):
         "kind": kind,
         "trainer": f"train_{kind}.py",
         "about": about(config, rows),
-        "config": config,
+        "config": {name: value for name, value in config.items() if name not in ABOUT_FOLDERS},
         "columns": columns,
         "metrics": {name: tokens.rounded([row[name] for row in rows], 5) for name in columns},
         "records": shown,
