@@ -201,13 +201,13 @@ def next_rollout(student, teacher, tok, rows, cfg, step):
         )
 
 
-def measure(student, teacher, tok, rows, score, cfg):
+def measure(student, teacher, tok, rows, score, cfg, record):
     """Held-out prompts → the KL, estimated from a sample each; the score, sampled and greedy."""
     limit = cfg.max_new_tokens
     _, figures = fresh_samples(student, teacher, tok, rows, limit, cfg.seed)
     metrics = {"eval/kl": figures["kl"]}
     if score:
-        metrics |= evaluate(student, tok, rows, score, cfg.temperature, cfg.seed, limit)
+        metrics |= evaluate(student, tok, rows, score, cfg.temperature, cfg.seed, limit, record)
     return metrics
 
 
@@ -231,12 +231,12 @@ def train(cfg):
     dist.spread(cfg, student, frozen=(teacher,))  # one process: as they are; several: all get the same
     opt = adamw(student.parameters(), device, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
-    with Run(cfg, COLUMNS, SHOW, PANELS) as run:
+    with Run(cfg, COLUMNS, SHOW, PANELS, tok) as run:
         start, _ = run.start({"model": student}, opt, frozen=(teacher,))
         for step in range(start, cfg.steps):
             metrics = {}
             if test_rows and due(step, cfg.eval_every):
-                metrics |= measure(student, teacher, tok, test_rows, score, cfg)
+                metrics |= measure(student, teacher, tok, test_rows, score, cfg, run.held_out)
             clock = Clock()
 
             # ---- prompts, rollout; the reward is only logged
@@ -250,6 +250,7 @@ def train(cfg):
                 metrics["entropy"] = -roll.logp.sum().item() / n_tokens  # estimated, of the sampler
 
             # ---- loss and update
+            run.rollout(step, roll, student, batch)
             opt.zero_grad()
             share = dist.share(batch)  # one process: all of it; several: this one's rows
             update = dist.whole_step(gradient(student, teacher, share, cfg), student)  # one process: as it is
@@ -266,10 +267,8 @@ def train(cfg):
             metrics |= clock.columns(n_tokens)
             done = step + 1
             is_last = done == cfg.steps
-            if is_last or due(step, cfg.sample_every):
-                run.log.samples(step, roll.rows, roll.texts, roll.reward)
             if is_last and test_rows:
-                metrics |= measure(student, teacher, tok, test_rows, score, cfg)
+                metrics |= measure(student, teacher, tok, test_rows, score, cfg, run.held_out)
             run.log.row(step, metrics)
             run.checkpoint(done, lambda: hub.save(student, tok, f"{cfg.out}/model"))
     return run.log.last

@@ -461,7 +461,7 @@ def train(cfg):
         saved["base"] = base
     dist.spread(cfg, policy, frozen=(ref, rm, base))  # one process: as they are; several: all get the same
     opt = adamw(policy.parameters(), device, lr=cfg.lr, eps=cfg.adam_eps, weight_decay=cfg.weight_decay)
-    with Run(cfg, COLUMNS, SHOW, PANELS) as run:
+    with Run(cfg, COLUMNS, SHOW, PANELS, tok) as run:
         labelled, held_out, rows, test_rows = load_data(cfg, policy, tok, rewards)
         start, _ = run.start(saved, opt, frozen=(ref,))
         held_out_ref = cache_logps(ref, held_out, cfg)

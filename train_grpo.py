@@ -451,8 +451,10 @@ def train(cfg):
     kl_to = ref if cfg.kl == "exact" else None
 
     score = partial(score_responses, rm=rm, rewards=rewards)
-    measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed)
-    with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
+    with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS, tok) as run:
+        measure = partial(
+            evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, record=run.held_out
+        )
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, longest, cfg.seed)
         saved = {"policy": policy}  # --resume loads these; the frozen models must be unchanged
@@ -500,6 +502,7 @@ def train(cfg):
             weight = mask.sum(1) if cfg.norm == "batch_whiten" else torch.ones_like(adv)
             mean_adv = ((adv * weight).sum() / weight.sum()).item()  # near 0; batch_whiten counts tokens
             batch = roll.batch() | {"ref_logp": ref_logp, "adv": adv}
+            run.rollout(step, roll, policy, batch, reward=reward)
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             unit = torch.arange(len(roll))  # rows are dealt to the minibatches
@@ -551,8 +554,6 @@ def train(cfg):
             if step == 0:
                 run.log.say(health(metrics, mean_adv, tokens, ref_is_init=cfg.ref == cfg.init))
             done = step + 1
-            if due(step, cfg.sample_every) or done == cfg.steps:
-                run.log.samples(step, roll.rows, roll.texts, roll.reward)
             if test_rows and done == cfg.steps:
                 metrics |= measure(longest)
             run.log.row(step, metrics)

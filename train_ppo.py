@@ -354,13 +354,15 @@ def train(cfg):
     kl_to = ref if cfg.kl == "exact" else None
 
     score = partial(score_responses, rm=rm, rewards=rewards)
-    measure = partial(evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed)
 
     def export():
         hub.save(policy, tok, f"{cfg.out}/model")
         hub.save(critic, tok, f"{cfg.out}/critic")
 
-    with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS) as run:
+    with rewards, Run(cfg, COLUMNS + rewards.columns(), SHOW, PANELS, tok) as run:
+        measure = partial(
+            evaluate, policy, tok, test_rows, score, cfg.temperature, cfg.seed, record=run.held_out
+        )
         if not (cfg.data or cfg.resume):
             pass_gate(policy, tok, task, longest, cfg.seed)
         saved = {"policy": policy, "critic": critic}
@@ -405,6 +407,7 @@ def train(cfg):
                 adv = whiten(adv, mask)  # detail 25: over the whole rollout
                 mean_adv = (adv.sum() / mask.sum()).item()
             batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret, "beta": beta}
+            run.rollout(step, roll, policy, batch, reward=reward, ref_logp=ref_logp)
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             unit = torch.arange(len(roll))  # rows are dealt to the minibatches
@@ -453,8 +456,6 @@ def train(cfg):
             if step == 0:
                 run.log.say(health(metrics, mean_adv, tokens, ref_is_init=cfg.ref == cfg.init))
             done = step + 1
-            if due(step, cfg.sample_every) or done == cfg.steps:
-                run.log.samples(step, roll.rows, roll.texts, roll.reward)
             if test_rows and done == cfg.steps:
                 metrics |= measure(longest)
             run.log.row(step, metrics)

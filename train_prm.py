@@ -180,7 +180,7 @@ def train(cfg):
     model, tok = load_model(cfg, device)
     lora.add(model, cfg.lora_rank, cfg.dtype)
     dist.spread(cfg, model)  # one process: as they are; several: all get the same
-    with Run(cfg, COLUMNS, SHOW, PANELS) as run:
+    with Run(cfg, COLUMNS, SHOW, PANELS, tok) as run:
         model.step_ids = [i for i in range(tok.vocab_size) if tok.decode([i]).endswith(tuple(cfg.step_end))]
         data, test = load_judged(cfg, tok, model.step_ids, model.cfg.max_len)
         shown = [row[:2] for row in test[:8]]  # prompt, response

@@ -315,7 +315,7 @@ def train(cfg):
     model, tok = load_model(cfg, device)
     lora.add(model, cfg.lora_rank, cfg.dtype)  # adapters start at 0, so pairs are sampled from the SFT model
     dist.spread(cfg, model)  # one process: as they are; several: all get the same
-    with Run(cfg, COLUMNS, SHOW, PANELS) as run:
+    with Run(cfg, COLUMNS, SHOW, PANELS, tok) as run:
         data, test = load_pairs(cfg, task, model.trunk, tok)
         references = load_references(cfg, task, data, tok, model.cfg.max_len)
         acc_len_only = length_only(data, test)

@@ -244,7 +244,7 @@ def train(cfg):
     ]
     opt = adamw(groups, device, lr=cfg.lr, betas=(0.9, 0.99))
 
-    with Run(cfg, COLUMNS, SHOW, PANELS) as run:
+    with Run(cfg, COLUMNS, SHOW, PANELS, tok) as run:
         start, _ = run.start({"model": model}, opt)
         seed = derive_seed(cfg.seed, "data")
         if test and start == 0:

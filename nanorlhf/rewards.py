@@ -88,16 +88,19 @@ def pass_gate(policy, tok, task, limit, seed):
     require(problem is None, problem)
 
 
-def evaluate(policy, tok, rows, score, temperature, seed, limit):
+def evaluate(policy, tok, rows, score, temperature, seed, limit, record=None):
     """Mean score on held-out prompts, printed, and → {"eval/reward": sampled, "eval/greedy": greedy}.
 
-    score(roll) → (B,); temperature: of the sampled ones; limit: longest response in tokens.
+    score(roll) → (B,); temperature: of the sampled ones; limit: longest response in tokens. The first
+    rollout of the sampled ones goes to record(roll, score).
     """
     seed = derive_seed(seed, "eval")
     out = {}
     for name, heat in (("eval/reward", temperature), ("eval/greedy", 0.0)):
         rolls = generate.sample_in_batches(policy, tok, rows, 1, limit, heat, seed)
         scores = [score(roll) for roll in rolls]
+        if record and heat:
+            record(rolls[0], scores[0])
         out[name] = torch.cat(scores).mean().item()
     means = f"sampled {out['eval/reward']:.3f}, greedy {out['eval/greedy']:.3f}"
     tqdm.write(f"held out ({len(rows)} prompts): {means}")

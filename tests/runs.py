@@ -26,7 +26,8 @@ def metrics(out):
 def same_run(a, b):
     a, b = Path(a), Path(b)
     assert metrics(a) == metrics(b)
-    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    for name in ("samples.jsonl", "tokens.jsonl.gz"):
+        assert (a / name).read_bytes() == (b / name).read_bytes()
     assert snapshot(a / "model") == snapshot(b / "model")
     assert states(a)[-1] == states(b)[-1] and equal(state(a), state(b))
 
@@ -38,7 +39,8 @@ def states(out):
 def state(out, name=None):
     """A run's state, without what depends on the clock: the bytes of the logs, and the last figures."""
     saved = torch.load(Path(out) / "state" / (name or states(out)[-1]) / "state.pt", weights_only=True)
-    assert saved.pop("sizes").keys() == {"metrics.csv", "samples.jsonl"} and saved.pop("last")
+    assert saved.pop("sizes").keys() == {"metrics.csv", "samples.jsonl", "tokens.jsonl.gz"}
+    assert saved.pop("last")
     return saved
 
 

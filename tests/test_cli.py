@@ -103,10 +103,11 @@ def test_headings_come_in_one_order_and_shared_flags_last_under_each():
     lines = [line.split() for line in help_text(Example, "About.", "x.py").splitlines()]
     found = [words[0].removeprefix("--") for words in lines if words and words[0].startswith("--") or
              len(words) == 1 and words[0].endswith(":")]  # fmt: skip
-    elsewhere = ("eval_data", "skip_bad_rows", "lora_rank")
+    elsewhere = ("eval_data", "skip_bad_rows", "lora_rank", "look_rows")
     run = [f.name for f in dataclasses.fields(Flags) if f.name not in elsewhere]
-    want = "task data: data limits eval_data skip_bad_rows method: clip optimisation: lora_rank".split()
-    assert found == [*want, *"sampling: at on reward run:".split(), *run]
+    want = "task data: data limits eval_data skip_bad_rows method: clip optimisation: lora_rank"
+    want += " sampling: at on reward evaluation: look_rows run:"
+    assert found == want.split() + run
 
 
 def test_help_shows_integers_as_they_are_written():

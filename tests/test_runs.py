@@ -51,6 +51,7 @@ def test_contents(trainer, stages, tmp_path, monkeypatch):
     last = trainer.train(cfg)
     have = {p.name for p in (tmp_path / "run").iterdir()}
     files = {"config.json", "metrics.csv", "samples.jsonl", "curves.png", "model", "state"}
+    files |= {"tokens.jsonl.gz", "look.html"}
     assert have == files | ({"critic"} if trainer is train_ppo else set())
     assert json.loads((tmp_path / "run/config.json").read_text()) == dataclasses.asdict(cfg)
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
@@ -480,7 +481,7 @@ def test_wandb_gets_every_row(stages, tmp_path, monkeypatch):
 def test_console_stays_within_80_columns(tmp_path, capsys):
     """Aligned columns, about twenty lines a run, for numbers of every size."""
     for trainer in TRAINERS:
-        cfg = types.SimpleNamespace(out=str(tmp_path), steps=100, wandb="")
+        cfg = types.SimpleNamespace(out=str(tmp_path), steps=100, wandb="", look_rows=0)
         log = Log(cfg, trainer.COLUMNS, trainer.SHOW, NEW_RUN)
         for step in range(100):
             values = dict.fromkeys(trainer.SHOW, (-1) ** step * 10.0 ** (step % 9 - 4))

@@ -90,9 +90,9 @@ def test_size_of_each_trainer(name):
 
 @counted_alike
 def test_size_of_floor_and_core():
-    """The core was to have 84,000. GGUF, distillation with its JSD and the exact KL brought it above."""
+    """The core was to have 84,000. GGUF, distillation with its JSD, exact KL and look.html exceed that."""
     assert total(READING)["tokens"] <= 36_000
-    assert total(CORE)["tokens"] <= 90_200
+    assert total(CORE)["tokens"] <= 99_000
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))

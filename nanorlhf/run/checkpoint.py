@@ -1,6 +1,7 @@
 """Run folders and everything a run needs to go on. Nothing is ever half-written.
 
-    out/config.json  metrics.csv  samples.jsonl  curves.png  model/ (a Hugging Face folder)
+    out/config.json  metrics.csv  samples.jsonl  tokens.jsonl.gz  curves.png  look.html
+    model/ (a Hugging Face folder)
     state/step-000020/ (resuming)
 
 A folder is written under a temporary name, fsynced, and renamed into place. A checkpoint lists the size and
@@ -37,7 +38,7 @@ from nanorlhf.run.folders import (
     verify,
     write_json,
 )
-from nanorlhf.run.log import Log, import_wandb
+from nanorlhf.run.log import Log, due, import_wandb
 
 STATE = dict(  # what a checkpoint holds, and of which type
     step=int,
@@ -89,7 +90,7 @@ class Run:
     Raises UserError when the folder is a file or holds a run and neither --resume nor --overwrite was given.
     """
 
-    def __init__(self, cfg, columns, show, panels):
+    def __init__(self, cfg, columns, show, panels, tok=None):
         self.cfg = cfg
         self.out = cfg.out
         self.config = Path(cfg.out, "config.json")
@@ -97,6 +98,7 @@ class Run:
         self.columns = columns
         self.show = show
         self.panels = panels
+        self.tok = tok
         self.log = None
         self.lock = None
         self.signum = None  # the signal that asked this run to stop
@@ -128,7 +130,7 @@ class Run:
         if self.lock is not None:
             os.close(self.lock)
         if kind is None:
-            print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png")
+            print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png, look.html")
 
     def _choices(self):
         """What to do about the run in --out, which nobody wants replaced by a run on other data."""
@@ -161,7 +163,9 @@ class Run:
         self.extra = extra or {}
         self.models = models
         self.optimizer = optimizer
-        self.frozen = [_checksum(model) for model in frozen if model is not None]
+        frozen = [model for model in frozen if model is not None]
+        self.ref = models.get("base") or next(iter(frozen), None)  # DPO's, which may move between rounds
+        self.frozen = [_checksum(model) for model in frozen]
         self.base = self._bases()
         self.data = sha256(self.cfg.data) if self.cfg.data else ""
         config = to_json(self.cfg)
@@ -175,9 +179,10 @@ class Run:
             if self.cfg.resume:
                 self.changed = self._compare(config)
                 state = self._load()
-            self.log = Log(self.cfg, self.columns, self.show, state)
+            self.log = Log(self.cfg, self.columns, self.show, state, self.tok)
             if self.first:
                 write_json(self.config, config)
+        optimizer.register_step_post_hook(self.log.tokens.after_update)
         if threading.current_thread() is threading.main_thread():  # other threads may set no handlers
             signals = {signal.SIGINT, signal.SIGTERM}
             hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # its terminal is closed; not on Windows
@@ -369,12 +374,33 @@ class Run:
     # --------------------------------------------------------------------------------------------------------
     # each step
 
+    def rollout(self, step, roll, policy, batch, **tensors):
+        """At every --sample_every-th step, before its updates: log samples and what is known of each token.
+
+        batch: that of the updates; tensors: what the trainer has besides, (B,) or (B, T), by name.
+        """
+        if self._logged(step, self.cfg.sample_every):
+            self.log.samples(step, roll.rows, roll.texts, roll.reward)
+            self.log.tokens.rollout(step, roll, policy, batch, tensors)
+
+    def _logged(self, step, every):
+        return due(step, every) or step + 1 == self.cfg.steps
+
+    def held_out(self, roll, score):
+        """Responses to held-out prompts, and their scores (B,): kept for the page of the run."""
+        self.log.tokens.held_out(self.log.step, roll, score)
+
     def check(self, step, loss, gnorm, where, batch, models):
         """RunError, before the optimizer step, if loss or gradient is not finite: no weight is spoilt yet.
 
         batch and models, the arguments of the trainer's `gradient`, are written to a file for run/replay.py.
+        At logged steps, what the models say of the batch's tokens goes to tokens.jsonl.gz.
         """
         if math.isfinite(loss) and math.isfinite(gnorm):
+            if hasattr(self.cfg, "sample_every"):
+                self.log.tokens.minibatch(batch, models)
+            elif self._logged(step, self.cfg.eval_every):
+                self.log.tokens.batch(step, batch, models, self.ref)
             return
         advice = "look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is too high"
         path = f"{self.out}/bad-step-{step}.pt"

@@ -52,6 +52,9 @@ class Flags(Machine):
     eval_data: str = ""  # file of held-out rows for --data; empty: 15% of its prompts are, by a hash
     skip_bad_rows: bool = False  # drop and count the rows of --data that cannot be read
 
+    # evaluation
+    look_rows: int = 16  # rows of a logged step whose tokens go to tokens.jsonl.gz; 0: none
+
     # run
     resume: bool = False  # go on with the run in --out, from its newest checkpoint that is not damaged
     new_data: bool = False  # with --resume: go on although --data is not the file that the run began with

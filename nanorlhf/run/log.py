@@ -5,16 +5,20 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.errors import UserError, require, visible
+from nanorlhf.errors import UserError, reason_of, require, visible
+from nanorlhf.look import page
 from nanorlhf.look.plots import plot_curves
+from nanorlhf.look.tokens import FILE, TokenLog
 from nanorlhf.run import dist, pulse
 from nanorlhf.run.cli import to_json
+from nanorlhf.run.folders import read_rows
 
-FILES = ("metrics.csv", "samples.jsonl")
+FILES = ("metrics.csv", "samples.jsonl", "tokens.jsonl.gz")
 
 
 class Result(dict):
@@ -26,23 +30,6 @@ class Result(dict):
 
     path = ""
     rows = ()
-
-
-def read_rows(out):
-    """metrics.csv of a run folder → one dict a step, without the lines that a full disk cut short."""
-    path = Path(out, "metrics.csv")
-    require(path.is_file(), f"{path}: is no file")  # of a pipe or a device the end never comes
-    rows = []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        columns = f.readline().rstrip("\n").split(",")
-        for line in f:
-            cells = line.rstrip("\n").split(",")
-            if len(cells) != len(columns):
-                continue
-            with contextlib.suppress(ValueError):  # a damaged line
-                numbers = [float(cell) if cell else None for cell in cells]
-                rows.append(dict(zip(columns, numbers)) | {"step": int(cells[0])})
-    return rows
 
 
 class Log:
@@ -57,7 +44,7 @@ class Log:
     and "last" (the figures measured last). What was written after it is cut off: those steps run again.
     """
 
-    def __init__(self, cfg, columns, show, state):
+    def __init__(self, cfg, columns, show, state, tok=None):
         steps = cfg.steps
         self.out = Path(cfg.out)
         self.columns = columns
@@ -79,6 +66,8 @@ class Log:
             file=sys.stdout
         )
         self.wandb = None
+        self.step = state["step"]  # the step that the next row is of
+        self.tokens = TokenLog(cfg, tok, partial(self._append, FILE))
         if not self.writes:
             return
         pulse.printed()
@@ -96,12 +85,15 @@ class Log:
             self.wandb = import_wandb().init(project=cfg.wandb, name=self.out.name, config=to_json(cfg))
 
     def _append(self, name, text):
+        """Append text, or bytes, to one of the files."""
         if not self.writes:
             return
         path = self.out / name
-        try:
+        if isinstance(text, str):
             # A lone surrogate has no UTF-8; what backslashreplace makes of it is its JSON escape.
-            with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="") as f:
+            text = text.encode(errors="backslashreplace")
+        try:
+            with open(path, "ab") as f:
                 f.write(text)
         except OSError as e:
             if not self.disk_is_full:
@@ -134,7 +126,9 @@ class Log:
         self.last |= measured
         cells = [f"{measured[name]:.6g}" if name in measured else "" for name in self.columns]
         cells[0] = str(step)
+        self.tokens.end()
         self._append("metrics.csv", ",".join(cells) + "\n")
+        self.step = step + 1
         self.bar.update(1)
         if step % self.every == 0 or step == self.steps - 1 or pulse.is_late():
             self._print(measured | {"step": step})
@@ -163,12 +157,16 @@ class Log:
         self._append("samples.jsonl", "".join(lines))
 
     def close(self, panels=()):
-        """End the bar, read the rows of the whole run, and draw curves.png with these panels."""
+        """End the bar, read the rows of the whole run, draw curves.png with these panels, write look.html."""
         self.bar.close()
         pulse.end()
         if panels and self.writes:
             self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
+            try:
+                page.write([self.out])
+            except (OSError, ValueError, LookupError, TypeError, UserError) as e:  # a log that was damaged
+                print(f"warning: {self.out}/look.html could not be written ({reason_of(e)})")
         if self.wandb:
             self.wandb.finish()
 

@@ -294,7 +294,8 @@ def test_resume_beyond_steps(run, tmp_path):
 
 @posix
 @pytest.mark.parametrize("name", [
-    "config.json.tmp", "metrics.csv", "samples.jsonl", "curves.png", "model.tmp", "state/step-000002.tmp",
+    "config.json.tmp", "metrics.csv", "samples.jsonl", "tokens.jsonl.gz", "curves.png", "model.tmp",
+    "state/step-000002.tmp",
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_row_48_links_in_a_run_folder(kind, name, run, tmp_path):

@@ -1,0 +1,41 @@
+"""A run as a page, a diagnosis or a plot.
+
+    python -m nanorlhf.look RUN [RUN ...]            look.html in the first folder
+    python -m nanorlhf.look --doctor RUN             what is wrong with the run, in words
+    python -m nanorlhf.look --plot RUN RUN ...       a picture of the curves of many runs
+"""
+
+import sys
+
+from nanorlhf.errors import UserError, require
+from nanorlhf.look import page
+
+
+def main(argv=None):
+    """→ exit status: 0, or 2 for a user's mistake."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        if "-h" in words or "--help" in words:
+            print(__doc__.strip())
+        elif words[:1] == ["--doctor"]:
+            from nanorlhf.look import doctor
+
+            require(len(words) == 2, "--doctor: name one run folder")
+            doctor.main(words[1])
+        elif words[:1] == ["--plot"]:
+            from nanorlhf.look import plots
+
+            plots.main_plot(words[1:])
+        else:
+            unknown = [word for word in words if word.startswith("-")]
+            require(not unknown, f"unknown flag {unknown[:1]}; there are --doctor and --plot")
+            require(words, "name a run folder, such as runs/reviews-ppo")
+            print(page.write(words))
+    except UserError as e:
+        print(f"nanorlhf.look: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

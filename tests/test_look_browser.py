@@ -1,0 +1,194 @@
+"""The page of a run in a real browser: no network, no error, its numbers, its keys, hostile texts."""
+
+import json
+import random
+import re
+
+import pytest
+from browser import browser, needed
+from test_look import a_run
+
+from nanorlhf.errors import visible
+from nanorlhf.look import page, tokens
+
+pytestmark = [pytest.mark.slow, needed]
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("profile")) as window:
+        yield window
+
+
+@pytest.fixture
+def opened(window, tmp_path):
+    """opened(folders): write their page and open it, 1,600 pixels wide → the window."""
+
+    def open_page(*folders):
+        window.look(1600)
+        window.log("browser")
+        window.log("performance")
+        window.open(page.write(folders))
+        assert window.run("return document.getElementById('next').disabled"), "it opens at the last step"
+        window.run("show(0)")
+        return window
+
+    return open_page
+
+
+def errors(window):
+    return [line["message"] for line in window.log("browser")]
+
+
+def requests(window):
+    """Addresses that the page has asked for, its own first."""
+    events = [json.loads(line["message"])["message"] for line in window.log("performance")]
+    sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return [e["request"]["url"] for e in sent if e["documentURL"].startswith("file:")]  # no tab of Chromium's
+
+
+def shown(window):
+    """What the box of the chosen token says: {name of a formula: its text}."""
+    names, texts = window.run("""const all = (tag) => [...document.querySelectorAll("#token " + tag)];
+        return [all("dt").map((x) => x.textContent), all("dd").map((x) => x.textContent)]""")
+    return dict(zip(names, texts))
+
+
+def result(text):
+    """The number behind the last "=" of a formula."""
+    return float(re.findall(r"= (−?[\d.e−]+)", text)[-1].replace("−", "-"))
+
+
+def choose(window, row, t):
+    window.run(f"document.querySelector('.t[data-row=\"{row}\"][data-t=\"{t}\"]').click()")
+
+
+def test_it_opens_from_disk_and_a_click_changes_what_is_shown(opened, tmp_path):
+    run = a_run(tmp_path / "run", 20, [0, 5, 10, 19], 16, 200)
+    records = tokens.read(run)
+    window = opened(run)
+    assert errors(window) == []
+    (own,) = requests(window)
+    assert own == f"file://{run}/look.html"
+    names = {"reward": "reward", "surprise": "delta", "advantage": "adv_raw", "return": "ret"}
+    names["whitened"] = "adv"
+    seen = set()
+    for step in (0, 1):
+        for row, j in ((0, 0), (3, 7), (15, 199)):  # 199: the last token, behind which nothing is expected
+            choose(window, row, 10 + j)
+            box = shown(window)
+            seen.add(json.dumps(box))
+            data = records[step]["rows"][row]
+            for name, key in names.items():
+                assert result(box[name]) == data[key][j], (name, box[name])
+            (rho,) = [text for name, text in box.items() if name.startswith("ratio")]
+            assert result(rho) == data["ratio"][0][j]
+            assert result(box["value"]) == data["old_value"][j]
+        window.run("document.getElementById('next').click()")
+    assert len(seen) == 6
+    # the same spans in other colours: nothing is built anew
+    colours = "return [...document.querySelectorAll('.t')].map((x) => x.style.backgroundColor)"
+    window.run("window.before = [...document.querySelectorAll('.t')]")
+    first = window.run(colours)
+    window.run("""const select = document.getElementById("quantity"); select.value = "delta";
+        select.dispatchEvent(new Event("change"))""")
+    assert window.run(colours) != first
+    assert window.run("return window.before.every((x, i) => x === document.querySelectorAll('.t')[i])")
+    assert len(first) == 16 * 210
+    # a click on a curve goes to the nearest logged step
+    window.run("""const svg = document.querySelectorAll("figure svg")[2], box = svg.getBoundingClientRect();
+        const at = {clientX: box.right - 8, clientY: box.top + 9, bubbles: true};
+        svg.dispatchEvent(new MouseEvent("click", at))""")
+    assert window.run("return document.getElementById('step-name').textContent") == "19 (4 of 4)"
+    assert errors(window) == [] and requests(window) == []
+
+
+def test_the_keyboard_alone_reaches_all(opened, tmp_path):
+    window = opened(a_run(tmp_path / "run", 20, [0, 5, 19], 4, 30))
+    focus = "const e = document.activeElement; return e.id || e.dataset.name || e.dataset.t || e.textContent"
+    met = []
+    for _ in range(80):
+        window.keys("tab")
+        met.append(window.run(focus))
+        if met[-1] == "10":  # the one token that Tab stops at, the first that was sampled
+            break
+    assert {"step", "next", "reward", "kl", "quantity", "update"} <= set(met)
+    before = shown(window)
+    window.keys("right")
+    assert window.run(focus) == "11" and shown(window) != before
+    before = shown(window)
+    window.keys("down")
+    assert window.run("return document.activeElement.dataset.row") == "1" and shown(window) != before
+    step = "return document.getElementById('step-name').textContent"
+    window.keys("right", held="shift")
+    assert window.run(step) == "5 (2 of 3)" and window.run("return document.activeElement.dataset.row") == "1"
+    window.keys("tab")
+    assert "train_ppo.py:" in window.run(focus), "behind the token stand the links of its formulas"
+    window.run("document.activeElement.blur()")
+    window.keys("right")
+    assert window.run(step) == "19 (3 of 3)"
+    named = """return [...document.querySelectorAll("button, select, input, figure, [role=group]")]
+        .filter((e) => !(e.getAttribute("aria-label") || e.textContent || e.closest("label"))).length"""
+    assert window.run(named) == 0
+
+
+PIECES = [
+    "<script>window.hacked = 1</script>", "</script><script>window.hacked = 1</script>", "<!--", "-->", "]]>",
+    "<img src=x onerror='window.hacked=1'>", "'\"`", "${1}", "&lt;&amp;", "\x00", "\x1b[31m", "\r", "\u2028",
+    "\u202eabc", "\u2066", "\ud800", "\udc00", "\x7f", "é", "😀", "/*JS*/", "/*DATA*/", "\\u003c", "\n", "\t",
+    "<b>", "{", "\ufffd", "\u200f", "$&",
+]  # fmt: skip
+
+
+def test_200_hostile_responses_are_shown_literally(opened, tmp_path):
+    rng = random.Random(0)
+    run = a_run(tmp_path / "run", 5, [], 0, 0)
+    written = []
+    with open(run / tokens.FILE, "wb") as f:
+        for step in range(13):
+            rows = []
+            for _ in range(16):
+                texts = [rng.choice(PIECES) for _ in range(12)]
+                row = {"ids": list(range(12)), "text": texts, "mask": "0" + "1" * 11, "old_logp": [-1.0] * 11}
+                rows.append(row)
+            written.append(rows)
+            f.write(tokens.pack({"step": step, "rows": rows}))
+        answers = [{"prompt": p, "response": p[::-1]} for p in PIECES]
+        for step in (0, 5):
+            f.write(tokens.pack({"step": step, "held_out": answers}))
+    (run / "config.json").write_text(json.dumps({"reward": PIECES, "clip": 0.2}))
+    window = opened(run)
+    for rows in written:
+        found = window.run("""return [...document.querySelectorAll(".strip")].map((strip) =>
+            [...strip.querySelectorAll(".t")].map((t) => t.textContent))""")
+        for texts, row in zip(found, rows, strict=True):
+            assert texts == [visible(t).replace("\n", "↵\n").replace("\t", "⇥") for t in row["text"]]
+        window.run("document.getElementById('next').click()")
+    cards = window.run("return [...document.querySelectorAll('.answers .prompt')].map((x) => x.textContent)")
+    assert cards == [visible(text) for text in PIECES[: tokens.HELD_OUT]]
+    assert window.run("return [typeof window.hacked, document.images.length, document.scripts.length]") == [
+        "undefined", 0, 2]  # fmt: skip
+    assert errors(window) == [] and len(requests(window)) == 1
+
+
+@pytest.mark.parametrize("width", [380, 1600])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_nothing_stands_beyond_the_edge(opened, tmp_path, width, dark):
+    """No sideways scrolling, and letters of every colour of token have a contrast of 4.5 to 1 (WCAG AA)."""
+    window = opened(a_run(tmp_path / "run", 20, [0, 19], 16, 60))
+    window.look(width, dark=dark)
+    window.run("document.querySelector('#flags').open = true")
+    beyond = """const wide = document.documentElement.clientWidth;
+        return [...document.querySelectorAll("main *, header *")].filter((e) => !e.closest(".scroll, svg") &&
+            e.getBoundingClientRect().right > wide + 1).map((e) => e.outerHTML.slice(0, 80))"""
+    assert window.run(beyond) == []
+    contrast = """const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+        const light = (c) => { const [r, g, b] = c.map((x) => (x /= 255) <= 0.04045 ? x / 12.92 :
+            ((x + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+        const page = rgb(getComputedStyle(document.body).backgroundColor);
+        return Math.min(...[...document.querySelectorAll(".t:not(.prompt)")].map((e) => {
+            const style = getComputedStyle(e), [r, g, b, alpha = 1] = rgb(style.backgroundColor);
+            const behind = light([r, g, b].map((x, i) => alpha * x + (1 - alpha) * page[i]));
+            const text = light(rgb(style.color));
+            return (Math.max(text, behind) + 0.05) / (Math.min(text, behind) + 0.05); }))"""
+    assert window.run(contrast) >= 4.5
