@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanorlhf.errors import UserError, require, visible
+from nanorlhf.look.folder import read_rows
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.run import dist
 from nanorlhf.run.cli import to_json
@@ -26,23 +27,6 @@ class Result(dict):
 
     path = ""
     rows = ()
-
-
-def read_rows(out):
-    """metrics.csv of a run folder → one dict a step, without the lines that a full disk cut short."""
-    path = Path(out, "metrics.csv")
-    require(path.is_file(), f"{path}: is no file")  # of a pipe or a device the end never comes
-    rows = []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        columns = f.readline().rstrip("\n").split(",")
-        for line in f:
-            cells = line.rstrip("\n").split(",")
-            if len(cells) != len(columns):
-                continue
-            with contextlib.suppress(ValueError):  # a damaged line
-                numbers = [float(cell) if cell else None for cell in cells]
-                rows.append(dict(zip(columns, numbers)) | {"step": int(cells[0])})
-    return rows
 
 
 class Log:
