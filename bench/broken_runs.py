@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from curves import DATA, GREY, IMG, RED, ROOT, column
+from curves import DATA, GREY, IMG, RED, ROOT, column, pyplot, save_figure
 
 GRPO = "train_grpo.py"
 
@@ -152,8 +152,6 @@ def draw(plt, wide=3):
 
 
 def main(words):
-    from nanorlhf.look.plots import pyplot, save_figure
-
     every = {f.name: f for f in (*RIGHT, *FAULTS)}
     if words[:1] == ["--seed"] and len(words) == 2 and words[1].isdecimal():
         return run_all(list(every.values()), ROOT / f"runs/broken-{words[1]}", int(words[1]))

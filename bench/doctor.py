@@ -1,48 +1,57 @@
-"""The doctor over many runs: what it says of broken ones and of healthy ones.
+"""What the doctor says of broken runs, and of healthy ones.
 
-    python bench/doctor.py                   docs/data/broken_*.csv: a line each, and the column of the page
-    python bench/doctor.py RUN [RUN ...]     run folders, such as runs/seed0/*: how many have findings
+    python bench/doctor.py                  write its column in docs/broken-runs.md, from docs/data/broken_*.csv
+    python bench/doctor.py RUN [RUN ...]    run folders, such as runs/seed*/*: their findings, and how many have any
 
-The second line is how the thresholds were tried on seeds that they were not chosen on. To make the runs:
-
-    for s in 0 1 2 3 4; do python train_sft.py --seed $s --out runs/seed$s/sft; done        and so on
-    python bench/broken_runs.py --seed 1 --keep runs/broken1
+The second form is how the thresholds were tried on seeds that they were not chosen on; broken runs of other
+seeds are made by `python bench/broken_runs.py --seed 3`.
 """
 
+import re
 import sys
-from pathlib import Path
 
 from broken_runs import FAULTS
-from curves import DATA, ROOT
+from curves import ROOT, rows_of
 
+import train_grpo
 from nanorlhf.look import doctor
-from nanorlhf.look.folder import read_config, read_rows
 from nanorlhf.run.cli import parse, to_json
 
-SAYS = {fault.name: fault.says for fault in FAULTS} if hasattr(FAULTS[0], "says") else {}
+PAGE = ROOT / "docs/broken-runs.md"
 
 
-def flags_of(fault):
-    """The flags of a broken run as its config.json has them."""
-    import train_grpo
+def of_fault(fault):
+    """The findings in docs/data/broken_NAME.csv: its flags are known, tokens.jsonl.gz is not kept."""
+    config = to_json(parse(train_grpo.Config, fault.flags.split()))
+    return doctor.diagnose(rows_of(f"broken_{fault.name}"), config)
 
-    return to_json(parse(train_grpo.Config, fault.flags.split()))
 
-
-def diagnosed(fault):
-    """The findings in docs/data/broken_NAME.csv."""
-    from nanorlhf.look.folder import rows_of
-
-    return doctor.diagnose(rows_of(DATA / f"broken_{fault.name}.csv"), flags_of(fault))
+def with_column(page):
+    """The text of the page, the last cell of each fault's row written anew: the titles of three findings."""
+    says = {}
+    for fault in FAULTS:
+        titles = [finding["title"] for finding in of_fault(fault)[:3]]
+        says[fault.name] = "; ".join(titles) or "nothing"
+    lines = []
+    for line in page.split("\n"):
+        name = re.match(r"\| \*\*.*?\(data/broken_(\w+)\.csv", line)
+        if name:
+            line = f"{line[: line.rindex('|', 0, -1)]}| {says[name[1]]} |"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def main(folders):
-    for fault in FAULTS if not folders else ():
-        found = diagnosed(fault)
-        print(f"{fault.name:12s} {'; '.join(f['title'] for f in found[:3])}")
+    if not folders:
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(with_column(page), encoding="utf-8")
+    ill = 0
     for folder in folders:
         found = doctor.findings(folder)
-        print(f"{folder:40s} {len(found)} {'; '.join(f['title'] + ' — ' + f['steps'] for f in found)}")
+        ill += bool(found)
+        print(folder, *(f"{finding['title']} [{finding['steps']}]" for finding in found), sep="\n    ")
+    if folders:
+        print(f"{ill} of {len(folders)} runs have findings")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import textwrap
 from typing import NamedTuple
 
 from nanorlhf.errors import visible
-from nanorlhf.look.folder import read_config, read_rows
+from nanorlhf.look.folder import read_config, read_rows, read_tokens
 
 TREND = 10  # rows; of fewer, five fifths would have one row each, and a trend would be noise
 SURE = 4  # standard errors; three are passed by chance in one of 400 columns, four in one of 16,000
@@ -34,10 +34,12 @@ class Read:
     start   the first of them
     early   means over the first fifth of them; empty in a run too short for a trend
     late    the same over the last fifth
+    tokens  records of tokens.jsonl.gz
     """
 
-    def __init__(self, rows, config):
+    def __init__(self, rows, config, tokens=()):
         self.config = config
+        self.tokens = tokens
         self.rows = [Row({name: x for name, x in row.items() if x is not None}) for row in rows]
         fifth = max(1, len(rows) // 5)
         self.start = self.rows[0] if rows else Row()
@@ -46,9 +48,10 @@ class Read:
         self.noise = SURE * self.early["reward_se"] * math.sqrt(2 / fifth)  # of a difference of two fifths
 
     def mean(self, rows):
-        if len(self.rows) < TREND:
-            return Row()
-        return Row({name: statistics.fmean(column(rows, name)) for name in rows[0] if column(rows, name)})
+        means = Row()
+        for name in {name for row in rows for name in row if len(self.rows) >= TREND}:
+            means[name] = statistics.fmean(column(rows, name) or [math.nan])
+        return means
 
     def first(self, holds):
         """→ the first row where this holds at step 0, else none."""
@@ -118,6 +121,19 @@ def other_prompt(run):
     """Both are samples of the policy at step 0. Held-out files of one's own may be harder."""
     apart = abs(run.start["reward"] - run.start["eval/reward"])
     return run.first(apart > SURE * run.start["reward_se"] * math.sqrt(2) and not run.config.get("eval_data"))
+
+
+def other_baseline(run):
+    """In its own group an advantage is r − mean, whatever it is divided by: the group's mean is 0."""
+    shows = []
+    for record in run.tokens if not run.is_set("norm", "batch_whiten") else ():
+        groups = record.get("groups", {})
+        sums = Row()
+        for group, advantage in zip(groups.get("group", ()), groups.get("adv", ())):
+            sums[group] = sums.get(group, 0) + advantage
+        if any(abs(total) > 0.1 for total in sums.values()):
+            shows.append(Row(step=record["step"]))
+    return shows
 
 
 def half_dead(run):
@@ -253,8 +269,9 @@ def far_off(run):
 
 
 def poor_critic(run):
-    """A constant critic has 0; a fifth of the rows averaged, so that one odd batch does not count."""
-    return run.all(run.late["explained_var"] < -0.3)
+    """A constant critic has 0. Where the rewards hardly vary any more, any error of the critic is below it."""
+    varies = run.late["reward_se"] > 0.5 * run.early["reward_se"]
+    return run.all(varies and run.late["explained_var"] < -0.3)
 
 
 def reward_fails(run):
@@ -345,6 +362,10 @@ RULES = [
     Rule(other_prompt, "reward eval/reward", "Rewards are judged by another prompt",
          "The same policy scores differently on training and held-out prompts before the first update.",
          "Compare the prompt of each sample in samples.jsonl with the row that its reward was given.",
+         "broken-runs.md"),
+    Rule(other_baseline, "", "The baseline is that of other prompts",
+         "Over a group the advantages must sum to 0, and they do not: rewards and groups are in different order.",
+         "Permute the prompts: the advantages must follow.",
          "broken-runs.md"),
     Rule(half_dead, "dead", "Too few samples a prompt: half of the groups teach nothing",
          "All samples of a dead group score the same, so their advantages are 0.",
@@ -469,12 +490,12 @@ RULES = [
 # findings
 
 
-def diagnose(rows, config):
-    """Rows of `read_rows`, flags of config.json → findings, the surest cause first.
+def diagnose(rows, config, tokens=()):
+    """What is read from the files of a run folder → findings, the surest cause first.
 
     A finding is a dict: title, steps (in which it shows, with the values there), meaning, remedy, page.
     """
-    run = Read(rows, config)
+    run = Read(rows, config, tokens)
     found = []
     for rule in RULES:
         shown_in = rule.shows(run)
@@ -495,27 +516,30 @@ def span(rows, names):
             ends = measured[:1] if first == last else [measured[0], measured[-1]]
             values.append(f"{name} {' → '.join(f'{x:.3g}' for x in ends)}")
     steps = f"step {first}" if first == last else f"steps {first} to {last}"
-    return f"{steps}: {', '.join(values)}"
+    return ": ".join([steps, ", ".join(values)][: 1 + bool(values)])
 
 
 def findings(run_folder):
     """What the rules find in a run folder: a list of dicts, as in `diagnose`; UserError without metrics.csv."""
-    return diagnose(read_rows(run_folder), read_config(run_folder))
+    return diagnose(read_rows(run_folder), read_config(run_folder), read_tokens(run_folder))
 
 
-def summary(found):
-    """One line for the end of a run."""
+def summary(run_folder):
+    """What a trainer prints at its end: a line, and how to read on where there is something to read."""
+    found = findings(run_folder)
     if not found:
         return "doctor: nothing found"
-    return f"doctor: {found[0]['title']} ({len(found)} findings: python -m nanorlhf.look --doctor)"
+    more = f" (the first of {len(found)} findings)" if len(found) > 1 else ""
+    command = f"python -m nanorlhf.look --doctor {run_folder}"
+    return visible(f"doctor: {found[0]['title']}{more}\n  {command}")
 
 
 def main(run_folder):
     """Print the findings in a run folder within 80 columns. Nothing in them is an error of this program."""
     found = findings(run_folder)
-    print(visible(f"{run_folder}: {len(found)} findings" if found else f"{run_folder}: nothing found"))
+    count = {0: "nothing found", 1: "1 finding"}.get(len(found), f"{len(found)} findings")
+    print(visible(f"{run_folder}: {count}"))
     for i, finding in enumerate(found, start=1):
-        print()
-        parts = (f"{i}. {finding['title']}", finding["steps"], finding["meaning"], f"Try: {finding['remedy']}")
-        for k, part in enumerate((*parts, f"docs/{finding['page']}")):
-            print(textwrap.fill(part, 80, initial_indent="   " * (k > 0), subsequent_indent="   "))
+        print(f"\n{i}. {finding['title']}")
+        for words in (finding["steps"], finding["meaning"], f"Try: {finding['remedy']}", f"docs/{finding['page']}"):
+            print(textwrap.fill(words, 80, initial_indent="   ", subsequent_indent="   "))

@@ -1,7 +1,9 @@
 """What a run folder holds, read without complaint about lines that a full disk or a crash cut short."""
 
 import contextlib
+import gzip
 import json
+import zlib
 from pathlib import Path
 
 from nanorlhf.errors import require
@@ -9,7 +11,11 @@ from nanorlhf.errors import require
 
 def read_rows(out):
     """metrics.csv of a run folder → one dict a step, without the lines that a full disk cut short."""
-    path = Path(out, "metrics.csv")
+    return read_metrics(Path(out, "metrics.csv"))
+
+
+def read_metrics(path):
+    """The same, of a file of any name."""
     require(path.is_file(), f"{path}: is no file")  # of a pipe or a device the end never comes
     rows = []
     with open(path, encoding="utf-8", errors="replace") as f:
@@ -33,3 +39,14 @@ def read_config(out):
         config = json.loads(path.read_text(encoding="utf-8", errors="replace"))
         return config if isinstance(config, dict) else {}
     return {}
+
+
+def read_tokens(out):
+    """tokens.jsonl.gz of a run folder → its records, up to the first that was cut short; [] without the file."""
+    path = Path(out, "tokens.jsonl.gz")
+    records = []
+    if path.is_file():
+        with contextlib.suppress(EOFError, OSError, ValueError, zlib.error), gzip.open(path, "rt") as f:
+            for line in f:
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanorlhf.errors import UserError, require, visible
+from nanorlhf.look import doctor
 from nanorlhf.look.folder import read_rows
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.run import dist
@@ -139,11 +140,12 @@ class Log:
         self._append("samples.jsonl", "".join(lines))
 
     def close(self, panels=()):
-        """End the bar, read the rows of the whole run, and draw curves.png with these panels."""
+        """End the bar, read the rows of the whole run, draw curves.png with these panels, ask the doctor."""
         self.bar.close()
         if panels and self.writes:
             self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
+            print(doctor.summary(self.out))
         if self.wandb:
             self.wandb.finish()
 
