@@ -34,14 +34,14 @@ class Paper:
         self.parts = []
 
     def add(self, tag, content="", **attributes):
-        words = " ".join(f'{name.rstrip("_").replace("_", "-")}="{_short(x)}"' for name, x in attributes.items())
+        words = " ".join(f'{name.replace("_", "-")}="{_short(x)}"' for name, x in attributes.items())
         self.parts.append(f"<{tag} {words}>{content}</{tag}>" if content else f"<{tag} {words}/>")
 
     def text(self, x, y, words, size=15, fill=INK, anchor="middle", weight="normal"):
         """Lines of words, the first one's baseline at y."""
         for i, line in enumerate(words.split("\n")):
-            at = dict(x=x, y=y + i * size * 1.3)
-            self.add("text", escape(line), **at, font_size=size, fill=fill, text_anchor=anchor, font_weight=weight)
+            letters = dict(font_size=size, fill=fill, text_anchor=anchor, font_weight=weight)
+            self.add("text", escape(line), x=x, y=y + i * size * 1.3, **letters)
 
     def box(self, x, y, w, h, fill=PALE, stroke=GREY, r=4, **more):
         self.add("rect", x=x, y=y, width=w, height=h, rx=r, fill=fill, stroke=stroke, **more)
@@ -53,7 +53,7 @@ class Paper:
         if arrow:
             (x0, y0), (x, y) = points[-2:]
             angle = math.atan2(y - y0, x - x0)
-            wings = [(x - 9 * math.cos(angle + turn), y - 9 * math.sin(angle + turn)) for turn in (0.42, -0.42)]
+            wings = [(x - 9 * math.cos(angle + t), y - 9 * math.sin(angle + t)) for t in (0.42, -0.42)]
             corners = " ".join(f"{_short(a)},{_short(b)}" for a, b in ((x, y), *wings))
             self.add("polygon", points=corners, fill=stroke)
 
@@ -139,7 +139,8 @@ def mask():
             p.add("circle", cx=x(t), cy=rows["hidden state"], r=17, fill="#ffffff", stroke=GREY)
             p.text(x(t), rows["hidden state"] + 5, f"h{t}", 13)
         value = f"logp[{t}]" if t in inside else "0"
-        p.box(x(t) - 27, rows["logp"] - 16, 54, 32, fill if t in inside else "#ffffff", GREEN if t in inside else PALE)
+        colours = (LIGHT_GREEN, GREEN) if t in inside else ("#ffffff", PALE)
+        p.box(x(t) - 27, rows["logp"] - 16, 54, 32, *colours)
         p.text(x(t), rows["logp"] + 5, value, 12.5 if t in inside else 14, INK if t in inside else GREY)
         if t in inside:
             start = (x(t - 1) + 11, rows["hidden state"] + 13)
@@ -148,7 +149,8 @@ def mask():
     p.text(x(8), 22, "response, EOS included", 14, GREEN)
     p.text(x(11), 22, "padding", 14, GREY)
     p.text(x(3), 203, "The state at t − 1 has read tokens 0 … t − 1 and predicts token t.", 13.5)
-    p.text(WIDTH / 2, 316, "logp[t] stands where its token stands. Outside the mask every per-token tensor is 0.", 14)
+    words = "logp[t] stands where its token stands. Outside the mask every per-token tensor is 0."
+    p.text(WIDTH / 2, 316, words, 14)
     return p
 
 
@@ -186,8 +188,9 @@ def strip():
                 p.text((here + there) / 2, y + 10, "γλ", 13, GREEN)
             elif name == "V":
                 p.line([(there, y + 30), (here - 12, y + 65)], BLUE, 1.5, arrow=True)
-    p.text(WIDTH / 2, 388, f"γ = {gamma:g}, λ = {lam:g}. λ = 0: A = δ, one step of the critic. "
-           "λ = 1: A = Σ r − V, no critic but as a baseline.", 13.5)  # fmt: skip
+    words = f"γ = {gamma:g}, λ = {lam:g}. λ = 0: A = δ, one step of the critic. "
+    words += "λ = 1: A = Σ r − V, no critic but as a baseline."
+    p.text(WIDTH / 2, 388, words, 13.5)
     return p
 
 
@@ -218,8 +221,8 @@ def corners():
             pieces = [at(r, o) for r, o, is_flat in ends if is_flat == flat]
             p.line(pieces, colour, 4)
         p.box(left, top, wide, tall, "none")
-        p.text(left + wide / 2, top - 34, f"A {'>' if sign > 0 else '<'} 0: {'more' if sign > 0 else 'less'} of this token", 16,
-               weight="bold")  # fmt: skip
+        title = "A > 0: more of this token" if sign > 0 else "A < 0: less of this token"
+        p.text(left + wide / 2, top - 34, title, 16, weight="bold")
         p.text(left + wide / 2, top - 12, "objective min(ρA, clip(ρ)A)", 13, GREY)
         for ratio in (0.5, low, 1.0, high, 1.5):
             p.text(at(ratio, sign)[0], top + tall + 20, f"{ratio:g}", 13)
@@ -230,8 +233,9 @@ def corners():
         heights = (60, 150) if sign > 0 else (180, 30)
         for x, text, colour, y in zip((low - 0.15, high + 0.15), words, colours, heights):
             p.text(at(x, sign)[0], top + y, text, 13, colour)
-    p.text(WIDTH / 2, 378, f"ε = {cfg.clip_low:g}. Dotted: ρA without the clip. The clip never stops a step that "
-           "undoes one that went too far.", 13.5)  # fmt: skip
+    words = f"ε = {cfg.clip_low:g}. Dotted: ρA without the clip. "
+    words += "The clip never stops a step that undoes one that went too far."
+    p.text(WIDTH / 2, 378, words, 13.5)
     return p
 
 
@@ -270,9 +274,12 @@ def two_kls():
     p.text(left + wide * 0.68, 280, "π_ref", 16, GREY, weight="bold")
     reverse, forward = (normal(*found[name]) for name in ("reverse", "forward"))
     p.text(left + wide * 0.46, 60, "π that minimises KL(π‖π_ref)", 16, ORANGE, "start", "bold")
-    p.text(left + wide * 0.46, 82, "PPO, GRPO, DPO, distillation by default: it stays where π_ref is,\nand may leave out what π_ref writes as well", 13.5, anchor="start")  # noqa: E501
+    words = "PPO, GRPO, DPO, distillation by default: it stays where π_ref is,\n"
+    words += "and may leave out what π_ref writes as well"
+    p.text(left + wide * 0.46, 82, words, 13.5, anchor="start")
     p.text(left + wide * 0.62, 140, "π that minimises KL(π_ref‖π)", 16, BLUE, "start", "bold")
-    p.text(left + wide * 0.62, 162, "SFT, --divergence forward: it covers\nall that π_ref writes, and the gap", 13.5, anchor="start")
+    words = "SFT, --divergence forward: it covers\nall that π_ref writes, and the gap"
+    p.text(left + wide * 0.62, 162, words, 13.5, anchor="start")
     p.text(left, base + 30, "texts →", 14, GREY, "start")
     for i, words in enumerate(("", "KL(π‖π_ref)", "KL(π_ref‖π)")):
         p.text(420 + i * 150, base + 44, words, 14, weight="bold")
@@ -292,11 +299,13 @@ def tiles():
     hot_row, hot_column = 0, 6
     p.text(60, top - 16, "x (N, D)", 15, BLUE, weight="bold")
     for i in range(rows):
-        p.box(36, top + i * cell, 60, cell - 4, LIGHT_BLUE if i == hot_row else PALE, BLUE if i == hot_row else GREY)
-    p.text(x0 + columns * cell / 2, 30, "W (V, D): columns of the vocabulary, piece by piece", 15, ORANGE, weight="bold")
+        colours = (LIGHT_BLUE, BLUE) if i == hot_row else (PALE, GREY)
+        p.box(36, top + i * cell, 60, cell - 4, *colours)
+    words = "W (V, D): the vocabulary, piece by piece"
+    p.text(x0 + columns * cell / 2, 30, words, 15, ORANGE, weight="bold")
     for j in range(columns):
-        hot = j == hot_column
-        p.box(x0 + j * cell, 42, cell - 4, 30, LIGHT_ORANGE if hot else PALE, ORANGE if hot else GREY)
+        colours = (LIGHT_ORANGE, ORANGE) if j == hot_column else (PALE, GREY)
+        p.box(x0 + j * cell, 42, cell - 4, 30, *colours)
     for i in range(rows):
         for j in range(columns):
             hot = (i, j) == (hot_row, hot_column)
@@ -308,13 +317,15 @@ def tiles():
     p.line([(97, y), (x0 - 2, y)], BLUE, 2, arrow=True)
     x = x0 + hot_column * cell + 18
     p.line([(x, 73), (x, top + hot_row * cell - 2)], ORANGE, 2, arrow=True)
-    p.text(x0, top + rows * cell + 22, "logits (N, V): only the red tile exists, in fast memory;", 13.5, anchor="start")
-    p.text(x0, top + rows * cell + 41, "green tiles have been, white ones are to come", 13.5, anchor="start")
+    words = "logits (N, V): only the red tile exists, in fast memory;\n"
+    words += "green tiles have been, white ones are to come"
+    p.text(x0, top + rows * cell + 22, words, 13.5, anchor="start")
     mid = 500
     p.line([(x + 20, y), (mid - 2, y)], RED, 2, arrow=True)
     p.box(mid, top - 6, 168, 124, LIGHT_RED, RED)
     p.text(mid + 84, top + 16, "of a row and a piece C", 14, weight="bold")
-    p.text(mid + 84, top + 42, "m = max z\ns = Σ exp(z − m)\nt = Σ exp(z − m)(z − m)\nand z_y, if y is in C", 13.5)
+    words = "m = max z\ns = Σ exp(z − m)\nt = Σ exp(z − m)(z − m)\nand z_y, if y is in C"
+    p.text(mid + 84, top + 42, words, 13.5)
     end = 706
     p.line([(mid + 169, top + 56), (end - 2, top + 56)], RED, 2, arrow=True)
     p.box(end, top - 6, 150, 124, LIGHT_GREEN, GREEN)
@@ -323,13 +334,22 @@ def tiles():
     p.text(end + 75, top + 146, "two numbers a token,\nin fp32", 13.5, GREEN)
     n, v = 65_536, 151_936
     gib = n * v * 4 / 2**30
-    p.text(WIDTH / 2, 336, f"N = {n:,} tokens and V = {v:,}: the logits would be {gib:.0f} GiB, "
-           f"the two numbers are {n * 8 / 2**20:.1f} MiB.", 14)  # fmt: skip
-    p.text(WIDTH / 2, 362, "Backward, each tile is computed once more: its gradient needs only lse and H of the row.", 14)
+    words = f"N = {n:,} tokens and V = {v:,}: the logits would be {gib:.0f} GiB, "
+    words += f"the two numbers are {n * 8 / 2**20:.1f} MiB."
+    p.text(WIDTH / 2, 336, words, 14)
+    words = "Backward, each tile is computed once more: its gradient needs only lse and H of the row."
+    p.text(WIDTH / 2, 362, words, 14)
     return p
 
 
-FIGURES = {"pipeline": pipeline, "mask": mask, "gae": strip, "clip": corners, "two_kls": two_kls, "tiles": tiles}
+FIGURES = {
+    "pipeline": pipeline,
+    "mask": mask,
+    "gae": strip,
+    "clip": corners,
+    "two_kls": two_kls,
+    "tiles": tiles,
+}
 
 
 if __name__ == "__main__":

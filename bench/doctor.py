@@ -1,7 +1,7 @@
 """What the doctor says of broken runs, and of healthy ones.
 
-    python bench/doctor.py                  write its column in docs/broken-runs.md, from docs/data/broken_*.csv
-    python bench/doctor.py RUN [RUN ...]    run folders, such as runs/seed*/*: their findings, and how many have any
+    python bench/doctor.py                  its column in docs/broken-runs.md, from docs/data/broken_*.csv
+    python bench/doctor.py RUN [RUN ...]    the findings in run folders, and how many of them have any
 
 The second form is how the thresholds were tried on seeds that they were not chosen on; broken runs of other
 seeds are made by `python bench/broken_runs.py --seed 3`.

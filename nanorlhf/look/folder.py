@@ -42,7 +42,7 @@ def read_config(out):
 
 
 def read_tokens(out):
-    """tokens.jsonl.gz of a run folder → its records, up to the first that was cut short; [] without the file."""
+    """tokens.jsonl.gz of a run folder → its records, up to the first that is damaged; [] without the file."""
     path = Path(out, "tokens.jsonl.gz")
     records = []
     if path.is_file():

@@ -25,7 +25,7 @@ WORDS = {  # column of metrics.csv → what the y axis says; docs/00-notation.md
     "gnorm": "gradient norm",
     "lr": "learning rate",
 }
-NO_MATTER = ("out", "overwrite", "resume", "new_data", "wandb", "threads")  # flags that decide nothing of a curve
+NO_MATTER = ("out", "overwrite", "resume", "new_data", "wandb", "threads")  # flags that move no curve
 # Student's t at 97.5% for 2 to 10 values; T975[0] belongs to two.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -73,10 +73,10 @@ def main_plot(argv):
     about = "Draw metrics of several runs: the mean over seeds, with its 95% interval."
     parser = argparse.ArgumentParser(prog="python -m nanorlhf.look --plot", description=about)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--metric", default="", help="columns of metrics.csv, such as reward,kl; else the usual ones")
+    parser.add_argument("--metric", default="", help="columns of metrics.csv, such as reward,kl; else many")
     seeds = "seeds: runs that differ by --seed alone are one curve; none: each run is one"
     parser.add_argument("--group", default="seeds", type=str.lower, choices=("seeds", "none"), help=seeds)
-    parser.add_argument("--out", default="", help="the picture, without .png; else plot in the first run folder")
+    parser.add_argument("--out", default="", help="the picture, without .png; else RUN/plot of the first")
     args = parser.parse_args(argv)
     runs = {folder: (read_rows(folder), read_config(folder)) for folder in args.runs}
     measured = {name for rows, _ in runs.values() for row in rows for name in row if row[name] is not None}
@@ -97,8 +97,8 @@ def group_runs(runs, by_seed=True):
     """{folder: (rows, config)} → {label: the rows of each run in a group}.
 
     by_seed: runs whose flags are equal but for --seed are one group. Paths that hold the run's own seed, such
-    as runs/seed3/sft/model, count as equal. A label has the flags that differ between the groups, or the folder
-    where none do, or more than four.
+    as runs/seed3/sft/model, count as equal. A label has the flags that differ between the groups, or the
+    folder where none do, or more than four.
     """
     groups = {}
     for folder, (rows, config) in runs.items():
