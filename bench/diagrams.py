@@ -281,8 +281,8 @@ def two_kls():
     words = "SFT, --divergence forward: it covers\nall that π_ref writes, and the gap"
     p.text(left + wide * 0.62, 162, words, 13.5, anchor="start")
     p.text(left, base + 30, "texts →", 14, GREY, "start")
-    for i, words in enumerate(("", "KL(π‖π_ref)", "KL(π_ref‖π)")):
-        p.text(420 + i * 150, base + 44, words, 14, weight="bold")
+    p.text(570, base + 44, "KL(π‖π_ref)", 14, weight="bold")
+    p.text(720, base + 44, "KL(π_ref‖π)", 14, weight="bold")
     for k, (name, density, colour) in enumerate((("orange", reverse, ORANGE), ("blue", forward, BLUE))):
         y = base + 70 + k * 24
         p.text(420, y, f"the {name} π", 14, colour, weight="bold")
