@@ -97,7 +97,7 @@ def other_temperature(run):
 
 
 def not_as_sampled(run):
-    return ratio_is_off(run) if run.flags.temperature == 1 else []
+    return ratio_is_off(run) if run.flags.temperature == 1 and not no_eos(run) else []
 
 
 def not_the_reference(run):
@@ -119,7 +119,7 @@ def other_prompt(run):
     """Both are samples of one policy. Held-out files of one's own may be harder, the task's are not."""
     apart = abs(run.start.reward - run.start["eval/reward"])
     chance = SURE * math.sqrt(2) * run.start.reward_se
-    return run.first(apart > chance and run.flags.eval_data == "")
+    return run.first("ratio_max" in run.start and apart > chance > 0 and run.flags.eval_data == "")
 
 
 def other_baseline(run):
@@ -136,8 +136,8 @@ def other_baseline(run):
 
 
 def half_dead(run):
-    """A group of equal rewards has no gradient; default runs start with fewer than one in ten."""
-    return run.first(run.start.dead >= 0.5)
+    """Of pairs of equally good samples half are dead, give or take; default runs start below one in ten."""
+    return run.first(run.start.dead > 0.4 and "teacher" not in run.flags)
 
 
 def too_large(run):
@@ -358,6 +358,10 @@ RULES = [
          "The ratio must be 1 in the first minibatch. --temperature is not 1, and one of the two ignores it.",
          "Pass --temperature to every function that returns log-probs.",
          "broken-runs.md"),
+    Rule(no_eos, "len stop tok_s s", "EOS is outside the mask",
+         "As many tokens are missing from the loss as there are responses that ended: nobody learns to stop.",
+         "Make the mask from lengths, never from token ids.",
+         "broken-runs.md"),
     Rule(not_as_sampled, "gap ratio_max kl", "Sampling and scoring disagree: the ratio is not 1 at step 0",
          "The log-probs of the sampler are not those of the loss: dropout, dtype, a shift, or old weights.",
          "Score with the sampler's weights, temperature and dtype; switch dropout off.",
@@ -366,10 +370,6 @@ RULES = [
          "KL at step 0 must be 0: both were read from the same folder.",
          "Load the reference before the first update, in the policy's dtype, and freeze it.",
          "00-notation.md"),
-    Rule(no_eos, "len stop tok_s s", "EOS is outside the mask",
-         "As many tokens are missing from the loss as there are responses that ended: nobody learns to stop.",
-         "Make the mask from lengths, never from token ids.",
-         "broken-runs.md"),
     Rule(other_prompt, "reward eval/reward", "Rewards are judged by another prompt",
          "The same policy scores differently on training and held-out prompts before the first update.",
          "Compare the prompt of each sample in samples.jsonl with the row that its reward was given.",
@@ -378,8 +378,8 @@ RULES = [
          "Over a group the advantages must sum to 0, and they do not: rewards and groups do not match.",
          "Permute the prompts: the advantages must follow.",
          "broken-runs.md"),
-    Rule(half_dead, "dead", "Too few samples a prompt: half of the groups teach nothing",
-         "All samples of a dead group score the same, so their advantages are 0.",
+    Rule(half_dead, "dead", "Too few samples a prompt: many groups are dead",
+         "All samples of a dead group score the same: their advantages are 0, and they teach nothing.",
          "A larger --group_size with fewer prompts; prompts neither so hard nor so easy.",
          "broken-runs.md"),
     Rule(not_log_2, "loss", "Policy and reference differ at step 0, or score other tokens",
