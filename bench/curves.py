@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA, IMG, BENCH = ROOT / "docs/data", ROOT / "docs/img", ROOT / "bench/results"
 sys.path.insert(0, str(ROOT))
 
-from nanorlhf.look.folder import read_metrics  # noqa: E402
 from nanorlhf.look.plots import compare, pyplot, save_figure  # noqa: E402
 
 # name of the CSV → the command; {name} stands for the run folder of an earlier one
@@ -100,7 +99,10 @@ def column(name, key, x="step", folder=DATA):
 
 
 def rows_of(name):
-    return read_metrics(DATA / f"{name}.csv")
+    """A CSV of docs/data → one dict a step, None where nothing was measured."""
+    with open(DATA / f"{name}.csv", newline="") as f:
+        rows = [{key: float(x) if x else None for key, x in row.items()} for row in csv.DictReader(f)]
+    return [row | {"step": int(row["step"])} for row in rows]
 
 
 def panels(plt, high, wide, *titles):

@@ -21,13 +21,14 @@ import train_sft
 from nanorlhf.errors import UserError
 from nanorlhf.look import __main__ as look
 from nanorlhf.look import doctor
-from nanorlhf.look.folder import read_config, read_metrics, read_rows, read_tokens
 from nanorlhf.run.cli import parse, to_json
+from nanorlhf.run.folders import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 import broken_runs  # noqa: E402
 import doctor as bench_doctor  # noqa: E402
+from curves import rows_of  # noqa: E402
 
 STEPS = 20
 
@@ -218,13 +219,13 @@ RIGHT_RUNS = {
 @pytest.mark.parametrize("name", RIGHT_RUNS)
 def test_nothing_is_found_in_a_right_run(name):
     trainer, words = RIGHT_RUNS[name]
-    assert doctor.diagnose(read_metrics(ROOT / f"docs/data/{name}.csv"), flags(trainer, words)) == []
+    assert doctor.diagnose(rows_of(name), flags(trainer, words)) == []
 
 
 @pytest.mark.parametrize("name, words", [("ppo_beta0", "--beta 0"), ("dpo_beta003", "--beta 0.03")])
 def test_over_optimisation(name, words):
     trainer = train_ppo if name.startswith("ppo") else train_dpo
-    found = doctor.diagnose(read_metrics(ROOT / f"docs/data/{name}.csv"), flags(trainer, words))
+    found = doctor.diagnose(rows_of(name), flags(trainer, words))
     assert named(found) == ["far_off"]
 
 
@@ -288,19 +289,21 @@ def test_short_runs_have_no_trends(n):
 
 
 def test_damaged_files(tmp_path):
-    """A line cut short, no config.json, half of a gzip: what can be read is read."""
+    """A line cut short, half of a gzip, no config.json: what can be read is read."""
     columns, config = HEALTHY["grpo"]
     write(tmp_path / "run", columns | {"gap": 0.3}, config, [{"step": 0}, {"step": 1}, 5])
-    assert read_tokens(tmp_path / "run") == [{"step": 0}, {"step": 1}]
+    assert doctor.read_tokens(tmp_path / "run") == [{"step": 0}, {"step": 1}]
     whole = (tmp_path / "run/tokens.jsonl.gz").read_bytes()
     (tmp_path / "run/tokens.jsonl.gz").write_bytes(whole[:-9])
     with open(tmp_path / "run/metrics.csv", "a") as f:
         f.write("20,0.5")
-    (tmp_path / "run/config.json").write_text('{"temperature": 1.')
-    assert read_config(tmp_path / "run") == {} and len(read_rows(tmp_path / "run")) == STEPS
-    doctor.findings(tmp_path / "run")
+    assert len(read_rows(tmp_path / "run")) == STEPS
+    assert named(doctor.findings(tmp_path / "run")) == ["not_as_sampled"]
     (tmp_path / "run/config.json").unlink()
     doctor.findings(tmp_path / "run")
+    (tmp_path / "run/config.json").write_text('{"temperature": 1.')
+    with pytest.raises(UserError, match="config.json"):
+        doctor.findings(tmp_path / "run")
 
 
 def test_not_finite_figures():

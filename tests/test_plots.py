@@ -118,7 +118,7 @@ def six_runs(tmp_path):
 
 def test_runs_that_differ_by_seed_are_one_curve(six_runs, tmp_path):
     """The oracle by hand: mean of 0, 3, 10 is 13/3; their deviation 5.13; t = 4.303: ± 12.75."""
-    runs = {folder: (read_rows(folder), plots.read_config(folder)) for folder in six_runs}
+    runs = {folder: (read_rows(folder), plots.read_json(f"{folder}/config.json")) for folder in six_runs}
     groups = plots.group_runs(runs)
     assert list(groups) == ["beta 0.0 (3 seeds)", "beta 0.3 (3 seeds)"]
     fig = plots.compare(groups, ["reward", "kl"])
@@ -132,7 +132,7 @@ def test_runs_that_differ_by_seed_are_one_curve(six_runs, tmp_path):
 
 def test_grouping_off_and_unlike_runs(six_runs):
     """Each run alone is told apart by its folder; other flags, or no config.json, are no seeds."""
-    runs = {folder: (read_rows(folder), plots.read_config(folder)) for folder in six_runs}
+    runs = {folder: (read_rows(folder), plots.read_json(f"{folder}/config.json")) for folder in six_runs}
     assert len(plots.group_runs(runs, by_seed=False)) == 6
     bare = {folder: (rows, {}) for folder, (rows, _) in runs.items()}
     assert list(plots.group_runs(bare)) == six_runs

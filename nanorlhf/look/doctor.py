@@ -7,13 +7,19 @@ Thresholds were chosen on seeds 0 to 2 of default runs and of the broken ones, a
 bench/doctor.py.
 """
 
+import contextlib
+import gzip
+import json
 import math
 import statistics
 import textwrap
+import zlib
+from pathlib import Path
 from typing import NamedTuple
 
 from nanorlhf.errors import visible
-from nanorlhf.look.folder import read_config, read_rows, read_tokens
+from nanorlhf.hub.files import read_json
+from nanorlhf.run.folders import read_rows
 
 TREND = 10  # rows; of fewer, five fifths would have one row each, and a trend would be noise
 SURE = 4  # standard errors; three are passed by chance in one of 400 columns, four in one of 16,000
@@ -504,15 +510,17 @@ RULES = [
 def diagnose(rows, config, tokens=()):
     """What is read from the files of a run folder → findings, the surest cause first.
 
-    A finding is a dict: title, steps (in which it shows, with the values there), meaning, remedy, page.
+    A finding is a dict: title, steps (in which it shows, with the values there), meaning, remedy, page (its
+    path in the repository).
     """
     run = Read(rows, config, tokens)
     found = []
     for rule in RULES:
         shown_in = rule.shows(run)
         if shown_in:
-            words = {"title": rule.title, "steps": span(shown_in, rule.columns.split())}
-            found.append(words | {"meaning": rule.meaning, "remedy": rule.remedy, "page": rule.page})
+            finding = {"title": rule.title, "steps": span(shown_in, rule.columns.split())}
+            finding |= {"meaning": rule.meaning, "remedy": rule.remedy, "page": f"docs/{rule.page}"}
+            found.append(finding)
     return found
 
 
@@ -532,7 +540,19 @@ def span(rows, names):
 
 def findings(run_folder):
     """What the rules find in a run folder: the list of `diagnose`; UserError without metrics.csv."""
-    return diagnose(read_rows(run_folder), read_config(run_folder), read_tokens(run_folder))
+    config = read_json(Path(run_folder, "config.json"))
+    return diagnose(read_rows(run_folder), config, read_tokens(run_folder))
+
+
+def read_tokens(run_folder):
+    """tokens.jsonl.gz → its records, up to the first that is damaged; [] without the file."""
+    path = Path(run_folder, "tokens.jsonl.gz")
+    records = []
+    if path.is_file():
+        with contextlib.suppress(EOFError, OSError, ValueError, zlib.error), gzip.open(path, "rt") as f:
+            for line in f:
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def summary(run_folder):
@@ -552,6 +572,5 @@ def main(run_folder):
     print(visible(f"{run_folder}: {count}"))
     for i, finding in enumerate(found, start=1):
         print(f"\n{i}. {finding['title']}")
-        page = f"docs/{finding['page']}"
-        for words in (finding["steps"], finding["meaning"], f"Try: {finding['remedy']}", page):
+        for words in (finding["steps"], finding["meaning"], f"Try: {finding['remedy']}", finding["page"]):
             print(textwrap.fill(words, 80, initial_indent="   ", subsequent_indent="   "))

@@ -8,7 +8,8 @@ import re
 import statistics
 
 from nanorlhf.errors import require
-from nanorlhf.look.folder import read_config, read_rows
+from nanorlhf.hub.files import read_json
+from nanorlhf.run.folders import read_rows
 
 WORDS = {  # column of metrics.csv → what the y axis says; docs/00-notation.md has the rest
     "loss": "loss of the batch",
@@ -78,7 +79,7 @@ def main_plot(argv):
     parser.add_argument("--group", default="seeds", type=str.lower, choices=("seeds", "none"), help=seeds)
     parser.add_argument("--out", default="", help="the picture, without .png; else RUN/plot of the first")
     args = parser.parse_args(argv)
-    runs = {folder: (read_rows(folder), read_config(folder)) for folder in args.runs}
+    runs = {folder: (read_rows(folder), read_json(os.path.join(folder, "config.json"))) for folder in args.runs}
     measured = {name for rows, _ in runs.values() for row in rows for name in row if row[name] is not None}
     names = args.metric.split(",") if args.metric else [name for name in WORDS if name in measured]
     for name in names:

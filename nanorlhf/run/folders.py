@@ -172,6 +172,23 @@ def verify(folder):
             raise DamagedFile(f"{os.path.join(folder, name)}: wrong checksum, or missing")
 
 
+def read_rows(out):
+    """metrics.csv of a run folder → one dict a step, without the lines that a full disk cut short."""
+    path = Path(out, "metrics.csv")
+    require(path.is_file(), f"{path}: is no file")  # of a pipe or a device the end never comes
+    rows = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        columns = f.readline().rstrip("\n").split(",")
+        for line in f:
+            cells = line.rstrip("\n").split(",")
+            if len(cells) != len(columns):
+                continue
+            with contextlib.suppress(ValueError):  # a damaged line
+                numbers = [float(cell) if cell else None for cell in cells]
+                rows.append(dict(zip(columns, numbers)) | {"step": int(cells[0])})
+    return rows
+
+
 def take_lock(folder):
     """Lock a run folder → its file descriptor, to be closed. None where folders cannot be locked.
 

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from nanorlhf.errors import UserError, require, visible
 from nanorlhf.look import doctor
-from nanorlhf.look.folder import read_rows
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.run import dist
 from nanorlhf.run.cli import to_json
+from nanorlhf.run.folders import read_rows
 
 FILES = ("metrics.csv", "samples.jsonl")
 
