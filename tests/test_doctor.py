@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -233,6 +234,15 @@ def test_the_column_of_the_page_is_what_the_doctor_says():
     page = bench_doctor.PAGE.read_text(encoding="utf-8")
     assert bench_doctor.with_column(page) == page, "run python bench/doctor.py"
     assert page.count("| The advantage has the wrong sign; ") == 1
+
+
+def test_the_example_in_the_page(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs/reviews-ppo"
+    run.mkdir(parents=True)
+    shutil.copy(ROOT / "docs/data/ppo_beta0.csv", run / "metrics.csv")
+    monkeypatch.chdir(tmp_path)
+    look.main(["--doctor", "runs/reviews-ppo"])
+    assert f"```\n{capsys.readouterr().out}```" in (ROOT / "docs/reading-curves.md").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,9 @@ def main_plot(argv):
     parser.add_argument("--group", default="seeds", type=str.lower, choices=("seeds", "none"), help=seeds)
     parser.add_argument("--out", default="", help="the picture, without .png; else RUN/plot of the first")
     args = parser.parse_args(argv)
-    runs = {folder: (read_rows(folder), read_json(os.path.join(folder, "config.json"))) for folder in args.runs}
+    runs = {}
+    for folder in args.runs:
+        runs[folder] = (read_rows(folder), read_json(os.path.join(folder, "config.json")))
     measured = {name for rows, _ in runs.values() for row in rows for name in row if row[name] is not None}
     names = args.metric.split(",") if args.metric else [name for name in WORDS if name in measured]
     for name in names:
