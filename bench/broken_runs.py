@@ -10,6 +10,8 @@ model. A fault that no flag can make is a patch: every occurrence of a string in
 in a copy of the repository; the working tree is never touched.
 """
 
+import gzip
+import json
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from curves import DATA, GREY, IMG, RED, ROOT, column, pyplot, save_figure
+
+from nanorlhf.look.doctor import read_tokens
 
 GRPO = "train_grpo.py"
 
@@ -125,6 +129,16 @@ def run_all(faults, base, seed=0, keep=None):
             print(f"── {fault.name}: {fault.sees}", *told, sep="\n   ", flush=True)
             if keep and status == 0:
                 shutil.copy(base / fault.name / "metrics.csv", keep / f"broken_{fault.name}.csv")
+                if fault.name == "groups":
+                    keep_groups(base / fault.name, keep / "broken_groups")
+
+
+def keep_groups(run, folder):
+    """Of tokens.jsonl.gz the advantages of the groups at two steps: no column shows this fault."""
+    records = [record for record in read_tokens(run) if "groups" in record][:2]
+    lines = [json.dumps({name: record[name] for name in ("step", "groups")}) + "\n" for record in records]
+    folder.mkdir(exist_ok=True)
+    (folder / "tokens.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
 
 def draw(plt, wide=3):

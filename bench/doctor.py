@@ -11,7 +11,7 @@ import re
 import sys
 
 from broken_runs import FAULTS
-from curves import ROOT, rows_of
+from curves import DATA, ROOT, rows_of
 
 import train_grpo
 from nanorlhf.look import doctor
@@ -21,9 +21,10 @@ PAGE = ROOT / "docs/broken-runs.md"
 
 
 def of_fault(fault):
-    """The findings in docs/data/broken_NAME.csv: its flags are known, tokens.jsonl.gz is not kept."""
+    """The findings in docs/data/broken_NAME.csv, with what is kept of tokens.jsonl.gz where no column tells."""
     config = to_json(parse(train_grpo.Config, fault.flags.split()))
-    return doctor.diagnose(rows_of(f"broken_{fault.name}"), config)
+    tokens = doctor.read_tokens(DATA / f"broken_{fault.name}")
+    return doctor.diagnose(rows_of(f"broken_{fault.name}"), config, tokens)
 
 
 def with_column(page):
