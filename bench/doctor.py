@@ -21,7 +21,7 @@ PAGE = ROOT / "docs/broken-runs.md"
 
 
 def of_fault(fault):
-    """The findings in docs/data/broken_NAME.csv, with what is kept of tokens.jsonl.gz where no column tells."""
+    """The findings in docs/data/broken_NAME.csv, and in tokens.jsonl.gz where that is kept."""
     config = to_json(parse(train_grpo.Config, fault.flags.split()))
     tokens = doctor.read_tokens(DATA / f"broken_{fault.name}")
     return doctor.diagnose(rows_of(f"broken_{fault.name}"), config, tokens)

@@ -22,6 +22,7 @@ import train_sft
 from nanorlhf.errors import UserError
 from nanorlhf.look import __main__ as look
 from nanorlhf.look import doctor
+from nanorlhf.run import log
 from nanorlhf.run.cli import parse, to_json
 from nanorlhf.run.folders import read_rows
 
@@ -281,6 +282,20 @@ def test_a_healthy_folder(tmp_path, capsys):
     look.main(["--doctor", str(tmp_path / "run")])
     assert capsys.readouterr().out == f"{tmp_path}/run: nothing found\n"
     assert doctor.summary(tmp_path / "run") == "doctor: nothing found"
+
+
+def test_a_run_prints_its_first_finding_at_its_end(tmp_path, capsys, monkeypatch):
+    """As every trainer ends: its log is closed."""
+    monkeypatch.setattr(log, "plot_curves", lambda *args: None)
+    cfg = train_grpo.Config(out=str(tmp_path), steps=1)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(cfg)))
+    run = log.Log(cfg, train_grpo.COLUMNS, [], {"step": 0, "sizes": {}, "last": {}})
+    run.row(0, {"gap": 1e-6, "clip": 0.4, "dead": 0.9})
+    run.close(train_grpo.PANELS)
+    last_lines = capsys.readouterr().out.split("\n")[-3:]
+    command = f"python -m nanorlhf.look --doctor {tmp_path}"
+    title = "Too few samples a prompt: many groups are dead"
+    assert last_lines == [f"doctor: {title}", f"  2 findings: {command}", ""]
 
 
 def test_no_folder():

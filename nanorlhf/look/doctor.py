@@ -21,7 +21,7 @@ from nanorlhf.errors import visible
 from nanorlhf.hub.files import read_json
 from nanorlhf.run.folders import read_rows
 
-TREND = 10  # rows; of fewer, five fifths would have one row each, and a trend would be noise
+TREND = 10  # rows; in a shorter run a fifth would be one row, and a trend would be noise
 SURE = 4  # standard errors; three are passed by chance in one of 400 columns, four in one of 16,000
 LOG_2 = math.log(2)  # the loss of a pair of which nothing is known
 
@@ -149,7 +149,7 @@ def half_dead(run):
 def too_large(run):
     """The learning rate is still warming up. Default runs clip below 3%, with ratios below 1.7."""
     moved_far = run.start.clip > 0.05 or run.start.ratio_max > 2.2
-    return run.first(moved_far and run.start.gap < 1e-4)
+    return run.first(moved_far and not ratio_is_off(run) and not one_late(run))
 
 
 def not_log_2(run):
@@ -186,9 +186,17 @@ def overpays(run):
 
 
 def price(run):
-    """β·KL of the last fifth; 0 where no KL is charged."""
+    """β·KL of the last fifth, in units of the reward; 0 where no KL is charged.
+
+    In the loss it is weighed against advantages that most norms have divided by the rewards' deviation.
+    """
+    if run.flags.kl == "none":
+        return 0
     beta = run.late.beta if "beta" in run.late else run.flags.beta
-    return 0 if run.flags.kl == "none" else beta * run.late.kl
+    in_loss = run.flags.kl_in == "loss" or run.flags.kl == "exact"
+    if in_loss and run.flags.norm not in ("none", "leave_one_out"):
+        beta *= run.early.reward_se * math.sqrt(run.flags.prompts_per_step * run.flags.group_size)
+    return beta * run.late.kl
 
 
 def is_k1_in_loss(run):
@@ -555,21 +563,23 @@ def read_tokens(run_folder):
     return [record for record in records if isinstance(record, dict)]
 
 
+def counted(found):
+    return {0: "nothing found", 1: "1 finding"}.get(len(found), f"{len(found)} findings")
+
+
 def summary(run_folder):
     """What a trainer prints at its end: a line, and how to read on where there is something to read."""
     found = findings(run_folder)
     if not found:
-        return "doctor: nothing found"
-    more = f" (the first of {len(found)} findings)" if len(found) > 1 else ""
+        return f"doctor: {counted(found)}"
     command = f"python -m nanorlhf.look --doctor {run_folder}"
-    return visible(f"doctor: {found[0]['title']}{more}\n  {command}")
+    return visible(f"doctor: {found[0]['title']}\n  {counted(found)}: {command}")
 
 
 def main(run_folder):
     """Print the findings in a run folder within 80 columns. Nothing in them is an error of this program."""
     found = findings(run_folder)
-    count = {0: "nothing found", 1: "1 finding"}.get(len(found), f"{len(found)} findings")
-    print(visible(f"{run_folder}: {count}"))
+    print(visible(f"{run_folder}: {counted(found)}"))
     for i, finding in enumerate(found, start=1):
         print(f"\n{i}. {finding['title']}")
         for words in (finding["steps"], finding["meaning"], f"Try: {finding['remedy']}", finding["page"]):
