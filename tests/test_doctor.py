@@ -84,6 +84,7 @@ CASES = [  # rule, healthy curves that it begins with, columns that differ, flag
     ("not_as_sampled", "ppo", {"gap": 0.3}, {}),
     ("not_as_sampled", "grpo", {"gap": 0.7}, {"dtype": "bfloat16"}),
     ("not_the_reference", "ppo", {"kl": (0.2, 1.0)}, {}),
+    ("not_the_reference", "dpo", {"kl": (0.2, 1.0)}, {}),
     ("no_eos", "grpo", {"tok_s": [256 * (x - 1) for x in curve(6.0, 10.0)]}, {}),
     ("other_prompt", "grpo", {"reward": (0.12, 0.5)}, {}),
     ("half_dead", "grpo", {"dead": 0.6}, {}),
@@ -107,6 +108,8 @@ CASES = [  # rule, healthy curves that it begins with, columns that differ, flag
     ("collapsed", "grpo", {"reward": (0.9, 0.1), "entropy": 0.1, "eval/reward": 0.9,
                            "dead": [0.0] * 5 + [1.0] * (STEPS - 5)}, {}),
     ("held_back", "grpo", {"reward": 0.4, "kl": (0.0, 0.04)}, {"kl": "k2", "beta": 3.0}),
+    ("held_back", "ppo", {"reward": 0.4, "kl": (0.0, 0.04), "beta": 3.0}, {}),
+    ("nothing_to_select", "ppo", {"reward": 0.4, "kl": (0.0, 0.3)}, {}),
     ("nothing_to_select", "grpo", {"reward": 0.4, "kl": (0.0, 0.3)}, {}),
     ("never_ends", "ppo", {"stop": (1.0, 0.3)}, {}),
     ("shrinks", "ppo", {"len": (25.0, 4.0)}, {}),
@@ -156,6 +159,13 @@ def test_baseline_of_other_prompts_in_tokens():
     assert doctor.diagnose(rows(columns), config, [own]) == []
     (finding,) = doctor.diagnose(rows(columns), config, [own, other, {"step": 5, "held_out": []}])
     assert finding["title"] == "The baseline is that of other prompts" and finding["steps"] == "step 5"
+
+
+def test_bf16_is_no_fault():
+    columns, config = HEALTHY["ppo"]
+    noisy = columns | {"gap": 0.06, "kl": (-0.01, 1.0), "ratio_max": 1.3}
+    assert doctor.diagnose(rows(noisy), config | {"dtype": "bfloat16"}) == []
+    assert named(doctor.diagnose(rows(noisy), config)) == ["not_as_sampled"]
 
 
 def test_every_rule_has_a_case():
@@ -229,6 +239,30 @@ def test_over_optimisation(name, words):
     trainer = train_ppo if name.startswith("ppo") else train_dpo
     found = doctor.diagnose(rows_of(name), flags(trainer, words))
     assert named(found) == ["far_off"]
+
+
+KEPT = bench_doctor.kept()
+
+
+@pytest.mark.parametrize("run", KEPT, ids=lambda run: run["run"])
+def test_other_seeds(run):
+    """Runs of bench/results/doctor.jsonl.gz: default ones in sSEED/, broken ones in broken-SEED/."""
+    group, name = run["run"].split("/")
+    found = named(doctor.diagnose(run["rows"], run["config"]))
+    if group.startswith("broken") and name in CAUSES and name != "groups":
+        assert CAUSES[name] in found[:3]
+    else:
+        assert found == {"chain-sft-early": ["plateau"], "kl_k2_loss": ["held_back"]}.get(name, [])
+
+
+def test_five_seeds_of_every_trainer_are_kept():
+    runs = {run["run"] for run in KEPT}
+    names = [f"reviews-{method}" for method in ("sft", "rm", "ppo", "dpo")]
+    names += [f"chain-{method}" for method in ("sft", "ppo", "grpo", "distill")]
+    assert {f"s{seed}/{name}" for seed in range(5) for name in names} <= runs
+    for run in KEPT:
+        default = run["run"].startswith("s") and run["config"]["steps"] == len(run["rows"])
+        assert default or run["run"].startswith("broken"), run["run"]
 
 
 def test_the_column_of_the_page_is_what_the_doctor_says():

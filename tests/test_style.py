@@ -90,9 +90,12 @@ def test_size_of_each_trainer(name):
 
 @counted_alike
 def test_size_of_floor_and_core():
-    """The core was to have 84,000. GGUF, distillation with its JSD and the exact KL brought it above."""
+    """The core was to have 84,000. GGUF, distillation with its JSD and the exact KL brought it to 90,100.
+
+    The doctor has 3,200: 36 rules of 50 tokens, and 16 for the words of each. Plots of many runs have 1,100.
+    """
     assert total(READING)["tokens"] <= 36_000
-    assert total(CORE)["tokens"] <= 90_100
+    assert total(CORE)["tokens"] <= 94_500
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
