@@ -509,7 +509,7 @@ RULES = [
          "01-sft.md"),
     Rule(own_prefixes, "kl", "The student is lost on its own prefixes",
          "The KL falls on the teacher's texts and not on the student's.",
-         "--on_policy 1.",
+         "--on_policy true.",
          "07-distill.md"),
 ]  # fmt: skip
 
