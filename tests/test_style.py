@@ -95,7 +95,7 @@ def test_size_of_floor_and_core():
     The doctor has 3,200: 36 rules of 50 tokens, and 16 for the words of each. Plots of many runs have 1,100.
     """
     assert total(READING)["tokens"] <= 36_000
-    assert total(CORE)["tokens"] <= 94_500
+    assert total(CORE)["tokens"] <= 94_600
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
