@@ -2,6 +2,7 @@
 
     python bench/broken_runs.py                 all of them anew, and the picture: three CPU minutes, seed 0
     python bench/broken_runs.py sign late       those two alone, into runs/broken/; docs/ stays as it is
+    python bench/broken_runs.py --seed 3        all of them with another seed, into runs/broken-3/
     python bench/broken_runs.py --draw          the picture alone
 
 The right run beside them is docs/data/chain_grpo.csv, of bench/curves.py. Each is GRPO on chain from one SFT
@@ -9,6 +10,8 @@ model. A fault that no flag can make is a patch: every occurrence of a string in
 in a copy of the repository; the working tree is never touched.
 """
 
+import gzip
+import json
 import shutil
 import subprocess
 import sys
@@ -17,7 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from curves import DATA, GREY, IMG, RED, ROOT, column
+from curves import DATA, GREY, IMG, RED, ROOT, column, pyplot, save_figure
+
+from nanorlhf.look.doctor import read_tokens
 
 GRPO = "train_grpo.py"
 
@@ -88,16 +93,17 @@ def copy(root):
         shutil.copy(path, root)
 
 
-def python(root, command, out):
+def python(root, command, out, seed):
     """Run a trainer of the repository at `root` → exit status, the lines of its output that matter."""
-    argv = [sys.executable, *command.split(), *"--seed 0 --threads 1 --overwrite --out".split(), str(out)]
+    argv = [sys.executable, *command.split(), "--seed", str(seed), "--out", str(out)]
+    argv += ["--threads", "1", "--overwrite"]
     done = subprocess.run(argv, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = done.stdout.splitlines()
     told = [line for line in lines if line.startswith(("health", "  !!", "held out"))]
     return done.returncode, told + (lines[-3:] if done.returncode else [])
 
 
-def run(fault, base):
+def run(fault, base, seed):
     """Plant the fault in a copy, run it → exit status and lines, as `python` returns them."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -108,20 +114,31 @@ def run(fault, base):
             if source not in text:
                 sys.exit(f"{fault.name}: {file} does not hold {source!r}; mend the table")
             (root / file).write_text(text.replace(source, replacement), "utf-8")
-        return python(root, f"{GRPO} --init {base / fault.start / 'model'} {fault.flags}", base / fault.name)
+        command = f"{GRPO} --init {base / fault.start / 'model'} {fault.flags}"
+        return python(root, command, base / fault.name, seed)
 
 
-def run_all(faults, base, keep=None):
+def run_all(faults, base, seed=0, keep=None):
     """The SFT models, then the faults, two at a time; each metrics.csv goes into the folder `keep`."""
     for name, steps in {f.start: "--steps 100" if "early" in f.start else "" for f in faults}.items():
         if not (base / name / "model").exists():
             print(f"── {name}", flush=True)
-            python(ROOT, f"train_sft.py --task chain {steps}", base / name)
+            python(ROOT, f"train_sft.py --task chain {steps}", base / name, seed)
     with ThreadPoolExecutor(2) as pool:
-        for fault, (status, told) in zip(faults, pool.map(lambda f: run(f, base), faults)):
+        for fault, (status, told) in zip(faults, pool.map(lambda f: run(f, base, seed), faults)):
             print(f"── {fault.name}: {fault.sees}", *told, sep="\n   ", flush=True)
             if keep and status == 0:
                 shutil.copy(base / fault.name / "metrics.csv", keep / f"broken_{fault.name}.csv")
+                if fault.name == "groups":
+                    keep_groups(base / fault.name, keep / "broken_groups")
+
+
+def keep_groups(run, folder):
+    """Of tokens.jsonl.gz the advantages of the groups at two steps: no column shows this fault."""
+    records = [record for record in read_tokens(run) if "groups" in record][:2]
+    lines = [json.dumps({name: record[name] for name in ("step", "groups")}) + "\n" for record in records]
+    folder.mkdir(exist_ok=True)
+    (folder / "tokens.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
 
 def draw(plt, wide=3):
@@ -149,16 +166,16 @@ def draw(plt, wide=3):
 
 
 def main(words):
-    from nanorlhf.look.plots import pyplot, save_figure
-
     every = {f.name: f for f in (*RIGHT, *FAULTS)}
+    if words[:1] == ["--seed"] and len(words) == 2 and words[1].isdecimal():
+        return run_all(list(every.values()), ROOT / f"runs/broken-{words[1]}", int(words[1]))
     if words != ["--draw"] and not set(words) <= set(every):
         sys.exit(f"{__doc__}\nthe names: {' '.join(every)}")
     if words and words != ["--draw"]:
         return run_all([every[w] for w in words], ROOT / "runs/broken")
     if not words:
         with tempfile.TemporaryDirectory() as folder:
-            run_all(list(every.values()), Path(folder), DATA)
+            run_all(list(every.values()), Path(folder), keep=DATA)
     plt = pyplot()
     if plt is not None:
         save_figure(draw(plt), str(IMG / "broken.png"))

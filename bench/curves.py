@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA, IMG, BENCH = ROOT / "docs/data", ROOT / "docs/img", ROOT / "bench/results"
 sys.path.insert(0, str(ROOT))
 
+from nanorlhf.look.plots import compare, pyplot, save_figure  # noqa: E402
+
 # name of the CSV → the command; {name} stands for the run folder of an earlier one
 RUNS = {
     "sft": "train_sft.py",
@@ -96,6 +98,13 @@ def column(name, key, x="step", folder=DATA):
     return [list(side) for side in zip(*points)]
 
 
+def rows_of(name):
+    """A CSV of docs/data → one dict a step, None where nothing was measured."""
+    with open(DATA / f"{name}.csv", newline="") as f:
+        rows = [{key: float(x) if x else None for key, x in row.items()} for row in csv.DictReader(f)]
+    return [row | {"step": int(row["step"])} for row in rows]
+
+
 def panels(plt, high, wide, *titles):
     size = (4.2 * wide, 2.9 * high)
     fig, axes = plt.subplots(high, wide, figsize=size, layout="constrained", squeeze=False)
@@ -131,16 +140,8 @@ def draw_rm(plt):
 
 
 def draw_ppo(plt):
-    keys = ("reward", "kl", "entropy", "len", "clip", "explained_var")
-    titles = ("reward (proxy)", "kl, nats per sequence", "entropy, nats per token", "len, tokens",
-              "clip, share of tokens", "explained_var")
-    fig, axes = panels(plt, 2, 3, *titles)
-    for ax, key in zip(axes, keys):
-        ax.plot(*column("ppo", key), color=BLUE, label="β = 0.3")
-        ax.plot(*column("ppo_beta0", key), color=RED, label="β = 0")
-    axes[0].legend()
-    axes[1].set_yscale("symlog", linthresh=10)
-    return fig
+    groups = {"β = 0.3": [rows_of("ppo")], "β = 0": [rows_of("ppo_beta0")]}
+    return compare(groups, ["reward", "kl", "entropy", "len", "clip", "explained_var"])
 
 
 def draw_overoptimisation(plt):
@@ -244,8 +245,6 @@ def draw_reading(plt):
 
 
 def main():
-    from nanorlhf.look.plots import pyplot, save_figure
-
     if sys.argv[1:] not in ([], ["--run"]):
         sys.exit(__doc__)
     if sys.argv[1:]:

@@ -13,7 +13,7 @@ import torch
 
 from nanorlhf import exact, hub, tasks
 from nanorlhf.errors import derive_seed
-from nanorlhf.look.plots import pyplot, save_figure
+from nanorlhf.look.plots import mean_ci, pyplot, save_figure
 from nanorlhf.rewards import fresh_samples, score_responses
 from nanorlhf.run.log import read_rows
 
@@ -21,9 +21,6 @@ try:
     import fcntl
 except ImportError:  # Windows: two processes may then train the same stage; the first to end is kept
     fcntl = None
-
-# 97.5% quantiles of Student's t with n − 1 degrees of freedom, for n = 2 … 10 values
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 # ------------------------------------------------------------------------------------------------------------
 # stages
@@ -155,14 +152,6 @@ def by_seed(rows, column, **conditions):
         if r.get(column) is not None:
             found.setdefault(r["seed"], []).append(r[column])
     return [statistics.mean(found[seed]) for seed in sorted(found)]
-
-
-def mean_ci(x):
-    """Mean, and half the width of its 95% interval by Student's t; nan for a single value."""
-    if len(x) < 2:
-        return (x[0] if x else math.nan), math.nan
-    quantile = T975[min(len(x), 10) - 2]  # from 11 values on a little too wide
-    return statistics.mean(x), quantile * statistics.stdev(x) / math.sqrt(len(x))
 
 
 def paired(a, b):

@@ -15,6 +15,7 @@ import torch
 import labs
 import train_sft
 from labs import common, curriculum, nplus, overoptimization, run
+from nanorlhf.look.plots import T975
 
 HERE = Path(labs.__file__).parent
 PUBLISHED = sorted(p.name for p in (HERE / "results").glob("*"))
@@ -120,7 +121,7 @@ def test_a_smoke_run_and_a_changed_statistic_are_named():
     assert run.said(changed | {"smoke": True}) == "smoke run, no evidence, 4.2 CPU-min"
 
 
-@pytest.mark.parametrize("n, quantile", list(enumerate(common.T975, start=2)))
+@pytest.mark.parametrize("n, quantile", list(enumerate(T975, start=2)))
 def test_quantiles_of_students_t(n, quantile):
     df, x = n - 1, torch.linspace(0, quantile, 100_001, dtype=torch.float64)
     scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)

@@ -1,5 +1,7 @@
 """The figures of a run: ticks at whole steps, KL readable to a nat, axes named in words."""
 
+import json
+
 import matplotlib.pyplot as plt
 import pytest
 
@@ -11,6 +13,8 @@ import train_ppo
 import train_prm
 import train_rm
 import train_sft
+from nanorlhf.errors import UserError
+from nanorlhf.look import __main__ as look
 from nanorlhf.look import plots
 from nanorlhf.run.log import read_rows
 
@@ -86,3 +90,70 @@ def test_report(tmp_path, monkeypatch):
     assert "gold: the hidden judge's" in legend.get_title().get_text()
     ticks = inside(titles["KL to the SFT model"].yaxis)
     assert ticks[:11] == list(range(11)) and ticks[11:] == [20, 50, 100]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# many runs
+
+
+def run_folder(path, columns, steps, config, value):
+    table(path, columns, steps, value)
+    (path.parent / "config.json").write_text(json.dumps(config))
+    return str(path.parent)
+
+
+@pytest.fixture
+def six_runs(tmp_path):
+    """Two values of --beta, three seeds each; a value is seed + step, and each starts from its seed's SFT."""
+    folders = []
+    for beta in (0.0, 0.3):
+        for seed in (0, 3, 10):
+            name = tmp_path / f"beta{beta}-{seed}"
+            config = {"seed": seed, "out": str(name), "init": f"runs/s{seed}/sft/model", "beta": beta}
+            columns = ["step", "reward", "kl"]
+            path = name / "metrics.csv"
+            folders.append(run_folder(path, columns, 4, config, lambda step, seed=seed: float(seed + step)))
+    return folders
+
+
+def test_runs_that_differ_by_seed_are_one_curve(six_runs, tmp_path):
+    """The oracle by hand: mean of 0, 3, 10 is 13/3; their deviation 5.13; t = 4.303: ± 12.75."""
+    runs = {folder: (read_rows(folder), plots.read_json(f"{folder}/config.json")) for folder in six_runs}
+    groups = plots.group_runs(runs)
+    assert list(groups) == ["beta 0.0 (3 seeds)", "beta 0.3 (3 seeds)"]
+    fig = plots.compare(groups, ["reward", "kl"])
+    plt.close(fig)
+    line = fig.axes[0].lines[0]
+    assert line.get_ydata() == pytest.approx([13 / 3 + t for t in range(4)])
+    band = fig.axes[0].collections[0].get_paths()[0].get_extents()
+    assert (band.y0, band.y1) == pytest.approx((13 / 3 - 12.75, 13 / 3 + 3 + 12.75), abs=0.01)
+    assert [ax.get_title() for ax in fig.axes if ax.lines] == ["reward", "kl"]
+
+
+def test_grouping_off_and_unlike_runs(six_runs):
+    """Each run alone is told apart by its folder; other flags, or no config.json, are no seeds."""
+    runs = {folder: (read_rows(folder), plots.read_json(f"{folder}/config.json")) for folder in six_runs}
+    assert len(plots.group_runs(runs, by_seed=False)) == 6
+    bare = {folder: (rows, {}) for folder, (rows, _) in runs.items()}
+    assert list(plots.group_runs(bare)) == six_runs
+    assert plots.without_seed({"seed": 12, "init": "a/s12/b"}) == {"init": "a/s#/b"}
+    assert plots.without_seed({"seed": 1, "init": "a/sft-100"}) == {"init": "a/sft-100"}  # 1 is not in 100
+
+
+def test_steps_that_not_all_runs_have(tmp_path):
+    """A run that was stopped: the mean is drawn where there are values of all."""
+    long = [{"step": t, "kl": 1.0} for t in range(9)]
+    fig = plots.compare({"a": [long, long[:3]]}, ["kl"])
+    plt.close(fig)
+    assert list(fig.axes[0].lines[0].get_xdata()) == [0, 1, 2]
+
+
+def test_plot_from_the_command_line(six_runs, tmp_path, capsys):
+    look.main(["--plot", *six_runs[:2], "--metric", "reward,kl", "--out", str(tmp_path / "both")])
+    assert capsys.readouterr().out.split() == [f"{tmp_path}/both.png", f"{tmp_path}/both.svg"]
+    assert (tmp_path / "both.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (tmp_path / "both.svg").read_text()
+    with pytest.raises(UserError, match=r"--metric rewards: not measured; there are kl, reward, step"):
+        look.main(["--plot", six_runs[0], "--metric", "rewards"])
+    with pytest.raises(UserError, match="--doctor RUN"):
+        look.main(["--plots", six_runs[0]])

@@ -1,8 +1,15 @@
-"""Figures: the curves of a run, drawn with matplotlib where it is installed."""
+"""Figures: the curves of a run, and of many, drawn with matplotlib where it is installed."""
 
+import argparse
 import functools
 import math
 import os
+import re
+import statistics
+
+from nanorlhf.errors import require
+from nanorlhf.hub.files import read_json
+from nanorlhf.run.folders import read_rows
 
 WORDS = {  # column of metrics.csv → what the y axis says; docs/00-notation.md has the rest
     "loss": "loss of the batch",
@@ -19,6 +26,9 @@ WORDS = {  # column of metrics.csv → what the y axis says; docs/00-notation.md
     "gnorm": "gradient norm",
     "lr": "learning rate",
 }
+NO_MATTER = ("out", "overwrite", "resume", "new_data", "wandb", "threads")  # flags that move no curve
+# Student's t at 97.5% for 2 to 10 values; T975[0] belongs to two.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def plot_curves(out, rows, panels):
@@ -28,12 +38,8 @@ def plot_curves(out, rows, panels):
         return
     panels = [panel if isinstance(panel, tuple) else (panel,) for panel in panels]
     panels = [panel for panel in panels if any(row.get(name) is not None for row in rows for name in panel)]
-    n_high = max(1, math.ceil(len(panels) / 3))
-    size = (12, 2.8 * n_high)
-    fig, axes = plt.subplots(n_high, 3, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(panels) :]:
-        ax.axis("off")
-    for ax, panel in zip(axes.flat, panels):
+    fig, axes = grid(plt, len(panels))
+    for ax, panel in zip(axes, panels):
         for name in panel:
             measured = [row for row in rows if row.get(name) is not None]
             steps = [row["step"] for row in measured]
@@ -47,6 +53,127 @@ def plot_curves(out, rows, panels):
         if len(panel) > 1:
             ax.legend()
     save_figure(fig, os.path.join(out, "curves.png"))
+
+
+def grid(plt, n):
+    """→ a figure, and axes for n panels, three in a row."""
+    n_high = max(1, math.ceil(n / 3))
+    size = (12, 2.8 * n_high)
+    fig, axes = plt.subplots(n_high, 3, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[n:]:
+        ax.axis("off")
+    return fig, list(axes.flat[:n])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# many runs
+
+
+def main_plot(argv):
+    """python -m nanorlhf.look --plot RUN RUN ...: one panel a metric, one curve a run or a group of seeds."""
+    about = "Draw metrics of several runs: the mean over seeds, with its 95% interval."
+    parser = argparse.ArgumentParser(prog="python -m nanorlhf.look --plot", description=about)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--metric", default="", help="columns of metrics.csv, such as reward,kl; else many")
+    seeds = "seeds: runs that differ by --seed alone are one curve; none: each run is one"
+    parser.add_argument("--group", default="seeds", type=str.lower, choices=("seeds", "none"), help=seeds)
+    parser.add_argument("--out", default="", help="the picture, without .png; else RUN/plot of the first")
+    args = parser.parse_args(argv)
+    runs = {}
+    for folder in args.runs:
+        runs[folder] = (read_rows(folder), read_json(os.path.join(folder, "config.json")))
+    measured = {name for rows, _ in runs.values() for row in rows for name in row if row[name] is not None}
+    names = args.metric.split(",") if args.metric else [name for name in WORDS if name in measured]
+    for name in names:
+        require(name in measured, f"--metric {name}: not measured; there are {', '.join(sorted(measured))}")
+    if pyplot() is None:
+        return
+    fig = compare(group_runs(runs, args.group == "seeds"), names)
+    base = args.out.removesuffix(".png") or os.path.join(args.runs[0], "plot")
+    for path in (f"{base}.png", f"{base}.svg"):
+        save_figure(fig, path)
+        if os.path.isfile(path):
+            print(path)
+
+
+def group_runs(runs, by_seed=True):
+    """{folder: (rows, config)} → {label: the rows of each run in a group}.
+
+    by_seed: runs whose flags are equal but for --seed are one group. Paths that hold the run's own seed, such
+    as runs/seed3/sft/model, count as equal. A label has the flags that differ between the groups, or the
+    folder where none do, or more than four.
+    """
+    groups = {}
+    for folder, (rows, config) in runs.items():
+        flags = without_seed(config)
+        key = str(sorted(flags.items())) if by_seed and config else folder
+        groups.setdefault(key, []).append((folder, rows, flags))
+    first_runs = [members[0] for members in groups.values()]
+    differ = differing([flags for _, _, flags in first_runs])
+    labelled = {}
+    for members in groups.values():
+        folder, _, flags = members[0]
+        words = ", ".join(f"{name} {flags[name]}" for name in differ)
+        label = words if 0 < len(differ) <= 4 else folder
+        if label in labelled:  # with --group none two runs may differ by their seed alone
+            label = folder
+        if len(members) > 1:
+            label += f" ({len(members)} seeds)"
+        labelled[label] = [rows for _, rows, _ in members]
+    return labelled
+
+
+def without_seed(config):
+    """The flags that decide a curve, the run's own seed in a path replaced by #."""
+    seed = rf"(?<!\d){config.get('seed')}(?!\d)"
+    flags = {name: value for name, value in config.items() if name not in (*NO_MATTER, "seed")}
+    paths = [name for name, value in flags.items() if isinstance(value, str) and os.sep in value]
+    return flags | {name: re.sub(seed, "#", flags[name]) for name in paths}
+
+
+def differing(configs):
+    """Names of the flags that all of them have and that are not the same in all."""
+    common = [name for name in configs[0] if all(name in flags for flags in configs)]
+    return [name for name in common if any(flags[name] != configs[0][name] for flags in configs)]
+
+
+def mean_ci(x):
+    """Mean, and half the width of its 95% interval by Student's t; nan for a single value."""
+    if len(x) < 2:
+        return (x[0] if x else math.nan), math.nan
+    quantile = T975[min(len(x), 10) - 2]  # from 11 values on a little too wide
+    return statistics.mean(x), quantile * statistics.stdev(x) / math.sqrt(len(x))
+
+
+def compare(groups, names):
+    """{label: [rows of a run, ...]} and columns → a figure: a panel a column, a curve a label.
+
+    Of several runs the curve is their mean, and the band its 95% interval, at steps that all have measured.
+    """
+    fig, axes = grid(pyplot(), len(names))
+    for ax, name in zip(axes, names):
+        for label, runs in groups.items():
+            curves = [{row["step"]: row[name] for row in rows if row.get(name) is not None} for rows in runs]
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            found = [mean_ci([curve[step] for curve in curves]) for step in steps]
+            means = [mean for mean, _ in found]
+            (drawn,) = ax.plot(steps, means, label=label, marker="." if len(steps) < 15 else None)
+            if len(runs) > 1:
+                low = [mean - half for mean, half in found]
+                high = [mean + half for mean, half in found]
+                ax.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.2, lw=0)
+        ax.set(title=name, xlabel="step", ylabel=WORDS.get(name, name))
+        ax.grid(alpha=0.25)
+        ax.locator_params(axis="x", integer=True, min_n_ticks=1)
+        if name == "kl":
+            nats(ax)
+    if len(groups) > 1:
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return fig
+
+
+# ------------------------------------------------------------------------------------------------------------
+# drawing
 
 
 def nats(ax):

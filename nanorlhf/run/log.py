@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanorlhf.errors import UserError, reason_of, require, visible
-from nanorlhf.look import page
+from nanorlhf.look import doctor, page
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.look.tokens import FILE, TokenLog
 from nanorlhf.run import dist, pulse
@@ -157,7 +157,7 @@ class Log:
         self._append("samples.jsonl", "".join(lines))
 
     def close(self, panels=()):
-        """End the bar, read the rows of the whole run, draw curves.png with these panels, write look.html."""
+        """End the bar, read the rows of the run, draw curves.png, write look.html, ask the doctor."""
         self.bar.close()
         pulse.end()
         if panels and self.writes:
@@ -167,6 +167,7 @@ class Log:
                 page.write([self.out])
             except (OSError, ValueError, LookupError, TypeError, UserError) as e:  # a log that was damaged
                 print(f"warning: {self.out}/look.html could not be written ({reason_of(e)})")
+            print(doctor.summary(self.out))
         if self.wandb:
             self.wandb.finish()
 
