@@ -158,7 +158,7 @@ def test_every_command_parses(page):
 
 @each_page
 def test_every_example_prints_what_the_page_says(page, capsys):
-    """A python block right before a text block is run and prints it. The blocks of a page share their names."""
+    """A python block right before a text block is run and prints it. A page's blocks share their names."""
     names = {}
     pattern = r"^```python\n(.*?)^```\n```text\n(.*?)^```"
     for code, output in re.findall(pattern, read(page), flags=re.M | re.S):
