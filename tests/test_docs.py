@@ -158,10 +158,11 @@ def test_every_command_parses(page):
 
 @each_page
 def test_every_example_prints_what_the_page_says(page, capsys):
-    """A python block right before a text block is run; its output is the text block."""
+    """A python block right before a text block is run and prints it. A page's blocks share their names."""
+    names = {}
     pattern = r"^```python\n(.*?)^```\n```text\n(.*?)^```"
     for code, output in re.findall(pattern, read(page), flags=re.M | re.S):
-        exec(code, {})
+        exec(code, names)
         assert capsys.readouterr().out == output
 
 
