@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ triton_decode = pytest.importorskip("nanorlhf.kernels.triton_decode", reason="tr
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, interpreter]
 
 
 def operands(B, H, KV, hd, T, seed=0, std=1.0, dtype=torch.float32):

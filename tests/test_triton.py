@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import Watch, close, differentiate, operands
+from helpers import Watch, close, differentiate, interpreter, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ INF = float("inf")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # at numbers that tl.where discards
     pytest.mark.gpu,
+    interpreter,
 ]
 designs = pytest.mark.parametrize("design", ["fused", "stored"])
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
