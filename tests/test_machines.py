@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import session
 import torch
-from mac import OnMac, pretended
+from fake_device import OnDevice, pretended
 from runs import metrics
 from stages import TRAINERS, jsonl
 
@@ -41,7 +41,7 @@ def test_the_pretended_mac_refuses_float64_on_its_gpu_alone():
             with pytest.raises(TypeError, match="float64"):
                 refused()
         assert x.cpu().double().sum() == 6 and type(x.to("cpu")) is torch.Tensor
-        assert isinstance(torch.ones(1).to("mps"), OnMac)
+        assert isinstance(torch.ones(1).to("mps"), OnDevice)
         assert layer.weight.grad.tolist() == [[3.0, 3.0]]
 
 
