@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from nanorlhf import kernels
+
 try:
     from triton.runtime.interpreter import InterpretedFunction
 except ImportError:
@@ -349,9 +351,22 @@ CUDA = {
 }
 
 
+def without_triton(real):
+    """kernels._backend that takes plain torch where a GPU takes Triton: the interpreter is slow."""
+
+    def backend(name, *tensors):
+        return real(name or "torch", *tensors)
+
+    return backend
+
+
 @contextlib.contextmanager
-def pretended(kind="mps"):
-    """Inside, --device auto takes the device of this kind, "cuda" or "mps"."""
+def pretended(kind, triton=True):
+    """Inside, --device auto takes the device of this kind, "cuda" or "mps".
+
+    triton: on "cuda", kernels run in Triton's interpreter, seconds for a step of a tiny trainer; without it
+    in plain torch.
+    """
     global place
     there = torch.backends.mps if kind == "mps" else torch.cuda
     patches = [mock.patch.object(there, "is_available", lambda: True)]
@@ -359,6 +374,8 @@ def pretended(kind="mps"):
         patches = [mock.patch.multiple(torch.cuda, **CUDA)]
         if InterpretedFunction is not None:
             patches.append(mock.patch.object(InterpretedFunction, "run", launch(InterpretedFunction.run)))
+        if not triton:
+            patches.append(mock.patch.object(kernels, "_backend", without_triton(kernels._backend)))
     swap = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # a Parameter's data cannot change its class
     with contextlib.ExitStack() as stack:
