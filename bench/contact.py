@@ -1,16 +1,16 @@
 """First contact with a GPU: is it right, does it run, how fast is it? At most ten minutes, in this order.
 
-    python -m bench contact             on the GPU; results in out/contact: results.jsonl, and a log per step
+    python -m bench contact             on the GPU; out/contact gets results.jsonl, and a log per step
     python -m bench contact --fake      on a CPU, at toy sizes, with the pretended GPU of tests/fake_device.py
     python -m bench contact --only tokens     the steps whose name has this in it
     python -m bench contact --overwrite       from the start; without it, steps that are done are not repeated
 
     kernels   both designs, forward and backward, bf16, fp16 and fp32, on 12 shapes, against float64
     trainers  two steps of every trainer in fp32 and bf16, then evaluate.py and sample.py
-    tokens    greedy tokens on the GPU and on the CPU; the same rows with graphs, without, and through few slots
+    tokens    greedy tokens on the GPU and on the CPU; the same rows with graphs, without, through few slots
     chain     20 steps of GRPO on `chain`: the rewards of the CPU, within their noise
     roofline  what the card does at most: a copy, a matmul
-    timings   the rows of `python -m bench --gpu` in order of value, as many as the time that is left allows
+    timings   the rows of `python -m bench --gpu`, the most telling first, as many as fit
 
 Every step is a process of its own with a time limit: an illegal address ends one step and not the others.
 Every check is one JSON line {"step", "row", "value", "unit", "bound", "ok", ...}; ok is null for a figure
@@ -113,7 +113,9 @@ def summary(rows):
         value = row.get("value")
         figure = "" if value is None else f"{value:.4g} {row.get('unit', '')}"
         error = row.get("error", "")
-        lines.append(f"{mark:4} {row['step']:9} {row['row'][:60]:60} {figure:>16} {bound:15} {error[:90]}".rstrip())
+        lines.append(
+            f"{mark:4} {row['step']:9} {row['row'][:60]:60} {figure:>16} {bound:15} {error[:90]}".rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -157,7 +159,8 @@ SHAPES = [  # N, D, V, dtype, design (None: by the rule), bias
     (200, 768, 50257, BF, None, False), (1500, 768, 50257, BF, None, False),  # from 1,024 rows on tuned
     (300, 1000, 5003, BF, None, False), (2048, 96, 544, BF, None, True), (1024, 1024, 50304, BF, None, False),
     (700, 768, 50257, FP, None, False), (200, 768, 5003, FP, "fused", False),
-    (1500, 2048, 50257, BF, None, False), (300, 4096, 50257, BF, None, False), (1100, 768, 5003, HALF, None, False),
+    (1500, 2048, 50257, BF, None, False), (300, 4096, 50257, BF, None, False),
+    (1100, 768, 5003, HALF, None, False),
 ]  # fmt: skip
 TINY_SHAPES = [(17, 32, 101, BF, None, True), (9, 48, 70, FP, None, False), (9, 32, 70, FP, "fused", False)]
 KL_SHAPES = [(1200, 768, 50257, BF), (300, 256, 5003, FP)]
@@ -184,7 +187,11 @@ def kernels(step):
 
     def logprob(N, D, V, dtype, design, with_bias):
         x, w, y, up = operands(N, D, V, dtype)
-        bias = torch.randn(V, generator=torch.Generator().manual_seed(2)).to("cuda", dtype) if with_bias else None
+        bias = (
+            torch.randn(V, generator=torch.Generator().manual_seed(2)).to("cuda", dtype)
+            if with_bias
+            else None
+        )
         wide = [t.double().requires_grad_() for t in (x, w)]
         want = reference.linear_logprob(*wide, y, 0.9, None if bias is None else bias.double())
         wants = torch.autograd.grad(want, wide, list(up.double()))
@@ -202,7 +209,9 @@ def kernels(step):
                 got = kernels.linear_logprob(*leaves, y, 0.9, bias=bias, backend="triton")
                 grads = torch.autograd.grad(got, leaves, list(up))
             else:
-                total, _, *got = kernels.linear_logprob(*leaves, y, 0.9, bias=bias, backend="triton", loss=loss)
+                total, _, *got = kernels.linear_logprob(
+                    *leaves, y, 0.9, bias=bias, backend="triton", loss=loss
+                )
                 grads = torch.autograd.grad(total, leaves)
             torch.cuda.synchronize()
             first_call = round(time.monotonic() - start, 2)  # with compiling and tuning
@@ -225,7 +234,9 @@ def kernels(step):
             got = kernels.linear_kl(*leaves, rx, rw, 1.0, reverse, backend="triton")
             grads = torch.autograd.grad(got, leaves, up[0])
             name = f"{'reverse ' if reverse else ''}KL {N} × {D} × {V} {str(dtype)[6:]}"
-            step.say(name, ((got.double() - want).abs() / want.abs().clamp(min=1)).max().item(), "relative", 1e-4)
+            step.say(
+                name, ((got.double() - want).abs() / want.abs().clamp(min=1)).max().item(), "relative", 1e-4
+            )
             for what, a, b in zip(("dhidden", "dweight"), grads, wants):
                 step.say(f"{what} {name}", apart(a, b), "relative", 1e-4 if dtype == torch.float32 else 1e-2)
 
@@ -243,7 +254,9 @@ def trainers(step):
     import evaluate
     import sample
 
-    made = stages.Stages(os.path.join(step.folder, "stages"))  # on the CPU
+    data = os.path.join(step.folder, "stages")
+    os.makedirs(data, exist_ok=True)
+    made = stages.Stages(data)  # on the CPU
     for dtype in ("float32", "bfloat16"):
         for trainer in stages.TRAINERS:
             name = trainer.__name__
@@ -276,7 +289,10 @@ def tokens(step):
     size = dict(n_layer=2, n_head=4, d_model=64, max_len=160)
     if step.fake:
         size |= dict(n_layer=1, n_head=2, d_model=32, max_len=32)
-    styles = {"gpt2": GPTConfig.gpt2(101, **size), "llama": GPTConfig.llama(101, n_kv_head=2, tied=False, **size)}
+    styles = {
+        "gpt2": GPTConfig.gpt2(101, **size),
+        "llama": GPTConfig.llama(101, n_kv_head=2, tied=False, **size),
+    }
     g = torch.Generator().manual_seed(3)
     lengths = (1, 5, 3) if step.fake else (1, 5, 9, 30, 5, 2, 17, 3)
     prompts = [torch.randint(1, 100, (n,), generator=g).tolist() for n in lengths]
@@ -300,7 +316,9 @@ def tokens(step):
                 # fp32 rounding may turn a draw on an edge, and all that follow in its row
                 step.say(f"{name}: rows equal to the CPU's", share(got, want), "share", 0.9, at_least=True)
                 few = generate(gpu, prompts, temperature=temperature, slots=2, **args)
-                step.say(f"{name}: rows equal through two slots", share(few, got), "share", 0.9, at_least=True)
+                step.say(
+                    f"{name}: rows equal through two slots", share(few, got), "share", 0.9, at_least=True
+                )
                 with mock.patch.object(slots.Slots, "run", slots.Slots.step):
                     eager = generate(gpu, prompts, temperature=temperature, **args)
                 step.say(f"{name}: rows equal without graphs", share(eager, got), "share", 1.0, at_least=True)
@@ -314,14 +332,21 @@ def tokens(step):
 
 
 def chain(step):
+    from unittest import mock
+
     import train_grpo
     import train_sft
 
-    sft = dict(task="chain", out=os.path.join(step.folder, "runs", "chain-sft"), device="cpu", overwrite=True)
-    grpo = dict(task="chain", init=f"{sft['out']}/model", steps=20, overwrite=True, save_every=0, eval_prompts=8)
+    sft = dict(
+        task="chain", out=os.path.join(step.folder, "runs", "chain-sft"), device="cuda", overwrite=True
+    )
+    grpo = dict(
+        task="chain", init=f"{sft['out']}/model", steps=20, overwrite=True, save_every=0, eval_prompts=8
+    )
     if step.fake:
         sft |= dict(steps=6, d_model=32, n_layer=1, n_head=2, batch_size=4)
         grpo |= dict(steps=2, prompts_per_step=4, group_size=4, max_new_tokens=6)
+        train_grpo.pass_gate = mock.Mock()  # six steps of SFT teach nobody to think
     train_sft.train(train_sft.Config(**sft))
     curves = {}
     for device in ("cpu", "cuda"):
@@ -347,10 +372,17 @@ def roofline(step):
 def timings(step, seconds):
     from bench import gpu
 
+    said = set()
+
     def keep(part, rows):
         for row in rows:
+            if row["row"] in said and row.get("theirs") is None:  # a row for each peer that is not installed
+                continue
+            said.add(row["row"])
             value = row.get("ours")
-            step.say(f"{part}: {row['row']}", value, row["unit"], peer=row.get("peer"), theirs=row.get("theirs"))
+            step.say(
+                f"{part}: {row['row']}", value, row["unit"], peer=row.get("peer"), theirs=row.get("theirs")
+            )
 
     folder = os.path.join(step.folder, "bench")
     left_out = gpu.run_jobs(seconds - 15, quick=step.fake, folder=folder, keep=keep)
@@ -375,7 +407,9 @@ def command(argv):
             require(value, f"{x} needs a value")
             only, folder = (value, folder) if x == "--only" else (only, os.path.abspath(value))
         else:
-            require(False, f"contact {x}: no such flag; there are --fake, --only STEP, --overwrite, --out FOLDER")
+            require(
+                False, f"contact {x}: no such flag; there are --fake, --only STEP, --overwrite, --out FOLDER"
+            )
     steps = ", ".join(LIMITS)
     require(any(only in step for step in LIMITS), f"--only {only}: no step has this in its name: {steps}")
     if fake and folder == OUT:

@@ -97,7 +97,7 @@ def theirs(peer, prompts, lengths, seed=0, temperature=1.0, new=0):
 def check(model, peer, prompts, lengths, new):
     """Both as planned; in fp32, greedy tokens the same → how many of so many rows are not, as a note.
 
-    On a CPU it must be none. On a GPU rounding may turn a token and all that follow it: such rows are counted.
+    On a CPU it must be none. On a GPU rounding may turn a token, and all that follow it: they are counted.
     """
     roll = ours(model, prompts, lengths, new=new)
     assert roll.response_len.tolist() == (lengths or [new] * len(prompts))

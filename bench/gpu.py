@@ -24,10 +24,10 @@ SHARE = f"1.5B, {BATCH} × {SEQUENCE:,}: share of the matmul rate"
 
 
 def tolerance(D, dtype):
-    """How far log-probs of random targets may be from float64 on a GPU, logits of standard deviation 6; nats.
+    """Nats that log-probs of random targets may be off by on a GPU, with logits of standard deviation 6.
 
-    fp32 rounds its sums. Tensor cores cut off the last bits of theirs, D / 16 times: an emulation gives 5.5e-5
-    at D = 768 and 2.7e-4 at 4,096. No GPU has confirmed it yet.
+    fp32 rounds its sums. Tensor cores cut off the last bits of theirs, D / 16 times: an emulation gives
+    5.5e-5 at D = 768 and 2.7e-4 at 4,096. No GPU has confirmed it yet.
     """
     if dtype == torch.float32:
         return 2e-5 * max(1.0, D / 1024)
@@ -87,9 +87,8 @@ def roofline_rows(quick=False, gpu=True, rounds=0, only=""):
 
 
 def attention_rows(quick=False, gpu=True, rounds=0, only=""):
-    """Forward and backward of attention on shapes never seen before: cuDNN's attention off, as device.setup
-    leaves it, and on. cuDNN makes a plan for every new shape; ragged micro-batches are new ones all the time.
-    """
+    """Attention, forward and backward, on shapes never seen before: cuDNN's off, as device.setup leaves it,
+    and on. cuDNN makes a plan for every new shape, and ragged micro-batches are new ones all the time."""
     heads_, width, longest = (2, 16, 16) if quick else (12, 64, 900)
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     seconds = {}
@@ -152,7 +151,7 @@ def step_rows(quick=False, gpu=True, rounds=0, only=""):
 
 PARTS = {"roofline": roofline_rows, "attention": attention_rows, "training": training_rows, "steps": step_rows,
          "kernels": heads.rows, "generation": generation.rows}  # fmt: skip
-JOBS = [  # part, rows (a piece of their name), seconds and GiB that they take at most by count; the most telling first
+JOBS = [  # part, rows (a piece of their name), seconds and GiB at most, by count; the most telling first
     ("roofline", "", 15, 3),
     ("kernels", "8,192 × 768 × 50,257", 60, 8),
     ("generation", "124M, 256 rows", 45, 12),
@@ -197,7 +196,7 @@ def run_jobs(seconds, parts=(), only="", quick=False, rounds=0, folder=table.RES
         more = {"folder": folder} if part == "kernels" else {}
         try:
             found = PARTS[part](quick=quick, gpu=True, rounds=rounds, only="" if quick else rows, **more)
-        except (RuntimeError, AssertionError, Failed) as e:  # the rows that come after are measured all the same
+        except (RuntimeError, AssertionError, Failed) as e:  # the rows after it are still measured
             traceback.print_exc()
             left_out.append((name, f"failed: {type(e).__name__}: {str(e)[:200]}"))
             continue

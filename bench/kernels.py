@@ -3,7 +3,7 @@
     python bench/kernels.py                CPU: 6 minutes; a GPU, where there is one: not measured yet
     python bench/kernels.py --rounds 3     fewer rounds than 5
     python bench/kernels.py --device cpu   also on a machine with a GPU
-    python bench/kernels.py --only 768     shapes of this width, or with this in "8,192 × 768 × 50,257", alone,
+    python bench/kernels.py --only 768     shapes of this width alone, or with this in "8,192 × 768 × 50,257";
                                            added to what the CSV has
 
 Writes bench/results/kernels_cpu.csv (or kernels_gpu.csv) and docs/img/kernels_cpu.png. Everybody gets the

@@ -1,4 +1,4 @@
-"""A pretended GPU: tensors on "cuda" or "mps" that compute on this CPU, and refuse what a device would refuse.
+"""A pretended GPU: tensors on "cuda" or "mps" that compute on this CPU and refuse what a device refuses.
 
     with pretended("cuda"):
         x = torch.zeros(3, device="cuda")
@@ -36,7 +36,8 @@ except ImportError:
 CPU = torch.device("cpu")
 GIB = 1 << 30
 WAITS = {  # operations after which the host knows a number, or a shape, that the device computed
-    "_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "equal", "is_nonzero",
+    "_local_scalar_dense", "nonzero", "masked_select", "unique_consecutive", "_unique2", "equal",
+    "is_nonzero",
 }  # fmt: skip
 MOVES = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_index_put_impl_"}  # may meet two places
 SIXTEEN_BITS = torch.bfloat16, torch.float16
@@ -336,9 +337,9 @@ CUDA = {
     "get_device_properties": lambda device=None: CARD,
     "get_device_capability": lambda device=None: (CARD.major, CARD.minor),
     "mem_get_info": lambda device=None: (4 * GIB, 8 * GIB),
-    "memory_reserved": lambda device=None: 0,
-    "memory_allocated": lambda device=None: 0,
-    "max_memory_allocated": lambda device=None: 0,
+    "memory_reserved": lambda device=None: 1 << 20,
+    "memory_allocated": lambda device=None: 1 << 20,
+    "max_memory_allocated": lambda device=None: 2 << 20,
     "reset_peak_memory_stats": lambda device=None: None,
     "empty_cache": lambda: None,
     "graph_pool_handle": lambda: (0, 0),

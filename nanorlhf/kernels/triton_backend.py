@@ -326,9 +326,10 @@ def _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width=None, *
     args.append(scale)
 
     deterministic = torch.are_deterministic_algorithms_enabled()  # tuning would depend on a stopwatch
+    fixed = n < 1024 or len(models) > 1 or INTERPRETED or deterministic  # KL has two tiles of logits at once
     if logits:
         flags |= STORED.all_kwargs()
-    elif n < 1024 or len(models) > 1 or INTERPRETED or deterministic:  # KL has two tiles of logits at once
+    elif fixed or models[0][0].dtype == torch.float32:  # the tuned blocks would take 288 KiB of fp32
         flags |= SAFE.all_kwargs()
     else:
         kernel = _tuned(kernel)
