@@ -86,7 +86,7 @@ class Config(Flags):
     adam_eps: float = 1e-5  # Adam's eps (detail 20); with PyTorch's 1e-8 the first step is a fifth longer
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norms of policy and critic are clipped to it, each on its own
-    tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
+    tokens_per_microbatch: int = 1024  # padded tokens at once (GPU: 32768); 0: all. Never moves the curve
 
     # sampling
     prompts_per_step: int | None = None  # prompts a rollout

@@ -75,7 +75,7 @@ class Config(Flags):
     weight_decay: float = 0.1  # AdamW, on matrices only
     lora_rank: int = 0  # rank of adapters on frozen weights (nanorlhf/lora.py); 0: all weights are trained
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
-    tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
+    tokens_per_microbatch: int = 1024  # padded tokens at once (GPU: 32768); 0: all. Never moves the curve
     pack: bool = False  # short demonstrations share a row, unseen by each other: fewer pads, the same curve
 
     # evaluation

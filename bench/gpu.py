@@ -149,8 +149,8 @@ def step_rows(quick=False, gpu=True, rounds=0, only=""):
 # ------------------------------------------------------------------------------------------------------------
 # all of it, within some minutes
 
-PARTS = {"roofline": roofline_rows, "attention": attention_rows, "training": training_rows, "steps": step_rows,
-         "kernels": heads.rows, "generation": generation.rows}  # fmt: skip
+PARTS = {"roofline": roofline_rows, "attention": attention_rows, "training": training_rows,
+         "steps": step_rows, "kernels": heads.rows, "generation": generation.rows}  # fmt: skip
 JOBS = [  # part, rows (a piece of their name), seconds and GiB at most, by count; the most telling first
     ("roofline", "", 15, 3),
     ("kernels", "8,192 × 768 × 50,257", 60, 8),

@@ -44,7 +44,7 @@ def linear_kl(*args, **kw):
 
 
 def on_gpu(tol, D, dtype):
-    """The tolerance of a log-prob: what rounding costs, and on a GPU what its tensor cores cut off besides."""
+    """The tolerance of a log-prob: what rounding costs, and on a GPU what its tensor cores cut off."""
     return max(tol, gpu.tolerance(D, dtype)) if GPU else tol
 
 
@@ -185,8 +185,9 @@ def test_kl_is_the_oracle(N, V, D, temperature, std, seed, with_bias, design, re
 @designs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_operands_keep_fp32_logits(dtype, design):
-    """Logit std 6: log-probs off by ≤ 2e-5 (on a GPU by gpu.tolerance), entropy and KL by ≤ 1e-4, gradients by
-    the last rounding only."""
+    """Logit std 6: log-probs off by ≤ 2e-5 (on a GPU by gpu.tolerance), entropy and KL by ≤ 1e-4.
+
+    Gradients are off by the last rounding only."""
     tol = on_gpu(2e-5, 64, dtype)
     hidden, weight, targets, _ = operands(20, 101, 64, std=6.0, dtype=dtype)
     ref_hidden, ref_weight, _, _ = operands(20, 101, 48, std=6.0, seed=1, dtype=dtype)
