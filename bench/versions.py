@@ -86,6 +86,7 @@ def check(run, python):
         print(f"{run}: {versions}", flush=True)
         copy = f"{tmp}/copy"
         os.mkdir(copy)
+        about = table.about()
         archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True)
         subprocess.run(["tar", "-x", "-C", copy], input=archive.stdout, check=True)
         report = f"{tmp}/report.xml"
@@ -103,7 +104,6 @@ def check(run, python):
         start = time.perf_counter()
         subprocess.run([*tests, *CORE], cwd=copy, env=os.environ | {"OMP_NUM_THREADS": "1"})
         seconds = f"{time.perf_counter() - start:.0f}"
-        about = table.about()
         more = dict(run=run, seconds=seconds, commit=about["commit"].rstrip("+"), date=about["date"])
         return more | versions | count(report)
 
