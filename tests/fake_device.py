@@ -243,14 +243,20 @@ class Graph:
                 self.before[storage.data_ptr()] = storage, storage.clone()
 
     def record(self, function, args, kwargs, writes):
-        """Run it now, to know the shapes of its results; `end` takes back what it wrote."""
+        """Run it now, to know the shapes of its results; `capture_end` takes back what it wrote."""
         if writes:
             self.save([x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)])
         out = function(*args, **kwargs)
         self.calls.append((function, args, kwargs, [x for x in tree_leaves(out) if torch.is_tensor(x)]))
         return out
 
-    def end(self):
+    def capture_begin(self, pool=None, capture_error_mode="global"):
+        global capture
+        capture = self
+
+    def capture_end(self):
+        global capture
+        capture = None
         for storage, old in self.before.values():
             storage.copy_(old)
 
@@ -268,13 +274,11 @@ class Graph:
 @contextlib.contextmanager
 def recording(graph, **settings):
     """torch.cuda.graph: inside, operations on the device are recorded and not run."""
-    global capture
-    capture = graph
+    graph.capture_begin()
     try:
         yield
     finally:
-        capture = None
-        graph.end()
+        graph.capture_end()
 
 
 def launch(run):
@@ -319,7 +323,7 @@ class Event:
 
 
 class OutOfTheWay(contextlib.nullcontext):
-    """torch.cuda.device and device_of: there is one device."""
+    """torch.cuda.device, device_of and stream: there is one device, and one stream."""
 
     def __init__(self, *_):
         super().__init__()
@@ -348,6 +352,8 @@ CUDA = {
     "graph": recording,
     "Event": Event,
     "device": OutOfTheWay,
+    "Stream": lambda device=None: None,
+    "stream": OutOfTheWay,
     "device_of": OutOfTheWay,
 }
 
