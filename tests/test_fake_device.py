@@ -18,7 +18,7 @@ import train_dpo
 import train_grpo
 import train_sft
 from bench import contact
-from nanorlhf.run import device
+from nanorlhf.run import cli, device
 
 ROOT = Path(__file__).parents[1]
 MORE = {  # flags with which a trainer takes its longest way
@@ -139,8 +139,10 @@ def test_what_a_gpu_gets_by_default(on_gpu, capsys):
     of_a_cpu = train_sft.Config.tokens_per_microbatch
     for flags, tokens, hint in ((dict(), device.ON_GPU, True), (dict(tokens_per_microbatch=77), 77, True),
                                 (dict(dtype="bfloat16"), device.ON_GPU, False),
-                                (dict(device="cpu"), of_a_cpu, False)):  # fmt: skip
-        cfg = train_sft.Config(**flags)
+                                (dict(device="cpu"), of_a_cpu, False),
+                                (f"--tokens_per_microbatch={of_a_cpu}", of_a_cpu, True)):  # fmt: skip
+        typed = isinstance(flags, str)  # what was typed stays, though it be a CPU's default
+        cfg = cli.parse(train_sft.Config, [flags]) if typed else train_sft.Config(**flags)
         on_gpu(device.setup, cfg)
         assert cfg.tokens_per_microbatch == tokens
         assert ("--dtype bfloat16" in capsys.readouterr().out) == hint

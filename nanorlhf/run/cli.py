@@ -238,7 +238,9 @@ def parse(Config, argv, doc="", prog="train.py", plans=False):
             values.setdefault(name, []).append(text)
         else:
             values[name] = _convert(flag, kinds[name], text)
-    return Config(**values)
+    cfg = Config(**values)
+    cfg.asked_for = set(values)  # no field: what was typed, though it be the default
+    return cfg
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,9 @@ def _settle_on_cuda(cfg):
     # cuDNN makes a plan for every new shape, 23 to 37 ms each, and ragged micro-batches are new all the time
     torch.backends.cuda.enable_cudnn_sdp(False)
     name = "tokens_per_microbatch"
-    if getattr(cfg, name, None) == getattr(type(cfg), name, 0):  # the default, which is a CPU's
+    default = getattr(type(cfg), name, 0)  # a CPU's
+    asked_for = name in getattr(cfg, "asked_for", ())
+    if getattr(cfg, name, None) == default and not asked_for:
         setattr(cfg, name, ON_GPU)
     if cfg.dtype == "float32":
         print("hint: --dtype bfloat16 computes several times as fast on a GPU as float32, the default")
