@@ -38,15 +38,19 @@ def setup(cfg):
 
 def _settle_on_cuda(cfg):
     """What a GPU needs and a CPU must not notice: larger micro-batches, attention without cuDNN's plans."""
+    larger_microbatches(cfg)
     # cuDNN makes a plan for every new shape, 23 to 37 ms each, and ragged micro-batches are new all the time
     torch.backends.cuda.enable_cudnn_sdp(False)
-    name = "tokens_per_microbatch"
-    default = getattr(type(cfg), name, 0)  # a CPU's
-    asked_for = name in getattr(cfg, "asked_for", ())
-    if getattr(cfg, name, None) == default and not asked_for:
-        setattr(cfg, name, ON_GPU)
     if cfg.dtype == "float32":
         print("hint: --dtype bfloat16 computes several times as fast on a GPU as float32, the default")
+
+
+def larger_microbatches(cfg):
+    """Set --tokens_per_microbatch to ON_GPU, unless it was typed or differs from the default of a CPU."""
+    name = "tokens_per_microbatch"
+    typed = name in getattr(cfg, "asked_for", ())
+    if getattr(cfg, name, None) == getattr(type(cfg), name, 0) and not typed:
+        setattr(cfg, name, ON_GPU)
 
 
 def _join(cfg, device):
