@@ -3,7 +3,8 @@
     python -m bench contact             on the GPU; out/contact gets results.jsonl, and a log per step
     python -m bench contact --fake      on a CPU, at toy sizes, with the pretended GPU of tests/fake_device.py
     python -m bench contact --only tokens     the steps whose name has this in it
-    python -m bench contact --overwrite       from the start; without it, steps that are done are not repeated
+    python -m bench contact --overwrite       from the start; without it, steps that are done with this machine
+                                              and commit are not repeated
 
     kernels   both designs, forward and backward, bf16, fp16 and fp32, on 12 shapes, against float64
     trainers  two steps of every trainer in fp32 and bf16, then evaluate.py and sample.py
@@ -26,6 +27,7 @@ import sys
 import time
 import traceback
 
+from bench import table
 from nanorlhf.errors import require
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -42,8 +44,12 @@ def run(fake=False, only="", overwrite=False, folder=OUT):
     """Run the steps → True if no check failed."""
     os.makedirs(folder, exist_ok=True)
     results = os.path.join(folder, "results.jsonl")
-    if overwrite and os.path.exists(results):
+    here = table.origin()
+    other = [row["row"] for row in read(results) if row["step"] == "machine" and row["row"] != here]
+    if os.path.exists(results) and (overwrite or other):  # rows of two commits are not one table
         os.remove(results)
+    if not read(results):
+        write(results, step="machine", row=here, ok=None)
     start = time.monotonic()
     for step, limit in LIMITS.items():
         left = TOTAL - (time.monotonic() - start)

@@ -20,6 +20,7 @@ import train_sft
 from bench import contact
 from nanorlhf.run import cli, device
 
+FAST = train_sft, train_grpo
 ROOT = Path(__file__).parents[1]
 MORE = {  # flags with which a trainer takes its longest way
     train_dpo: dict(online=2, online_ref="round", pairs=16, judge="self"),
@@ -104,7 +105,9 @@ def figures(out):
     return [{name: float(value) for name, value in row.items() if value} for row in metrics(out)]
 
 
-@pytest.mark.parametrize("trainer", TRAINERS, ids=lambda t: t.__name__)
+@pytest.mark.parametrize("trainer", [
+    train_sft, train_grpo, *(pytest.param(t, marks=pytest.mark.slow) for t in TRAINERS if t not in FAST)
+], ids=lambda t: t.__name__)  # fmt: skip
 def test_every_trainer_runs_on_a_gpu(trainer, on_gpu, stages, tmp_path):
     """Sampling by graphs, fused AdamW; and the figures are those of the CPU, up to the order of sums."""
     flags = dict(steps=2, save_every=0) | MORE.get(trainer, {})
@@ -166,7 +169,12 @@ def test_contact_keeps_within_ten_minutes_and_goes_on(tmp_path, monkeypatch, cap
     assert not contact.run(folder=tmp_path)
     assert contact.run(folder=tmp_path)
     assert ran == [*contact.LIMITS, "tokens"]
-    assert len(contact.read(tmp_path / "results.jsonl")) == len(contact.LIMITS)
+    assert len(contact.read(tmp_path / "results.jsonl")) == 1 + len(contact.LIMITS)  # one names the machine
+    assert contact.run(folder=tmp_path) and len(ran) == len(contact.LIMITS) + 1
+    with monkeypatch.context() as m:
+        m.setattr(contact.table, "origin", lambda: "another commit")
+        assert not contact.run(only="tokens", folder=tmp_path) or ran.pop() == "tokens"
+        assert {row["step"] for row in contact.read(tmp_path / "results.jsonl")} == {"machine", "tokens"}
     monkeypatch.setattr(contact, "TOTAL", 5)
     contact.run(folder=tmp_path, overwrite=True)
     assert len(ran) == len(contact.LIMITS) + 1 and "no time left" in capsys.readouterr().out
