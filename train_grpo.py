@@ -91,7 +91,7 @@ class Config(Flags):
     adam_eps: float | None = None  # Adam's eps; where gradients are near it, steps become shorter
     weight_decay: float | None = None  # AdamW's
     max_grad_norm: float = 1.0  # gradient norm is clipped to it
-    tokens_per_microbatch: int = 4096  # padded tokens at once, to bound memory; 0: all. Never moves the curve
+    tokens_per_microbatch: int = 4096  # padded tokens at once (GPU: 32768); 0: all. Never moves the curve
 
     # sampling
     prompts_per_step: int | None = None  # prompts a rollout

@@ -85,7 +85,7 @@ class Config(Flags):
     critic_lr: float | None = None  # critic learning rate, linear to 0
     adam_eps: float = 1e-5  # Adam's eps (detail 20); with PyTorch's 1e-8 the first step is a fifth longer
     max_grad_norm: float = 1.0  # gradient norms of policy and critic are clipped to it, each on its own
-    tokens_per_microbatch: int = 1024  # padded tokens at once, to bound memory; 0: all. Never moves the curve
+    tokens_per_microbatch: int = 1024  # padded tokens at once (GPU: 32768); 0: all. Never moves the curve
 
     # sampling
     prompts_per_step: int | None = None  # prompts a rollout

@@ -2,10 +2,13 @@
 
     python -m bench                    all parts on the CPU, 20 minutes of a quiet machine
     python -m bench steps import       these parts: kernels, training, generation, steps, import, install
-    python -m bench steps --only GRPO  the rows whose name has GRPO in it; the others stay as they were.
-                                       Not for kernels: there `python bench/kernels.py --only WIDTH`
+    python -m bench steps --only GRPO  the rows whose name has GRPO in it; the others stay as they were, with
+                                       the machine and commit of their own run beside them
     python -m bench --quick            the smallest sizes and one round: to see that it runs, no more
-    python -m bench --gpu              what only a GPU can say (bf16), into tables of their own
+    python -m bench --gpu              what only a GPU can say (bf16), into tables of their own: half an hour
+    python -m bench --gpu --minutes 8  as many of its rows as fit, the most telling first; the rest is listed
+    python -m bench --gpu --fake       all of it on a CPU, toy sizes on a pretended GPU: to see that it runs
+    python -m bench contact            the first ten minutes on a GPU: `python -m bench.contact --help`
     python -m bench --report           no measuring: print all tables, write them into docs/performance.md
 
 Peers (pip install -e ".[peers]"): transformers, TRL, Liger-Kernel; a row whose peer is missing shows "-". Two
@@ -19,9 +22,12 @@ commit stand in about.json.
 import os
 import sys
 
+if "--fake" in sys.argv:  # before torch and Triton, which read them
+    os.environ |= {"NANORLHF_FAKE_GPU": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+
 import torch
 
-from bench import generation, gpu, heads, install, steps, table, training
+from bench import contact, generation, gpu, heads, install, steps, table, training
 from nanorlhf.errors import UserError, require
 
 PARTS = {
@@ -36,6 +42,7 @@ MEMORY = "Peak memory beside the peers' (the rows above that have a goal for it)
 GPU_PARTS = {
     "roofline": ("What this GPU does at most", gpu.roofline_rows),
     "kernels": ("Log-probs from hidden states, forward and backward, bf16", heads.rows),
+    "attention": ("Attention on shapes that are new, bf16", gpu.attention_rows),
     "training": ("Training step, sequence 2,048, bf16", gpu.training_rows),
     "generation": ("Generation, bf16", generation.rows),
     "steps": ("A GRPO step, bf16", gpu.step_rows),
@@ -43,20 +50,28 @@ GPU_PARTS = {
 PAGE, README = (os.path.join(table.ROOT, *x) for x in (("docs", "performance.md"), ("README.md",)))
 
 
-def measure(parts, quick, on_gpu, rounds, only, folder):
-    """Run the parts, each kept as soon as it is done."""
-    kind, known = ("gpu", GPU_PARTS) if on_gpu else ("cpu", PARTS)
-    for part in parts or known:
-        title, rows = known[part]
+def measure(parts, quick, rounds, only, folder):
+    """Run the parts on the CPU, each kept as soon as it is done."""
+    for part in parts or PARTS:
+        title, rows = PARTS[part]
         print(f"\n{title} ...", flush=True)
         more = {"folder": folder} if part == "kernels" else {}
-        found = rows(quick=quick, gpu=on_gpu, rounds=rounds, only=only, **more)
+        found = rows(quick=quick, rounds=rounds, only=only, **more)
         found = [r for r in found if only in r["row"]]
-        if part != "kernels":  # that one has a CSV of its own
-            new = {(r["row"], r["peer"]) for r in found}
-            old = table.load(part, kind, folder) if only else []
-            table.save(part, kind, [r for r in old if (r["row"], r["peer"]) not in new] + found, folder)
-        table.save_about(part, kind, folder)
+        if only or part == "kernels":
+            table.merge(part, found, "cpu", folder)
+        else:
+            table.save(part, "cpu", found, folder)
+            table.save_about(part, "cpu", folder)
+
+
+def measure_gpu(parts, quick, rounds, only, folder, minutes):
+    """Run the jobs of the parts on the GPU, in order of value; print what was left out."""
+    seconds = 60 * minutes if minutes else float("inf")
+    with gpu.device(fake=bool(os.environ.get("NANORLHF_FAKE_GPU"))):
+        left_out = gpu.run_jobs(seconds, parts, only, quick, rounds, folder)
+    for name, reason in left_out:
+        print(f"not measured: {name}: {reason}")
 
 
 def tables(folder):
@@ -87,8 +102,10 @@ def summary(found):
 
 
 def main(argv):
-    options, parts = {"--rounds": "0", "--only": ""}, []
-    flags = {"--quick": False, "--gpu": False, "--report": False}
+    if argv[:1] == ["contact"]:
+        return contact.command(argv[1:])
+    options, parts = {"--rounds": "0", "--only": "", "--minutes": "0"}, []
+    flags = {"--quick": False, "--gpu": False, "--report": False, "--fake": False}
     known = GPU_PARTS if "--gpu" in argv else PARTS
     args = iter(argv)
     for x in args:
@@ -100,13 +117,20 @@ def main(argv):
         else:
             require(x in known, f"{x}: no such part or flag; parts: {', '.join(known)}, flags: see --help")
             parts.append(x)
-    whole = "kernels" in (parts or known) and options["--only"]
-    require(not whole, "--only: not for kernels; name other parts, or python bench/kernels.py --only WIDTH")
-    require(options["--rounds"].isdigit(), f"--rounds {options['--rounds']}: must be an integer")
-    require(torch.cuda.is_available() or not flags["--gpu"], "--gpu: this torch sees no GPU")
-    folder = table.QUICK if flags["--quick"] else table.RESULTS
+    for name in ("--rounds", "--minutes"):
+        require(options[name].isdigit(), f"{name} {options[name]}: must be an integer")
+    fake = flags["--fake"]
+    require(flags["--gpu"] or not fake, "--fake: pretends a GPU, and so goes together with --gpu")
+    require(flags["--gpu"] or options["--minutes"] == "0", "--minutes: goes together with --gpu")
+    require(torch.cuda.is_available() or fake or not flags["--gpu"], "--gpu: this torch sees no GPU")
+    quick = flags["--quick"] = flags["--quick"] or fake
+    folder = table.QUICK if quick else table.RESULTS
+    wanted = parts, quick, int(options["--rounds"]) or int(fake), options["--only"], folder
     if not flags["--report"]:
-        measure(parts, flags["--quick"], flags["--gpu"], int(options["--rounds"]), options["--only"], folder)
+        if flags["--gpu"]:
+            measure_gpu(*wanted, int(options["--minutes"]))
+        else:
+            measure(*wanted)
     found = tables(folder)
     if flags["--report"] and not flags["--quick"]:
         table.fill(PAGE, {name: table.markdown(rows, run) for name, (_, rows, run) in found.items()})

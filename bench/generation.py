@@ -18,6 +18,7 @@ synchronisations, with the prompts' prefill, but for "decode" rows: there the ti
 and the floor is weights and live cache, read once a step at the copy bandwidth measured in the same run.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,8 @@ def build(shape, device="cpu", dtype=torch.float32):
 
 def transformers_model(model):
     """The same weights in transformers' class; None where it is not installed."""
+    if os.environ.get("NANORLHF_FAKE_GPU"):
+        return None
     try:
         import transformers
     except ImportError:
@@ -92,11 +95,14 @@ def theirs(peer, prompts, lengths, seed=0, temperature=1.0, new=0):
 
 
 def check(model, peer, prompts, lengths, new):
-    """Both as planned; greedy tokens the same (fp32 only: rounding may turn one and all that follow)."""
+    """Both as planned; in fp32, greedy tokens the same → how many of so many rows are not, as a note.
+
+    On a CPU it must be none. On a GPU rounding may turn a token, and all that follow it: they are counted.
+    """
     roll = ours(model, prompts, lengths, new=new)
     assert roll.response_len.tolist() == (lengths or [new] * len(prompts))
     if peer is None:
-        return
+        return ""
     out = theirs(peer, prompts, lengths, new=new)
     assert out.shape == roll.tokens.shape
     if lengths:
@@ -104,7 +110,11 @@ def check(model, peer, prompts, lengths, new):
         assert ended.tolist() == lengths
     if model.wte.weight.dtype == torch.float32:
         few = dict(new=min(new, 64), temperature=0.0)
-        assert torch.equal(ours(model, prompts, None, **few).tokens, theirs(peer, prompts, None, **few))
+        differ = ours(model, prompts, None, **few).tokens != theirs(peer, prompts, None, **few)
+        flipped = int(differ.any(1).sum())
+        assert not flipped or model.device.type == "cuda", f"{flipped} rows of greedy tokens differ"
+        return f"{flipped} of {len(prompts)} greedy rows differ from {HF}'s"
+    return ""
 
 
 def in_turn(variants, rounds):
@@ -158,11 +168,14 @@ def alone(who, vocab, ragged, quick):
         print(next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 1024)
 
 
-def cpu_rows(quick, rounds):
+def cpu_rows(quick, rounds, only=""):
     torch.set_num_threads(1)
     goals = {(512, False): 1.15, (50257, False): 1.7, (512, True): 1.65, (50257, True): 2.6}
     out = []
     for (vocab, ragged), goal in goals.items():
+        name = f"{'ragged' if ragged else 'equal'} lengths, V {vocab:,}"
+        if only not in name:
+            continue
         shape, prompts, lengths, new = setting(vocab, ragged, quick)
         model = build(shape)
         peer = transformers_model(model)
@@ -176,7 +189,6 @@ def cpu_rows(quick, rounds):
         names = {"ours": "ours", "theirs": HF} if peer else {"ours": "ours"}
         wall = {f"{who}_wall": sorted(rates[name][1])[rounds // 2] for who, name in names.items()}
         mib = [peak(name, vocab, ragged, quick) if name in rates else None for name in ("ours", HF)]
-        name = f"{'ragged' if ragged else 'equal'} lengths, V {vocab:,}"
         out.append(table.row(name, "tok/s", rates["ours"][0], HF, rates.get(HF, [None])[0], goal, mib,
                              tokens=useful, **wall))  # fmt: skip
         table.progress(out[-1])
@@ -207,20 +219,25 @@ def gap_row(model, prompts, new, goal):
     return table.row(f"sampled and recomputed log-probs apart, {dtype}", "nats", [gap], goal=goal)
 
 
-def gpu_rows(quick, rounds):
+def gpu_rows(quick, rounds, only=""):
     from bench import gpu
 
-    copy = sorted(gpu.bandwidth(20))[10]
+    copy = sorted(gpu.bandwidth(20, 1 << 20 if quick else gpu.GiB))[10]
     out, g = [], torch.Generator().manual_seed(1)
     tiny = dict(vocab_size=512, n_layer=2, n_head=2, d_model=64, max_len=1024)
     cases = [("124M", GPT2, 256, 768, 256, "≥ 60%", None), ("1.5B", QWEN, 64, 768, 256, "≥ 60%", None),
              ("1.5B", QWEN, 256, 768, 256, "≥ 60%", None), ("124M", GPT2, 64, 16, 240, "≥ 30%", 10)]
     for name, shape, rows, prompt, new, goal, times in cases[-1:] if quick else cases:
+        rows, prompt, new = (4, 4, 6) if quick else (rows, prompt, new)
+        what = f"{name}, {rows} rows, context {prompt + new:,}"
+        if only not in what:
+            continue
+        note = ""
         shape = tiny if quick else shape
         prompts = torch.randint(1, shape["vocab_size"] - 1, (rows, prompt), generator=g).tolist()
         small = build(shape, "cuda")
         if times:  # greedy in fp32, a few tokens
-            check(small, transformers_model(small), prompts[:8], None, 32)
+            note = check(small, transformers_model(small), prompts[:8], None, min(new, 32))
             out.append(gap_row(small, prompts, new, "≤ 1e-4"))
         model = small.bfloat16()
         if times:
@@ -233,18 +250,22 @@ def gpu_rows(quick, rounds):
             variants[HF] = lambda i: theirs(peer, prompts, None, i, new=new)  # noqa: B023
         wall = {key: both[1] for key, both in in_turn(variants, rounds).items()}
         least = floor(model, rows, prompt, new, copy)
-        what = f"{name}, {rows} rows, context {prompt + new:,}"
         share = [least / (a - b) for a, b in zip(wall["all"], wall["one"])]
         out.append(table.row(f"decode, {what}: share of the floor", "share", share, goal=goal))
         if peer:
             rates = [[rows * new / t for t in wall[key]] for key in ("all", HF)]
-            out.append(table.row(f"generate, {what}", "tok/s", rates[0], HF, rates[1], times))
-    return out + ragged_gpu_rows(tiny if quick else GPT2, quick, rounds)
+            out.append(table.row(f"generate, {what}", "tok/s", rates[0], HF, rates[1], times, note=note))
+        elif times:
+            rates = [rows * new / t for t in wall["all"]]
+            out.append(table.row(f"generate, {what}", "tok/s", rates, HF, None, times))
+    if only in "ragged lengths":
+        out += ragged_gpu_rows(tiny if quick else GPT2, quick, rounds)
+    return out
 
 
 def ragged_gpu_rows(shape, quick, rounds):
     """Log-normal lengths, mean 200, at most 960, which with the prompt of 64 fill the context of 1,024."""
-    count, prompt, most = (32, 8, 56) if quick else (512, 64, 960)
+    count, prompt, most = (8, 4, 8) if quick else (512, 64, 960)
     g = torch.Generator().manual_seed(2)
     drawn = torch.randn(count, generator=g)
     lengths = (200 * torch.exp(drawn - 0.5) * most / 960).round().clamp(1, most).long().tolist()
@@ -270,4 +291,5 @@ def ragged_gpu_rows(shape, quick, rounds):
 
 
 def rows(quick=False, gpu=False, rounds=0, only=""):
-    return (gpu_rows if gpu else cpu_rows)(quick, rounds or (1 if quick else 5))
+    rounds = rounds or (1 if quick else 5)
+    return gpu_rows(quick, rounds, only) if gpu else cpu_rows(quick, rounds, only)

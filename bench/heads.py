@@ -14,8 +14,8 @@ PEERS = ("naive", "naive, compiled", "Liger", "TRL")
 
 def rows(quick=False, gpu=False, rounds=0, only="", folder=table.RESULTS):
     device = "cuda" if gpu else "cpu"
-    kernels.run(device, rounds or (1 if quick else 3), folder=folder, quick=quick)
-    return from_csv(folder, "gpu" if gpu else "cpu")
+    kernels.run(device, rounds or (1 if quick else 3), only, folder=folder, quick=quick)
+    return [r for r in from_csv(folder, "gpu" if gpu else "cpu") if only in r["row"]]
 
 
 def from_csv(folder, kind):
@@ -28,6 +28,7 @@ def from_csv(folder, kind):
         for r in csv.DictReader(f):
             shapes.setdefault((int(r["N"]), int(r["D"]), int(r["V"])), {})[r["variant"]] = r
     out = []
+    older = table.origin_of(table.load_about(folder).get(f"kernels_{kind}"))
     for (N, D, V), found in shapes.items():
         for ours, passes in (("ours", "two passes"), ("ours, one pass", "one pass")):
             if ours in found:
@@ -37,6 +38,8 @@ def from_csv(folder, kind):
                 if kind == "gpu":
                     least = goals(kind, ours, "", D, V)
                     out.append(compare(name, found[ours], found["matmul"], "3 matmuls", *least))
+                for r in out:
+                    r.setdefault("origin", found[ours].get("origin") or older)
     return out
 
 

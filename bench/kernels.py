@@ -3,7 +3,8 @@
     python bench/kernels.py                CPU: 6 minutes; a GPU, where there is one: not measured yet
     python bench/kernels.py --rounds 3     fewer rounds than 5
     python bench/kernels.py --device cpu   also on a machine with a GPU
-    python bench/kernels.py --only 768     shapes of this width alone, added to what the CSV has
+    python bench/kernels.py --only 768     shapes of this width alone, or with this in "8,192 × 768 × 50,257";
+                                           added to what the CSV has
 
 Writes bench/results/kernels_cpu.csv (or kernels_gpu.csv) and docs/img/kernels_cpu.png. Everybody gets the
 same operands and returns per-token log-probs, with entropy where the variant has it; gradients are those of a
@@ -33,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from bench import table  # noqa: E402
 from nanorlhf import kernels  # noqa: E402
 from nanorlhf.kernels import reference  # noqa: E402
 from nanorlhf.look.plots import pyplot  # noqa: E402
@@ -263,6 +265,7 @@ def measure(shape, device, dtype, rounds):
                 failed.add(name)
                 torch.cuda.empty_cache()
     head = {"device": device, "dtype": str(dtype)[6:], "N": shape[0], "D": shape[1], "V": shape[2]}
+    head |= {"origin": table.origin()}
     rows, floor = [], summary(times["matmul"][1:])
     own = statistics.median(t for _, t in times["ours"][1:])
     for name in times:
@@ -324,6 +327,12 @@ def write(path, rows):
         writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
 
 
+def wanted(only, shape):
+    """Whether a shape is asked for: by its width, or by a piece of its name, "8,192 × 768 × 50,257"."""
+    name = " × ".join(f"{n:,}" for n in shape)
+    return not only or only == str(shape[1]) or only in name
+
+
 def main(argv):
     options = dict(zip(argv[::2], argv[1::2]))
     device = options.get("--device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -331,7 +340,7 @@ def main(argv):
 
 
 def run(device, rounds, only=None, folder=RESULTS, quick=False):
-    """Measure all shapes, or those of the width `only` → kernels_DEVICE.csv in the folder, and the figure."""
+    """Measure all shapes, or those that `only` names → kernels_DEVICE.csv in the folder, and the figure."""
     kind = "gpu" if device == "cuda" else "cpu"
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"kernels_{kind}.csv")
@@ -341,9 +350,9 @@ def run(device, rounds, only=None, folder=RESULTS, quick=False):
     rows = []
     if only and os.path.exists(path):
         with open(path, newline="") as f:
-            rows = [row for row in csv.DictReader(f) if row["D"] != only]
+            rows = [row for row in csv.DictReader(f) if not wanted(only, [int(row[k]) for k in "NDV"])]
     for shape in QUICK_SHAPES if quick else GPU_SHAPES if device == "cuda" else CPU_SHAPES:
-        if only in (None, str(shape[1])):
+        if wanted(only, shape):
             print(f"\nN {shape[0]:,}  D {shape[1]:,}  V {shape[2]:,}  {str(dtype)[6:]}, {device}")
             titles = ("fwd ms", "f+b ms", "/ours", "MiB", "logp", "dhidden", "dweight")
             print(" " * 16 + "".join(f"{t:>{w}}" for t, w in zip(titles, (9, 9, 7, 9, 10, 10, 10))))

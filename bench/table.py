@@ -6,6 +6,7 @@ peer, or without a GPU, has empty cells.
 """
 
 import csv
+import functools
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ RESULTS = os.path.join(ROOT, "bench", "results")
 QUICK = os.path.join(ROOT, "out", "bench")  # where --quick writes: its figures mean nothing
 COLUMNS = (
     "row unit ours ours_low ours_high ours_wall peer theirs theirs_low theirs_high theirs_wall ratio goal "
-    "verdict ours_mib theirs_mib share share_goal share_verdict tokens note"
+    "verdict ours_mib theirs_mib share share_goal share_verdict tokens note origin"
 ).split()
 PACKAGES = "torch transformers trl liger-kernel numpy".split()
 
@@ -86,6 +87,20 @@ def about():
     return found | {"date": time.strftime("%Y-%m-%d")}
 
 
+@functools.cache
+def origin():
+    """Machine and commit of what is measured now: rows of several runs may stand in one table."""
+    return origin_of(about())
+
+
+def origin_of(run):
+    """The same of a run in about.json; "" for None."""
+    if not run:
+        return ""
+    machine = run["cpu"] if run["gpu"] == "-" else run["gpu"]
+    return f"{machine}, {run['commit']}"
+
+
 def _git(*command):
     done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -98,6 +113,7 @@ def save(part, kind, rows, folder):
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for r in rows:
+            r = {"origin": origin()} | r
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()})
 
 
@@ -116,7 +132,18 @@ def load(part, kind, folder):
     if not os.path.exists(path):
         return []
     with open(path, newline="", encoding="utf-8") as f:
-        return [{k: _number(v) for k, v in r.items()} for r in csv.DictReader(f)]
+        rows = [{k: _number(v) for k, v in r.items()} for r in csv.DictReader(f)]
+    older = origin_of(load_about(folder).get(f"{part}_{kind}"))  # of files without this column
+    return [r | {"origin": r.get("origin") or older} for r in rows]
+
+
+def merge(part, rows, kind="gpu", folder=RESULTS):
+    """Put these rows of a part into its CSV, in place of those of the same name and peer."""
+    if part != "kernels":  # that one has written its own
+        new = {(r["row"], r["peer"]) for r in rows}
+        old = [r for r in load(part, kind, folder) if (r["row"], r["peer"]) not in new]
+        save(part, kind, old + rows, folder)
+    save_about(part, kind, folder)
 
 
 def load_about(folder):
@@ -165,20 +192,22 @@ def cells(r):
         figure(r.get("ours_mib")), figure(r.get("theirs_mib")),
         "-" if r.get("share") is None else f"{r['share']:.{1 if r['share'] < 0.1 else 0}%}",
         "" if share is None else share if isinstance(share, str) else f"≤ {share:.0%}",
-        r.get("share_verdict") or "",
+        r.get("share_verdict") or "", r.get("origin") or "",
     ]  # fmt: skip
 
 
-TITLES = "row|unit|ours|peer|theirs|ratio|goal||MiB|theirs|share|goal|".split("|")
+TITLES = "row|unit|ours|peer|theirs|ratio|goal||MiB|theirs|share|goal||measured on".split("|")
 
 
 def progress(r):
     """One measured row at once, in a long run."""
-    print("  ".join(x for x in cells(r) if x), flush=True)
+    print("  ".join(x for x in cells(r)[:-1] if x), flush=True)
 
 
 def _used(rows):
     """Titles and cells without the columns that are empty in every row."""
+    if len({r.get("origin") for r in rows}) < 2:  # else the line below the table says it
+        rows = [r | {"origin": ""} for r in rows]
     table = [cells(r) for r in rows]
     keep = [i for i in range(len(TITLES)) if any(c[i] not in ("", "-") for c in table)]
     return [TITLES[i] for i in keep], [[c[i] for i in keep] for c in table]

@@ -7,6 +7,7 @@ take turns, no peer's imports count as ours, and a step is what a user gets, its
 seconds are those of the process (waiting costs none), memory is its largest resident set since it began.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -105,4 +106,9 @@ def lengths_of(plan, step):
 if __name__ == "__main__":
     spec, turn = json.loads(sys.stdin.readline()), Turn()
     turn.wait()
-    importlib.import_module(f"bench.{spec['who']}").run(spec, turn)
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("NANORLHF_FAKE_GPU"):  # of --gpu --fake
+            from bench import gpu
+
+            stack.enter_context(gpu.device(fake=True))
+        importlib.import_module(f"bench.{spec['who']}").run(spec, turn)

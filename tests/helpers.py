@@ -1,7 +1,10 @@
 """What several test files share: tiny models, operands of the kernels, a watch on the sizes of tensors."""
 
+import os
 from collections import Counter
+from importlib import metadata
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -9,6 +12,24 @@ from nanorlhf.hub import tokenizer_files
 from nanorlhf.model import GPT, GPTConfig
 
 V = 13
+
+
+def version(package):
+    """(major, minor) of an installed package; (0, 0) where it is not installed."""
+    try:
+        major, minor, *_ = metadata.version(package).split(".")
+    except metadata.PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
+
+
+# Its arrays of one number no longer turn into an int: every loop of a kernel ends in a TypeError.
+BROKEN_INTERPRETER = (
+    os.environ.get("TRITON_INTERPRET") == "1" and version("triton") < (3, 7) and version("numpy") >= (2, 4)
+)
+interpreter = pytest.mark.skipif(
+    BROKEN_INTERPRETER, reason="Triton's interpreter before 3.7 needs numpy < 2.4"
+)
 STYLES = {  # every branch of the model: norms, positions, MLPs, grouped queries, tied and untied
     "gpt2": (GPTConfig.gpt2, {}),
     "gpt2-untied": (GPTConfig.gpt2, dict(tied=False)),

@@ -3,12 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import generation, heads, install, table, training
+from bench import generation, gpu, heads, install, kernels, table, training, versions
 from bench.steps import ragged
 from nanorlhf.errors import UserError
 
@@ -45,7 +46,8 @@ def test_rows_survive_the_csv_and_reach_the_page(tmp_path):
     table.save_about("steps", "cpu", tmp_path)
     found = bench.tables(tmp_path)
     title, back, run = found["steps_cpu"]
-    assert [table.cells(r) for r in back] == [table.cells(r) for r in rows] and run["versions"]["torch"]
+    assert [table.cells(r)[:-1] for r in back] == [table.cells(r)[:-1] for r in rows]
+    assert run["versions"]["torch"] and {r["origin"] for r in back} == {table.origin_of(run)}
     (memory,) = found["memory_cpu"][1]
     assert (memory["row"], memory["share"], memory["share_verdict"]) == ("GRPO | a", 0.5, "PASS")
     page = tmp_path / "page.md"
@@ -104,10 +106,97 @@ def test_the_gap_between_sampled_and_recomputed_log_probs():
         assert r["row"].endswith(dtype) and r["verdict"] == verdict, r
 
 
+def test_rows_of_another_machine_say_so(tmp_path):
+    """--only puts new rows among old ones; what was saved before this column came gets its run's origin."""
+    old = table.row("a", "s", [1.0], origin="H100, abc1234")
+    table.save("steps", "gpu", [old], tmp_path)
+    table.merge("steps", [table.row("b", "s", [2.0])], "gpu", tmp_path)
+    rows = table.load("steps", "gpu", tmp_path)
+    assert [r["origin"] for r in rows] == ["H100, abc1234", table.origin()]
+    text = table.markdown(rows)
+    assert "measured on" in text and "H100, abc1234" in text
+    assert "measured on" not in table.markdown(rows[:1])
+    path = tmp_path / "steps_gpu.csv"
+    head, *lines = path.read_text().splitlines()
+    older = [head.removesuffix(",origin"), *(line.rpartition(',"')[0] for line in lines)]
+    path.write_text("\n".join(older))
+    assert table.load("steps", "gpu", tmp_path)[0]["origin"] == table.origin()  # from about.json
+
+
+def test_jobs_of_a_gpu_run_in_order_of_value_while_there_is_time(tmp_path, monkeypatch):
+    """What does not fit in time or memory is listed with the reason, a failure too; all others are kept."""
+    now, kept = [0.0], []
+
+    def measure(seconds, error=None):
+        def rows(quick, gpu, rounds, only):
+            now[0] += seconds
+            if error:
+                raise error
+            return [table.row(only, "s", [1.0])]
+
+        return rows
+
+    parts = dict(roofline=measure(10), steps=measure(30), training=measure(5, RuntimeError("out of memory")))
+    jobs = [("roofline", "copy", 10, 1), ("training", "1.5B", 5, 1), ("steps", "big", 20, 999),
+            ("steps", "GRPO", 40, 1), ("steps", "late", 20, 1)]  # fmt: skip
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "JOBS", jobs)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    card = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+
+    def run(**more):
+        kept.clear()
+        now[0] = 0.0
+        return gpu.run_jobs(60, keep=lambda part, rows: kept.append((part, rows[0]["row"])), **more)
+
+    left_out = dict(run())
+    assert kept == [("roofline", "copy"), ("steps", "GRPO")]
+    assert list(left_out) == ["training: 1.5B", "steps: big", "steps: late"]
+    assert "out of memory" in left_out["training: 1.5B"] and "needs 999 GiB" in left_out["steps: big"]
+    assert "15 s are left" in left_out["steps: late"]
+    assert run(only="GRPO") == [] and kept == [("steps", "GRPO")]
+    assert run(parts=["roofline"]) == [] and kept == [("roofline", "copy")]
+
+
+def test_every_job_names_rows_that_exist():
+    """A piece of a name that no row has would measure nothing, in silence."""
+    shapes = [" × ".join(f"{n:,}" for n in shape) for shape in kernels.GPU_SHAPES]
+    rows = {"kernels": shapes, "training": [gpu.SHARE], "steps": ["GRPO, 124M", "GRPO, 0.5B"],
+            "generation": ["124M, 256 rows", "124M, 64 rows", "1.5B, 64 rows", "1.5B, 256 rows",
+                           "ragged lengths"]}  # fmt: skip
+    for part, name, *_ in gpu.JOBS:
+        assert any(name in row for row in rows.get(part, [""])), (part, name)
+    measured = [(part, name) for part, name, *_ in gpu.JOBS]
+    assert len(set(measured)) == len(measured)
+    assert {name for part, name in measured if part == "kernels"} == set(shapes)
+    for kind, limit in ((torch.bfloat16, 2.7e-4), (torch.float32, 1e-4)):
+        assert limit / 2 <= gpu.tolerance(4096, kind) <= 2 * limit
+    assert gpu.tolerance(64, torch.bfloat16) == 2e-5
+
+
 def test_mistakes_are_named():
     for argv, said in ((["stepz"], "stepz"), (["--rounds"], "--rounds"), (["--rounds", "x"], "--rounds x"),
-                       (["--only", "GRPO"], "--only: not for kernels")):  # fmt: skip
+                       (["--minutes", "8"], "--minutes: goes together"), (["--gpu"], "sees no GPU"),
+                       (["steps", "--fake"], "--fake"), (["contact", "--nope"], "--nope"),
+                       (["contact", "--only", "x"], "no step")):  # fmt: skip
         with pytest.raises(UserError, match=said):
             bench.main(argv)
     done = subprocess.run([sys.executable, "-m", "bench", "nope"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_the_oldest_versions_are_those_of_the_ranges():
+    oldest, newest = versions.requirements("oldest"), versions.requirements("newest")
+    assert "torch==2.6.*" in oldest and "torch>=2.6" in newest and len(oldest) == len(newest)
+    pinned = versions.requirements("torch==2.9.1 numpy==2.3.5")
+    assert pinned[:3] == ["torch==2.9.1", "numpy==2.3.5", "torch>=2.6"]
+    ordered = ["2.6.0", "2.9.1", "2.13.0+cpu"]
+    assert sorted(reversed(ordered), key=versions.version) == ordered
+
+
+def test_a_report_of_tests_becomes_a_row(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text('<testsuites><testsuite><testcase name="a"/><testcase name="b"><skipped/></testcase>'
+                      '<testcase name="c"><failure/></testcase></testsuite></testsuites>')
+    assert versions.count(report) == dict(passed=1, skipped=1, failed=1, note="c")

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ triton_decode = pytest.importorskip("nanorlhf.kernels.triton_decode", reason="tr
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, interpreter]
 
 
 def operands(B, H, KV, hd, T, seed=0, std=1.0, dtype=torch.float32):
@@ -90,6 +91,7 @@ def test_splits_keep_the_processors_busy():
 
 
 COMPILE = """
+import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
@@ -104,7 +106,7 @@ def compile(kernel, warps, dtype, **flags):
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
                if signature[n][0] == "*" or n in ("stride_b", "stride_h")}
     source, options = ASTSource(kernel, signature, constants, aligned), dict(num_warps=warps, num_stages=3)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options=options)
 
 for dtype, KV, GROUP, HD, splits in (("bf16", 12, 1, 64, 1), ("bf16", 2, 6, 128, 8), ("fp32", 8, 1, 256, 1)):
     flags = dict(KV=KV, GROUP=GROUP, HD=HD, BLOCK_G=16, BLOCK_D=HD, SPLITS=splits)
@@ -118,10 +120,12 @@ compile(td.decode_merge, 1, "*bf16", HD=128, BLOCK_D=128, SPLITS=8)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
-def test_the_kernel_compiles_for_a_gpu():
-    """Without a GPU: for sm_90, with tensor cores and wide asynchronous loads, splits or none."""
+@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+def test_the_kernel_compiles_for_a_gpu(arch):
+    """Without a GPU: with tensor cores and wide asynchronous loads, splits or none."""
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", "HOME": "/tmp"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
+    command = [sys.executable, "-c", COMPILE, str(arch)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

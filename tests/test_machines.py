@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import session
 import torch
-from mac import OnMac, pretended
+from fake_device import OnDevice, pretended
 from runs import metrics
 from stages import TRAINERS, jsonl
 
@@ -30,7 +30,7 @@ MORE = {  # flags with which a trainer takes its longest way
 
 
 def test_the_pretended_mac_refuses_float64_on_its_gpu_alone():
-    with pretended():
+    with pretended("mps"):
         layer = torch.nn.Linear(2, 1).to("mps")
         x = torch.ones(3, 2, device="mps")
         y = layer(x).sum()
@@ -41,7 +41,7 @@ def test_the_pretended_mac_refuses_float64_on_its_gpu_alone():
             with pytest.raises(TypeError, match="float64"):
                 refused()
         assert x.cpu().double().sum() == 6 and type(x.to("cpu")) is torch.Tensor
-        assert isinstance(torch.ones(1).to("mps"), OnMac)
+        assert isinstance(torch.ones(1).to("mps"), OnDevice)
         assert layer.weight.grad.tolist() == [[3.0, 3.0]]
 
 
@@ -51,7 +51,7 @@ def on_mac(stages, tmp_path, no_curves):
 
     def run(program, cfg):
         assert cfg.device == "auto"
-        with pretended():
+        with pretended("mps"):
             return program(cfg)
 
     return run
@@ -106,7 +106,7 @@ def test_the_oracle_reads_a_model_on_a_mac(stages):
     model, tok = hub.load(f"{stages.folder}/sft/model")
     tree = Tree(tok.vocab_size, 2, tok.eos_id)
     want = tree.table(model, [1, 2])
-    with pretended():
+    with pretended("mps"):
         got = tree.table(model.to("mps"), [1, 2])
     assert got.dtype == torch.float64 and torch.allclose(got, want, atol=1e-6)
 
@@ -114,7 +114,7 @@ def test_the_oracle_reads_a_model_on_a_mac(stages):
 def test_means_are_float64_wherever_the_numbers_are():
     """A mean of thirds has 53 bits, and not the 24 of fp32."""
     x = torch.tensor([0.1, 0.2, 0.4])
-    with pretended():
+    with pretended("mps"):
         on_gpu = mean_se(x.to("mps"))
     mean = sum(x.tolist()) / 3
     variance = sum((value - mean) ** 2 for value in x.tolist()) / 2

@@ -176,8 +176,10 @@ def test_bf16():
     model = tiny("qwen2")
     model.compute_dtype = BF16
     roll = generate(model, PROMPTS, n=8, max_new_tokens=12, eos_id=EOS, slots=5)
-    gap = (roll.logp - model.logprobs(roll.tokens, roll.mask)[0]).abs().max()
-    assert 0 < gap < 5e-2 and torch.isfinite(roll.logp).all()
+    gap = (roll.logp - model.logprobs(roll.tokens, roll.mask)[0]).abs().max()  # 0 with torch 2.6
+    assert gap < 5e-2 and torch.isfinite(roll.logp).all()
+    model.compute_dtype = None
+    assert (roll.logp - model.logprobs(roll.tokens, roll.mask)[0]).abs().max() > 1e-4
 
 
 def test_errors():

@@ -7,10 +7,11 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import Watch, close, differentiate, operands
+from helpers import Watch, close, differentiate, interpreter, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench import gpu
 from nanorlhf import kernels
 from nanorlhf.kernels import reference
 
@@ -21,6 +22,7 @@ INF = float("inf")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # at numbers that tl.where discards
     pytest.mark.gpu,
+    interpreter,
 ]
 designs = pytest.mark.parametrize("design", ["fused", "stored"])
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -28,7 +30,7 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 def small(design):
     """Blocks so small that a handful of rows and columns makes many tiles, slices and programs."""
-    blocks = dict(SAFE=(16, 32, 16, 1, 1), STORED=(4, 32, 16, 1, 1))
+    blocks = dict(SAFE=(16, 32, 16, 1, 1), SAFE_KL=(16, 32, 16, 1, 1), STORED=(4, 32, 16, 1, 1))
     patches = {name: triton_backend._config(*block) for name, block in blocks.items()}
     return mock.patch.multiple(triton_backend, DESIGN=design, WIDTH=32, COLS=64, TILE_BYTES=8192, **patches)
 
@@ -39,6 +41,11 @@ def linear_logprob(*args, **kw):
 
 def linear_kl(*args, **kw):
     return kernels.linear_kl(*args, backend="triton", **kw)
+
+
+def on_gpu(tol, D, dtype):
+    """The tolerance of a log-prob: what rounding costs, and on a GPU what its tensor cores cut off."""
+    return max(tol, gpu.tolerance(D, dtype)) if GPU else tol
 
 
 def check(fast, oracle, inputs, design, tol, grad_tol, floor=0.0):
@@ -178,13 +185,16 @@ def test_kl_is_the_oracle(N, V, D, temperature, std, seed, with_bias, design, re
 @designs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_operands_keep_fp32_logits(dtype, design):
-    """Logit std 6: log-probs off by ≤ 2e-5, entropy and KL by ≤ 1e-4, gradients by the last rounding only."""
+    """Logit std 6: log-probs off by ≤ 2e-5 (on a GPU by gpu.tolerance), entropy and KL by ≤ 1e-4.
+
+    Gradients are off by the last rounding only."""
+    tol = on_gpu(2e-5, 64, dtype)
     hidden, weight, targets, _ = operands(20, 101, 64, std=6.0, dtype=dtype)
     ref_hidden, ref_weight, _, _ = operands(20, 101, 48, std=6.0, seed=1, dtype=dtype)
     ref = ref_hidden.double(), ref_weight.double()
     gpu_args = [x.to(DEVICE) for x in (targets, ref_hidden, ref_weight)]
     check(lambda h, w: linear_logprob(h, w, gpu_args[0], 0.9)[0],
-          lambda h, w: reference.linear_logprob(h, w, targets, 0.9)[0], (hidden, weight), design, 2e-5, 5e-3)
+          lambda h, w: reference.linear_logprob(h, w, targets, 0.9)[0], (hidden, weight), design, tol, 5e-3)
     check(lambda h, w: linear_logprob(h, w, gpu_args[0])[1],
           lambda h, w: reference.linear_logprob(h, w, targets)[1], (hidden, weight), design, 1e-4, 5e-3)
     for reverse in (False, True):
@@ -379,18 +389,63 @@ def test_slices_cover_the_vocabulary_and_the_processors(N, V, processors):
     assert time <= max(1.1 * blocks * tiles / processors, tiles / 32 + 1)
 
 
+@pytest.mark.parametrize("dtype, tuned", [(torch.bfloat16, True), (torch.float32, False)])
+def test_fp32_never_takes_the_tuned_blocks(dtype, tuned):
+    """They would take 288 KiB of shared memory, more than any GPU has, and 20 s of compiling each."""
+    class Launched(Exception):
+        pass
+
+    def tune(kernel):
+        raise Launched("tuned")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def launch(*args, BLOCK_N, **flags):
+                raise Launched(BLOCK_N)
+
+            return launch
+
+    x, w = (torch.zeros(n, 16, dtype=dtype) for n in (2048, 64))
+    tile = slice(0, 2048), slice(0, 64)
+    patched = mock.patch.multiple(triton_backend, INTERPRETED=False, _tuned=tune)
+    out = torch.zeros(1, 1, 2048)
+    with patched, pytest.raises(Launched) as caught:
+        triton_backend._launch(Kernel(), [(x, w, None)], None, [], out, *tile, 0, 1.0, 64)
+    assert caught.value.args == ("tuned" if tuned else triton_backend.SAFE.kwargs["BLOCK_N"],)
+
+
 COMPILE = """
-import sys
+import os, subprocess, sys, tempfile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
 from nanorlhf.kernels import triton_backend as tb
 
-def compile(kernel, config, stored):
+ARCH = int(sys.argv[1])
+SHARED = {80: 163, 89: 99, 90: 227, 120: 99}[ARCH] << 10  # bytes that a program may have
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+# 3.7 has an assembler of its own for the newest cards
+PTXAS = os.path.join(TOOLS, "ptxas-blackwell" if ARCH >= 100 else "ptxas")
+if not os.path.exists(PTXAS):
+    PTXAS = os.path.join(TOOLS, "ptxas")
+
+def spilled(ptx):
+    '''Bytes that the assembler spills from registers to memory.'''
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+        f.write(ptx), f.flush()
+        target = next(line.split()[1] for line in ptx.splitlines() if line.startswith(".target")).rstrip(",")
+        said = subprocess.run([PTXAS, "-v", f"--gpu-name={target}", f.name, "-o", "/dev/null"],
+                              capture_output=True, text=True, check=True).stderr
+    assert "bytes spill stores" in said, said
+    return sum(int(line.split("bytes stack frame, ")[1].split()[0])
+               for line in said.splitlines() if "bytes spill stores" in line)
+
+def compile(kernel, config, stored, dtype="bf16"):
     flags = {**config.kwargs, "D": 768, "D2": 768, "REVERSE": False, "bias": None, "bias2": None}
     if not stored:
         flags |= {"logits": None, "logits2": None}
-    pointers = dict.fromkeys(("x", "w", "x2", "w2", "out"), "*bf16") | {"targets": "*i64", "scale": "fp32"}
+    pointers = dict.fromkeys(("x", "w", "x2", "w2", "out"), "*" + dtype)
+    pointers |= {"targets": "*i64", "scale": "fp32"}
     pointers |= dict.fromkeys("logits logits2 stats lse lse2 entropy kl g h".split(), "*fp32")
     signature = {n: "constexpr" if n in flags else pointers.get(n, "i32") for n in kernel.arg_names}
     constants = {(i,): flags[n] for i, n in enumerate(kernel.arg_names) if n in flags}
@@ -398,24 +453,36 @@ def compile(kernel, config, stored):
                if signature[n][0] == "*" or n in ("sx", "sw", "sx2", "sw2", "ld", "col0", "width")}
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
     source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    built = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
+    assert built.metadata.shared <= SHARED, (kernel.__name__, built.metadata.shared)
+    return built
 
 for name in ("logprob_forward", "logprob_backward", "kl_forward", "kl_backward"):
-    config = tb.TUNED[1] if "logprob" in name else tb.SAFE
-    built = compile(getattr(tb, name), config, stored=False)
-    assert "wgmma" in built.asm["ptx"], name
-    assert built.metadata.shared <= 227 << 10, name
-    built = compile(getattr(tb, name), tb.STORED, stored=True)
+    kernel = getattr(tb, name)
+    built = compile(kernel, tb.SAFE if name.startswith("logprob") else tb.SAFE_KL, stored=False)
+    assert spilled(built.asm["ptx"]) == 0, name
+    assert ("wgmma" if ARCH == 90 else "mma.sync") in built.asm["ptx"], name
+    built = compile(kernel, tb.STORED, stored=True)
+    assert spilled(built.asm["ptx"]) == 0, name
     assert "ld.global.v4" in built.asm["ptx"], name  # odd vocabularies once made these one number wide
+    print(name, built.metadata.shared)
+if ARCH == 90:  # blocks that only the timer chooses; where they do not fit, it passes them over
+    for name in ("logprob_forward", "logprob_backward"):
+        assert "wgmma" in compile(getattr(tb, name), tb.TUNED[1], stored=False).asm["ptx"]
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes for Linux")
-def test_the_kernels_compile_for_a_gpu():
-    """Without a GPU: every kernel, in both designs, compiled for sm_90 and its tensor cores."""
+@pytest.mark.parametrize("arch", [80, 89, 90, 120])
+def test_the_kernels_compile_for_a_gpu(arch):
+    """Without a GPU: every kernel in both designs, for an A100, a GeForce 40, an H200 and a GeForce 50.
+
+    Tensor cores multiply, shared memory is what the card has, and the blocks taken by default spill nothing.
+    """
     env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", "HOME": "/tmp"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=env)
+    command = [sys.executable, "-c", COMPILE, str(arch)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -430,7 +497,8 @@ def test_gpu_real_size(design, dtype, tol):
         got, grads = differentiate(lambda h, w: linear_logprob(h, w, targets), (hidden, weight))
         want, want_grads = differentiate(
             lambda h, w: reference.linear_logprob(h, w, targets), (hidden.double(), weight.double()))
-        assert (got[0] - want[0]).abs().max() <= 2e-5 and (got[1] - want[1]).abs().max() <= 1e-4
+        bound = gpu.tolerance(768, dtype)
+        assert (got[0] - want[0]).abs().max() <= bound and (got[1] - want[1]).abs().max() <= 5 * bound
         for a, b in zip(grads, want_grads):
             assert (a.double() - b).norm() <= tol * b.norm()
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -458,4 +526,4 @@ def test_gpu_memory_and_more_than_31_bits(V, D):
     assert own <= 160 << 20
     at = torch.arange(N - 100, N, device=DEVICE)
     want, _ = reference.linear_logprob(hidden[at].double(), weight.double(), targets[at], D**0.5)
-    assert (logp[at] - want).abs().max() <= 2e-5
+    assert (logp[at] - want).abs().max() <= gpu.tolerance(D, torch.bfloat16)

@@ -99,7 +99,10 @@ class Slots:
         self.alive = self.flags[:-1]
         self.bad = self.flags[-1:]  # a logit was not finite
         self.graphs = {}
-        self.pool = torch.cuda.graph_pool_handle() if batch.tokens.is_cuda else None
+        self.pool = None
+        if batch.tokens.is_cuda:
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream()  # a capture needs one that is not the default stream
         self.cast = cast_weights(model)
         # With an odd number of rows cuBLAS would read the unembedding one number at a time
         head = model.unembedding
@@ -180,9 +183,15 @@ class Slots:
         self.step(b, live)  # kernels are compiled now, which a graph could not record
         if self.pool is None:  # on a CPU
             return
+        # What torch.cuda.graph does, but that would empty the allocator's cache before every capture
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # NCCL has a thread
-            self.step(b, live)  # is recorded, not run
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")  # NCCL has a thread
+            try:
+                self.step(b, live)  # is recorded, not run
+            finally:
+                graph.capture_end()
         self.graphs[key] = graph
 
 

@@ -39,7 +39,13 @@ def _config(block_n, block_v, block_d, warps, stages):
     return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
+def _flags(config):
+    """What a launch takes of a config. `all_kwargs` of Triton 3.2 has more, which its interpreter refuses."""
+    return config.kwargs | dict(num_warps=config.num_warps, num_stages=config.num_stages)
+
+
 SAFE = _config(64, 128, 32, 4, 3)  # fits every GPU; always taken where runs must be equal bit by bit
+SAFE_KL = _config(64, 128, 32, 8, 3)  # two tiles of logits: four warps would spill registers on an A100
 TUNED = [  # of log-probs; timed on the first call of at least 1,024 rows, once for each kernel, D and dtype
     SAFE,
     _config(128, 256, 64, 8, 3),
@@ -326,10 +332,13 @@ def _launch(kernel, models, logits, per_row, out, r, c, ld, scale, width=None, *
     args.append(scale)
 
     deterministic = torch.are_deterministic_algorithms_enabled()  # tuning would depend on a stopwatch
+    fixed = n < 1024 or INTERPRETED or deterministic
     if logits:
-        flags |= STORED.all_kwargs()
-    elif n < 1024 or len(models) > 1 or INTERPRETED or deterministic:  # KL has two tiles of logits at once
-        flags |= SAFE.all_kwargs()
+        flags |= _flags(STORED)
+    elif len(models) > 1:
+        flags |= _flags(SAFE_KL)
+    elif fixed or models[0][0].dtype == torch.float32:  # the tuned blocks would take 288 KiB of fp32
+        flags |= _flags(SAFE)
     else:
         kernel = _tuned(kernel)
 

@@ -17,9 +17,12 @@ import types
 import typing
 from typing import ClassVar, Literal
 
+import torch
+
 from nanorlhf import tasks
 from nanorlhf.errors import Interrupted, RunError, UserError, out_of_memory, reason_of, require, shown
 from nanorlhf.run import defaults, dist
+from nanorlhf.run.device import larger_microbatches
 from nanorlhf.run.reward_functions import reward_name
 
 # ------------------------------------------------------------------------------------------------------------
@@ -274,7 +277,9 @@ def parse(Config, argv, doc="", prog="train.py", plans=False):
             values.setdefault(name, []).append(text)
         else:
             values[name] = _convert(flag, kinds[name], text)
-    return Config(**values)
+    cfg = Config(**values)
+    cfg.asked_for = set(values)  # no field: what was typed, though it be the default
+    return cfg
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -372,6 +377,8 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
         if len(flags) == len(argv):
             train(cfg)
         else:
+            if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()):
+                larger_microbatches(cfg)
             dry_run(cfg)
         dist.finish()  # here: if another rank fails now, that rank prints its error
         return 0
