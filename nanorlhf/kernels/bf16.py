@@ -12,12 +12,12 @@ import torch.nn as nn
 
 
 def has_units(device):
-    """Whether the device multiplies bf16 in hardware (a CPU: AMX or AVX-512 BF16). Without, fp32 is faster."""
-    if device.type == "cuda":
+    """Whether the device of --device multiplies bf16 in hardware; a CPU with AMX or AVX-512 BF16 does."""
+    on_gpu = torch.cuda.is_available() and device in ("auto", "cuda")
+    if on_gpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "mps":
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    on_cpu = device == "cpu" or (device == "auto" and not torch.backends.mps.is_available())
+    return on_cpu and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 @contextlib.contextmanager

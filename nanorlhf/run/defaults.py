@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanorlhf.errors import UserError, require
 from nanorlhf.hub.gguf import Gguf
+from nanorlhf.kernels import bf16
 
 LARGE = 50_000_000  # parameters; the learning rates of the built-in tasks would destroy such a model
 PUBLISHED = {  # trainer → learning rate for a pretrained model above LARGE, and who published it
@@ -54,6 +55,23 @@ def fill_rates(cfg, flags):
     for name in flags:
         setattr(cfg, name, lr)
     return [f"--{name} {lr:g}: the published one for {n / 1e6:,.0f}M parameters ({source})" for name in flags]
+
+
+def pick_dtype(cfg):
+    """Settle --dtype auto: bfloat16 if --init is above LARGE and the device has units for it, else float32.
+
+    → the lines that say so. A small model stays in fp32, whose curves are the committed ones.
+    """
+    units = bf16.has_units(cfg.device)
+    if cfg.dtype == "bfloat16" and not units:
+        return ["--dtype bfloat16: this processor has no bf16 units, --dtype float32 is faster on it"]
+    if cfg.dtype != "auto":
+        return []
+    cfg.dtype = "float32"
+    if not units or not cfg.init or n_parameters(cfg.init) <= LARGE:
+        return []
+    cfg.dtype = "bfloat16"
+    return ["--dtype bfloat16: this device has bf16 units; log-probs are rounded to about 1e-2 (see gap)"]
 
 
 def context_for(pairs):
