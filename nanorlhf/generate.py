@@ -16,6 +16,7 @@ from tqdm import tqdm
 from nanorlhf.data import pad, response_mask
 from nanorlhf.errors import require
 from nanorlhf.kernels.bf16 import cast_once
+from nanorlhf.kernels.torch_backend import widen
 from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist
 from nanorlhf.sampling import Sampling, sample
@@ -168,11 +169,12 @@ def decode(model, prompts, n, max_new_tokens, sampling, eos_id, seed, slots, fir
     if slots or batch.tokens.is_cuda:
         return decode_in_slots(model, batch, sampling, slots)
     with cast_once(model):
+        head = widen(model.unembedding)  # once, not in every step
         cache, last = prefill(model, batch)  # last: hidden states (B, D) that predict the next token
         rows = torch.arange(len(batch.group), device=model.device)  # those in the cache
         alive = ~batch.finished  # of those, the unfinished ones
         for t in range(max_new_tokens):
-            logits = model.head_logits(last)
+            logits = model.head_logits(last, head)
             token, logp = sample(logits, batch.uniforms[rows, t], sampling)
             batch.append(rows[alive], t, token[alive], logp[alive])
             alive = ~batch.finished[rows]  # detail 23.1: N+ samples on to a fixed length

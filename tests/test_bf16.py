@@ -46,12 +46,15 @@ class Casts(Mode):
         super().__init__()
         self.names = {p.data_ptr(): name for name, p in model.named_parameters()}
         self.found = Counter()
+        self.of_head = 0  # copies of V × D numbers, to whatever dtype
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         if func is torch.ops.aten._to_copy.default and (args[0].dtype, out.dtype) == (torch.float32, BF16):
             if name := self.names.get(args[0].data_ptr()):
                 self.found[name] += 1
+        if func is torch.ops.aten._to_copy.default:
+            self.of_head += args[0].shape == (V, D)
         return out
 
 
@@ -67,6 +70,7 @@ def test_a_decode_loop_casts_each_weight_once(new, tied):
         generate(model, PROMPTS, n=3, max_new_tokens=new)
     want = linear_weights(model) - (set() if tied else {"wte.weight"})
     assert casts.found == dict.fromkeys(want, 1)
+    assert casts.of_head == 2, "to bf16, and to fp32 for logits that are never rounded"
 
 
 def test_adapters_are_cast_once_too():

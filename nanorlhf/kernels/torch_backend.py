@@ -458,8 +458,8 @@ def _add(grads, dz, hidden, weight, r, c):
 def tiled_logits(hidden, weight):
     """hidden (N, D), weight (V, D) → fp32 logits (N, V) of a decoding step, by some rows of the weight.
 
-    Read once into the cache, they are multiplied a third faster than all together. A bf16 weight is widened
-    there too: a whole copy in fp32, made at every step, costs more than the matmul.
+    Read once into the cache, they are multiplied a third faster than all together. A bf16 weight that was not
+    widened before is widened there: a whole copy in fp32 costs more than the matmul.
     """
     x = widen(hidden)
     logits = x.new_empty(len(x), len(weight))
