@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from nanorlhf.errors import UserError, derive_seed, require, visible
+from nanorlhf.kernels.bf16 import cast_once
 from nanorlhf.run.cli import Machine, check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
 from nanorlhf.run.models import load_model
@@ -176,23 +177,24 @@ def main(cfg):
     to_device(cfg, device, model)
     sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p)
     answers = []
-    for number, prompt in enumerate(prompts(cfg)):
-        if cfg.chat:
-            prompt = Chat([{"role": "user", "content": prompt}])
-        try:
-            ids = tok.encode_prompt(prompt)
-            for i in range(cfg.n):
-                if cfg.n > 1:
-                    print(f"── {i + 1}")
-                screen = Screen()
-                if not cfg.logprobs:
-                    screen.write(tok.decode(ids) if cfg.chat else prompt)
-                seed = derive_seed(cfg.seed, "sample", number, i)
-                tokens = stream(model, ids, cfg.max_new_tokens, tok.eos_id, seed, sampling)
-                answers.append(show(tokens, tok, cfg.logprobs, screen, model.stop_ids))
-        except UserError as e:
-            require(not cfg.prompt, f"--prompt: {e}")
-            print(e)  # a slip of the keyboard does not end the conversation
+    with cast_once(model):
+        for number, prompt in enumerate(prompts(cfg)):
+            if cfg.chat:
+                prompt = Chat([{"role": "user", "content": prompt}])
+            try:
+                ids = tok.encode_prompt(prompt)
+                for i in range(cfg.n):
+                    if cfg.n > 1:
+                        print(f"── {i + 1}")
+                    screen = Screen()
+                    if not cfg.logprobs:
+                        screen.write(tok.decode(ids) if cfg.chat else prompt)
+                    seed = derive_seed(cfg.seed, "sample", number, i)
+                    tokens = stream(model, ids, cfg.max_new_tokens, tok.eos_id, seed, sampling)
+                    answers.append(show(tokens, tok, cfg.logprobs, screen, model.stop_ids))
+            except UserError as e:
+                require(not cfg.prompt, f"--prompt: {e}")
+                print(e)  # a slip of the keyboard does not end the conversation
     return answers
 
 

@@ -10,6 +10,8 @@ from bench.worker import lengths_of
 from nanorlhf import generate, hub
 from nanorlhf.run import log
 
+FIRST = ("loss", "logp_chosen", "logp_rejected")  # what is reported of the first step, to be compared
+
 
 def run(spec, turn):
     torch.set_num_threads(1)
@@ -17,13 +19,19 @@ def run(spec, turn):
         return bare(spec, turn)
     if spec.get("lengths"):
         plan_lengths(spec["lengths"])
+    if "eos" in spec:
+        force_eos(spec["eos"])
     trainer = importlib.import_module(f"train_{spec['job']}")
     extra = count_reference(trainer, spec["config"]["batch_size"]) if spec["job"] == "dpo" else {}
     log_row = log.Log.row
 
+    first = {}
+
     def row(self, step, metrics):
         log_row(self, step, metrics)
-        turn.done(tokens=round(metrics["tok_s"] * metrics["s"]), **extra)
+        if step == 0:
+            first.update({name: metrics[name] for name in FIRST if name in metrics})
+        turn.done(tokens=round(metrics["tok_s"] * metrics["s"]), first=first, **extra)
 
     log.Log.row = row
     trainer.train(trainer.Config(**spec["config"]))
@@ -47,6 +55,20 @@ def plan_lengths(plan):
         return out
 
     generate.prepare = planned
+
+
+def force_eos(eos_id):
+    """Let u = 1 draw EOS and no other number: the EOS of a published model is not the last id."""
+    sample = generate.sample
+
+    def forced(logits, u, sampling):
+        ends = u == 1.0
+        logits[:, eos_id] = -torch.inf
+        token, logp = sample(logits, u.clamp(max=0.9), sampling)
+        token[ends] = eos_id
+        return token, logp
+
+    generate.sample = forced
 
 
 def count_reference(trainer, batch_size):

@@ -91,13 +91,21 @@ def trl(spec, turn):
     tok = AutoTokenizer.from_pretrained(spec["model"])
     more = {"num_labels": 1} if job == "rm" else {}
     auto = AutoModelForSequenceClassification if job == "rm" else AutoModelForCausalLM
-    model = auto.from_pretrained(spec["model"], dtype=torch.float32, **more)
+    bf16 = spec["dtype"] == "bfloat16"
+    frozen_bf16 = bf16 and "lora_rank" in spec  # what is trained stays fp32
+    dtype = torch.bfloat16 if frozen_bf16 else torch.float32
+    model = auto.from_pretrained(spec["model"], dtype=dtype, **more)
     args = dict(
         output_dir=out, per_device_train_batch_size=spec["rows"], max_steps=10_000, learning_rate=1e-4,
-        bf16=spec["dtype"] == "bfloat16", use_cpu=cpu, report_to="none", save_strategy="no", seed=0,
+        bf16=bf16, use_cpu=cpu, report_to="none", save_strategy="no", seed=0, logging_steps=1,
         disable_tqdm=True, gradient_checkpointing=spec["variant"] == "TRL defaults",
     )  # fmt: skip
     kw = dict(model=model, train_dataset=data, processing_class=tok)
+    if "lora_rank" in spec:
+        from peft import LoraConfig
+
+        rank = spec["lora_rank"]
+        kw["peft_config"] = LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
     if job == "ppo":
         return ppo(spec, turn, args, tok, model, data)
     if job == "grpo":
@@ -105,7 +113,7 @@ def trl(spec, turn):
         kw["reward_funcs"] = lambda prompts, completions, **_: list(map(score, prompts, completions))
         plan_lengths(model, tok.eos_token_id, spec)
     trainer = getattr(trl, f"{name}Trainer")(args=getattr(trl, f"{name}Config")(**args), **kw)
-    compute_loss, seen = trainer.compute_loss, {}
+    compute_loss, seen, first = trainer.compute_loss, {}, {}
 
     def counted(model, inputs, *rest, **named):
         seen["tokens"] = int(counted_tokens(inputs))
@@ -113,7 +121,12 @@ def trl(spec, turn):
 
     class Hook(TrainerCallback):
         def on_step_end(self, *_, **__):
-            turn.done(**seen)
+            turn.done(**seen, first=first)
+
+        def on_log(self, *_, logs, **__):
+            names = {"loss": "loss", "logps/chosen": "logp_chosen", "logps/rejected": "logp_rejected"}
+            if not first:
+                first.update({ours: logs[name] for name, ours in names.items() if name in logs})
 
     trainer.compute_loss = counted
     trainer.add_callback(Hook())

@@ -128,7 +128,7 @@ def in_turn(specs, rounds, warmup, tmp):
     if os.environ.get("NANORLHF_FAKE_GPU"):
         specs = {"ours": specs["ours"]}
     for name, spec in specs.items():
-        python = os.environ.get("PPO_PYTHON") if name == OLD else sys.executable
+        python = os.environ.get("PPO_PYTHON") if name == OLD else spec.get("python", sys.executable)
         if python:
             workers[name] = Worker(spec, f"{tmp}/{name.replace(' ', '-')}.log", python)
     found = {name: {} for name in workers}

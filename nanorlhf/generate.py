@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from nanorlhf.data import pad, response_mask
 from nanorlhf.errors import require
+from nanorlhf.kernels.bf16 import cast_once
+from nanorlhf.kernels.torch_backend import widen
 from nanorlhf.rollout import Rollout
 from nanorlhf.run import dist, pulse
 from nanorlhf.sampling import Sampling, sample
@@ -166,27 +168,29 @@ def decode(model, prompts, n, max_new_tokens, sampling, eos_id, seed, slots, fir
     batch = prepare(model, prompts, n, max_new_tokens, sampling.temperature, eos_id, seed, first_row)
     if slots or batch.tokens.is_cuda:
         return decode_in_slots(model, batch, sampling, slots)
-    cache, last = prefill(model, batch)  # last: hidden states (B, D) that predict the next token
-    rows = torch.arange(len(batch.group), device=model.device)  # those in the cache
-    alive = ~batch.finished  # of those, the unfinished ones
-    for t in range(max_new_tokens):
-        logits = model.head_logits(last)
-        token, logp = sample(logits, batch.uniforms[rows, t], sampling)
-        batch.append(rows[alive], t, token[alive], logp[alive])
-        alive = ~batch.finished[rows]  # detail 23.1: N+ samples on to a fixed length
-        left = int(alive.sum())
-        if left == 0 or t + 1 == max_new_tokens:
-            break
-        if left <= len(rows) * (1 - DROP_SHARE):
-            keep = alive.nonzero().squeeze(1)
-            cache.keep(keep, batch.longest + t)
-            rows = rows[keep]
-            token = token[keep]
-            alive = alive[keep]
-        position = batch.prompt_len[rows] + t
-        pulse.sign(f"sampling: token {t + 1} of {max_new_tokens}")
-        hidden = model(token[:, None], cache, position)  # (b, 1, D)
-        last = hidden[:, 0]
+    with cast_once(model):
+        head = widen(model.unembedding)  # once, not in every step
+        cache, last = prefill(model, batch)  # last: hidden states (B, D) that predict the next token
+        rows = torch.arange(len(batch.group), device=model.device)  # those in the cache
+        alive = ~batch.finished  # of those, the unfinished ones
+        for t in range(max_new_tokens):
+            logits = model.head_logits(last, head)
+            token, logp = sample(logits, batch.uniforms[rows, t], sampling)
+            batch.append(rows[alive], t, token[alive], logp[alive])
+            alive = ~batch.finished[rows]  # detail 23.1: N+ samples on to a fixed length
+            left = int(alive.sum())
+            if left == 0 or t + 1 == max_new_tokens:
+                break
+            if left <= len(rows) * (1 - DROP_SHARE):
+                keep = alive.nonzero().squeeze(1)
+                cache.keep(keep, batch.longest + t)
+                rows = rows[keep]
+                token = token[keep]
+                alive = alive[keep]
+            position = batch.prompt_len[rows] + t
+            pulse.sign(f"sampling: token {t + 1} of {max_new_tokens}")
+            hidden = model(token[:, None], cache, position)  # (b, 1, D)
+            last = hidden[:, 0]
     return batch.rollout()
 
 

@@ -29,9 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nanorlhf.errors import require
 from nanorlhf.kernels import decode_attention, linear_kl, linear_logprob
-from nanorlhf.kernels.torch_backend import spans, widen
+from nanorlhf.kernels.torch_backend import tiled_logits, widen
 
-HEAD_ROWS = 1024  # rows of the unembedding multiplied at once: they stay in a CPU's cache, a third faster
 MM_FP32 = "dtype" in torch.ops.aten.mm.overloads()  # torch 2.8 and later, on CUDA
 
 
@@ -93,7 +92,10 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """Weights stay in their own (master) precision and are cast to the activations' dtype at use."""
+    """Weights stay in their own (master) precision and are cast to the activations' dtype at use.
+
+    Inside `kernels.bf16.cast_once` they have been cast before.
+    """
 
     def forward(self, x):
         weight = self.weight.to(x.dtype)
@@ -115,7 +117,8 @@ class Norm(nn.Module):
         if cfg.norm == "layer":
             self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x):
+    def forward(self, x, dtype=None):
+        """x (..., D) → the same shape, in x's dtype or in another one."""
         y = widen(x)
         weight = self.weight.to(y.dtype)
         if self.bias is not None:
@@ -124,7 +127,7 @@ class Norm(nn.Module):
         else:
             mean_square = y.pow(2).mean(-1, keepdim=True)
             y = y * torch.rsqrt(mean_square + self.eps) * weight
-        return y.to(x.dtype)
+        return y.to(dtype or x.dtype)
 
 
 @lru_cache(maxsize=16)
@@ -282,11 +285,15 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
         self.parallel = cfg.parallel
 
-    def forward(self, x, rope, layer_cache, step, mask):
-        normed = self.norm1(x)
+    def forward(self, x, dtype, rope, layer_cache, step, mask):
+        """x (B, T, D), the residual stream → (B, T, D). The branches compute in `dtype`, the sums are fp32.
+
+        In bf16 a sum of SmolLM2's stream, where some channels reach thousands, would lose what a branch adds.
+        """
+        normed = self.norm1(x, dtype)
         attended = x + self.attn(normed, rope, layer_cache, step, mask)  # detail 7: no dropout
         mlp_input = x if self.parallel else attended
-        return attended + self.mlp(self.norm2(mlp_input))
+        return attended + self.mlp(self.norm2(mlp_input, dtype))
 
 
 def document_begins(doc):
@@ -406,7 +413,8 @@ class GPT(nn.Module):
         x = self.wte(tokens)  # (B, T, D)
         if self.wpe is not None:
             x = x + self.wpe(place)
-        x = x.to(self.dtype)
+        dtype = self.dtype
+        x = widen(x.to(dtype))  # the residual stream is fp32 also where the blocks compute in bf16
         rope = None
         if cfg.pos == "rope":
             end = T if cache is None else cache.kv.shape[-2]  # all positions are below it
@@ -414,18 +422,18 @@ class GPT(nn.Module):
             # which a config.json may say is 10 million, of which a run of 100 tokens needs none
             cos, sin = rope_table(cfg.rope_dim, rows, cfg.rope_theta, tokens.device, cfg.rope_scaling)
             rope = (cos[place][:, None], sin[place][:, None])  # (1 or B, 1, T, rope_dim/2) each
-        mask = None if doc is None else document_mask(start, x.dtype)  # None: causal
+        mask = None if doc is None else document_mask(start, dtype)  # None: causal
 
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else cache.kv[i]
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(
-                    block, x, rope, layer_cache, step, mask,
+                    block, x, dtype, rope, layer_cache, step, mask,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                x = block(x, rope, layer_cache, step, mask)
-        return self.norm(x)
+                x = block(x, dtype, rope, layer_cache, step, mask)
+        return self.norm(x, dtype)
 
     def head_logits(self, hidden, weight=None):
         """hidden (..., D) → fp32 logits (..., V): bf16 operands are widened, sums never rounded back.
@@ -437,16 +445,10 @@ class GPT(nn.Module):
         half = hidden.dtype.itemsize == 2
         if MM_FP32 and hidden.is_cuda and hidden.dim() == 2 and half:
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # without a widened copy of the weight
-        hidden = widen(hidden)
-        weight = widen(weight)
         sampling = hidden.dim() == 2 and not torch.is_grad_enabled()
-        if hidden.device.type != "cpu" or not sampling:
-            return F.linear(hidden, weight)
-        logits = hidden.new_empty(len(hidden), len(weight))
-        for rows in spans(len(weight), HEAD_ROWS):
-            part = logits[:, rows]
-            torch.mm(hidden, weight[rows].T, out=part)
-        return logits
+        if sampling and hidden.device.type == "cpu":
+            return tiled_logits(hidden, weight)
+        return F.linear(widen(hidden), widen(weight))
 
     def logits(self, tokens):
         """tokens (B, T) → fp32 logits (B, T, V). For evaluation and tests: training never builds them."""

@@ -29,8 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from nanorlhf.kernels.bf16 import in_units
+
 TILE = 1 << 21  # logits of a tile: 8 MiB in fp32; a larger one no longer fits a core's cache and is slower
 STORED = 22 << 20  # logits that LinearLoss keeps at once: 88 MiB in fp32
+HEAD_ROWS = 1024  # rows of the unembedding multiplied at once in decoding: they stay in a CPU's cache
 COLS = 4096  # columns of a tile: with more of them, and fewer than 512 rows, the matmuls become slow
 
 
@@ -78,7 +81,8 @@ def _logits(hidden, weight, bias, r, c, temperature, out=None):
     """Logits / temperature of the tile of rows r and columns c."""
     x = widen(hidden[r])
     w = widen(weight[c])
-    z = torch.mm(x, w.T, out=out)
+    with in_units(hidden):
+        z = torch.mm(x, w.T, out=out)
     if bias is not None:
         z += widen(bias[c])
     if temperature != 1:
@@ -442,12 +446,28 @@ def gradient_sums(model, needs):
 def _add(grads, dz, hidden, weight, r, c):
     """Add what a tile's dz = ∂loss/∂(x·wᵀ) gives to the gradients."""
     dx, dw, db = grads
-    if dx is not None:
-        dx[r].addmm_(dz, widen(weight[c]))
-    if dw is not None:  # a frozen unembedding (LoRA) saves this matmul
-        dw[c].addmm_(dz.T, widen(hidden[r]))
+    with in_units(hidden):
+        if dx is not None:
+            dx[r].addmm_(dz, widen(weight[c]))
+        if dw is not None:  # a frozen unembedding (LoRA) saves this matmul
+            dw[c].addmm_(dz.T, widen(hidden[r]))
     if db is not None:
         db[c] += dz.sum(0)
+
+
+def tiled_logits(hidden, weight):
+    """hidden (N, D), weight (V, D) → fp32 logits (N, V) of a decoding step, by some rows of the weight.
+
+    Read once into the cache, they are multiplied a third faster than all together. A bf16 weight that was not
+    widened before is widened there: a whole copy in fp32 costs more than the matmul.
+    """
+    x = widen(hidden)
+    logits = x.new_empty(len(x), len(weight))
+    with in_units(hidden):
+        for rows in spans(len(weight), HEAD_ROWS):
+            part = logits[:, rows]
+            torch.mm(x, widen(weight[rows]).T, out=part)
+    return logits
 
 
 def decode_attention(q, k, v, cache_k, cache_v, pos, live):

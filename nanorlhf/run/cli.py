@@ -62,7 +62,7 @@ class Flags(Machine):
     resume: bool = False  # go on with the run in --out, from its newest checkpoint that is not damaged
     new_data: bool = False  # with --resume: go on although --data is not the file that the run began with
     overwrite: bool = False  # replace the run in --out
-    dtype: Literal["float32", "bfloat16", "bf16_weights"] = "float32"  # of activations, or of weights too
+    dtype: Literal["auto", "float32", "bfloat16", "bf16_weights"] = "auto"  # of activations, or weights too
     shard: bool = False  # under torchrun: cut weights and optimizer over the processes (FSDP2), not only rows
     save_memory: bool = False  # slower: compute activations twice, keep idle frozen models in CPU memory
     deterministic: bool = False  # on a GPU: fixed kernels, for the same numbers in every run; slower
@@ -103,6 +103,7 @@ class Flags(Machine):
                 self.ref = "none"
                 unset.append("ref")
         self.notes = defaults.taken(self, unset)
+        self.notes += defaults.pick_dtype(self)
         if starts_from_task and self.init:
             self.notes.append(f"--init {self.init}: no other model was given")
         if getattr(self, "recipe", ""):

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanorlhf.errors import UserError, require
 from nanorlhf.hub.gguf import Gguf
+from nanorlhf.kernels import bf16
 from nanorlhf.run.device import LARGE
 
 RANK = 16  # of the adapters of a real model; --lora_rank 0 trains all of its weights
@@ -73,6 +74,23 @@ def reads_reference(cfg):
     if cfg.method == "grpo":
         return cfg.kl != "none" or cfg.ref_every
     return cfg.method != "ppo" or cfg.beta or cfg.kl_target
+
+
+def pick_dtype(cfg):
+    """Settle --dtype auto: bfloat16 if --init is above LARGE and the device has units for it, else float32.
+
+    → the lines that say so. A small model stays in fp32, whose curves are the committed ones.
+    """
+    units = bf16.has_units(cfg.device)
+    if cfg.dtype == "bfloat16" and not units:
+        return ["--dtype bfloat16: this processor has no bf16 units, --dtype float32 is faster on it"]
+    if cfg.dtype != "auto":
+        return []
+    cfg.dtype = "float32"
+    if not units or not cfg.init or n_parameters(cfg.init) <= LARGE:
+        return []
+    cfg.dtype = "bfloat16"
+    return ["--dtype bfloat16: this device has bf16 units; log-probs are rounded to about 1e-2 (see gap)"]
 
 
 def context_for(pairs):

@@ -25,6 +25,7 @@ import time
 import torch
 import torch.distributed as torch_dist
 
+from nanorlhf.kernels.bf16 import cast_once
 from nanorlhf.metrics import Figures
 from nanorlhf.run import pulse, sharding
 
@@ -239,11 +240,15 @@ def paced(microbatches, *passes):
     """
     own = list(microbatches)
     most = largest(len(own))
-    for i, rows in enumerate(own):
-        pulse.sign(f"micro-batch {i + 1} of {len(own)}")
-        yield rows
-    for _ in range(most - len(own)):
-        _idle(passes)
+    with contextlib.ExitStack() as stack:
+        for fn in passes:
+            if hasattr(fn, "__self__"):  # a method of a model: no weight changes before the last micro-batch
+                stack.enter_context(cast_once(fn.__self__))
+        for i, rows in enumerate(own):
+            pulse.sign(f"micro-batch {i + 1} of {len(own)}")
+            yield rows
+        for _ in range(most - len(own)):
+            _idle(passes)
 
 
 def _idle(passes):

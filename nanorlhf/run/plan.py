@@ -97,7 +97,7 @@ def layer_bytes(model):
     Q = cfg.n_head * cfg.head_dim
     K = cfg.n_kv_head * cfg.head_dim
     per_token = 2 * norm_bytes(block.norm1, cfg.d_model, c)
-    if cfg.parallel and c == 4:  # both norms keep the same x; in bf16 each keeps an fp32 copy of its own
+    if cfg.parallel:  # both norms keep the same x, the residual stream
         per_token -= 4 * cfg.d_model
     if block.attn.q_norm is not None:
         per_token += norm_bytes(block.attn.q_norm, Q + K, 0)
@@ -116,7 +116,7 @@ def activation_bytes(model, tokens):
     block = per_token * tokens + once
     if trunk.recompute:  # the inputs of all blocks, and all activations of one block at a time
         inputs = trunk.cfg.n_layer * tokens * trunk.cfg.d_model
-        kept = inputs * width(model) + block
+        kept = 4 * inputs + block  # the residual stream is fp32
     else:
         kept = trunk.cfg.n_layer * block
     return kept + norm_bytes(trunk.norm, trunk.cfg.d_model, 4) * tokens

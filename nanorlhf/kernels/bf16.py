@@ -1,0 +1,70 @@
+"""bf16 that pays: weights cast once, and the matrix units of a CPU that has them.
+
+Activations in bf16 need weights in bf16, and the weights that are trained are fp32. A forward pass that casts
+them reads 4 bytes and writes 2 for each weight, which in decoding is more than the matmuls themselves read.
+"""
+
+import contextlib
+import types
+
+import torch
+import torch.nn as nn
+
+
+def has_units(device):
+    """Whether the device of --device multiplies bf16 in hardware; a CPU with AMX or AVX-512 BF16 does."""
+    on_gpu = torch.cuda.is_available() and device in ("auto", "cuda")
+    if on_gpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    on_cpu = device == "cpu" or (device == "auto" and not torch.backends.mps.is_available())
+    return on_cpu and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+@contextlib.contextmanager
+def in_units(x):
+    """Inside, matmuls of fp32 tensors may use a CPU's bf16 units if x is bf16; their sums stay fp32.
+
+    The units round operands to bf16. That changes nothing in those that were widened from bf16, and gradients
+    lose what they lose on a GPU, where they are stored in bf16. Without units the matmuls are those of fp32.
+    """
+    before = torch.get_float32_matmul_precision()
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def cast_once(model):
+    """Inside, where no weight may change, the linear layers have their weights in the activations' dtype.
+
+    So a decode loop, or the micro-batches of an optimizer step, cost one cast and not one in every pass. A
+    gradient goes through the cast to the weight itself, as it would without. Left as they are: weights that
+    the cast would make larger (bf16_weights), those cut over processes (--shard), and all of a model that is
+    to save memory.
+    """
+    trunk = model.trunk
+    dtype = trunk.dtype
+
+    def casts(p):
+        whole = not hasattr(p, "device_mesh")
+        return whole and not trunk.recompute and p.dtype.itemsize > dtype.itemsize
+
+    head = trunk.lm_head
+    if head is None and casts(trunk.wte.weight):  # tied: the embedding itself is read in fp32
+        trunk.lm_head = types.SimpleNamespace(weight=trunk.wte.weight.to(dtype))
+    hidden = []
+    for layer in trunk.modules():
+        if isinstance(layer, nn.Linear):
+            for name, p in layer.named_parameters(recurse=False):
+                if casts(p):
+                    vars(layer)[name] = p.to(dtype)  # an attribute of this name hides the parameter
+                    hidden.append((layer, name))
+    try:
+        yield
+    finally:
+        trunk.lm_head = head
+        for layer, name in hidden:
+            del vars(layer)[name]
