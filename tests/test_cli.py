@@ -100,7 +100,8 @@ def test_headings_come_in_one_order_and_shared_flags_last_under_each():
     lines = [line.split() for line in help_text(Example, "About.", "x.py").splitlines()]
     found = [words[0].removeprefix("--") for words in lines if words and words[0].startswith("--") or
              len(words) == 1 and words[0].endswith(":")]  # fmt: skip
-    run = [f.name for f in dataclasses.fields(Flags) if f.name not in ("eval_data", "skip_bad_rows", "look_rows")]
+    left = ("eval_data", "skip_bad_rows", "look_rows")
+    run = [f.name for f in dataclasses.fields(Flags) if f.name not in left]
     want = "task data: data limits eval_data skip_bad_rows method: clip sampling: at on reward"
     assert found == f"{want} evaluation: look_rows run:".split() + run
 

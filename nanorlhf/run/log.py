@@ -26,10 +26,12 @@ class Result(dict):
 
     path   the run folder
     rows   one dict a step, read from metrics.csv at the end; None where nothing was measured
+    look_s seconds that tokens.jsonl.gz took, to be held against the sum of the column s
     """
 
     path = ""
     rows = ()
+    look_s = 0.0
 
 
 class Log:
@@ -151,6 +153,7 @@ class Log:
     def close(self, panels=()):
         """End the bar, read the rows of the whole run, draw curves.png with these panels, write look.html."""
         self.bar.close()
+        self.last.look_s = self.tokens.seconds
         if panels and self.writes:
             self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
