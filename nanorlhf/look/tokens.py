@@ -76,9 +76,11 @@ def rounded(x, digits=4):
 
 def inside(x, mask, digits=4):
     """(n, T) values and mask → a list for each row of its rounded values inside the mask."""
-    x = x.float().cpu()
-    mask = mask.cpu()
-    return [rounded(x[i][mask[i]].tolist(), digits) for i in range(len(mask))]
+    found = []
+    for row, bits in zip(x.float().tolist(), mask.tolist()):  # an index a row would take longer than a pass
+        kept = [value for value, bit in zip(row, bits) if bit]
+        found.append([float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in kept])
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -26,10 +26,12 @@ class Result(dict):
 
     path   the run folder
     rows   one dict a step, read from metrics.csv at the end; None where nothing was measured
+    look_s seconds that tokens.jsonl.gz took, to be held against the sum of the column s
     """
 
     path = ""
     rows = ()
+    look_s = 0.0
 
 
 class Log:
@@ -160,6 +162,7 @@ class Log:
         """End the bar, read the rows of the run, draw curves.png, write look.html, ask the doctor."""
         self.bar.close()
         pulse.end()
+        self.last.look_s = self.tokens.seconds
         if panels and self.writes:
             self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
