@@ -90,9 +90,11 @@ def test_size_of_each_trainer(name):
 
 @counted_alike
 def test_size_of_floor_and_core():
-    """The core was to have 84,000. GGUF, distillation with its JSD and the exact KL brought it above."""
+    """The core was to have 84,000. What brought it above: GGUF, distillation with its JSD, the exact KL, and
+    what real models need on a CPU (memory, time and threads measured there, checkpoints of adapters).
+    """
     assert total(READING)["tokens"] <= 36_000
-    assert total(CORE)["tokens"] <= 90_100
+    assert total(CORE)["tokens"] <= 92_800
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
