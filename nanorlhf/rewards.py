@@ -138,7 +138,8 @@ def load_prompts(cfg, task, tok, max_len, limit, rewards):
     run.
     """
     if cfg.data:
-        train, test = load_split(cfg, "prompts", rewards.check)
+        judged = getattr(cfg, "rm", "")  # by a model, which takes any row
+        train, test = load_split(cfg, "prompts", None if judged else rewards.check)
     else:
         train = task.prompts("train", 3000, cfg.seed)
         test = task.prompts("test", cfg.eval_prompts, cfg.seed)

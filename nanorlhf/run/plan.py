@@ -313,7 +313,7 @@ def rl(cfg, load):
     freeze(cfg, ref, rm, trained=trained.values())
     new = cfg.limits[-1] if hasattr(cfg, "limits") else cfg.max_new_tokens
     task = tasks.get(cfg.task)
-    rewards = worker.rewards_of(task, cfg.reward)
+    rewards = worker.rewards_of(None if distills and cfg.own_data else task, cfg.reward)
     data, test = load_prompts(cfg, task, tok, policy.cfg.max_len, new, rewards)
     new = new or cfg.max_new_tokens
     prompts = [len(row["_ids"]) for row in data]
