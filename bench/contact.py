@@ -3,8 +3,8 @@
     python -m bench contact             on the GPU; out/contact gets results.jsonl, and a log per step
     python -m bench contact --fake      on a CPU, at toy sizes, with the pretended GPU of tests/fake_device.py
     python -m bench contact --only tokens     the steps whose name has this in it
-    python -m bench contact --overwrite       from the start; without it, steps done with this machine
-                                              and commit are not repeated
+    python -m bench contact --overwrite       from the start; else, what is done with this machine and commit
+                                              is not repeated
 
     kernels   both designs, forward and backward, bf16, fp16 and fp32, on 12 shapes, against float64
     trainers  two steps of every trainer in fp32 and bf16, then evaluate.py and sample.py
