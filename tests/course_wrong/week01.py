@@ -155,7 +155,7 @@ WRONG = [
     ("sample_token", "outside the vocabulary", off_the_end),
     ("merge", "every one", first_only),
     ("merge", "last token is lost", loses_the_last),
-    ("merge", "used for two pairs", overlapping),
+    ("merge", "go on behind both", overlapping),
     ("merge", "order of the pair", any_order),
     ("cached_attention", "not divided by √D", unscaled),
     ("cached_attention", "divided by D", by_the_width),
