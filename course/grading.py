@@ -1,4 +1,4 @@
-"""Runs the checks of a week on a student's file, in a process of its own with a time limit for each check."""
+"""Runs the checks of weeks on a student's files, in a process of its own with a time limit for each check."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from nanorlhf.errors import require
 
 START = 120.0  # seconds that Python and torch may take to start
 LIMIT = 20.0  # seconds of one check
-SPOKEN = "the check of {name} was still running after {limit:g} seconds: is there a loop that never ends?"
+ENDLESS = "it was still running after {limit:g} seconds: is there a loop that never ends?"
+EXITED = "the program ended in the middle of this check: does your code call exit() or quit()?"
 
 
 @dataclass
@@ -37,57 +38,70 @@ def lines_of(process):
     return lines
 
 
-def run_worker(folder, week, names, limit):
-    """Check these exercises in one process → {exercise: (passed, message)} of those that it came to."""
-    command = [sys.executable, "-m", "course.worker", folder, str(week), *names]
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+def run_worker(mine, items, limit):
+    """Check items ("3:pairwise_loss") in one process → {item: (passed, message)} of those it came to.
+
+    A check that takes longer than the limit, or that ends the process, is the last of them, and has failed.
+    """
+    command = [sys.executable, "-m", "course.worker", mine, *items]
+    root = os.path.dirname(HERE)
+    environment = os.environ | {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        command, cwd=mine, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
     lines = lines_of(process)
     found = {}
-    running = None
+    running = items[0]
+    seconds = START
+    message = EXITED
     try:
-        while True:
-            try:
-                line = lines.get(timeout=START if running is None else limit)
-            except queue.Empty:
-                name = running or names[0]
-                told = SPOKEN.format(name=name, limit=limit)
-                break
+        while len(found) < len(items):
+            line = lines.get(timeout=seconds)
             if line is None:
-                told = "the program ended in the middle of a check: does your code call exit() or quit()?"
                 break
             report = json.loads(line)
             if "start" in report:
                 running = report["start"]
+                seconds = limit
             else:
-                found[report["exercise"]] = (report["passed"], report["message"])
+                found[report["item"]] = (report["passed"], report["message"])
+    except queue.Empty:
+        message = ENDLESS.format(limit=seconds)
     finally:
         process.kill()
         process.wait()
-    if len(found) < len(names):
-        stopped_at = running if running in names else None
-        for name in names if stopped_at is None else [stopped_at]:
-            found[name] = (False, told)
+        process.stdout.close()
+    if len(found) < len(items):
+        found[running] = (False, message)
     return found
 
 
-def check_week(week, mine, limit=LIMIT):
-    """Check the file of one week in the folder `mine` (laid out as course/ is) → list of Result."""
-    points = load_check(week).POINTS
-    folder = os.path.join(os.path.abspath(mine), folder_of(week))
-    path = os.path.join(folder, "exercise.py")
-    require(os.path.isfile(path), f"--mine {mine}: there is no {folder_of(week)}/exercise.py in this folder")
+def check_weeks(weeks, mine, limit=LIMIT):
+    """Check the files of some weeks in the folder `mine` (laid out as course/) → {week: list of Result}."""
+    mine = os.path.abspath(mine)
+    points = {week: load_check(week).POINTS for week in weeks}
+    items = [f"{week}:{name}" for week in weeks for name in points[week]]
     found = {}
-    while len(found) < len(points):  # one round, and one more after each check that had to be ended
-        left = [name for name in points if name not in found]
-        found |= run_worker(folder, week, left, limit)
-    return [Result(name, points[name], *found[name]) for name in points]
+    left = items
+    while left:  # one round, and one more after each check that had to be ended
+        found |= run_worker(mine, left, limit)
+        left = [item for item in items if item not in found]
+    results = {}
+    for week in weeks:
+        results[week] = []
+        for name, worth in points[week].items():
+            passed, message = found[f"{week}:{name}"]
+            results[week].append(Result(name, worth, passed, message))
+    return results
+
+
+def require_file(week, mine):
+    path = os.path.join(mine, folder_of(week), "exercise.py")
+    require(os.path.isfile(path), f"--mine {mine}: there is no {folder_of(week)}/exercise.py in this folder")
 
 
 def summary(results):
-    """Results → passed exercises, exercises, points, possible points; those that cannot be checked are out."""
+    """Results → passed exercises, exercises, points, possible points; what cannot be checked is left out."""
     counted = [r for r in results if r.passed is not None]
     passed = [r for r in counted if r.passed]
     return {

@@ -1,22 +1,32 @@
-"""The process in which a student's code runs: `python -m course.worker FOLDER 3 gae whiten ...`.
+"""The process in which a student's code runs: `python -m course.worker FOLDER 3:pairwise_loss 4:rewards_to_go`.
 
-It prints one JSON object a line: {"start": exercise}, then {"exercise", "passed", "message"}. What the
-student's code prints goes to the error output. course/grading.py ends this process where a check takes too long.
+It prints one JSON object a line: {"start": "3:pairwise_loss"}, then {"item", "passed", "message"}. What the
+student's code prints goes to the error output. course/grading.py ends this process where a check takes too
+long.
 """
 
 import json
 import os
 import sys
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels of week 9 run in Python; read when Triton is imported
+# The kernel of week 9 runs in Python, without a GPU. Triton reads this when it is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch  # noqa: E402
 
 from course import checking  # noqa: E402
 
 
+def load_mine(path, week):
+    """A student's file → its module, or None and what is wrong with it."""
+    try:
+        return checking.load(path, f"mine_{week:02}"), ""
+    except Exception as error:
+        return None, checking.explain(error, path)
+
+
 def main(argv):
-    folder, week, *exercises = argv
+    folder, *items = argv
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout = sys.stderr
 
@@ -25,26 +35,24 @@ def main(argv):
         out.flush()
 
     torch.set_num_threads(1)
-    checks = checking.load_check(int(week))
-    path = os.path.join(folder, "exercise.py")
-    say({"start": "exercise.py"})
-    try:
-        mine = checking.load(path, f"mine_{int(week):02}")
-    except Exception as error:
-        message = checking.explain(error, path)
-        for name in exercises:
-            say({"exercise": name, "passed": False, "message": message})
-        return 0
-    for name in exercises:
-        say({"start": name})
-        function = getattr(mine, name, None)
-        if function is None:
-            passed = False
-            message = f"there is no function {name} in exercise.py any more; keep the names as handed out"
-        else:
-            check = getattr(checks, f"check_{name}")
-            passed, message = checking.judge(check, function, path)
-        say({"exercise": name, "passed": passed, "message": message})
+    files = {}  # {week: (module or None, what is wrong with it)}
+    for item in items:
+        say({"start": item})
+        number, name = item.split(":")
+        week = int(number)
+        path = os.path.join(folder, checking.folder_of(week), "exercise.py")
+        if week not in files:
+            files[week] = load_mine(path, week)
+        module, message = files[week]
+        passed = False
+        if module is not None:
+            function = getattr(module, name, None)
+            if function is None:
+                message = f"there is no function {name} in exercise.py any more; keep the names as handed out"
+            else:
+                check = getattr(checking.load_check(week), f"check_{name}")
+                passed, message = checking.judge(check, function, path)
+        say({"item": item, "passed": passed, "message": message})
     return 0
 
 

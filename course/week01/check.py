@@ -44,7 +44,8 @@ def check_entropy(entropy):
         "you sum over the rows too: one entropy for each row": want.sum().expand(2),
         "you average over the rows too: one entropy for each row": want.mean().expand(2),
     })  # fmt: skip
-    expect(call(entropy, p.log() + 7), want, "the same with 7 added to every logit, which changes no probability", {
+    expect(call(entropy, p.log() + 7), want, "the same with 7 added to every logit, which changes no "
+                                             "probability", {
         "logits are not log-probs: they have to be normalised first":
             -((p.log() + 7).exp() * (p.log() + 7)).sum(1),
     })  # fmt: skip
@@ -58,7 +59,8 @@ def check_sample_token(sample_token):
     logits = tensor([0.5, 0.3, 0.2]).log().expand(5, 3).clone()
     u = tensor([0.1, 0.6, 0.9, 0.0, 0.79])
     got = call(sample_token, logits, u, 1.0)
-    expect(got, torch.tensor([0, 1, 2, 0, 1]), "sample_token of (0.5, 0.3, 0.2) for u = 0.1, 0.6, 0.9, 0, 0.79", {
+    expect(got, torch.tensor([0, 1, 2, 0, 1]), "sample_token of (0.5, 0.3, 0.2) for u = 0.1, 0.6, 0.9, 0, "
+                                               "0.79", {
         "you always take the most probable token: this is greedy decoding, and u is not used":
             torch.tensor([0, 0, 0, 0, 0]),
         "you return the token before the right one: it is the first whose cumulative probability is "
@@ -80,7 +82,8 @@ def check_sample_token(sample_token):
         }, tol=2e-3)  # fmt: skip
     top = call(sample_token, tensor([[0.1, 0.2, 0.3]]).float(), torch.tensor([1 - 6e-8]), 1.0)
     demand(int(top) == 2,
-           "for u just below 1 your token is outside the vocabulary: the cumulative sum may round to less than "
+           "for u just below 1 your token is outside the vocabulary: the cumulative sum may round to less "
+           "than "
            "u, so that no token is larger; the last token is meant")  # fmt: skip
 
 
@@ -134,7 +137,8 @@ def check_cached_attention(cached_attention):
         }
         if t:
             old = (scores[:t] / 6**0.5).softmax(0) @ values[:t]
-            mistakes["the new token does not attend to itself: its own key and value belong to the cache first"] = old
+            mistakes["the new token does not attend to itself: its own key and value belong to the cache "
+                     "first"] = old
             from_keys = (scores / 6**0.5).softmax(0) @ keys[: t + 1]
             mistakes["you sum the keys with these weights: the values are summed"] = from_keys
         expect(out, (scores / 6**0.5).softmax(0) @ values[: t + 1], where, mistakes)

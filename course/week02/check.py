@@ -106,6 +106,7 @@ def check_sft_loss(sft_loss):
     minus_inf = torch.where(mask, logp, -torch.inf)
     if not torch.as_tensor(call(sft_loss, minus_inf, mask, 3)).isfinite():
         raise Wrong(
-            "where a log-prob outside the mask is -inf, the loss is nan: 0 · inf is nan. Use torch.where(mask, "
+            "where a log-prob outside the mask is -inf, the loss is nan: 0 · inf is nan. Use "
+            "torch.where(mask, "
             "logp, 0.0) in place of logp * mask"
         )

@@ -65,7 +65,8 @@ def check_reinforce_loss(reinforce_loss):
     padded = torch.where(mask, logp, -torch.inf)
     got = call(reinforce_loss, padded, adv, mask, 3)
     demand(torch.as_tensor(got).isfinite().all(),
-           "where a log-prob outside the mask is -inf, your loss is nan: 0 · inf is nan. Take torch.where(mask, "
+           "where a log-prob outside the mask is -inf, your loss is nan: 0 · inf is nan. Take "
+           "torch.where(mask, "
            "..., 0.0), which drops what is outside, in place of a product with the mask")  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Week 4 · The policy gradient. Replace each `raise NotImplementedError`, then `python -m course check 4`."""
 
-import torch
+import torch  # noqa: F401
 
 
 def bandit_gradient(logits, reward):
@@ -19,7 +19,7 @@ def bandit_gradient(logits, reward):
 
 
 def reinforce_loss(logp, adv, mask, denom):
-    """The loss whose gradient is the policy gradient: −Σ advantage · log-prob over the sampled tokens / denom.
+    """The loss whose gradient is the policy gradient: −Σ advantage · log-prob / denom.
 
     logp (B, T)   log-prob of each token under the policy, with its gradient
     adv (B,)      advantage of each response; a constant: no gradient may flow into it
@@ -55,8 +55,8 @@ def leave_one_out(reward):
     reward (P, G)   rewards of G samples for each of P prompts, G ≥ 2
     → (P, G)        each reward minus the mean of the other G − 1 of its row
 
-    The sample's own reward is not in its baseline, so that the baseline does not depend on the sample, and the
-    gradient has no bias.
+    The sample's own reward is not in its baseline, so that the baseline does not depend on the sample, and
+    the gradient has no bias.
 
     >>> leave_one_out(torch.tensor([[1.0, 0.0, 0.0]]))  # 1 − 0, 0 − ½, 0 − ½
     tensor([[ 1.0000, -0.5000, -0.5000]])

@@ -124,7 +124,8 @@ def check_clipped_loss(clipped_loss):
     expect(grad, want, "the gradient where policy and old policy are the same (all ratios are 1)")
     huge = torch.where(mask, logp, 1000.0)
     demand(gradient(clipped_loss, huge, *arguments).isfinite().all(),
-           "a log-prob of 1000 outside the mask makes the gradient nan: exp(1000) is inf, and 0 · inf is nan. "
+           "a log-prob of 1000 outside the mask makes the gradient nan: exp(1000) is inf, and 0 · inf is "
+           "nan. "
            "Set the log-ratio to 0 outside the mask before exp")  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Week 6 · PPO: the critic and the details. Replace each `raise NotImplementedError`, then
 `python -m course check 6`."""
 
-import torch
+import torch  # noqa: F401
 
 
 def shape_rewards(score, logp, ref_logp, mask, finished, beta, no_eos_score):
@@ -27,8 +27,8 @@ def shape_rewards(score, logp, ref_logp, mask, finished, beta, no_eos_score):
 def gae(reward, value, mask, gamma, lam):
     """Generalized advantage estimation, and the returns that the critic learns.
 
-    reward, value, mask (B, T)   value[b, t] is the critic's estimate *before* token t; the sampled tokens of a
-                                 row are one block, and what stands outside the mask is garbage
+    reward, value, mask (B, T)   value[b, t] is the critic's estimate *before* token t; the sampled tokens of
+                                 a row are one block, and what stands outside the mask is garbage
     gamma, lam                   discount, λ
     → adv (B, T), ret (B, T)     adv[t] = δ_t + γλ adv[t+1],  δ_t = reward[t] + γ value[t+1] − value[t]
                                  ret[t] = adv[t] + value[t];  both are 0 outside the mask

@@ -4,7 +4,14 @@ import torch
 
 from course.checking import call, demand, expect, gradient, random, tensor
 
-POINTS = {"kl_estimate": 3, "optimal_policy": 3, "dpo_loss": 3, "ipo_loss": 2, "kto_reference": 2, "best_of_n_kl": 1}
+POINTS = {
+    "kl_estimate": 3,
+    "optimal_policy": 3,
+    "dpo_loss": 3,
+    "ipo_loss": 2,
+    "kto_reference": 2,
+    "best_of_n_kl": 1,
+}
 
 
 def check_kl_estimate(kl_estimate):
@@ -58,7 +65,8 @@ def check_optimal_policy(optimal_policy):
     })  # fmt: skip
     big = call(optimal_policy, ref.log(), 1000 * reward, 0.5)
     demand(torch.as_tensor(big).isfinite().all(),
-           "for rewards of 1,000 the result is not finite: exp(reward / beta) is infinite. Add reward / beta to "
+           "for rewards of 1,000 the result is not finite: exp(reward / beta) is infinite. Add reward / beta "
+           "to "
            "the log-probs and normalise with log_softmax")  # fmt: skip
 
 
@@ -81,12 +89,14 @@ def check_dpo_loss(dpo_loss):
         "beta is forgotten": loss(margin),
         "beta stands outside the sigmoid: it scales the margin": beta * loss(margin),
         "the reference is forgotten: nothing holds the policy near it": loss(beta * (w - l)),
-        "the reference has the wrong sign: log π/π_ref is log π − log π_ref": loss(beta * (w + ref_w - l - ref_l)),
+        "the reference has the wrong sign: log π/π_ref is log π − log π_ref":
+            loss(beta * (w + ref_w - l - ref_l)),
         "you return the mean: one loss for each pair": loss(beta * margin).mean().expand(4),
         "the log is missing: this is the probability of the label": 1 / (1 + (-beta * margin).exp()),
         "this is the loss without its sigmoid": -beta * margin,
     })  # fmt: skip
-    far = call(dpo_loss, torch.tensor([-900.0]), torch.tensor([0.0]), torch.tensor([0.0]), torch.tensor([0.0]), 1.0)
+    zero = tensor([0.0])
+    far = call(dpo_loss, tensor([-900.0]), zero, zero, zero, 1.0)
     demand(torch.as_tensor(far).isfinite().all(),
            "at a margin of -900 the loss is not finite: take torch.nn.functional.logsigmoid")  # fmt: skip
     grad = gradient(lambda x: dpo_loss(x, l, ref_w, ref_l, beta).sum(), ref_w + l - ref_l)
@@ -128,7 +138,8 @@ def check_kto_reference(kto_reference):
     })  # fmt: skip
     leaf = logp.clone().requires_grad_()
     demand(not kto_reference(leaf, ref).requires_grad,
-           "a gradient flows through z0: it is a constant in KTO's loss (detach it), or the policy would learn "
+           "a gradient flows through z0: it is a constant in KTO's loss (detach it), or the policy would "
+           "learn "
            "to move the reference point")  # fmt: skip
 
 

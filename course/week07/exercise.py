@@ -1,7 +1,7 @@
 """Week 7 · KL, over-optimisation, DPO. Replace each `raise NotImplementedError`, then
 `python -m course check 7`."""
 
-import torch
+import torch  # noqa: F401
 
 
 def kl_estimate(logp, ref_logp, kind):
@@ -39,8 +39,8 @@ def optimal_policy(ref_logp, reward, beta):
 def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta):
     """Direct preference optimisation: Bradley–Terry, with beta · log π/π_ref in the place of the reward.
 
-    logp_w, logp_l (B,)   log-prob of the chosen (w) and the rejected (l) response under the policy, summed over
-                          its tokens
+    logp_w, logp_l (B,)   log-prob of the chosen (w) and the rejected (l) response under the policy, summed
+                          over its tokens
     ref_w, ref_l (B,)     the same under the reference
     → (B,)                −log σ(beta · [(logp_w − ref_w) − (logp_l − ref_l)]) of each pair
 
@@ -65,7 +65,7 @@ def ipo_loss(logp_w, logp_l, ref_w, ref_l, beta):
 
 
 def kto_reference(logp, ref_logp):
-    """KTO's reference point z0: an estimate of the KL of the policy to the reference, which is never negative.
+    """KTO's reference point z0: an estimate of the policy's KL to the reference, never negative.
 
     logp, ref_logp (B,)   log-probs of *mismatched* responses: written for another prompt, summed over tokens
     → scalar              max(0, mean of logp − ref_logp), a constant: no gradient flows through it

@@ -1,6 +1,9 @@
 """Week 8 · Verifiable rewards, pass@k, what RL adds. Replace each `raise NotImplementedError`, then
 `python -m course check 8`."""
 
+import math  # noqa: F401
+import re  # noqa: F401
+
 
 def chain_reward(prompt, response):
     """The checker of the task *chain*: does the response give the digits' sum modulo 10?
@@ -36,8 +39,8 @@ def mean_and_error(reward):
     """The mean reward over held-out prompts, and its standard error.
 
     reward (P, n)     rewards of n samples for each of P ≥ 2 prompts
-    → mean, error     both scalars: the mean over all; the standard deviation of the P prompts' means (divided by
-                      P − 1), over √P
+    → mean, error     both scalars: the mean over all; the standard deviation of the P prompts' means (divided
+                      by P − 1), over √P
 
     The samples of one prompt are not independent: a hard prompt is hard for all of them. Treating P·n samples
     as independent makes the error too small by up to √n.

@@ -1,7 +1,7 @@
 """Week 10 · Scaling laws, distillation, many GPUs. Replace each `raise NotImplementedError`, then
 `python -m course check 10`."""
 
-import torch
+import torch  # noqa: F401
 
 
 def fit_sigmoid(compute, reward, start):
@@ -9,8 +9,8 @@ def fit_sigmoid(compute, reward, start):
 
     compute (n,), reward (n,)   points of a run, compute > 0
     start                       reward before training
-    → A, B, C_mid               floats: the ceiling, in [start, 1]; the steepness, between 0.3 and 10; the compute
-                                of half the gain
+    → A, B, C_mid               floats: the ceiling, in [start, 1]; the steepness, between 0.3 and 10; the
+                                compute of half the gain
 
     By least squares, to about one per cent where the points lie on such a curve and reach 80% of the gain. A
     hint: for a given B and C_mid the curve is linear in A, so that the best A is a formula, and B and C_mid
@@ -25,7 +25,7 @@ def fit_sigmoid(compute, reward, start):
 
 
 def distillation_loss(student_logits, teacher_logits, mask, denom):
-    """On-policy distillation: the exact reverse KL, KL(student‖teacher), at every token that the student wrote.
+    """On-policy distillation: the exact reverse KL, KL(student‖teacher), at each sampled token.
 
     student_logits (B, T, V)   with a gradient; logits[b, t] is here the prediction *of* token t
     teacher_logits (B, T, V)   a constant

@@ -55,7 +55,11 @@ def longest_here(mask, agg, longest):
     return w / (length if agg == "seq_mean" else length.max()) / len(w)
 
 
-def surrogate(combine, sign=1, low_high=lambda low, high: (1 - low, 1 + high), upside_down=False, masked=True):
+def both_sides(low, high):
+    return 1 - low, 1 + high
+
+
+def surrogate(combine, sign=1, low_high=both_sides, upside_down=False, masked=True):
     def loss(logp, old_logp, adv, mask, w, clip_low, clip_high):
         log_ratio = old_logp - logp if upside_down else logp - old_logp
         keep = mask if masked else torch.ones_like(mask)
