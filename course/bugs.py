@@ -278,8 +278,11 @@ def give_hint(hunt, hint):
     file, source, _ = mutant_of(hunt.mutant)
     with open(os.path.join(HOME, file), encoding="utf-8") as f:
         text = f.read()
-    hints = [*hunt.hints, f"The line is in {file}.", "It is in the function "
-                                                     f"{function_around(text, source)}."]
+    hints = [
+        *hunt.hints,
+        f"The line is in {file}.",
+        f"It is in the function {function_around(text, source)}.",
+    ]
     require(1 <= hint <= len(hints), f"--hint {hint}: there are the hints 1 to {len(hints)}, then --reveal")
     print(hints[hint - 1])
     return 0

@@ -204,9 +204,7 @@ def week10(mine):
         denom = 1 / mb["w"].max()  # every token of the step has the weight 1 / denom
         loss = mine.distillation_loss(logits[None], ref_logits[None], every, denom)
         with torch.no_grad():
-            kl = linear_kl(
-                hidden, student.unembedding, ref_hidden, teacher.unembedding, cfg.temperature
-            )
+            kl = linear_kl(hidden, student.unembedding, ref_hidden, teacher.unembedding, cfg.temperature)
         return loss, kl
 
     return [(train_distill, "divergence_loss", divergence_loss)]

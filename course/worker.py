@@ -1,4 +1,4 @@
-"""The process in which a student's code runs: `python -m course.worker FOLDER 3:pairwise_loss 4:rewards_to_go`.
+"""The process in which a student's code runs: `python -m course.worker FOLDER 6:gae 6:whiten`.
 
 It prints one JSON object a line: {"start": "3:pairwise_loss"}, then {"item", "passed", "message"}. What the
 student's code prints goes to the error output. course/grading.py ends this process where a check takes too

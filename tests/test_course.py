@@ -1,5 +1,7 @@
 """The course holds what it promises: solutions pass, stubs fail, and a wrong answer hears what is wrong."""
 
+import doctest
+import importlib
 import importlib.util
 import json
 import re
@@ -91,9 +93,7 @@ def test_a_wrong_answer_hears_what_is_wrong(week, name, words, function):
 
 @each_week
 def test_worked_examples_are_right(week):
-    """The examples in the stubs' docstrings, run with the solutions: a wrong one would teach a wrong formula."""
-    import doctest
-
+    """The examples in the stubs' docstrings, run with the solutions."""
     solution = vars(load(exercise(week, "course/solutions")))
     for name in points(week):
         stub = getattr(load(exercise(week)), name)
@@ -212,8 +212,9 @@ def test_the_solutions_of_week_8_are_the_checker_and_the_metrics():
     assert solved(8).pass_at_k(9, 4, 3) == pytest.approx(metrics.pass_at_k(9, 4, 3))
 
 
+@pytest.mark.slow
 def test_week_2_trains_as_ours_does(tmp_path, monkeypatch, no_curves, capsys):
-    """End to end, and fast: SFT starts from nothing. The other weeks need models, see the slow test."""
+    """End to end: the right solution, a stub, and a solution that is wrong by a factor."""
     monkeypatch.setattr(plug, "ROOT", str(tmp_path))
     assert cli.main(["run", "2", "--mine", str(SOLUTIONS), "--steps", "3"]) == 0
     assert "Your run is our run" in capsys.readouterr().out
@@ -250,13 +251,8 @@ def write(folder, week, text):
     (folder / checking.folder_of(week) / "exercise.py").write_text(text, "utf-8")
 
 
-def test_check_of_a_solved_week(capsys):
-    assert cli.main(["check", "8", "--mine", str(SOLUTIONS)]) == 0
-    assert "3 of 3 solved, 8 of 8 points" in capsys.readouterr().out
-
-
 def test_what_a_students_file_can_do(tmp_path, capsys):
-    """Print, raise, loop for ever, exit, lose a function: each is told in a sentence, and the rest is checked."""
+    """Print, raise, loop for ever, exit, lose a function: each is told, and the rest is checked."""
     write(tmp_path, 7, """
 import torch
 
@@ -270,7 +266,8 @@ def optimal_policy(ref_logp, reward, beta):
         pass
 
 def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta):
-        os._exit(0)
+    import os
+    os._exit(0)
 
 def ipo_loss(logp_w, logp_l, ref_w, ref_l):
     return logp_w
@@ -291,12 +288,13 @@ def best_of_n_kl(n):
     assert told["best_of_n_kl"] == ""
 
 
-def test_a_file_that_is_no_python(tmp_path, capsys):
+def test_a_file_that_is_no_python(tmp_path):
     write(tmp_path, 8, "def chain_reward(prompt, response)\n    return 1.0\n")
-    assert cli.main(["check", "8", "--mine", str(tmp_path)]) == 1
-    out = capsys.readouterr().out
-    assert "week08/exercise.py, line 1, is not Python: expected ':'" in out
-    assert "0 of 3 solved" in out
+    path = str(tmp_path / "week08/exercise.py")
+    with pytest.raises(SyntaxError) as error:
+        checking.load(path, "no_python")
+    told = checking.explain(error.value, path)
+    assert told.startswith("week08/exercise.py, line 1, is not Python: expected ':'")
 
 
 def test_mistakes_on_the_command_line(tmp_path, capsys):
@@ -314,7 +312,7 @@ def test_mistakes_on_the_command_line(tmp_path, capsys):
 
 def test_an_unfinished_folder_is_listed(tmp_path, capsys):
     shutil.copytree(SOLUTIONS / "week08", tmp_path / "week08")
-    write(tmp_path, 3, "def pairwise_loss(chosen, rejected):\n    raise NotImplementedError\n")
+    write(tmp_path, 3, "def pairwise_loss(chosen, rejected)\n")  # no Python
     assert cli.main(["--mine", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("no week01/exercise.py")
@@ -322,6 +320,7 @@ def test_an_unfinished_folder_is_listed(tmp_path, capsys):
     assert lines[7].startswith("✔  8") and lines[7].endswith("3 of 3 solved, 8 of 8 points")
 
 
+@pytest.mark.slow
 def test_a_handout_has_no_solutions_and_works(tmp_path):
     out = tmp_path / "handout"
     assert cli.main(["handout", str(out)]) == 0
@@ -330,7 +329,7 @@ def test_a_handout_has_no_solutions_and_works(tmp_path):
     assert {"course/week10/exercise.py", "train_ppo.py", "docs/05-ppo.md", "tests/mutants.py"} <= names
     shutil.copy(exercise(8, "course/solutions"), out / "course/week08/exercise.py")
     status, text, _ = run("check", "8", cwd=out)
-    assert status == 0 and "3 of 3 solved" in text
+    assert status == 0 and "3 of 3 solved, 8 of 8 points" in text
     status, text, _ = run("bug", "1", "--reveal", cwd=out)
     assert status == 0 and "A good answer" not in text and "+        hidden = self(tokens, doc=doc)" in text
 
@@ -367,6 +366,7 @@ def test_hints_end_with_the_function(capsys):
     assert capsys.readouterr().out == "It is in the function shape_rewards.\n"
 
 
+@pytest.mark.slow
 def test_a_hunt_runs(tmp_path, monkeypatch, capsys):
     """Hunt 2 at its smallest: the run with the bug counts one token less of each response."""
     monkeypatch.setattr(plug, "ROOT", str(tmp_path))

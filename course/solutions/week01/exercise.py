@@ -9,7 +9,7 @@ def log_probs(logits, tokens, temperature):
 def entropy(logits):
     logp = logits.log_softmax(-1)
     p = logp.exp()
-    return -torch.where(p > 0, p * logp, 0.0).sum(-1)
+    return torch.where(p > 0, -p * logp, 0.0).sum(-1)
 
 
 def sample_token(logits, u, temperature):
