@@ -5,6 +5,7 @@ others are for whoever wants more. What a good answer says stands with the solut
 """
 
 import difflib
+import hashlib
 import os
 import re
 import shutil
@@ -330,6 +331,20 @@ def train(root, command, out):
     return [line for line in lines if line.startswith(("health", "  !!"))]
 
 
+def right_run(command):
+    """The same command without a bug, run once for all hunts that have it → its folder, its health lines."""
+    with open(os.path.join(HOME, command[0]), encoding="utf-8") as f:
+        key = hashlib.sha256(" ".join([*command, f.read()]).encode()).hexdigest()[:12]
+    folder = f"{plug.ROOT}/right-{key}"
+    done = f"{folder}/health.txt"
+    if not os.path.isfile(done):
+        lines = train(HOME, command, folder)
+        with open(done, "w", encoding="utf-8") as f:
+            f.write("\n".join(lines))
+    with open(done, encoding="utf-8") as f:
+        return folder, f.read().splitlines()
+
+
 def plant_and_run(number, hunt):
     home = f"{plug.ROOT}/bug-{number:02}"
     print(f"hunt {number} ({hunt.level}): {hunt.story}\n", flush=True)
@@ -340,9 +355,8 @@ def plant_and_run(number, hunt):
     copy = f"{home}/repository"
     copy_with_bug(copy, hunt)
     print(f"running python {hunt.command} with the bug, and without it", flush=True)
-    right = f"{home}/right"
     health = train(copy, command, f"{home}/run")
-    right_health = train(HOME, command, right)
+    right, right_health = right_run(command)
     for line in health:
         print(f"with the bug: {line}")
     for line in right_health:
