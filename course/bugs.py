@@ -376,4 +376,4 @@ def show(right, other, path):
     compare.ends_table(ours, rows, names, "right", "bug")
     if compare.picture(path, ours, rows, names, "the right run", "the run with the bug"):
         print(f"\ncurves:    {path}")
-    compare.say_pages(other)
+    compare.say_page(other, right)

@@ -184,6 +184,8 @@ def explain(error, path):
         return f"{at}: {text}; is it misspelt, or an import missing?"
     if isinstance(error, TypeError) and not own:
         return f"{name}: {text}; keep the function's parameters as they were handed out"
+    if "dtype" in text:
+        text += "; the checks use float64, so make new tensors like the inputs: torch.zeros_like(x)"
     return f"{at}: Python stopped with {type(error).__name__}: {text}"
 
 

@@ -45,7 +45,7 @@ def parser():
         description=course.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_mine(top)
+    add_mine(top, default=HERE)
     commands = top.add_subparsers(dest="command", metavar="")
 
     check = commands.add_parser("check", help="check the exercises of a week; status 0 only if all pass")
@@ -78,9 +78,10 @@ def add_week(command):
     command.add_argument("week", type=int, help="1 to 10")
 
 
-def add_mine(command):
+def add_mine(command, default=argparse.SUPPRESS):
+    """A command without --mine takes that of the program, which stands before it or is course/ itself."""
     where = "folder with your files, laid out as course/ is (week03/exercise.py); by default course/ itself"
-    command.add_argument("--mine", default=HERE, help=where)
+    command.add_argument("--mine", default=default, help=where)
 
 
 def require_week(week):

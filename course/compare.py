@@ -85,11 +85,11 @@ def picture(path, ours, yours, names, first="ours", second="yours"):
     return path
 
 
-def say_pages(*folders):
-    """Name the command that opens the page of each run, where this repository has such pages."""
+def say_page(*folders):
+    """Name the command that writes one page of these runs, where this repository has such pages."""
     if importlib.util.find_spec("nanorlhf.look.__main__"):
-        for folder in folders:
-            print(f"its page: python -m nanorlhf.look {os.path.relpath(folder)}")
+        names = " ".join(os.path.relpath(folder) for folder in folders)
+        print(f"both on one page: python -m nanorlhf.look {names}")
 
 
 def load(folder):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from course.checking import HERE, folder_of, load_check
 from nanorlhf.errors import require
 
-START = 120.0  # seconds that Python and torch may take to start
+START = 300.0  # seconds that Python and torch may take to start
 LIMIT = 20.0  # seconds of one check
 ENDLESS = "it was still running after {limit:g} seconds: is there a loop that never ends?"
 EXITED = "the program ended in the middle of this check: does your code call exit() or quit()?"

@@ -5,6 +5,7 @@ the student's function its arguments. The same run with our functions is made on
 """
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from course import compare
 from course.checking import explain, folder_of
 from course.checking import load as load_file
+from labs import common
 from nanorlhf.errors import require
 
 ROOT = "out/course"  # runs and the models that they start from
@@ -310,10 +312,6 @@ PLUGS = {
 
 def stage(trainer, flags):
     """The run folder of a stage that the course's runs share; it is trained where it is missing."""
-    import importlib
-
-    from labs import common
-
     common.root = ROOT
     module = importlib.import_module(trainer)
     inputs = {}
@@ -342,10 +340,6 @@ def load_mine(week, mine):
 
 def run(week, mine, steps=None):
     """Run the week's trainer with our functions (once) and with the student's → exit status."""
-    import importlib
-
-    from labs import common
-
     plug = PLUGS[week]
     module, path = load_mine(week, mine)
     names = ", ".join(plug.functions)
@@ -356,18 +350,18 @@ def run(week, mine, steps=None):
     common.root = ROOT
     ours = common.trained(trainer, **flags)
     yours = f"{ROOT}/{folder_of(week)}/yours"
-    with contextlib.ExitStack() as stack:
-        for owner, name, function in plug.replaced(module):
-            stack.enter_context(mock.patch.object(owner, name, function))
-        config = {"device": "cpu", "threads": 1, "save_every": 0, "out": yours, "overwrite": True} | flags
-        try:
+    config = {"device": "cpu", "threads": 1, "save_every": 0, "out": yours, "overwrite": True} | flags
+    try:
+        with contextlib.ExitStack() as stack:
+            for owner, name, function in plug.replaced(module):
+                stack.enter_context(mock.patch.object(owner, name, function))
             trainer.train(trainer.Config(**config))
-        except NotImplementedError as error:
-            print(f"{explain(error, path)}: one of {names}. First: python -m course check {week}")
-            return 1
-        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, NameError) as error:
-            print(f"the run stopped in your code or behind it: {explain(error, path)}", file=sys.stderr)
-            return 1
+    except NotImplementedError as error:
+        print(f"{explain(error, path)}: one of {names}. First: python -m course check {week}")
+        return 1
+    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, NameError) as error:
+        print(f"the run stopped in your code or behind it: {explain(error, path)}", file=sys.stderr)
+        return 1
     return tell(ours, yours, plug.show)
 
 
@@ -379,7 +373,7 @@ def tell(ours, yours, names):
     path = compare.picture(f"{yours}/beside_ours.png", right, own, compare.columns_of(right))
     if path:
         print(f"your curves beside ours: {path}")
-    compare.say_pages(yours)
+    compare.say_page(yours, ours)
     difference, name, step = compare.largest_difference(right, own)
     if difference < 1e-3:
         print("Your run is our run: no figure differs by more than a thousandth.")

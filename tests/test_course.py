@@ -254,7 +254,7 @@ def write(folder, week, text):
 def test_what_a_students_file_can_do(tmp_path, capsys):
     """Print, raise, loop for ever, exit, lose a function: each is told, and the rest is checked."""
     write(tmp_path, 7, """
-import torch
+import time
 
 print("hello")
 
@@ -263,7 +263,7 @@ def kl_estimate(logp, ref_logp, kind):
 
 def optimal_policy(ref_logp, reward, beta):
     while True:
-        pass
+        time.sleep(1)
 
 def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta):
     import os
@@ -276,7 +276,7 @@ def best_of_n_kl(n):
     import math
     return math.log(n) - (n - 1) / n
 """)
-    assert cli.main(["check", "7", "--mine", str(tmp_path), "--json", "--seconds", "3"]) == 1
+    assert cli.main(["check", "7", "--mine", str(tmp_path), "--json", "--seconds", "8"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["passed"], found["exercises"], found["points"], found["of"]) == (1, 6, 1, 14)
     told = {result["exercise"]: result["message"] for result in found["results"]}
