@@ -167,21 +167,20 @@ HUNTS = {
     10: Hunt(
         "standard error over samples, not over prompts",
         HARD,
-        GRPO,
+        "train_grpo.py --task countdown --steps 10",
         "The curves are those of the right run, digit by digit, but one column is too good to be true.",
         [
             "Find the only column that differs.",
-            "16 prompts with 16 samples each: how many independent measurements are that, when some prompts "
-            "are "
-            "hard for every sample? Compute √(p(1 − p)/256) at p = 0.4.",
+            "32 prompts with 16 samples each: how many independent measurements are that, when some prompts "
+            "are hard for every sample? Compute √(p(1 − p)/512) with the reward p of step 0.",
         ],
         week=8,
-        needs=CHAIN,
+        needs={"init": ("train_sft", {"task": "countdown"})},
     ),
     11: Hunt(
         "kernel: no temperature in the gradient",
         HARD,
-        GRPO + " --temperature 0.6",
+        GRPO + " --recipe gspo --temperature 0.6",
         "Reward, KL and ratio look right. One column is off by a constant factor at step 0.",
         [
             "Divide each column at step 0 by that of the right run. Which quotient is a number that you "

@@ -47,13 +47,10 @@ ANSWERS = {
     9: "`kl` rises to many nats and ever faster, and the policy is paid for it. The penalty −beta (logp − "
        "ref_logp) "
     "has its terms exchanged. A test: the rewards of a row sum to the score minus beta times the log-ratio.",
-    10: "Only `reward_se` differs, and it is too small: it treats 256 samples as independent, although the "
-        "sixteen of "
-    "one prompt share its difficulty. At p = 0.4 independent samples would give 0.031, and that is what the "
-    "column "
-    "says. The mean over each prompt's samples is left out in mean_se. A consequence: differences between "
-    "runs look "
-    "significant that are not. A test: repeating each sample sixteen times must not shrink the error.",
+    10: "Only `reward_se` differs, and it is too small: it treats 512 samples as independent, although the sixteen "
+    "of one prompt share its difficulty. √(p(1 − p)/512) with the reward p of the step is what the column "
+    "says. The mean over each prompt's samples is left out in mean_se. A consequence: differences between runs "
+    "look significant that are not. A test: repeating each sample sixteen times must not shrink the error.",
     11: "`gnorm` at step 0 is 0.6 times that of the right run, while every figure of the forward pass is the "
         "same: "
     "the gradient lacks the factor 1/T. The curves hardly differ because Adam divides by the gradient's "
