@@ -50,8 +50,7 @@ HUNTS = {
         "samples.",
         [
             "Which loss could a model not go below, if it only sees what is to the left of a token? Compare "
-            "with "
-            "the right run, and ask where the missing nats come from.",
+            "with the right run, and ask where the missing nats come from.",
             "A model that is shown the answer needs no skill. Which function decides what stands before a "
             "token?",
         ],
@@ -77,8 +76,7 @@ HUNTS = {
         "The loss falls smoothly, as it should. The reward model is worse than a coin.",
         [
             "`acc` counts pairs whose chosen response has the higher reward. To where does it go, and what "
-            "does "
-            "that say about the direction?",
+            "does that say about the direction?",
             "Derive ∂loss/∂(chosen − rejected) at a margin of 0: which sign must it have?",
         ],
         week=3,
@@ -104,11 +102,9 @@ HUNTS = {
         "It learns. Slowly, and the logged reward is odd, but it learns.",
         [
             "At step 0 `reward` and `eval/reward` measure the same policy on prompts of the same kind. "
-            "Compare "
-            "them, in both runs.",
+            "Compare them, in both runs.",
             "Every response is right or wrong by itself; the question is which prompt it is judged by. With "
-            "G "
-            "samples a prompt, rows 0 … G−1 belong to prompt 0.",
+            "G samples a prompt, rows 0 … G−1 belong to prompt 0.",
         ],
         week=5,
         needs=CHAIN,
@@ -158,8 +154,7 @@ HUNTS = {
         [
             "`kl` with a penalty must end below `kl` without one. Where does it go?",
             "The reward of a token that the policy likes more than the reference does: should it be above or "
-            "below "
-            "0?",
+            "below 0?",
         ],
         week=7,
         needs=CHAIN,
@@ -183,8 +178,8 @@ HUNTS = {
         GRPO + " --recipe gspo --temperature 0.6",
         "Reward, KL and ratio look right. One column is off by a constant factor at step 0.",
         [
-            "Divide each column at step 0 by that of the right run. Which quotient is a number that you "
-            "know?",
+            "Divide each column at step 0 by that of the right "
+            "run. Which quotient is a number that you know?",
             "z = logits / T. By the chain rule ∂/∂logits has a factor. Adam hides it: why?",
         ],
         week=9,
@@ -198,8 +193,7 @@ HUNTS = {
         [
             "`kl` is the distance to the teacher. In which direction does it go?",
             "With the teacher as a reward, which tokens must have a positive advantage: those that the "
-            "teacher "
-            "likes more than the student, or less?",
+            "teacher likes more than the student, or less?",
         ],
         week=10,
         needs=DISTILL,

@@ -253,7 +253,10 @@ def write(folder, week, text):
 
 def test_what_a_students_file_can_do(tmp_path, capsys):
     """Print, raise, loop for ever, exit, lose a function: each is told, and the rest is checked."""
-    write(tmp_path, 7, """
+    write(
+        tmp_path,
+        7,
+        """
 import time
 
 print("hello")
@@ -275,7 +278,8 @@ def ipo_loss(logp_w, logp_l, ref_w, ref_l):
 def best_of_n_kl(n):
     import math
     return math.log(n) - (n - 1) / n
-""")
+""",
+    )
     assert cli.main(["check", "7", "--mine", str(tmp_path), "--json", "--seconds", "8"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["passed"], found["exercises"], found["points"], found["of"]) == (1, 6, 1, 14)

@@ -28,9 +28,11 @@ def check_log_probs(log_probs):
             torch.stack([logp[0, 0], logp[1, 1]]) / 0.5,
     })  # fmt: skip
     far = call(log_probs, tensor([[1000.0, 0.0]]), torch.tensor([1]), 1.0)
-    demand(torch.as_tensor(far).isfinite().all(),
-           "for logits of (1000, 0) your log-prob of the second token is not finite: log(softmax) is log(0) "
-           "there. log_softmax, or logits − logsumexp, gives −1000")  # fmt: skip
+    demand(
+        torch.as_tensor(far).isfinite().all(),
+        "for logits of (1000, 0) your log-prob of the second token is not finite: log(softmax) is log(0) "
+        "there. log_softmax, or logits − logsumexp, gives −1000",
+    )
 
 
 def check_entropy(entropy):
@@ -50,9 +52,11 @@ def check_entropy(entropy):
             -((p.log() + 7).exp() * (p.log() + 7)).sum(1),
     })  # fmt: skip
     sure = call(entropy, tensor([[0.0, -torch.inf]]))
-    demand(torch.as_tensor(sure).isfinite().all(),
-           "where a logit is -inf your entropy is nan: 0 · log 0 is nan in floating point, and it must count "
-           "as 0 (torch.where)")  # fmt: skip
+    demand(
+        torch.as_tensor(sure).isfinite().all(),
+        "where a logit is -inf your entropy is nan: 0 · log 0 is nan in floating point, and it must count "
+        "as 0 (torch.where)",
+    )
 
 
 def check_sample_token(sample_token):
@@ -63,8 +67,8 @@ def check_sample_token(sample_token):
                                                "0.79", {
         "you always take the most probable token: this is greedy decoding, and u is not used":
             torch.tensor([0, 0, 0, 0, 0]),
-        "you return the token before the right one: it is the first whose cumulative probability is "
-        "*larger* than u": torch.tensor([-1, 0, 1, -1, 0]),
+        "you return the token before the right one: it is the first whose cumulative probability is *larger* "
+        "than u": torch.tensor([-1, 0, 1, -1, 0]),
         "you are one token too far": torch.tensor([1, 2, 3, 1, 2]),
         "you go through the tokens from the last to the first": torch.tensor([2, 1, 0, 2, 0]),
     })  # fmt: skip
@@ -81,10 +85,11 @@ def check_sample_token(sample_token):
             "you multiply by the temperature, and it divides": other,
         }, tol=2e-3)  # fmt: skip
     top = call(sample_token, tensor([[0.1, 0.2, 0.3]]).float(), torch.tensor([1 - 6e-8]), 1.0)
-    demand(int(top) == 2,
-           "for u just below 1 your token is outside the vocabulary: the cumulative sum may round to less "
-           "than "
-           "u, so that no token is larger; the last token is meant")  # fmt: skip
+    demand(
+        int(top) == 2,
+        "for u just below 1 your token is outside the vocabulary: the cumulative sum may round to less "
+        "than u, so that no token is larger; the last token is meant",
+    )
 
 
 def check_merge(merge):
@@ -124,8 +129,10 @@ def check_cached_attention(cached_attention):
     cache_v = torch.zeros(0, 6, dtype=torch.float64)
     for t in range(4):
         result = call(cached_attention, queries[t], keys[t], values[t], cache_k, cache_v)
-        demand(isinstance(result, tuple) and len(result) == 3,
-               "return three tensors: the output, the new keys and the new values")  # fmt: skip
+        demand(
+            isinstance(result, tuple) and len(result) == 3,
+            "return three tensors: the output, the new keys and the new values",
+        )
         out, new_k, new_v = result
         scores = keys[: t + 1] @ queries[t]
         where = f"the output for token {t} of 4, with {t} tokens in the cache"
@@ -137,8 +144,9 @@ def check_cached_attention(cached_attention):
         }
         if t:
             old = (scores[:t] / 6**0.5).softmax(0) @ values[:t]
-            mistakes["the new token does not attend to itself: its own key and value belong to the cache "
-                     "first"] = old
+            mistakes[
+                "the new token does not attend to itself: its own key and value belong to the cache first"
+            ] = old
             from_keys = (scores / 6**0.5).softmax(0) @ keys[: t + 1]
             mistakes["you sum the keys with these weights: the values are summed"] = from_keys
         expect(out, (scores / 6**0.5).softmax(0) @ values[: t + 1], where, mistakes)

@@ -79,8 +79,8 @@ def check_token_log_probs(token_log_probs):
         "there is no shift, only the first column set to 0: token t is predicted by logits[b, t − 1]": first,
         "the shift goes the wrong way: you score the token before the position, which the model has seen":
             later,
-        "the log-probs stand one place too far left: logp[b, t] belongs to tokens[b, t], and the 0 stands "
-        "at the first token": left,
+        "the log-probs stand one place too far left: logp[b, t] belongs to tokens[b, t], and the 0 stands at "
+        "the first token": left,
         "these are probabilities: the log is missing": probabilities,
         "these are logits: log_softmax over the vocabulary is missing": at_logits,
     })  # fmt: skip
@@ -107,6 +107,5 @@ def check_sft_loss(sft_loss):
     if not torch.as_tensor(call(sft_loss, minus_inf, mask, 3)).isfinite():
         raise Wrong(
             "where a log-prob outside the mask is -inf, the loss is nan: 0 · inf is nan. Use "
-            "torch.where(mask, "
-            "logp, 0.0) in place of logp * mask"
+            "torch.where(mask, logp, 0.0) in place of logp * mask"
         )

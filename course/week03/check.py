@@ -26,10 +26,11 @@ def check_pairwise_loss(pairwise_loss):
     })  # fmt: skip
     for gap, want in ((-200.0, 200.0), (200.0, 0.0), (-900.0, 900.0)):
         got = call(pairwise_loss, torch.tensor([gap]), torch.tensor([0.0]))
-        demand(torch.as_tensor(got).isfinite().all(),
-               f"at a margin of {gap:g} your loss is not finite: σ is exactly 0 there in fp32, and its log "
-               "-inf. "
-               "torch.nn.functional.logsigmoid is right everywhere")  # fmt: skip
+        demand(
+            torch.as_tensor(got).isfinite().all(),
+            f"at a margin of {gap:g} your loss is not finite: σ is exactly 0 there in fp32, and its log "
+            "-inf. torch.nn.functional.logsigmoid is right everywhere",
+        )
         expect(got, want, f"pairwise_loss at a margin of {gap:g}")
     grad = gradient(pairwise_loss, tensor([0.0]), tensor([0.0]))
     expect(grad, tensor([-0.5]), "∂loss/∂chosen at a margin of 0")
@@ -62,8 +63,8 @@ def check_process_score(process_score):
     want = torch.where(ends, p, 1.0).prod(1)
     count = ends.sum(1)
     lowest = torch.where(ends, p, 1.0).amin(1)
-    expect(call(process_score, logits, ends), want, "process_score for two responses of three and two "
-                                                    "steps", {
+    expect(call(process_score, logits, ends), want, "process_score for two responses of "
+                                                    "three and two steps", {
         "the mask is forgotten: tokens that end no step count too": p.prod(1),
         "you take the mean of the steps' probabilities: one wrong step makes the whole wrong, so it is the "
         "product": torch.where(ends, p, 0.0).sum(1) / count,
@@ -76,6 +77,7 @@ def check_process_score(process_score):
         "you read the last step alone": torch.stack([p[0, 3], p[1, 2]]),
     })  # fmt: skip
     got = call(process_score, torch.full((1, 4), -200.0), torch.ones(1, 4).bool())
-    demand(torch.as_tensor(got).isfinite().all(),
-           "for logits of -200 the score is not finite: log(sigmoid(x)) is log(0) there; F.logsigmoid is "
-           "right")  # fmt: skip
+    demand(
+        torch.as_tensor(got).isfinite().all(),
+        "for logits of -200 the score is not finite: log(sigmoid(x)) is log(0) there; F.logsigmoid is right",
+    )

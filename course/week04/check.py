@@ -59,15 +59,18 @@ def check_reinforce_loss(reinforce_loss):
     parameter = adv.clone().requires_grad_()
     loss = reinforce_loss(logp.clone().requires_grad_(), parameter, mask, 3)
     into_adv = torch.autograd.grad(loss, parameter, allow_unused=True)[0]
-    demand(into_adv is None or not into_adv.any(),
-           "a gradient flows into the advantage: with a learnt baseline the loss would train the baseline to "
-           "make the loss small. The advantage is a constant: adv.detach()")  # fmt: skip
+    demand(
+        into_adv is None or not into_adv.any(),
+        "a gradient flows into the advantage: with a learnt baseline the loss would train the baseline to "
+        "make the loss small. The advantage is a constant: adv.detach()",
+    )
     padded = torch.where(mask, logp, -torch.inf)
     got = call(reinforce_loss, padded, adv, mask, 3)
-    demand(torch.as_tensor(got).isfinite().all(),
-           "where a log-prob outside the mask is -inf, your loss is nan: 0 · inf is nan. Take "
-           "torch.where(mask, "
-           "..., 0.0), which drops what is outside, in place of a product with the mask")  # fmt: skip
+    demand(
+        torch.as_tensor(got).isfinite().all(),
+        "where a log-prob outside the mask is -inf, your loss is nan: 0 · inf is nan. Take "
+        "torch.where(mask, ..., 0.0), which drops what is outside, in place of a product with the mask",
+    )
 
 
 def check_rewards_to_go(rewards_to_go):

@@ -33,11 +33,15 @@ def check_group_advantages(group_advantages):
         "you take neighbours for a group: `group` says which rows belong together": halves,
     })  # fmt: skip
     dead = call(group_advantages, torch.full((3,), 0.1), torch.tensor([0, 0, 0]))
-    demand(isinstance(dead, torch.Tensor) and dead.isfinite().all(),
-           "a group whose rewards are all equal gives nan: 0/0. Where is eps?")  # fmt: skip
-    demand(not dead.any(),
-           "a group whose rewards are all equal does not give exactly 0: the mean of three times 0.1 is not "
-           "0.1 in fp32, and the rounding is divided by eps. Set such a group to 0")  # fmt: skip
+    demand(
+        isinstance(dead, torch.Tensor) and dead.isfinite().all(),
+        "a group whose rewards are all equal gives nan: 0/0. Where is eps?",
+    )
+    demand(
+        not dead.any(),
+        "a group whose rewards are all equal does not give exactly 0: the mean of three times 0.1 is not "
+        "0.1 in fp32, and the rounding is divided by eps. Set such a group to 0",
+    )
 
 
 def check_token_weights(token_weights):
@@ -48,6 +52,7 @@ def check_token_weights(token_weights):
         "seq_sum_const": tensor([[0, 1, 1, 1], [0, 1, 0, 0]]) / 10,
     }
     every = torch.ones(2, 4, dtype=torch.float64)
+    by_longest = tensor(mask.tolist()) / 6
     for agg in AGGREGATIONS:
         got = call(token_weights, mask, agg, 5)
         rows = 1 if agg == "token" else 2
@@ -56,8 +61,7 @@ def check_token_weights(token_weights):
             "the responses are summed, and not averaged: divide by their number too": want[agg] * rows,
             "you divide by the padded width T, and not by what is counted": tensor(mask.tolist()) / 8,
             "tokens outside the mask have a weight": every * want[agg][0, 1],
-            'you divide by the longest response of this batch: "seq_sum_const" takes the constant `longest`':
-                tensor(mask.tolist()) / 6,
+            'you divide by the longest response of this batch: "seq_sum_const" takes the constant': by_longest,
         }
         if agg != "seq_mean":
             mistakes["this is the weight of seq_mean"] = want["seq_mean"]
@@ -123,10 +127,11 @@ def check_clipped_loss(clipped_loss):
     want = torch.where(mask, -adv[:, None] * w, 0.0)
     expect(grad, want, "the gradient where policy and old policy are the same (all ratios are 1)")
     huge = torch.where(mask, logp, 1000.0)
-    demand(gradient(clipped_loss, huge, *arguments).isfinite().all(),
-           "a log-prob of 1000 outside the mask makes the gradient nan: exp(1000) is inf, and 0 · inf is "
-           "nan. "
-           "Set the log-ratio to 0 outside the mask before exp")  # fmt: skip
+    demand(
+        gradient(clipped_loss, huge, *arguments).isfinite().all(),
+        "a log-prob of 1000 outside the mask makes the gradient nan: exp(1000) is inf, and 0 · inf is "
+        "nan. Set the log-ratio to 0 outside the mask before exp",
+    )
 
 
 def check_sequence_ratio(sequence_ratio):

@@ -26,8 +26,8 @@ def check_shape_rewards(shape_rewards):
         "no_eos_score is added to the score, and it should replace it":
             penalty + end * tensor([[3.0], [3.0]]),
         "finished and unfinished are swapped": penalty + end * tensor([[-1.0], [4.0]]),
-        "the score stands at the last column, which is padding in a short row: the mask says where a row "
-        "ends":
+        "the score stands at the last column, which is padding in "
+        "a short row: the mask says where a row ends":
             penalty + last_column * given,
         "the score stands one token before the end": penalty + before_end * given,
         "every token gets the score: only the last one does": penalty + mask * given,
@@ -92,8 +92,9 @@ def check_gae(gae):
     })  # fmt: skip
     whole = call(gae, reward, value, mask, 1.0, 1.0)[1]
     to_go = torch.where(mask, torch.where(mask, reward, 0.0).flip(1).cumsum(1).flip(1), 0.0)
-    expect(whole, to_go, "the returns for gamma 1, lam 1, which are the rewards to go, whatever the critic "
-                         "says")
+    expect(
+        whole, to_go, "the returns for gamma 1, lam 1, which are the rewards to go, whatever the critic says"
+    )
 
 
 def check_whiten(whiten):
@@ -133,8 +134,7 @@ def check_value_loss(value_loss):
     expect(call(value_loss, value, old, ret, mask, 0.2, 3), mean(larger) / 2, "value_loss of three tokens", {
         "the factor ½ is missing": mean(larger),
         "nothing is clipped: this is the plain squared error (or you clip around the return, which never "
-        "makes "
-        "an error larger: the clip is around old_value)": mean(free) / 2,
+        "makes an error larger: the clip is around old_value)": mean(free) / 2,
         "you take the clipped error alone: the larger of both counts": mean(held) / 2,
         "you take the smaller error: the larger one counts, or the clip would reward moving far":
             mean(torch.minimum(free, held)) / 2,

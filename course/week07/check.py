@@ -64,10 +64,11 @@ def check_optimal_policy(optimal_policy):
             ((ref + reward / 0.5) / (ref + reward / 0.5).sum()).log(),
     })  # fmt: skip
     big = call(optimal_policy, ref.log(), 1000 * reward, 0.5)
-    demand(torch.as_tensor(big).isfinite().all(),
-           "for rewards of 1,000 the result is not finite: exp(reward / beta) is infinite. Add reward / beta "
-           "to "
-           "the log-probs and normalise with log_softmax")  # fmt: skip
+    demand(
+        torch.as_tensor(big).isfinite().all(),
+        "for rewards of 1,000 the result is not finite: exp(reward / beta) is infinite. Add reward / beta "
+        "to the log-probs and normalise with log_softmax",
+    )
 
 
 def pairs():
@@ -97,8 +98,10 @@ def check_dpo_loss(dpo_loss):
     })  # fmt: skip
     zero = tensor([0.0])
     far = call(dpo_loss, tensor([-900.0]), zero, zero, zero, 1.0)
-    demand(torch.as_tensor(far).isfinite().all(),
-           "at a margin of -900 the loss is not finite: take torch.nn.functional.logsigmoid")  # fmt: skip
+    demand(
+        torch.as_tensor(far).isfinite().all(),
+        "at a margin of -900 the loss is not finite: take torch.nn.functional.logsigmoid",
+    )
     grad = gradient(lambda x: dpo_loss(x, l, ref_w, ref_l, beta).sum(), ref_w + l - ref_l)
     expect(grad, torch.full((4,), -beta / 2).double(), "∂loss/∂logp_w at a margin of 0, which is −beta/2")
 
@@ -137,10 +140,11 @@ def check_kto_reference(kto_reference):
         "you clamp each response at 0 before the mean: it is the mean that is clamped": 0.5,
     })  # fmt: skip
     leaf = logp.clone().requires_grad_()
-    demand(not kto_reference(leaf, ref).requires_grad,
-           "a gradient flows through z0: it is a constant in KTO's loss (detach it), or the policy would "
-           "learn "
-           "to move the reference point")  # fmt: skip
+    demand(
+        not kto_reference(leaf, ref).requires_grad,
+        "a gradient flows through z0: it is a constant in KTO's loss (detach it), or the policy would "
+        "learn to move the reference point",
+    )
 
 
 def check_best_of_n_kl(best_of_n_kl):

@@ -12,8 +12,11 @@ RESPONSES = [
     ("<999>|3", 1.0, "the thought is not judged: only the answer pays"),
     ("|4", 0.0, "a wrong digit must not pay"),
     ("|33", 0.0, "two digits behind the bar: the form has exactly one, and a policy would write all ten"),
-    ("|0|1|2|3", 0.0, "several answers, one of them right: the whole response has to match, not a part of "
-                      "it"),
+    (
+        "|0|1|2|3",
+        0.0,
+        "several answers, one of them right: the whole response has to match, not a part of it",
+    ),
     ("|3|", 0.0, "something stands behind the answer: the whole response has to match, up to its end"),
     ("|3\n", 0.0, "a newline behind the answer: `$` matches before it, re.fullmatch does not"),
     ("3", 0.0, "the bar is missing"),
@@ -35,16 +38,18 @@ def check_chain_reward(chain_reward):
         except Exception as error:
             raise Wrong(
                 f"chain_reward('697470=', {response!r}) raises {type(error).__name__}: a reward function "
-                "must "
-                "give 0 for whatever a policy may write"
+                "must give 0 for whatever a policy may write"
             ) from None
         demand(got is not None, "chain_reward returns None: the function has no `return` at its end")
-        demand(float(got) == want,
-               f"{overlooked}. chain_reward('697470=', {response!r}) gives {got}, and {want} is "
-               "right")  # fmt: skip
+        demand(
+            float(got) == want,
+            f"{overlooked}. chain_reward('697470=', {response!r}) gives {got}, and {want} is right",
+        )
     got = chain_reward("555555=", "|0")
-    demand(float(got) == 1.0, "the sum is taken modulo 10: 30 gives 0. chain_reward('555555=', '|0') gives "
-                              f"{got}")
+    demand(
+        float(got) == 1.0,
+        f"the sum is taken modulo 10: 30 gives 0. chain_reward('555555=', '|0') gives {got}",
+    )
     demand(isinstance(chain_reward("12=", "|3"), float), "the reward should be a float, 1.0 or 0.0")
 
 
@@ -58,8 +63,7 @@ def check_pass_at_k(pass_at_k):
         except (ValueError, ZeroDivisionError) as error:
             raise Wrong(
                 f"pass_at_k({n}, {c}, {k}) raises {type(error).__name__}: with fewer than k wrong samples "
-                "every "
-                "subset has a right one, and the answer is 1"
+                "every subset has a right one, and the answer is 1"
             ) from None
         expect(got, want, f"pass_at_k({n}, {c}, {k})", {
             "you draw with replacement, 1 − (1 − c/n)^k: biased, and too low": 1 - (1 - c / n) ** k,

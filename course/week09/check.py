@@ -44,9 +44,10 @@ def check_online_logsumexp(online_logsumexp):
                 sum(b.logsumexp(1) for b in blocks),
         })  # fmt: skip
     far = online_logsumexp(iter([torch.tensor([[-900.0, 1.0]]), torch.tensor([[900.0]])]))
-    demand(as_tensor(far, torch.zeros(1), "online_logsumexp").isfinite().all(),
-           "for logits of ±900 the result is not finite: subtract the running maximum before "
-           "exp")  # fmt: skip
+    demand(
+        as_tensor(far, torch.zeros(1), "online_logsumexp").isfinite().all(),
+        "for logits of ±900 the result is not finite: subtract the running maximum before exp",
+    )
     deep = online_logsumexp(iter(tensor([[-2000.0, -2001.0]]).split(1, dim=1)))
     expect(deep, tensor([[-2000.0, -2001.0]]).logsumexp(1), "online_logsumexp of logits -2000 and -2001", {
         "the running maximum begins at 0, which is larger than both, so that every exp is 0: begin with -inf":
@@ -55,10 +56,11 @@ def check_online_logsumexp(online_logsumexp):
     long = (torch.full((2, 10), float(i)) for i in range(100))
     with Largest([]) as seen:
         online_logsumexp(long)
-    demand(seen.size <= 20,
-           f"a tensor of {seen.size} numbers is built from blocks of 20: the blocks are collected. Keep only "
-           "the "
-           "maximum and the sum of each row")  # fmt: skip
+    demand(
+        seen.size <= 20,
+        f"a tensor of {seen.size} numbers is built from blocks of 20: the blocks are collected. Keep only "
+        "the maximum and the sum of each row",
+    )
 
 
 def check_logprob_backward(logprob_backward):
@@ -103,14 +105,16 @@ def check_tiled_log_probs(tiled_log_probs):
         })  # fmt: skip
     with Largest([hidden, weight, tokens]) as seen:
         tiled_log_probs(hidden, weight, tokens, 8)
-    demand(seen.size < 4 * 50,
-           f"a tensor of {seen.size} numbers appears on the way, which is all N×V logits: compute them a "
-           "block at a "
-           "time, and let each go before the next")  # fmt: skip
-    demand(seen.size <= 4 * 8,
-           f"a tensor of {seen.size} numbers appears on the way, and N · block is 32: is it the part of the "
-           "weight "
-           "that is copied, or are the blocks collected?")  # fmt: skip
+    demand(
+        seen.size < 4 * 50,
+        f"a tensor of {seen.size} numbers appears on the way, which is all N×V logits: compute them a "
+        "block at a time, and let each go before the next",
+    )
+    demand(
+        seen.size <= 4 * 8,
+        f"a tensor of {seen.size} numbers appears on the way, and N · block is 32: is it the part of the "
+        "weight that is copied, or are the blocks collected?",
+    )
 
 
 def check_softmax(softmax):
@@ -130,18 +134,19 @@ def check_softmax(softmax):
         if isinstance(got, torch.Tensor) and got.isnan().all():
             raise NotImplementedError
         if isinstance(got, torch.Tensor) and N > 1 and got[0].isfinite().all() and got[1:].isnan().any():
-            raise Wrong("rows behind the first are not written: tl.program_id(0) is the row, at row * V. "
-                        f"{where}")
+            raise Wrong(
+                f"rows behind the first are not written: tl.program_id(0) is the row, at row * V. {where}"
+            )
         expect(got, x.softmax(1), where, {
             "columns that do not exist are loaded as 0 and count in the sum: `other` has to be -inf, so that "
-            "their "
-            "exp is 0": zeros,
+            "their exp is 0": zeros,
             "the result is not divided by the sum of the row": (x - x.amax(1, keepdim=True)).exp(),
             "this is exp(x): subtract the maximum, and divide by the sum": e,
             "this is the log of the softmax": x.log_softmax(1),
         })  # fmt: skip
     big = softmax(torch.tensor([[200.0, 0.0, 199.0]]))
-    demand(same(big, torch.tensor([[200.0, 0.0, 199.0]]).softmax(1), 1e-5),
-           "for x = (200, 0, 199) the kernel's result is wrong or not finite: subtract the row's maximum "
-           "before "
-           "exp")  # fmt: skip
+    demand(
+        same(big, torch.tensor([[200.0, 0.0, 199.0]]).softmax(1), 1e-5),
+        "for x = (200, 0, 199) the kernel's result is wrong or not finite: subtract the row's maximum "
+        "before exp",
+    )

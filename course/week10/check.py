@@ -23,27 +23,34 @@ def check_fit_sigmoid(fit_sigmoid):
         if abs(b + B) < 0.2:
             raise Wrong(f"the sign of B is wrong: the reward rises with compute for B > 0. {found}; {right}")
         if abs(middle * C_mid - 1) < 0.1 and abs(middle - C_mid) > 0.1:
-            raise Wrong(f"C_mid is upside down: in the formula it is divided by the compute. {found}; "
-                        f"{right}")
+            raise Wrong(
+                f"C_mid is upside down: in the formula it is divided by the compute. {found}; {right}"
+            )
         error = (curve(compute, start, a, b, middle) - reward).abs().max().item()
         if abs(a - reward.max().item()) < 1e-6 and abs(a - A) > 0.01:
             raise Wrong(
                 f"A is the largest reward seen: the ceiling lies above it, and has to be fitted. {found}; "
                 f"{right}"
             )
-        demand(abs(a - A) < 0.02 and error < 0.01,
-               f"the fit is off by up to {error:.3f}: {found}; {right}. Is the grid too coarse or too "
-               "narrow, or "
-               "A not the best one for each B and C_mid?")  # fmt: skip
-        demand(abs(b / B - 1) < 0.1 and abs(middle / C_mid - 1) < 0.1, f"close, but not there: {found}; "
-                                                                       f"{right}")
+        demand(
+            abs(a - A) < 0.02 and error < 0.01,
+            f"the fit is off by up to {error:.3f}: {found}; {right}. Is the grid too coarse or too "
+            "narrow, or A not the best one for each B and C_mid?",
+        )
+        demand(
+            abs(b / B - 1) < 0.1 and abs(middle / C_mid - 1) < 0.1, f"close, but not there: {found}; {right}"
+        )
     flat = call(fit_sigmoid, compute, torch.full((25,), 0.3).double(), 0.3)
-    demand(0.3 - 1e-6 <= float(flat[0]) <= 1, "a run that gains nothing has A = start = 0.3, and not "
-                                              f"{flat[0]:.3f}")
+    demand(
+        0.3 - 1e-6 <= float(flat[0]) <= 1,
+        f"a run that gains nothing has A = start = 0.3, and not {flat[0]:.3f}",
+    )
     steep = curve(compute, 0.2, 1.0, 0.5, 30.0) + 0.05 * (compute > 20)
     top = float(call(fit_sigmoid, compute, steep, 0.2)[0])
-    demand(top <= 1 + 1e-9, f"A is {top:.3f}: a reward of at most 1 has no ceiling above 1. Clamp A to "
-                            "[start, 1]")
+    demand(
+        top <= 1 + 1e-9,
+        f"A is {top:.3f}: a reward of at most 1 has no ceiling above 1. Clamp A to [start, 1]",
+    )
 
 
 def check_distillation_loss(distillation_loss):
@@ -79,15 +86,15 @@ def check_distillation_loss(distillation_loss):
     leaf = teacher.clone().requires_grad_()
     loss = distillation_loss(student.clone().requires_grad_(), leaf, mask, 3)
     into = torch.autograd.grad(loss, leaf, allow_unused=True)[0]
-    demand(into is None or not into.any(),
-           "a gradient flows into the teacher: it is a constant, or it would come to meet its "
-           "student")  # fmt: skip
+    demand(
+        into is None or not into.any(),
+        "a gradient flows into the teacher: it is a constant, or it would come to meet its student",
+    )
     grad = gradient(distillation_loss, student, teacher, mask, 3)
     want = logp.exp() * (logp - logq - reverse[..., None])
     expect(grad, torch.where(mask[..., None], want, 0.0) / 3, "∂loss/∂student_logits", {
         "part of the gradient is missing: p stands in front of the logarithm and depends on the student too, "
-        "so "
-        "it must not be detached": torch.zeros_like(want),
+        "so it must not be detached": torch.zeros_like(want),
     })  # fmt: skip
 
 
