@@ -106,21 +106,21 @@ def expect(got, want, where, mistakes=None, tol=1e-4):
     got = as_tensor(got, want, where)
     if same(got, want, tol):
         return
-    shows = f"{where} gives {brief(got)}, and {brief(want)} is right"
+    shows = f"\n    {where}\n    yours: {brief(got)}\n    right: {brief(want)}"
     for sentence, wrong in (mistakes or {}).items():
         if not isinstance(wrong, torch.Tensor):
             wrong = torch.tensor(wrong, dtype=torch.float64)
         if same(got, wrong, tol) and not same(wrong, want, tol):
-            raise Wrong(f"{sentence}. {shows}")
+            raise Wrong(f"{sentence}.{shows}")
     if not got.double().isfinite().all() and want.double().isfinite().all():
-        raise Wrong(f"the result is not finite (inf or nan): look for log(0), 0/0 or a large exp. {shows}")
+        raise Wrong(f"the result is not finite (inf or nan): look for log(0), 0/0 or a large exp.{shows}")
     if same(-got.double(), want, tol):
-        raise Wrong(f"the result has the wrong sign. {shows}")
+        raise Wrong(f"the result has the wrong sign.{shows}")
     if got.dim():
         off = (got.double() - want.double()).abs()
         place = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
-        shows += f"; the largest difference is at index {list(place)}"
-    raise Wrong(shows)
+        shows += f"\n    the largest difference is at index {list(place)}"
+    raise Wrong(f"the result is another one.{shows}")
 
 
 def demand(ok, sentence):

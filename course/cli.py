@@ -127,6 +127,7 @@ def check_one(args):
     for result in results:
         if not result.passed and result.message:
             print(f"\n{result.exercise}: {result.message}")
+            print(f"(the check: course/{folder_of(args.week)}/check.py, check_{result.exercise})")
             break
     if status == 0:
         print(f"\nSolved. Next: python -m course run {args.week}, your functions in the real trainer")

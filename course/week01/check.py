@@ -20,7 +20,7 @@ def check_log_probs(log_probs):
     })  # fmt: skip
     half = (logits / 0.5).log_softmax(-1)
     want = torch.stack([half[0, 0], half[1, 1]])
-    expect(call(log_probs, logits, tokens, 0.5), want, "the same at temperature 0.5", {
+    expect(call(log_probs, logits, tokens, 0.5), want, "log_probs([[0, 0, 1], [0, 1, -1]], [0, 1], 0.5)", {
         "the temperature is forgotten": torch.stack([logp[0, 0], logp[1, 1]]),
         "you multiply by the temperature, and it divides the logits":
             torch.stack([(logits * 0.5).log_softmax(-1)[i, i] for i in (0, 1)]),
@@ -46,8 +46,7 @@ def check_entropy(entropy):
         "you sum over the rows too: one entropy for each row": want.sum().expand(2),
         "you average over the rows too: one entropy for each row": want.mean().expand(2),
     })  # fmt: skip
-    expect(call(entropy, p.log() + 7), want, "the same with 7 added to every logit, which changes no "
-                                             "probability", {
+    expect(call(entropy, p.log() + 7), want, "entropy of both with 7 added to every logit", {
         "logits are not log-probs: they have to be normalised first":
             -((p.log() + 7).exp() * (p.log() + 7)).sum(1),
     })  # fmt: skip
@@ -107,18 +106,18 @@ def check_merge(merge):
         demand(given == ids, f"{where} changes the list that it is given; build a new one")
         if got == want:
             continue
-        shows = f"{where} gives {brief(got)}, and {want} is right"
+        shows = f"\n    {where}\n    yours: {brief(got)}\n    right: {want}"
         if got is None:
             raise Wrong(f"{where} returns None: the function has no `return` at its end")
         if pair == (2, 1):
-            raise Wrong(f"the order of the pair counts: (2, 1) is not (1, 2). {shows}")
+            raise Wrong(f"the order of the pair counts: (2, 1) is not (1, 2).{shows}")
         if len(got) > len(want) and got.count(9) < want.count(9):
-            raise Wrong(f"an occurrence of the pair is left over: replace every one. {shows}")
+            raise Wrong(f"an occurrence of the pair is left over: replace every one.{shows}")
         if len(got) == len(want) - 1 and got == want[:-1]:
-            raise Wrong(f"the last token is lost: the loop stops one token too early. {shows}")
+            raise Wrong(f"the last token is lost: the loop stops one token too early.{shows}")
         if got.count(9) >= want.count(9) and got.count(pair[1]) + got.count(9) > want.count(9):
-            raise Wrong(f"the pair's second token is read again: after a merge go on behind both. {shows}")
-        raise Wrong(shows)
+            raise Wrong(f"the pair's second token is read again: after a merge go on behind both.{shows}")
+        raise Wrong(f"the result is another one.{shows}")
 
 
 def check_cached_attention(cached_attention):

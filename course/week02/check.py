@@ -97,7 +97,8 @@ def check_sft_loss(sft_loss):
         "you divide by all B·T positions, pads included": 9 / 8,
         "you do not divide by denom": 9.0,
     })  # fmt: skip
-    expect(call(sft_loss, logp, mask, 12), 0.75, "the same with denom 12, one micro-batch of four", {
+    got = call(sft_loss, logp, mask, 12)
+    expect(got, 0.75, "sft_loss of log-probs (-1, -2) and (-6) in the mask, denom 12 (a micro-batch)", {
         "you divide by the tokens of this micro-batch: it is denom, the tokens of the whole step, that makes "
         "the micro-batches add up": 3.0,
     })  # fmt: skip

@@ -50,7 +50,7 @@ def check_reinforce_loss(reinforce_loss):
         "you do not divide by denom: the sum must be divided by it": 3.0,
     })  # fmt: skip
     got = call(reinforce_loss, logp, adv, mask, 6)
-    expect(got, 0.5, "the same with denom 6", {
+    expect(got, 0.5, "reinforce_loss with advantages (2, -1) and denom 6", {
         "you divide by the tokens of the mask (a mean) and not by denom, which may count the tokens of a "
         "larger step": 1.0,
     })  # fmt: skip

@@ -52,7 +52,7 @@ def check_token_weights(token_weights):
         "seq_sum_const": tensor([[0, 1, 1, 1], [0, 1, 0, 0]]) / 10,
     }
     every = torch.ones(2, 4, dtype=torch.float64)
-    by_longest = tensor(mask.tolist()) / 6
+    longest = tensor(mask.tolist()) / 6
     for agg in AGGREGATIONS:
         got = call(token_weights, mask, agg, 5)
         rows = 1 if agg == "token" else 2
@@ -61,7 +61,7 @@ def check_token_weights(token_weights):
             "the responses are summed, and not averaged: divide by their number too": want[agg] * rows,
             "you divide by the padded width T, and not by what is counted": tensor(mask.tolist()) / 8,
             "tokens outside the mask have a weight": every * want[agg][0, 1],
-            'you divide by the longest response of this batch: "seq_sum_const" takes the constant': by_longest,
+            'you divide by the longest response of this batch: "seq_sum_const" takes the constant': longest,
         }
         if agg != "seq_mean":
             mistakes["this is the weight of seq_mean"] = want["seq_mean"]

@@ -131,7 +131,8 @@ def check_value_loss(value_loss):
     def mean(errors):
         return torch.where(mask, errors, 0.0).sum() / 3
 
-    expect(call(value_loss, value, old, ret, mask, 0.2, 3), mean(larger) / 2, "value_loss of three tokens", {
+    got = call(value_loss, value, old, ret, mask, 0.2, 3)
+    expect(got, mean(larger) / 2, "value_loss of three tokens, denom 3", {
         "the factor ½ is missing": mean(larger),
         "nothing is clipped: this is the plain squared error (or you clip around the return, which never "
         "makes an error larger: the clip is around old_value)": mean(free) / 2,
@@ -142,7 +143,8 @@ def check_value_loss(value_loss):
         "you do not divide by denom": mean(larger) * 1.5,
         "the errors are not squared": mean(larger.sqrt()) / 2,
     })  # fmt: skip
-    expect(call(value_loss, value, old, ret, mask, 0.2, 6), mean(larger) / 4, "the same with denom 6", {
+    got = call(value_loss, value, old, ret, mask, 0.2, 6)
+    expect(got, mean(larger) / 4, "value_loss of three tokens, denom 6", {
         "you take the mean over the mask: it is denom, the tokens of the whole step": mean(larger) / 2,
     })  # fmt: skip
     grad = gradient(value_loss, value, old, ret, mask, 10.0, 1)

@@ -80,7 +80,8 @@ def check_distillation_loss(distillation_loss):
         "the logits are not normalised": total((logp.exp() * (student - teacher)).sum(-1)),
         "you average over the rows' means": ((reverse * mask).sum(1) / mask.sum(1)).mean(),
     })  # fmt: skip
-    expect(call(distillation_loss, student, teacher, mask, 6), total(reverse) / 2, "the same with denom 6", {
+    got = call(distillation_loss, student, teacher, mask, 6)
+    expect(got, total(reverse) / 2, "distillation_loss of random logits, three tokens, denom 6", {
         "you take the mean over the mask: it is denom, the tokens of the whole step": total(reverse),
     })  # fmt: skip
     leaf = teacher.clone().requires_grad_()
