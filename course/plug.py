@@ -31,7 +31,6 @@ class Plug:
     show: list  # columns for the table and the picture
     flags: dict = field(default_factory=dict)
     needs: dict = field(default_factory=dict)  # flag of a model folder: (trainer, its flags)
-    minutes: str = ""  # how long it takes
 
 
 CHAIN_SFT = ("train_sft", {"task": "chain"})
@@ -219,7 +218,6 @@ PLUGS = {
         week01,
         ["loss", "eval/loss", "gnorm"],
         {"task": "chain", "steps": 300},
-        minutes="10 seconds",
     ),
     2: Plug(
         "train_sft",
@@ -227,7 +225,6 @@ PLUGS = {
         week02,
         ["loss", "eval/loss", "len"],
         {"task": "chain", "steps": 300},
-        minutes="10 seconds",
     ),
     3: Plug(
         "train_rm",
@@ -236,7 +233,6 @@ PLUGS = {
         ["loss", "acc", "eval/acc"],
         {"task": "reviews", "pairs": 1000, "steps": 80},
         {"init": REVIEWS_SFT},
-        minutes="half a minute, the first time a minute",
     ),
     4: Plug(
         "train_grpo",
@@ -252,7 +248,6 @@ PLUGS = {
             "steps": 30,
         },
         {"init": CHAIN_SFT},
-        minutes="10 seconds, the first time half a minute",
     ),
     5: Plug(
         "train_grpo",
@@ -261,7 +256,6 @@ PLUGS = {
         ["reward", "clip", "dead"],
         {"task": "chain", "steps": 30},
         {"init": CHAIN_SFT},
-        minutes="10 seconds, the first time half a minute",
     ),
     6: Plug(
         "train_ppo",
@@ -270,7 +264,6 @@ PLUGS = {
         ["reward", "kl", "explained_var"],
         {"task": "chain", "beta": 0.05, "steps": 30},
         {"init": CHAIN_SFT},
-        minutes="15 seconds, the first time half a minute",
     ),
     7: Plug(
         "train_dpo",
@@ -279,7 +272,6 @@ PLUGS = {
         ["loss", "margin", "kl"],
         {"task": "reviews", "pairs": 1000, "steps": 60},
         {"init": REVIEWS_SFT},
-        minutes="half a minute, the first time a minute",
     ),
     8: Plug(
         "train_grpo",
@@ -288,7 +280,6 @@ PLUGS = {
         ["reward", "reward_se", "eval/reward"],
         {"task": "chain", "steps": 30},
         {"init": CHAIN_SFT},
-        minutes="10 seconds, the first time half a minute",
     ),
     9: Plug(
         "train_sft",
@@ -296,7 +287,6 @@ PLUGS = {
         week09,
         ["loss", "eval/loss", "gnorm"],
         {"task": "chain", "steps": 100},
-        minutes="10 seconds",
     ),
     10: Plug(
         "train_distill",
@@ -305,7 +295,6 @@ PLUGS = {
         ["loss", "kl", "reward"],
         {"task": "chain", "steps": 20},
         {"init": CHAIN_SFT, "teacher": CHAIN_GRPO},
-        minutes="10 seconds, the first time a minute",
     ),
 }
 
@@ -343,7 +332,7 @@ def run(week, mine, steps=None):
     plug = PLUGS[week]
     module, path = load_mine(week, mine)
     names = ", ".join(plug.functions)
-    print(f"week {week}: {names} in {plug.trainer}.py, about {plug.minutes}", flush=True)
+    print(f"week {week}: {names} in {plug.trainer}.py; the first time our own run is made too", flush=True)
     trainer = importlib.import_module(plug.trainer)
     flags = plug.flags | ({"steps": steps} if steps else {})
     flags |= inputs_of(plug.needs)
