@@ -35,6 +35,7 @@ NOT_HANDED_OUT = (
     "runs",
     "out",
     "build",
+    "models",
 )
 CACHES = shutil.ignore_patterns("__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", "*.egg-info")
 

@@ -100,10 +100,10 @@ def check_merge(merge):
         ([], (1, 2), []),
         ([1, 1, 2, 2], (1, 2), [1, 9, 2]),
     ]:
-        given = list(ids)
-        got = merge(given, pair, 9)
+        argument = list(ids)
+        got = merge(argument, pair, 9)
         where = f"merge({ids}, {pair}, 9)"
-        demand(given == ids, f"{where} changes the list that it is given; build a new one")
+        demand(argument == ids, f"{where} changes the list that it is given; build a new one")
         if got == want:
             continue
         shows = f"\n    {where}\n    yours: {brief(got)}\n    right: {want}"

@@ -16,11 +16,11 @@ def check_shape_rewards(shape_rewards):
     end = tensor([[0, 0, 0, 1, 0], [0, 0, 1, 0, 0]])
     before_end = tensor([[0, 0, 1, 0, 0], [0, 1, 0, 0, 0]])
     last_column = tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 1]])
-    given = tensor([[3.0], [-1.0]])
+    scores = tensor([[3.0], [-1.0]])
     unmasked = -0.5 * (logp - ref_logp)
-    expect(got, penalty + end * given, "shape_rewards with scores 3 and 4, the second unfinished, beta 0.5", {
+    expect(got, penalty + end * scores, "shape_rewards with scores 3 and 4, the second unfinished, beta 0.5", {
         "your KL penalty has the wrong sign: a token that the policy likes more than the reference does must "
-        "cost, or the policy is paid for running away": -penalty + end * given,
+        "cost, or the policy is paid for running away": -penalty + end * scores,
         "the score of the unfinished response is its own: it must be replaced by no_eos_score":
             penalty + end * score[:, None],
         "no_eos_score is added to the score, and it should replace it":
@@ -28,12 +28,12 @@ def check_shape_rewards(shape_rewards):
         "finished and unfinished are swapped": penalty + end * tensor([[-1.0], [4.0]]),
         "the score stands at the last column, which is padding in "
         "a short row: the mask says where a row ends":
-            penalty + last_column * given,
-        "the score stands one token before the end": penalty + before_end * given,
-        "every token gets the score: only the last one does": penalty + mask * given,
-        "the mask is forgotten: prompt and padding are charged for their KL": unmasked + end * given,
-        "beta is forgotten": 2 * penalty + end * given,
-        "the KL penalty is missing": end * given,
+            penalty + last_column * scores,
+        "the score stands one token before the end": penalty + before_end * scores,
+        "every token gets the score: only the last one does": penalty + mask * scores,
+        "the mask is forgotten: prompt and padding are charged for their KL": unmasked + end * scores,
+        "beta is forgotten": 2 * penalty + end * scores,
+        "the KL penalty is missing": end * scores,
     })  # fmt: skip
 
 
