@@ -60,8 +60,7 @@ HUNTS = {
         "SFT: EOS unscored",
         EASY,
         SFT,
-        "The loss is as good as ever, even a little better. But the samples in samples.jsonl never seem to "
-        "end.",
+        "The loss falls as it should. But the samples in samples.jsonl never seem to end.",
         [
             "Look at `len`: tokens that the loss counts, on average. By how much does it differ from the "
             "right run?",
@@ -88,8 +87,7 @@ HUNTS = {
         PPO,
         "The policy had an accuracy of 0.4 and loses it within a few steps.",
         [
-            "The critic is fine (explained_var rises). Which direction does `entropy` take, and which in the "
-            "right run?",
+            "Which direction does `entropy` take, and which in the right run?",
             "Good responses are made unlikely. How many minus signs stand between the reward and the loss?",
         ],
         week=4,
@@ -138,7 +136,7 @@ HUNTS = {
         "no zero_grad",
         MEDIUM,
         PPO,
-        "The reward rises, then it wavers. Every update seems to remember the ones before.",
+        "The reward rises, and yet every update seems to remember the ones before.",
         [
             "Compare `gnorm` in both runs: what is its size at the end, where little is left to learn?",
             "What does backward() do with a gradient that is already there?",
@@ -149,7 +147,7 @@ HUNTS = {
     9: Hunt(
         "KL sign",
         MEDIUM,
-        PPO + " --beta 0.3",
+        "train_ppo.py --task chain --beta 0.3",
         "With the KL penalty switched on the policy leaves its reference faster than without it.",
         [
             "`kl` with a penalty must end below `kl` without one. Where does it go?",

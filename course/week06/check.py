@@ -18,7 +18,7 @@ def check_shape_rewards(shape_rewards):
     last_column = tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 1]])
     scores = tensor([[3.0], [-1.0]])
     unmasked = -0.5 * (logp - ref_logp)
-    expect(got, penalty + end * scores, "shape_rewards with scores 3 and 4, the second unfinished, beta 0.5", {
+    expect(got, penalty + end * scores, "shape_rewards, scores 3 and 4, the second unfinished, beta 0.5", {
         "your KL penalty has the wrong sign: a token that the policy likes more than the reference does must "
         "cost, or the policy is paid for running away": -penalty + end * scores,
         "the score of the unfinished response is its own: it must be replaced by no_eos_score":
