@@ -141,7 +141,7 @@ def show_diff(step):
     except ImportError:
         raise UserError("the ladder, course/ladder/, is not in this copy of the course") from None
     require(2 <= step <= 6, f"diff {step}: the ladder has the steps 1 to 6, and step 1 has none before it")
-    print(ladder.diff(step))
+    print(ladder.diff(step, colour=sys.stdout.isatty()))
     return 0
 
 
