@@ -124,7 +124,7 @@ HUNTS = {
         "critic is not trained",
         MEDIUM,
         PPO,
-        "PPO learns here, if more slowly. A reviewer asks what the critic is good for in this run.",
+        "PPO learns here almost as well as ever. A reviewer asks what the critic is good for in this run.",
         [
             "Compare `explained_var` and `value_loss` of both runs, from the first step to the last.",
             "The critic has a loss and an optimizer. What stands between the two?",
