@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-from nanorlhf.look.plots import pyplot, save_figure
+from nanorlhf.look import plots
 from nanorlhf.run.log import read_rows
 
 TIMES = ("s", "tok_s")
@@ -67,7 +67,7 @@ def ends_table(right, other, names, first, second):
 
 def picture(path, ours, yours, names, first="ours", second="yours"):
     """Draw the columns of both runs, where matplotlib is installed → the path, or an empty string."""
-    plt = pyplot()
+    plt = plots.pyplot()
     if plt is None:
         return ""
     high = -(-len(names) // 3)
@@ -81,7 +81,7 @@ def picture(path, ours, yours, names, first="ours", second="yours"):
         ax.set(title=name, xlabel="step")
         ax.grid(alpha=0.25)
     axes.flat[0].legend()
-    save_figure(fig, path)
+    plots.save_figure(fig, path)
     return path
 
 
