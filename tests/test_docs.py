@@ -29,13 +29,14 @@ sys.path.insert(0, str(ROOT))  # --update runs this file as a script
 from nanorlhf.run.cli import parse  # noqa: E402
 
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if p.exists()]
+PAGES += sorted((ROOT / "course").glob("**/*.md"))
 TRAINERS = sorted(p.stem for p in ROOT.glob("train_*.py"))
 ANCHOR = re.compile(
     r'\[`(?P<name>[\w./-]+):(?P<shown>\d+)`\]\((?P<path>[^)#\s]+)#L(?P<line>\d+) "(?P<text>[^"]+)"\)'
 )
 FIGURE = re.compile(r'\[(?P<shown>[^\]]*)\]\((?P<path>[^)\s]+\.csv) "(?P<what>[^"]+)"\)')
 DETAIL = re.compile(r"detail (\d+(?:\.\d+)?)")
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
 def read(path):
