@@ -78,8 +78,8 @@ def test_every_function_of_the_page_is_passed(passed):
 def test_the_page_leaves_out_no_function_of_the_floor(passed):
     """A new function on the way goes on the page, or among these helpers of a row that is there."""
     inside = {
-        # dtype is a property; the next two belong to GPT.forward, the others to GPT.logprobs
-        "nanorlhf/model.py": {"dtype", "document_begins", "split_heads"}
+        # the first two are properties; the next two belong to GPT.forward, the others to GPT.logprobs
+        "nanorlhf/model.py": {"dtype", "trunk", "document_begins", "split_heads"}
         | {"scatter", "loss_of_chunk", "unembedding", "hidden_before"},
         "nanorlhf/metrics.py": {"add"},  # figures of the log line
         "nanorlhf/errors.py": {"visible"},  # control characters in samples.jsonl

@@ -49,8 +49,8 @@ def cast_once(model):
     dtype = trunk.dtype
 
     def casts(p):
-        whole = not hasattr(p, "device_mesh")
-        return whole and not trunk.recompute and p.dtype.itemsize > dtype.itemsize
+        is_cut = hasattr(p, "device_mesh")
+        return not is_cut and not trunk.recompute and p.dtype.itemsize > dtype.itemsize
 
     head = trunk.lm_head
     if head is None and casts(trunk.wte.weight):  # tied: the embedding itself is read in fp32
