@@ -31,6 +31,7 @@ import train_sft
 from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import Interrupted, RunError, derive_seed, require
 from nanorlhf.hub.files import read_jsonl, write_jsonl
+from nanorlhf.look import page
 from nanorlhf.look.plots import nats, pyplot, save_figure
 from nanorlhf.metrics import mean_se
 from nanorlhf.run.cli import run_cli
@@ -340,6 +341,7 @@ def train(cfg):
             row[name] = text
     write_jsonl(f"{cfg.out}/before_after.jsonl", rows)
     draw(cfg.out)
+    page.write([cfg.out])
     print_report(report, rows)
 
     report["cpu_seconds"] = sum(os.times()[:4])  # user and system, of this process and of its children
@@ -349,7 +351,7 @@ def train(cfg):
     write_json(f"{cfg.out}/report.json", report)
     cost = f"{report['cpu_seconds']:.0f} CPU-seconds, {report['wall_seconds']:.0f} s wall"
     print(f"\n{cost}, {report['peak_rss_mb']:.0f} MB at most.")
-    print(f"Written: {cfg.out}/report.png, {cfg.out}/report.json\n")
+    print(f"Written: {cfg.out}/report.png, look.html, report.json\n")
     print(next_commands(cfg.out))
     return report
 

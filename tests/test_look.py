@@ -368,6 +368,17 @@ def test_a_folder_of_runs_and_a_wrong_one(tmp_path, capsys):
         page.write([tmp_path / "nowhere"])
 
 
+@pytest.mark.parametrize("name", ["look.html", "look.html.tmp"])
+def test_a_planted_link_is_not_followed(name, tmp_path):
+    run = a_run(tmp_path / "run", 3, [0], 1, 5)
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (run / name).symlink_to(precious)
+    with pytest.raises(UserError, match=f"{name} is a link"):
+        page.write([run])
+    assert precious.read_text() == "precious"
+
+
 def test_findings_of_the_doctor_stand_in_the_page(tmp_path, monkeypatch):
     finding = {"title": "KL explodes", "steps": "3 to 5", "meaning": "m", "remedy": "r",
                "page": "docs/reading-curves.md#it-looks"}  # fmt: skip

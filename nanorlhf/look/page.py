@@ -13,7 +13,7 @@ from pathlib import Path
 from nanorlhf.errors import require
 from nanorlhf.hub.files import read_json, read_jsonl
 from nanorlhf.look import tokens
-from nanorlhf.run.folders import read_rows
+from nanorlhf.run.folders import read_rows, require_plain
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]  # the checkout, to whose lines the page links
@@ -312,6 +312,7 @@ def write(folders):
     """Write look.html into the first folder → its path."""
     path = Path(folders[0], "look.html")
     text = render(folders)
+    require_plain(folders[0])  # look.html.tmp may be a link to a file of somebody else's
     tmp = path.with_name("look.html.tmp")
     tmp.write_text(text, encoding="utf-8")
     os.replace(tmp, path)
