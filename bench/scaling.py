@@ -7,6 +7,7 @@ what is cut over the GPUs, and what is exchanged, from the formulas in docs/scal
 """
 
 import os
+import types
 
 import torch
 
@@ -18,6 +19,7 @@ from nanorlhf.run import plan
 PAGE = os.path.join(table.ROOT, "docs", "scaling.md")
 GPU, GIB = 80, 1 << 30  # GiB of the GPU that the tables are about
 PROMPTS, GROUP, PROMPT, NEW = 64, 8, 256, 768  # 512 responses a step, all as long as they may be
+ON_CUDA = types.SimpleNamespace(device="cuda")  # what a plan asks of a Config
 MINIBATCHES, MICROBATCH = 4, 8192  # optimizer steps; padded tokens at once on a GPU
 
 
@@ -57,7 +59,7 @@ def memory(model, gpus, shard):
     cut = gpus if shard else 1
     resident = {"weights": 4 * P / cut, "gradients": 4 * P / cut, "AdamW": 8 * P / cut,
                 "reference": 4 * P / cut}  # fmt: skip
-    update = sum(plan.update_parts([model], MICROBATCH).values())
+    update = sum(plan.update_parts(ON_CUDA, [model], MICROBATCH).values())
     slots = min(SLOTS, PROMPTS * GROUP // gpus)
     sampling = plan.sampling_parts(model, slots, PROMPT + NEW, PROMPT)
     if shard:  # what is gathered is in bf16 already; two blocks, as the second is on its way

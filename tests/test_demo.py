@@ -88,7 +88,8 @@ def test_files(ran):
     out = ran[0]
     assert (out / "report.png").read_bytes()[:4] == b"\x89PNG"
     have = {p.name for p in out.iterdir()}
-    assert have == {"sft", "rm", "ppo", "ppo_nokl", "report.png", "report.json", "before_after.jsonl"}
+    assert have == {"sft", "rm", "ppo", "ppo_nokl", "report.png", "report.json",
+                    "before_after.jsonl", "look.html"}
     assert json.loads((out / "ppo_nokl/config.json").read_text())["beta"] == 0.0
     assert json.loads((out / "ppo/config.json").read_text())["beta"] == train_ppo.Config().beta > 0
 

@@ -332,9 +332,9 @@ def test_a_run_prints_its_first_finding_at_its_end(tmp_path, capsys, monkeypatch
     assert last_lines == [f"doctor: {title}", f"  2 findings: {command}", ""]
 
 
-def test_no_folder():
-    with pytest.raises(UserError, match="metrics.csv"):
-        look.main(["--doctor", "/nowhere"])
+def test_no_folder(capsys):
+    assert look.main(["--doctor", "/nowhere"]) == 2
+    assert capsys.readouterr().err == "nanorlhf.look: error: /nowhere/metrics.csv: is no file\n"
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 9])

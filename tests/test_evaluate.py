@@ -483,7 +483,7 @@ def test_control_sequences_are_shown(bad, tmp_path, capsys):
     sample.show(((i, 0.0) for i in bad.encode()), tok, logprobs=True)
     hub.save(tiny(vocab_size=tok.vocab_size, max_len=64), tok, tmp_path / "m")
     sample.main(sample.Config(model=f"{tmp_path}/m", prompt=bad, max_new_tokens=1))
-    cfg = SimpleNamespace(out=tmp_path, steps=1, wandb="")
+    cfg = SimpleNamespace(out=tmp_path, steps=1, wandb="", look_rows=0)
     run = log.Log(cfg, ["step"], [], NEW_RUN)
     run.samples(0, [{"prompt": bad}], [bad], None)
     run.say(bad)
@@ -550,7 +550,7 @@ def test_a_chat_is_shown_as_the_model_reads_it(tmp_path, capsys, monkeypatch):
     row = {"prompt": Chat([{"role": "user", "content": "hi"}])}
     row["_ids"] = tok.encode_prompt(row["prompt"])
     roll = generate.sample_responses(model, tok, [row], 1, 3, 1.0, 0)
-    written = log.Log(SimpleNamespace(steps=1, out=tmp_path, wandb=""), ["step"], [], NEW_RUN)
+    written = log.Log(SimpleNamespace(steps=1, out=tmp_path, wandb="", look_rows=0), ["step"], [], NEW_RUN)
     written.samples(0, roll.rows, roll.texts, None)
     assert json.loads((tmp_path / "samples.jsonl").read_text())["prompt"] == "<user>hi<end>"
 

@@ -174,7 +174,9 @@ def test_a_large_one_has_the_learning_rate_of_large_models(tmp_path, monkeypatch
     assert defaults.n_parameters(path) == size
     assert train_sft.Config(init=str(path)).lr == train_sft.Config().lr
     monkeypatch.setattr(defaults, "LARGE", size - 1)
-    assert train_sft.Config(init=str(path)).lr == defaults.PUBLISHED["sft"][0] == 2e-5
+    full, adapters, _ = defaults.REAL["sft"]
+    assert train_sft.Config(init=str(path)).lr == adapters == 2e-4
+    assert train_sft.Config(init=str(path), lora_rank=0).lr == full == 2e-5
     (tmp_path / "damaged.gguf").write_bytes(path.read_bytes()[:99])
     assert defaults.n_parameters(tmp_path / "damaged.gguf") == 0
 

@@ -17,7 +17,8 @@ WINGS = ("kernels", "hub", "run", "look")
 UP = {
     "answers": {"run.formulas"},  # math-verify, in a process of its own
     "data": {"hub.formats", "run.dist"},  # files of demonstrations; who computes which rows
-    "generate": {"kernels.slots", "run.dist", "run.pulse"},  # a GPU's decode loop; many processes
+    # a GPU's decode loop, weights cast once, bf16 widened; many processes; a sign of life
+    "generate": {"kernels.bf16", "kernels.slots", "kernels.torch_backend", "run.dist", "run.pulse"},
     "model": {"kernels", "kernels.torch_backend"},  # log-probs without logits, attention of one token
     "pairs": {"hub.files", "run.dist"},  # files of preferences; who writes them
     "rewards": {"run.defaults", "run.device"},  # lengths that the data gives; --save_memory

@@ -222,7 +222,7 @@ def test_ppo_with_adapters_on_a_model_of_1_5_billion_fits_24_gib(tmp_path, monke
     path = prompts(tmp_path)
     models = qwen(tmp_path / "lm", "CausalLM"), qwen(tmp_path / "rm", "SequenceClassification")
     flags = f"--init {models[0]} --rm {models[1]} --data {path} --dtype bfloat16 --prompts_per_step 64"
-    flags += " --device cuda"
+    flags += " --device cuda --tokens_per_microbatch 1024"
     flags = [*flags.split(), "--max_new_tokens", "256", "--eval_prompts", "64"]
     size = {}
     for rank in (0, 16):

@@ -11,7 +11,7 @@ CHANGES = [
     ("""\
     norm: Literal["group_std", "batch_std", "none", "leave_one_out", "batch_whiten"] | None = None  # for Â_i
 """, """\
-    norm: Literal["group_std"] | None = None  # of this variant; no other has an effect
+    norm: Literal["group_std", "batch_whiten"] | None = None  # neither has an effect: returns are whitened
 """),
     ("""\
         self.fill("grpo", RECIPES[self.recipe])

@@ -260,7 +260,7 @@ class TokenLog:
             else:
                 loss = linear_kl(*sides, T, reverse=self.cfg.divergence == "forward")
         for name, values in {"kl": kl, "divergence": loss}.items():
-            per_token = torch.zeros(mask.shape, device=mask.device)
+            per_token = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
             per_token[mask] = values.float()
             self._put(name, per_token)
         self._put("teacher_logp", teacher_logp)

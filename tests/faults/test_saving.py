@@ -1,5 +1,6 @@
 """Faults of saving and resuming. Docstrings are rows of docs/reliability.md."""
 
+import io
 import json
 import math
 import os
@@ -147,10 +148,12 @@ def test_row_05_disk_full_on_the_log(run, tmp_path, monkeypatch):
 
     run(train_ppo, "whole")
 
-    def no_room(path, mode="r", **kw):
-        if mode == "a":
+    class Full(io.FileIO):
+        def write(self, data):
             raise OSError(28, "No space left on device")
-        return open(path, mode, **kw)
+
+    def no_room(path, mode="r", **kw):
+        return Full(path, mode) if mode == "ab" else open(path, mode, **kw)
 
     monkeypatch.setattr(log, "open", no_room, raising=False)
     done = run(train_ppo)
