@@ -9,7 +9,7 @@
 #
 # Stages   fetch      the model → runs/real/SmolLM2-135M-Instruct
 #          probe      8 samples of the base model to each of 16 held-out sums: can RL begin?
-#          grpo       12 steps of 8 prompts × 8 samples, adapters of rank 16, no KL; 1 for the right number, else 0
+#          grpo       16 steps of 8 prompts × 8 samples, adapters of rank 16, no KL; 1 for the right number, else 0
 #          before     the base model on 48 held-out sums, 8 samples of each, and greedily; so late, or the curve
 #                     would begin later
 #          after      the trained model on the same sums
@@ -44,8 +44,8 @@ measure probe "$MODEL" 16
 
 echo "── grpo"
 stage grpo python train_grpo.py --init "$MODEL" --data "$RUN/train.jsonl" --eval_data "$RUN/heldout.jsonl" \
-    --reward $REWARD --lora_rank 16 --lr 4e-4 --kl none --ref none --steps 12 --prompts_per_step 8 --group_size 8 \
-    --max_new_tokens $LONGEST --minibatches 4 --eval_prompts $HELDOUT --eval_every 4 --sample_every 1 \
+    --reward $REWARD --lora_rank 16 --lr 4e-4 --kl none --ref none --steps 16 --prompts_per_step 8 --group_size 8 \
+    --max_new_tokens $LONGEST --minibatches 4 --eval_prompts $HELDOUT --eval_every 8 --sample_every 1 \
     --save_every 0 --seed "$SEED" --out "$RUN/grpo" --overwrite "$@"
 
 measure before "$MODEL" $HELDOUT

@@ -25,8 +25,14 @@ from nanorlhf.look import __main__ as look
 from nanorlhf.look import page, tokens
 from nanorlhf.run.checkpoint import Run
 
-pytestmark = pytest.mark.usefixtures("no_curves")
+pytestmark = pytest.mark.usefixtures("no_curves", "every_logged_step")
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def every_logged_step(monkeypatch):
+    """Record each of them: of steps as small as these a few rows are a large share."""
+    monkeypatch.setattr(tokens, "SHARE", math.inf)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -241,6 +247,21 @@ def test_looking_moves_no_number_and_costs_few_passes(trainer, stages, tmp_path,
     assert [r["step"] for r in records] == logged
     updates = {train_ppo: 2, train_grpo: 2, train_distill: 1}.get(trainer)
     assert len(calls) == (len(logged) * (1 + updates) if updates else 0)
+
+
+@pytest.mark.parametrize("flags, n_rows, recorded", [
+    ({}, 256, [0, 5, 10, 15, 20, 22]),  # GRPO on chain: 16 of 256 rows, five times, every fifth step
+    (dict(prompts_per_step=8, group_size=8, minibatches=4, sample_every=1), 64, [0, 13, 22]),
+    (dict(prompts_per_step=8, group_size=8, minibatches=1), 64, [0, 5, 10, 15, 20, 22]),
+], ids=["chain", "real", "one update"])  # fmt: skip
+def test_the_passes_are_two_percent_of_the_run_at_most(flags, n_rows, recorded, monkeypatch):
+    monkeypatch.setattr(tokens, "SHARE", 0.02)
+    cfg = train_grpo.Config(steps=23, **flags)
+    log = tokens.TokenLog(cfg, None, None)
+    logged = [step for step in range(23) if step % cfg.sample_every == 0 or step == 22]
+    assert [step for step in logged if log._affordable(step, n_rows)] == recorded
+    rows_scored = len(recorded[:-1]) * 16 * (1 + cfg.minibatches)
+    assert rows_scored / (5 * n_rows * 20) <= 0.03  # of 20 steps; the first and the last are always there
 
 
 def test_a_cut_file_is_read_up_to_the_cut_and_behind_it(tmp_path):

@@ -28,6 +28,8 @@ from nanorlhf.run.device import at_work
 FILE = "tokens.jsonl.gz"
 MEMBER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00"  # how a gzip member without a time begins
 MOST_UPDATES = 16  # of one step after which the rows are scored again
+SHARE = 0.02  # of a run's forward and backward passes, at most, for the ratios here
+STEP_PASSES = 5  # forward passes of all rows that a step costs, about: sampling, scoring, the updates
 HELD_OUT = 8  # prompts whose responses before and after are kept
 MOST_GROUPS = 64  # of one step whose rewards are kept
 NOT_PER_TOKEN = {"tokens", "mask", "lengths", "group", "row"}
@@ -137,7 +139,7 @@ class TokenLog:
         batch and tensors: {name: (B, T) of each token, (B,) of each row, or a number}, under the trainer's
         own names. It adds batch["row"], the number of each row, by which `minibatch` finds them again.
         """
-        if not self.works:
+        if not self.works or not self._affordable(step, len(roll)):
             return
         with self._timed():
             batch["row"] = torch.arange(len(roll), device=roll.tokens.device)
@@ -160,6 +162,18 @@ class TokenLog:
                 row["finished"] = roll.finished[i].item()
                 if roll.reward is not None:
                     row["score"] = rounded(roll.reward[i].item())
+
+    def _affordable(self, step, n_rows):
+        """Whether the record of this step keeps its passes within SHARE of the run's; the last step is kept.
+
+        16 of 256 rows, scored five times, cost 1/16 of a step: every fifth may have them. 16 of 64 rows, the
+        settings of real models, cost a quarter of a step: one in 13 may.
+        """
+        updates = getattr(self.cfg, "epochs", 1) * getattr(self.cfg, "minibatches", 1)
+        passes = 1 + min(updates, MOST_UPDATES)
+        cost = min(self.rows, n_rows) * passes / (n_rows * STEP_PASSES)  # of one step
+        logged = max(1, math.ceil(cost / SHARE / self.cfg.sample_every))  # steps that are logged, to one here
+        return step % (logged * self.cfg.sample_every) == 0 or step + 1 == self.cfg.steps
 
     def _put(self, name, x):
         """Into the record: a number, or the values of each row or of each token."""
