@@ -552,7 +552,8 @@ def train(cfg):
             metrics["kl"] = kl
             metrics["lr"] = opt.param_groups[0]["lr"]
             if step == 0:
-                run.log.say(health(metrics, mean_adv, tokens, ref_is_init=cfg.ref == cfg.init))
+                exact = cfg.dtype == "float32"
+                run.log.say(health(metrics, mean_adv, tokens, cfg.ref == cfg.init, exact))
             done = step + 1
             if test_rows and done == cfg.steps:
                 metrics |= measure(longest)

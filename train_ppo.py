@@ -407,7 +407,7 @@ def train(cfg):
                 adv = whiten(adv, mask)  # detail 25: over the whole rollout
                 mean_adv = (adv.sum() / mask.sum()).item()
             batch = roll.batch() | {"old_value": old_value, "adv": adv, "ret": ret, "beta": beta}
-            run.rollout(step, roll, policy, batch, reward=reward, ref_logp=ref_logp)
+            run.rollout(step, roll, policy, batch, reward=reward, ref_logp=ref_logp if ref else None)
 
             # ---- loss and update: epochs × minibatches (optimizer steps) × micro-batches (memory)
             unit = torch.arange(len(roll))  # rows are dealt to the minibatches
@@ -454,7 +454,8 @@ def train(cfg):
             metrics["kl"] = kl
             metrics["lr"] = opt.param_groups[0]["lr"]
             if step == 0:
-                run.log.say(health(metrics, mean_adv, tokens, ref_is_init=cfg.ref == cfg.init))
+                exact = cfg.dtype == "float32"
+                run.log.say(health(metrics, mean_adv, tokens, cfg.ref == cfg.init, exact))
             done = step + 1
             if test_rows and done == cfg.steps:
                 metrics |= measure(longest)

@@ -32,7 +32,7 @@ from nanorlhf.data import (
     take_rows,
     trim,
 )
-from nanorlhf.errors import derive_seed
+from nanorlhf.errors import derive_seed, require
 from nanorlhf.generate import sample_responses
 from nanorlhf.metrics import Figures
 from nanorlhf.model import GPT, GPTConfig
@@ -115,6 +115,7 @@ class Config(Flags):
 
     def __post_init__(self):
         self.fill("sft")
+        require(self.init or not self.lora_rank, "--lora_rank: adapters belong to a model; give --init")
         check_ranges(self, "demos n_layer n_head d_model max_len vocab_size steps batch_size lr".split())
 
 

@@ -88,7 +88,7 @@ def own_weights(model):
     weights = model.state_dict()
     if rank_in(weights):
         for name, p in model.named_parameters():
-            if not p.requires_grad:
+            if not p.requires_grad and not name.endswith((".A", ".B")):  # of a model that is only read, too
                 del weights[name]
     return weights
 

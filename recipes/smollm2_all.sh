@@ -15,7 +15,7 @@
 # dpo        adapters on 240 pairs of HH                               160 other pairs in order, by β log π/π_ref
 # rm         a reward model on the same pairs                          the same pairs in order, by its score
 # ppo        adapters of policy and critic, on the sums                as grpo_full
-# distill    adapters, towards the model of make real, on the sums     as grpo_full, and the KL to the teacher
+# distill    adapters, towards the model of make real, on the sums     as grpo_full
 #
 # Each stage leaves RUN/all/STAGE (the run) and RUN/all/STAGE.json; the table is RUN/all/report.md. Measured figures are
 # in docs/real-weights.md. On a GPU add --device cuda --dtype bfloat16 to FLAGS (not measured).
@@ -47,7 +47,7 @@ sums_before() {  # the base model on the sums, once for all stages
 }
 
 pairs() {  # the preferences of dpo and rm
-    [ -e "$RUN/hh.jsonl" ] || python -m recipes.smollm2.short_rows "$HH" "$RUN/hh" 700 240 160
+    python -m recipes.smollm2.short_rows "$HH" "$RUN/hh" 700 240 160
 }
 
 grpo_full() {
@@ -106,6 +106,8 @@ for name in $STAGES; do
 done
 if [ "$MODEL" = "$BASE" ]; then bash recipes/smollm2/fetch.sh "$MODEL"; fi
 mkdir -p "$RUN"
+if [ "$(cat "$RUN/model" 2>/dev/null)" != "$MODEL" ]; then rm -f "$RUN"/*.json; fi  # figures of another model
+echo "$MODEL" > "$RUN/model"
 python -m recipes.smollm2.sums "$RUN" "$SEED"
 for name in $STAGES; do
     echo "── $name"

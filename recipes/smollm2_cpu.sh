@@ -27,6 +27,8 @@ REWARD=nanorlhf/answers.py:last_number
 HELDOUT=48  # held-out prompts to measure on, of about 70
 LONGEST=16  # tokens of an answer: the base model likes to explain, and is cut
 
+case " $* " in *" --out"*|*" --init"*) echo "recipes/smollm2_cpu.sh: error: set RUN= or MODEL= in place of --out or --init" >&2; exit 2;; esac
+
 stage() { python -m recipes.smollm2.stage "$RUN" "$@"; }
 
 measure() {  # NAME MODEL PROMPTS: 8 samples of each held-out sum, and greedily → NAME.json

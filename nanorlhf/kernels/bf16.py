@@ -13,6 +13,8 @@ import torch.nn as nn
 
 def has_units(device):
     """Whether the device of --device multiplies bf16 in hardware; a CPU with AMX or AVX-512 BF16 does."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return True  # --dry_run plans for a GPU that is elsewhere
     on_gpu = torch.cuda.is_available() and device in ("auto", "cuda")
     if on_gpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -59,7 +61,7 @@ def cast_once(model):
     for layer in trunk.modules():
         if isinstance(layer, nn.Linear):
             for name, p in layer.named_parameters(recurse=False):
-                if casts(p):
+                if casts(p) and name not in vars(layer):  # else it is cast already, by a caller
                     vars(layer)[name] = p.to(dtype)  # an attribute of this name hides the parameter
                     hidden.append((layer, name))
     try:

@@ -41,7 +41,7 @@ class Machine:
     seed: int = 0  # every random number is derived from it
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
-    threads: int = 0  # CPU threads; 0: one below a million parameters, else torch's own choice
+    threads: int = 0  # CPU threads; 0: one below a million parameters, measured above 50 million
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -87,6 +87,7 @@ class Flags(Machine):
         starts_from_task = self.own_data and not self.init
         self._name_folders()
         real = defaults.of_real_model(self)
+        self.is_real = bool(real)
         self.held_out = 64 if real else 256  # rows that SFT measures its loss on, at most
         unset = [name for name in real if getattr(self, name, 0) is None and name not in (recipe or {})]
         for values in (recipe or {}, real, self.BY_TASK[self.task], self.DEFAULTS, {"lora_rank": 0}):
@@ -380,6 +381,8 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
         else:
             if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()):
                 larger_microbatches(cfg)
+            for note in cfg.notes:
+                print(note)
             dry_run(cfg)
         dist.finish()  # here: if another rank fails now, that rank prints its error
         return 0

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from nanorlhf.errors import UserError, require
 from nanorlhf.hub.gguf import Gguf
 from nanorlhf.kernels import bf16
-from nanorlhf.run.device import LARGE
+from nanorlhf.run.device import LARGE, device_of
 
 RANK = 16  # of the adapters of a real model; --lora_rank 0 trains all of its weights
 # trainer → its learning rate for all weights, for adapters, and where the two are from. Adapters learn at
@@ -82,7 +82,7 @@ def pick_dtype(cfg):
     → the lines that say so. A small model stays in fp32, whose curves are the committed ones.
     """
     units = bf16.has_units(cfg.device)
-    if cfg.dtype == "bfloat16" and not units:
+    if cfg.dtype == "bfloat16" and not units and device_of(cfg) == "cpu":
         return ["--dtype bfloat16: this processor has no bf16 units, --dtype float32 is faster on it"]
     if cfg.dtype != "auto":
         return []

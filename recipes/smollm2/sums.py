@@ -15,9 +15,8 @@ import sys
 
 SYSTEM = {"role": "system", "content": "You are a calculator."}
 PHRASINGS = ("{a} + {b} =", "{a} plus {b} =", "Add {a} and {b}.", "What is {a} + {b}?")
-NUMBERS = range(
-    1, 10
-)  # with two digits the base model of 135M is never right, and there is nothing to select
+# With two digits the base model of 135M is never right, and there is nothing to select.
+NUMBERS = range(1, 10)
 HELD_OUT = 10  # of the 45 pairs of these numbers
 
 
