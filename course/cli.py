@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 
@@ -131,7 +132,8 @@ def check_one(args):
             print(f"(the check: course/{folder_of(args.week)}/check.py, check_{result.exercise})")
             break
     if status == 0:
-        print(f"\nSolved. Next: python -m course run {args.week}, your functions in the real trainer")
+        mine = "" if args.mine == HERE else f" --mine {shlex.quote(args.mine)}"
+        print(f"\nSolved. Next: python -m course run {args.week}{mine}, your functions in the real trainer")
     return status
 
 

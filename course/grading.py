@@ -13,7 +13,10 @@ from nanorlhf.errors import require
 
 START = 300.0  # seconds that Python and torch may take to start
 LIMIT = 20.0  # seconds of one check
-ENDLESS = "it was still running after {limit:g} seconds: is there a loop that never ends?"
+ENDLESS = (
+    "it was still running after {limit:g} seconds: a loop that never ends, or one that is slow? "
+    "(--seconds 60 gives it more)"
+)
 EXITED = "the program ended in the middle of this check: does your code call exit() or quit()?"
 
 

@@ -62,6 +62,12 @@ def check_sample_token(sample_token):
     logits = tensor([0.5, 0.3, 0.2]).log().expand(5, 3).clone()
     u = tensor([0.1, 0.6, 0.9, 0.0, 0.79])
     got = call(sample_token, logits, u, 1.0)
+    demand(got is not None, "sample_token returns None: the function has no `return` at its end")
+    demand(
+        isinstance(got, torch.Tensor) and got.dtype == torch.int64,
+        f"sample_token returns {brief(got)}: tokens are ids, so return an int64 tensor (of "
+        "torch.zeros(N, dtype=torch.int64), argmax, or a sum over booleans)",
+    )
     expect(got, torch.tensor([0, 1, 2, 0, 1]), "sample_token of (0.5, 0.3, 0.2) for u = 0.1, 0.6, 0.9, 0, "
                                                "0.79", {
         "you always take the most probable token: this is greedy decoding, and u is not used":
@@ -86,7 +92,7 @@ def check_sample_token(sample_token):
     top = call(sample_token, tensor([[0.1, 0.2, 0.3]]).float(), torch.tensor([1 - 6e-8]), 1.0)
     demand(
         int(top) == 2,
-        "for u just below 1 your token is outside the vocabulary: the cumulative sum may round to less "
+        "for u just below 1 your token is not the last one: the cumulative sum may round to less "
         "than u, so that no token is larger; the last token is meant",
     )
 

@@ -39,7 +39,8 @@ def sample_token(logits, u, temperature):
     logits (N, V)   a score for each token
     u (N,)          uniform random numbers in [0, 1)
     temperature     > 0: tokens are drawn from softmax(logits / temperature)
-    → (N,)          int64: the first token whose cumulative probability is larger than u
+    → (N,)          int64: the first token whose cumulative probability is larger than u; the last token if
+                    rounding leaves none
 
     >>> logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(3, 3)  # cumulative: 0.5, 0.8, 1.0
     >>> sample_token(logits, torch.tensor([0.1, 0.6, 0.9]), 1.0)

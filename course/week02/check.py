@@ -29,24 +29,24 @@ def check_pad_right(pad_right):
 def check_response_mask(response_mask):
     prompts = torch.tensor([1, 2, 3])
     lengths = torch.tensor([3, 4, 4])
-    got = call(response_mask, prompts, lengths, 5)
-    where = "response_mask of prompts (1, 2, 3), rows (3, 4, 4), T 5"
+    got = call(response_mask, prompts, lengths, 6)
+    where = "response_mask of prompts (1, 2, 3), rows (3, 4, 4), T 6"
     demand(isinstance(got, torch.Tensor), f"{where} returns {brief(got)}, and not a tensor")
-    expect(got.int(), torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 0]]), where, {
+    expect(got.int(), torch.tensor([[0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0]]), where, {
         "the last token of each response is missing: EOS, which the model must learn to write":
-            torch.tensor([[0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]),
+            torch.tensor([[0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]),
         "the first token of each response is missing": torch.tensor(
-            [[0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]),
+            [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]]),
         "the mask begins one token early: the last token of the prompt is no response token":
-            torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 0]]),
+            torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0]]),
         "the mask goes one token too far: a pad counts": torch.tensor(
-            [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]),
+            [[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0]]),
         "the prompt counts too: this is the mask of all real tokens": torch.tensor(
-            [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]),
+            [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0]]),
         "the padding counts too: the mask has to end at lengths": torch.tensor(
-            [[0, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]),
+            [[0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]),
         "you take `lengths` for the length of the response: it counts prompt and response together":
-            torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]),
+            torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]]),
     })  # fmt: skip
     demand(got.dtype == torch.bool, f"the mask should be bool, and yours is {got.dtype}")
 

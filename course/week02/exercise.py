@@ -62,6 +62,8 @@ def sft_loss(logp, mask, denom):
     The mean of two micro-batches' means is not the mean over their tokens, unless both have equally many.
     With the denominator of the whole step the parts add up to it, however the step is cut.
 
+    What stands outside the mask is garbage, also -inf or 1000: drop it with torch.where, as 0 · inf is nan.
+
     >>> logp = torch.tensor([[0.0, -1.0, -2.0]])
     >>> sft_loss(logp, torch.tensor([[False, True, True]]), denom=2)
     tensor(1.5000)

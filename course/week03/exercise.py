@@ -39,7 +39,7 @@ def process_score(logits, ends):
     ends (B, T)     True at the tokens that end a step; a row has at least one
     → (B,)          the product over its steps of σ(logit)
 
-    Two hundred steps must not underflow: sum logarithms, and take exp at the end.
+    Sum log σ, and take exp at the end: then the gradient is finite also at a logit of −200, where σ is 0.
 
     >>> logits = torch.tensor([[0.0, 7.0, 0.0]])
     >>> process_score(logits, torch.tensor([[True, False, True]]))  # ½ · ½

@@ -27,6 +27,8 @@ def reinforce_loss(logp, adv, mask, denom):
     denom         a number, by default in the trainer the sampled tokens of the whole step
     → scalar
 
+    What stands outside the mask is garbage, also -inf or 1000: drop it with torch.where, as 0 · inf is nan.
+
     >>> logp = torch.tensor([[-9.0, -1.0, -2.0], [-9.0, -3.0, -9.0]])
     >>> mask = torch.tensor([[False, True, True], [False, True, False]])
     >>> reinforce_loss(logp, torch.tensor([1.0, -1.0]), mask, 3)  # (1·(1 + 2) − 1·3) / 3

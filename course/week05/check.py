@@ -88,19 +88,17 @@ def check_clipped_loss(clipped_loss):
         "the ratio is missing its exp": -tensor(1.1).log(),
     })  # fmt: skip
     expect(at(1.5, 1.0), -1.3, where(1.5, 1), {
-        "nothing is clipped: beyond 1 + clip_high the loss must not fall any further": -1.5,
+        "nothing is clipped here: beyond 1 + clip_high the loss must not fall any further (or you take the "
+        "smaller of the two losses: the larger counts)": -1.5,
         "you clip at 1 + clip_low: clip_high is the upper side": -1.2,
     })  # fmt: skip
     expect(at(0.5, -1.0), 0.8, where(0.5, -1), {
         "nothing is clipped on the lower side": 0.5,
         "you clip at 1 − clip_high: clip_low is the lower side": 0.7,
-        "you take the smaller of the two losses: the pessimistic, larger one counts (a minimum in the "
-        "objective is a maximum in the loss)": 0.5,
     })  # fmt: skip
     expect(at(0.5, 1.0), -0.5, where(0.5, 1), {
         "you take the clipped loss alone: a good token that became rare must keep its gradient, and the "
         "larger of both losses does that": -0.8,
-        "you take the smaller of the two losses: the pessimistic, larger one counts": -0.8,
     })  # fmt: skip
     expect(at(1.5, -1.0), 1.5, where(1.5, -1), {
         "you take the clipped loss alone: a bad token that became likely must keep its gradient": 1.3,

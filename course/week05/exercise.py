@@ -50,6 +50,8 @@ def clipped_loss(logp, old_logp, adv, mask, w, clip_low, clip_high):
     The larger loss counts, the pessimistic one: a token whose ratio has already moved far enough in the good
     direction has no gradient left, one that moved in the bad direction keeps its own.
 
+    What stands outside the mask is garbage, also -inf or 1000: drop it with torch.where, as 0 · inf is nan.
+
     >>> logp = torch.tensor([[0.0, 0.5]])  # the ratio of the second token is e^0.5 = 1.65
     >>> mask = torch.tensor([[False, True]])
     >>> clipped_loss(logp, torch.zeros(1, 2), torch.tensor([1.0]), mask, mask.float(), 0.2, 0.2)

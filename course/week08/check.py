@@ -71,7 +71,7 @@ def check_pass_at_k(pass_at_k):
             "this is the probability that all k are right": all_right,
             "k plays no part in your formula: this is pass@1": c / n,
             "you multiply pass@1 by k: the chances overlap": min(1.0, k * c / n),
-        }, tol=1e-9)  # fmt: skip
+        }, tol=1e-6)  # fmt: skip
 
 
 def check_mean_and_error(mean_and_error):

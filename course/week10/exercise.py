@@ -14,7 +14,8 @@ def fit_sigmoid(compute, reward, start):
 
     By least squares, to about one per cent where the points lie on such a curve and reach 80% of the gain. A
     hint: for a given B and C_mid the curve is linear in A, so that the best A is a formula, and B and C_mid
-    can be tried on a grid (logarithmic for both).
+    can be tried on a grid (logarithmic for both). One fit may take about three seconds: try all C_mid at
+    once, as a tensor.
 
     >>> compute = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
     >>> A, B, C_mid = fit_sigmoid(compute, 0.1 + 0.8 / (1 + (4 / compute) ** 2), start=0.1)

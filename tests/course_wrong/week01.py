@@ -68,6 +68,10 @@ def off_the_end(logits, u, temperature):
     return (p.cumsum(-1) * (1 - 1e-6) <= u[:, None]).sum(-1)
 
 
+def as_floats(logits, u, temperature):
+    return off_the_end(logits, u, temperature).float()
+
+
 def first_only(ids, pair, new_id):
     for i in range(len(ids) - 1):
         if tuple(ids[i : i + 2]) == pair:
@@ -152,7 +156,8 @@ WRONG = [
     ("sample_token", "greedy", greedy),
     ("sample_token", "temperature is forgotten", draw_without_temperature),
     ("sample_token", "before the right one", one_before),
-    ("sample_token", "outside the vocabulary", off_the_end),
+    ("sample_token", "not the last one", off_the_end),
+    ("sample_token", "int64 tensor", as_floats),
     ("merge", "every one", first_only),
     ("merge", "last token is lost", loses_the_last),
     ("merge", "go on behind both", overlapping),

@@ -40,6 +40,10 @@ def to_the_end(prompt_lens, lengths, T):
     return torch.arange(T) >= prompt_lens[:, None]
 
 
+def added(prompt_lens, lengths, T):
+    return between(0, 0)(prompt_lens, prompt_lens + lengths, T)
+
+
 def at(logits, tokens):
     return logits.log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
 
@@ -95,6 +99,7 @@ WRONG = [
     ("response_mask", "too far", between(0, 1)),
     ("response_mask", "prompt counts too", all_real),
     ("response_mask", "padding counts too", to_the_end),
+    ("response_mask", "length of the response", added),
     ("token_log_probs", "no shift", no_shift),
     ("token_log_probs", "only the first column", no_shift_zero),
     ("token_log_probs", "wrong way", backwards),

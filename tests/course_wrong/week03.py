@@ -61,6 +61,10 @@ def halves(logits, ends):
     return torch.sigmoid(logits * ends).prod(1)
 
 
+def log_of_steps(logits, ends):
+    return torch.where(ends, torch.sigmoid(logits).log(), 0.0).sum(1).exp()
+
+
 WRONG = [
     ("pairwise_loss", "wrong sign", log_likelihood),
     ("pairwise_loss", "swapped", swapped),
@@ -76,4 +80,5 @@ WRONG = [
     ("process_score", "smallest", smallest),
     ("process_score", "exp at the end is missing", logarithm),
     ("process_score", "count as ½", halves),
+    ("process_score", "log(sigmoid(x))", log_of_steps),
 ]

@@ -110,6 +110,7 @@ WRONG = [
     ("clipped_loss", "wrong sign", surrogate(torch.maximum, sign=-1)),
     ("clipped_loss", "upside down", surrogate(torch.maximum, upside_down=True)),
     ("clipped_loss", "nothing is clipped", surrogate(lambda free, held: free)),
+    ("clipped_loss", "smaller of the two", surrogate(torch.minimum)),
     ("clipped_loss", "clipped loss alone", surrogate(lambda free, held: held)),
     ("clipped_loss", "clip_high is the upper side",
      surrogate(torch.maximum, low_high=lambda low, high: (1 - low, 1 + low))),
