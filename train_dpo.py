@@ -268,16 +268,15 @@ def cache_logps(model, examples, cfg):
 
     SimPO and ORPO have no reference: they never read these numbers, and get zeros.
     """
-    out = torch.zeros(len(examples), 2, device=model.device)
-    if cfg.loss in NO_REFERENCE:
-        return out
 
     def compute(rows):
         return pair_logps(model, [examples[i] for i in rows])
 
-    lengths = padded_lengths(examples)
-    with at_work(model):
-        return fill_rows(out, lengths, cfg.tokens_per_microbatch, compute, model.logprobs)
+    with at_work(model):  # with --save_memory it is on the GPU only inside
+        out = torch.zeros(len(examples), 2, device=model.device)
+        if cfg.loss in NO_REFERENCE:
+            return out
+        return fill_rows(out, padded_lengths(examples), cfg.tokens_per_microbatch, compute, model.logprobs)
 
 
 def objective(policy, examples, ref_logp, z0, cfg):
