@@ -327,7 +327,7 @@ def write(folders):
 
 
 def try_write(folder):
-    """`write` of one folder at the end of a run. A page that fails must not lose the rest: it is a warning."""
+    """`write` of one folder at the end of a run. A page that fails must not lose the rest: a warning."""
     try:
         write([folder])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError) as e:
