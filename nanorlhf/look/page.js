@@ -48,7 +48,7 @@ function runningSum(row, j) {
 }
 function ratio(row, j, update = state.update) {
   if (!row.ratio) return undefined;
-  return value(row.ratio, update === "loss" ? (row.update || [0])[0] : Number(update), j);
+  return value(row.ratio, update === "loss" ? (row.update || [])[0] : Number(update), j);
 }
 function clipRange(run) {
   const { clip, clip_low, clip_high, loss } = run.config;
@@ -319,7 +319,7 @@ function formulas(row, j) {
   if (run.kind === "grpo") groupFormulas(row, add, j);
   if (row.ratio) {
     const rho = ratio(row, j), range = clipRange(run), A = get("adv");
-    const when = state.update === "loss" ? `when its loss was computed, ${$("update").options[(row.update || [0])[0] + 1]?.textContent}` : $("update").selectedOptions[0].textContent;
+    const when = state.update === "loss" ? `when its loss was computed, ${$("update").options[(row.update || [])[0] + 1]?.textContent}` : $("update").selectedOptions[0].textContent;
     const of = flags.ratio === "sequence" ? "ρ = (Π π / π_old)^(1/n), of the whole row," : "ρ_t = π / π_old";
     if (rho !== undefined) add(`ratio, ${when}`, `${of} = ${number(rho)}`, "ratio");
     if (range && A !== undefined && rho !== undefined) {
