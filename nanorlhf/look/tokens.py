@@ -411,6 +411,7 @@ def _before_whitening(tensors, gamma, lam):
     adv = (tensors["ret"] - value) * mask
     later = torch.zeros_like(adv)
     later[:, :-1] = adv[:, 1:]
-    if not torch.allclose(adv, delta + gamma * lam * later * mask, rtol=1e-3, atol=1e-3):
+    rounding = 1e-4 * (adv.abs() + value.abs()).max().item()
+    if not torch.allclose(adv, delta + gamma * lam * later * mask, rtol=1e-4, atol=rounding):
         return {"delta": delta}
     return {"delta": delta, "adv_raw": adv}
