@@ -341,7 +341,7 @@ def train(cfg):
             row[name] = text
     write_jsonl(f"{cfg.out}/before_after.jsonl", rows)
     draw(cfg.out)
-    page.write([cfg.out])
+    page.try_write(cfg.out)
     print_report(report, rows)
 
     report["cpu_seconds"] = sum(os.times()[:4])  # user and system, of this process and of its children

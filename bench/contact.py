@@ -275,7 +275,9 @@ def trainers(step):
     model = os.path.join(step.folder, "runs", "train_sft-float32", "model")
     with step.guarded("evaluate.py"):
         data = f"{made.folder}/train_ppo.jsonl"
-        cfg = evaluate.Config(model=model, data=data, n=2, k=[1], prompts=4, max_new_tokens=4, device="cuda")
+        cfg = evaluate.Config(
+            model=model, ref=model, data=data, n=2, k=[1], prompts=4, max_new_tokens=4, device="cuda"
+        )
         step.say("evaluate.py", len(evaluate.evaluate(cfg)), "figures", 1, at_least=True)
     with step.guarded("sample.py"):
         cfg = sample.Config(model=model, prompt="abc=", max_new_tokens=4, device="cuda")

@@ -32,7 +32,7 @@ import broken_runs  # noqa: E402
 import doctor as bench_doctor  # noqa: E402
 from curves import rows_of  # noqa: E402
 
-STEPS = 20
+STEPS = 25
 
 
 def flags(trainer, words=""):
@@ -154,9 +154,14 @@ def test_a_rule(rule, method, columns, changed):
 def test_baseline_of_other_prompts_in_tokens():
     """Two groups of two. Rewards 1 and 0 give ±0.7 in their own group; dealt in another order they do not."""
     columns, config = HEALTHY["grpo"]
-    own = {"step": 0, "groups": {"group": [0, 0, 1, 1], "adv": [0.707, -0.707, 0.0, 0.0]}}
-    other = {"step": 5, "groups": {"group": [0, 0, 1, 1], "adv": [0.707, 0.0, -0.707, 0.0]}}
+    groups = {"group": [0, 0, 1, 1], "reward": [1.0, 0.0, 1.0, 1.0]}
+    own = {"step": 0, "groups": groups | {"adv": [0.707, -0.707, 0.0, 0.0]}}
+    other = {"step": 5, "groups": groups | {"adv": [0.707, 0.0, -0.707, 0.0]}}
     assert doctor.diagnose(rows(columns), config, [own]) == []
+    opo = {"step": 0, "groups": groups | {"adv": [0.6, -0.4, 0.0, 0.0]}}  # a baseline that is not the mean
+    remax = {"step": 0, "groups": groups | {"adv": [1.0, 0.0, 1.0, 1.0]}}  # or the reward of another sample
+    large = {"step": 0, "groups": {"group": [0] * 3, "reward": [9e4, 0.0, 0.0], "adv": [6e4, -29999, -30001]}}
+    assert doctor.diagnose(rows(columns), config, [opo, remax, large]) == []
     (finding,) = doctor.diagnose(rows(columns), config, [own, other, {"step": 5, "held_out": []}])
     assert finding["title"] == "The baseline is that of other prompts" and finding["steps"] == "step 5"
 
@@ -166,6 +171,49 @@ def test_bf16_is_no_fault():
     noisy = columns | {"gap": 0.06, "kl": (-0.01, 1.0), "ratio_max": 1.3}
     assert doctor.diagnose(rows(noisy), config | {"dtype": "bfloat16"}) == []
     assert named(doctor.diagnose(rows(noisy), config)) == ["not_as_sampled"]
+
+
+SEQUENCE = {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}
+ENDS = {"reward": (0.4, 0.1), "entropy": (0.4, 0.7), "kl": (0.0, 5.0), "beta": 0.3, "stop": (0.6, 0.9)}
+
+
+@pytest.mark.parametrize("method, columns, changed, rule, faulty", [
+    ("grpo", {"clip": 0.15, "ratio_max": 1.01}, SEQUENCE, "too_large", {"ratio": "token"}),
+    ("grpo", {"clip": (0.0, 0.2)}, SEQUENCE, "reused", {"ratio": "token"}),
+    ("ppo", {"kl": (0.4, 1.0), "len": 500.0}, {"dtype": "bfloat16"}, "not_the_reference",
+     {"dtype": "float32"}),
+    ("ppo", ENDS, {"no_eos_score": -1.0}, "wrong_sign", {"no_eos_score": None}),
+    ("ppo", ENDS, {"no_eos_score": -1.0}, "kl_sign", {"no_eos_score": None}),
+], ids=["gspo at first", "gspo", "long answers in bf16", "learns to end", "pays to end"])  # fmt: skip
+def test_no_rule_accuses(method, columns, changed, rule, faulty):
+    """Curves that are as they should be under one flag, and a fault under another."""
+    healthy, config = HEALTHY[method]
+    table = rows(healthy | columns)
+    assert doctor.diagnose(table, config | changed) == []
+    assert rule in named(doctor.diagnose(table, config | changed | faulty))
+
+
+def test_two_dozen_flat_steps_are_no_fault():
+    columns, config = HEALTHY["ppo"]
+    flat = rows(columns | {"reward": 0.4, "kl": (0.0, 0.3)})
+    assert doctor.diagnose(flat[:24], config) == []
+    assert named(doctor.diagnose(flat, config)) == ["nothing_to_select"]
+
+
+def test_the_loss_of_as_reward_is_no_distance():
+    columns, config = HEALTHY["distill"]
+    rising = rows(columns | {"loss": (0.2, 0.4)})
+    assert "diverges" in named(doctor.diagnose(rising, config))
+    assert "diverges" not in named(doctor.diagnose(rising, config | {"as_reward": True}))
+
+
+def test_bf16_drifts_with_the_length():
+    """0.4 nats over 500 tokens are rounding, over 10 they are another model."""
+    columns, config = HEALTHY["ppo"]
+    config = config | {"dtype": "bfloat16"}
+    apart = columns | {"kl": (0.4, 1.0)}
+    assert doctor.diagnose(rows(apart | {"len": 500.0}), config) == []
+    assert "not_the_reference" in named(doctor.diagnose(rows(apart | {"len": 10.0}), config))
 
 
 def test_every_rule_has_a_case():

@@ -4,10 +4,12 @@ import copy
 import gzip
 import json
 import math
+import os
 import re
 import sys
 import types
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -162,6 +164,33 @@ def test_every_number_of_grpo(followed, stages):
         close(row["w"], [1 / n] * row["mask"].count("1"))
 
 
+def test_ratio_of_gspo_is_that_of_the_row(followed):
+    """The geometric mean of the tokens' ratios, which is what the loss clips."""
+    records, seen, cfg = followed(train_grpo, steps=2, off_policy_steps=0, ratio="sequence")
+    _, _, (policy,) = seen[2]
+    after = [policy, seen[3][2][0], load(f"{cfg.out}/model")]
+    moved = 0
+    for row in records[-1]["rows"]:
+        old = logps(policy, row)
+        for model, ratio in zip(after, row["ratio"], strict=True):
+            ratios = [math.exp(a - b) for a, b in zip(logps(model, row), old)]
+            close(ratio, [math.prod(ratios) ** (1 / len(old))] * len(old), 5)
+            moved = max(moved, *(abs(ratio[0] - own) for own in ratios))
+    assert moved > 1e-3, "a token's own ratio is another number"
+
+
+@pytest.mark.parametrize("critic_lam, shown", [(0.8, True), (1.0, False)])
+def test_an_advantage_that_the_page_cannot_explain_is_left_out(critic_lam, shown):
+    """Returns of a critic with a λ of its own: R − V is not the policy's advantage."""
+    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0]]).bool()
+    generator = torch.Generator().manual_seed(0)
+    reward, value = (torch.randn(2, 4, generator=generator) * mask for _ in range(2))
+    _, ret = train_ppo.gae(reward, value, mask, 0.9, critic_lam)
+    tensors = {"mask": mask, "old_value": value, "reward": reward, "ret": ret}
+    found = tokens._before_whitening(tensors, 0.9, 0.8)
+    assert ("adv_raw" in found) == shown
+
+
 def test_every_number_of_dpo(followed, stages):
     records, seen, cfg = followed(train_dpo, steps=3)
     step, batch, (policy,) = seen[-1]
@@ -225,6 +254,17 @@ def test_every_number_of_distillation(followed, divergence):
         close(row["divergence"], kl[divergence].tolist())
 
 
+def test_distillation_from_the_teachers_samples(followed):
+    """roll.logp is the teacher's: the page must show the student's own, and no ratio of the two."""
+    records, seen, _ = followed(train_distill, steps=2, on_policy=False)
+    _, _, (student, teacher) = seen[1]
+    for row in records[-1]["rows"]:
+        close(row["old_logp"], logps(student, row))
+        close(row["entropy"], entropies(student, row))
+        close(row["log_ratio"], [a - b for a, b in zip(logps(student, row), logps(teacher, row))])
+        assert "ratio" not in row
+
+
 # ------------------------------------------------------------------------------------------------------------
 # the file
 
@@ -262,6 +302,38 @@ def test_the_passes_are_two_percent_of_the_run_at_most(flags, n_rows, recorded, 
     assert [step for step in logged if log._affordable(step, n_rows)] == recorded
     rows_scored = len(recorded[:-1]) * 16 * (1 + cfg.minibatches)
     assert rows_scored / (5 * n_rows * 20) <= 0.03  # of 20 steps; the first and the last are always there
+
+
+def test_processes_that_wait_count(monkeypatch):
+    """Eight share a step, and seven wait: to be two percent of the run's time a record must be rarer."""
+    monkeypatch.setattr(tokens, "SHARE", 0.02)
+    log = tokens.TokenLog(train_grpo.Config(steps=2000, sample_every=1), None, None)
+    for size in (1, 8):
+        monkeypatch.setattr(tokens.dist, "size", lambda size=size: size)
+        recorded = sum(log._affordable(step, 256) for step in range(2000))
+        passes = recorded * 16 * (1 + log.cfg.minibatches)  # of one row, while the others wait
+        assert 0.01 < size * passes / (5 * 256 * 2000) < 0.021
+
+
+@pytest.mark.parametrize("budget, n", [(0, 16), (4096, 16), (1000, 10), (99, 1)])
+def test_one_pass_takes_no_more_than_a_micro_batch(budget, n):
+    """Rows of 100 tokens; of pairs, two rows each."""
+    cfg = train_grpo.Config(tokens_per_microbatch=budget)
+    log = tokens.TokenLog(cfg, None, None)
+    assert log._few([100] * 64) == n
+    assert log._few([100, 50, 7]) == min(n, 3)
+    assert log._few_pairs([100] * 64) == max(1, n // 2)
+
+
+@EACH
+def test_a_small_micro_batch_bounds_the_rows(trainer, stages, tmp_path, monkeypatch):
+    """No pass of the log has more padded tokens than a pass of training may have, but for a single row."""
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=1, tokens_per_microbatch=30, look_rows=16))
+    for record in tokens.read(tmp_path / "run"):
+        rows = record.get("rows", [])
+        a_pair = 2 if trainer in (train_rm, train_dpo) else 1
+        padded = len(rows) * max((len(row["ids"]) for row in rows), default=0)
+        assert padded <= 30 or len(rows) == a_pair
 
 
 def test_a_cut_file_is_read_up_to_the_cut_and_behind_it(tmp_path):
@@ -326,6 +398,8 @@ def test_kinds_are_told_by_their_columns():
 
     for trainer in [*TRAINERS, train_prm]:
         assert page.kind_of(trainer.COLUMNS) == trainer.__name__.removeprefix("train_")
+    before_gap = [name for name in train_grpo.COLUMNS if name != "gap"]  # of a run of an older version
+    assert page.kind_of(before_gap) == "grpo"
 
 
 def a_run(folder, steps, logged, rows, length, text="word "):
@@ -385,6 +459,14 @@ def test_a_folder_of_runs_and_a_wrong_one(tmp_path, capsys):
     assert "is no run folder" in capsys.readouterr().err
     assert look.main(["--dokter", "x"]) == 2 and "--doctor" in capsys.readouterr().err
     assert look.main([]) == 2
+    assert look.main([str(tmp_path / "a"), "--doctor"]) == 0 and "finding" in capsys.readouterr().out
+    assert look.main(["--doctor", "a", "b"]) == 2 and "name one run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        look.main(["--plot", "--help"])
+    assert "--metric" in capsys.readouterr().out
+    (tmp_path / "a/look.html.tmp").mkdir()  # an error of the file system
+    assert look.main([str(tmp_path / "a")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError):
         page.write([tmp_path / "nowhere"])
 
@@ -398,6 +480,61 @@ def test_a_planted_link_is_not_followed(name, tmp_path):
     with pytest.raises(UserError, match=f"{name} is a link"):
         page.write([run])
     assert precious.read_text() == "precious"
+
+
+def test_a_page_that_fails_loses_no_report(tmp_path, capsys, monkeypatch):
+    """A planted link, a full disk, a damaged log: a warning of one line, and the run ends as it would."""
+    run = a_run(tmp_path / "run", 3, [0], 1, 5)
+    page.try_write(run)
+    assert (run / "look.html").is_file() and capsys.readouterr().out == ""
+    (run / "look.html").unlink()
+    (run / "look.html").symlink_to(tmp_path / "elsewhere")
+    page.try_write(run)
+    warned = [capsys.readouterr().out]
+    (run / "look.html").unlink()
+    for error in (OSError(28, "No space left on device"), KeyError("ids"), ZeroDivisionError("zero")):
+
+        def fail(folders, error=error):
+            raise error
+
+        monkeypatch.setattr(page, "render", fail)
+        page.try_write(run)
+        warned.append(capsys.readouterr().out)
+    for line, reason in zip(warned, ("is a link", "No space left", "ids", "zero"), strict=True):
+        assert line.startswith(f"warning: {run}/look.html could not be written (")
+        assert reason in line and line.count("\n") == 1
+
+
+def test_links_of_a_folder_with_any_name_and_of_a_linked_one(tmp_path):
+    odd = a_run(tmp_path / "100% a#b?", 3, [0], 1, 5)
+    (run,) = data_of(page.write([odd]))["runs"]
+    href = run["links"]["ratio"]["href"]
+    assert not set(href) & set("#? ")
+    assert (odd / unquote(href)).resolve() == ROOT / "train_ppo.py"
+    (tmp_path / "deep/er").mkdir(parents=True)
+    linked = tmp_path / "deep/er/link"
+    linked.symlink_to(odd)
+    (run,) = data_of(page.write([linked]))["runs"]
+    href = run["links"]["ratio"]["href"]  # a browser goes up from the address, not from where the link points
+    assert os.path.normpath(linked / unquote(href)) == str(ROOT / "train_ppo.py")
+
+
+def test_a_folder_of_runs_of_which_one_has_no_flags(tmp_path):
+    for i, name in enumerate("ba"):
+        run = a_run(tmp_path / name, 3, [0], 1, 5)
+        os.utime(run / "metrics.csv", (i, i))
+    (tmp_path / "b/config.json").unlink()
+    assert [Path(run).name for run in page.runs_in(tmp_path)] == ["b", "a"]
+
+
+def test_samples_of_training_are_no_answers_before_and_after(tmp_path):
+    """samples.jsonl of PPO has the prompts of its rollouts; that of SFT the held-out ones."""
+    run = a_run(tmp_path / "run", 3, [0], 1, 5)
+    lines = [{"step": step, "prompt": "1+1=", "response": str(step)} for step in (0, 2)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert page.before_and_after(run, "ppo", []) == []
+    (found,) = page.before_and_after(run, "sft", [])
+    assert (found["before"]["response"], found["after"]["response"]) == ("0", "2")
 
 
 def test_findings_of_the_doctor_stand_in_the_page(tmp_path, monkeypatch):

@@ -132,6 +132,98 @@ def test_the_keyboard_alone_reaches_all(opened, tmp_path):
     assert window.run(named) == 0
 
 
+def a_grpo_run(folder, rows, **others):
+    """The files of a GRPO run of a single step, whose record has these rows."""
+    folder.mkdir()
+    (folder / "metrics.csv").write_text("step,ratio_max\n0,1\n")
+    flags = {"kl": "none", "loss": "clip", "clip_low": 0.2, "clip_high": 0.2, "norm": "group_std"}
+    flags["std_eps"] = 0
+    (folder / "config.json").write_text(json.dumps(flags))
+    for i, row in enumerate(rows):
+        row |= {"ids": [1, 2, 3], "text": ["a", "b", "c"], "mask": "011", "old_logp": [-1.0, -2.0]}
+        row |= {"group": i // 2, "score": row["reward"], "finished": True, "ratio": [[1.0, 1.1], [1.2, 1.3]]}
+    groups = {name: [row[name] for row in rows] for name in ("group", "reward")} | others
+    (folder / tokens.FILE).write_bytes(tokens.pack({"step": 0, "rows": rows, "groups": groups}))
+    return folder
+
+
+def test_a_step_of_grpo_with_equal_rewards(opened, tmp_path):
+    """All groups are dead, every list has one number: the page still shows each of them."""
+    rows = [{"reward": 1.0, "adv": 0.0, "update": [0], "w": [0.25, 0.25]} for _ in range(6)]
+    window = opened(a_grpo_run(tmp_path / "run", rows, adv=[0.0] * 6, score=[1.0] * 6))
+    cards = window.run("return [...document.querySelectorAll('.group p')].map((x) => x.textContent)")
+    assert cards == [f"prompt {i}: dead, all 2 rewards are 1" for i in range(3)]
+    assert "(1 − 1) / (0 + 0) = 0" in shown(window)["advantage, of the whole response"]
+    assert errors(window) == []
+
+
+def test_advantages_of_each_token_in_grpo(opened, tmp_path):
+    """As of some variants: there is no formula of the whole response. Nor a ratio after update 16."""
+    rows = [{"reward": i / 4, "adv": [0.5, -0.25], "update": [16], "w": [0.25, None]} for i in range(4)]
+    del rows[1]["update"]
+    window = opened(a_grpo_run(tmp_path / "run", rows, score=[0.0] * 4))
+    for row in (1, 2):
+        choose(window, row, 2)
+        box = shown(window)
+        assert box["advantage"].startswith("A_t = −0.25") and "weight in the loss" not in box
+        assert not [name for name in box if name.startswith("ratio")]
+    assert errors(window) == []
+
+
+@pytest.mark.parametrize("loss, said", [
+    ("dpo", "pair 0: h_w 1, h_l −2, margin 0.3."), ("simpo", "pair 0: chosen −1.5, rejected −1.5"),
+    ("orpo", "pair 0: chosen −1.5, rejected −1.5"), ("kto", "response 1, disliked: h −2"),
+])  # fmt: skip
+def test_pairs_under_each_loss(opened, tmp_path, loss, said):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.csv").write_text("step,logp_chosen\n0,1\n")
+    (run / "config.json").write_text(json.dumps({"beta": 0.1, "loss": loss, "label_smoothing": 0}))
+    rows = []
+    for i, (side, h) in enumerate([("chosen", 1.0), ("rejected", -2.0)]):
+        row = {"ids": [1, 2, 3], "text": ["a", "b", "c"], "mask": "011", "logp": [-1.0, -2.0], "h": h}
+        row |= {"log_ratio": [h, 0.0], "ref_logp": [-1.0, -2.0], "finished": True}
+        rows.append(row | {"side": side, "pair": i if loss == "kto" else 0})
+    record = {"step": 0, "rows": rows, "z0": 0.5 if loss == "kto" else None}
+    (run / tokens.FILE).write_bytes(tokens.pack(record))
+    window = opened(run)
+    texts = window.run("return [...document.querySelectorAll('#groups .list p')].map((x) => x.textContent)")
+    assert any(text.startswith(said) for text in texts), texts
+    choose(window, 1, 1)
+    box = shown(window)
+    assert ("of the pair" in box) == (loss == "dpo")
+    assert ("of its tokens" in box) == (loss in ("simpo", "orpo"))
+    assert loss != "kto" or box["z₀, what h is held against"].strip() == "0.5"
+    assert errors(window) == []
+
+
+def test_another_run_keeps_the_step_and_a_click_holds_the_token(opened, tmp_path):
+    """Run a has logged steps 0, 5, 10 and 19, run b 0 and 10: step 10 is the third of a, the second of b."""
+    other = a_run(tmp_path / "b", 20, [0, 10], 2, 20)
+    window = opened(a_run(tmp_path / "a", 20, [0, 5, 10, 19], 2, 20), other)
+    name = "return document.getElementById('step-name').textContent"
+    window.run("show(2)")
+    assert window.run("return document.title") == "a · nanoRLHF"
+    window.run("""const select = document.getElementById("run"); select.value = "1";
+        select.dispatchEvent(new Event("change"))""")
+    assert window.run(name) == "10 (2 of 2)" and window.run("return document.title") == "b · nanoRLHF"
+    point = """document.querySelector(`.t[data-row="0"][data-t="${arguments[0]}"]`).dispatchEvent(
+        new MouseEvent("mouseover", {bubbles: true}))"""
+    window.run(point, 12)
+    first = shown(window)
+    window.run(point, 13)
+    assert shown(window) != first
+    choose(window, 0, 12)
+    window.run(point, 13)
+    assert shown(window) == first, "the clicked one stays"
+    choose(window, 0, 13)
+    window.run(point, 12)
+    assert shown(window) != first
+    choose(window, 0, 13)  # the second click on it lets go
+    window.run(point, 12)
+    assert shown(window) == first and errors(window) == []
+
+
 PIECES = [
     "<script>window.hacked = 1</script>", "</script><script>window.hacked = 1</script>", "<!--", "-->", "]]>",
     "<img src=x onerror='window.hacked=1'>", "'\"`", "${1}", "&lt;&amp;", "\x00", "\x1b[31m", "\r", "\u2028",

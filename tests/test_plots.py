@@ -1,6 +1,7 @@
 """The figures of a run: ticks at whole steps, KL readable to a nat, axes named in words."""
 
 import json
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -137,6 +138,25 @@ def test_grouping_off_and_unlike_runs(six_runs):
     assert list(plots.group_runs(bare)) == six_runs
     assert plots.without_seed({"seed": 12, "init": "a/s12/b"}) == {"init": "a/s#/b"}
     assert plots.without_seed({"seed": 1, "init": "a/sft-100"}) == {"init": "a/sft-100"}  # 1 is not in 100
+
+
+def test_the_same_seed_twice_is_no_second_seed(six_runs):
+    """Two runs of equal flags, of another version say: an interval over seeds would be false."""
+    first, second, *_ = six_runs
+    rows = read_rows(first)
+    config = plots.read_json(f"{first}/config.json")
+    other = plots.read_json(f"{second}/config.json")
+    groups = plots.group_runs({"a": (rows, config), "b": (rows, config), "c": (rows, other)})
+    assert list(groups) == ["a (2 seeds)", "b"] and [len(runs) for runs in groups.values()] == [2, 1]
+
+
+def test_a_planted_link_is_not_followed(six_runs, tmp_path, capsys):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (Path(six_runs[0]) / "plot.png").symlink_to(precious)
+    assert look.main(["--plot", *six_runs[:2], "--metric", "kl"]) == 2
+    assert "plot.png is a link" in capsys.readouterr().err
+    assert precious.read_text() == "precious"
 
 
 def test_steps_that_not_all_runs_have(tmp_path):

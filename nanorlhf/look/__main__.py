@@ -15,23 +15,24 @@ def main(argv=None):
     """→ exit status: 0, or 2 for a user's mistake."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        if "-h" in words or "--help" in words:
-            print(__doc__.strip())
-        elif words[:1] == ["--doctor"]:
-            from nanorlhf.look import doctor
-
-            require(len(words) == 2, "--doctor: name one run folder")
-            doctor.main(words[1])
-        elif words[:1] == ["--plot"]:
+        if words[:1] == ["--plot"]:  # the first, as it has flags and a --help of its own
             from nanorlhf.look import plots
 
             plots.main_plot(words[1:])
+        elif "-h" in words or "--help" in words:
+            print(__doc__.strip())
+        elif "--doctor" in words:
+            from nanorlhf.look import doctor
+
+            folders = [word for word in words if word != "--doctor"]
+            require(len(folders) == 1, "--doctor: name one run folder")
+            doctor.main(folders[0])
         else:
             unknown = [word for word in words if word.startswith("-")]
             require(not unknown, f"unknown flag {unknown[:1]}; there are --doctor and --plot")
             require(words, "name a run folder, such as runs/reviews-ppo")
             print(page.write(words))
-    except UserError as e:
+    except (UserError, OSError) as e:
         print(f"nanorlhf.look: error: {e}", file=sys.stderr)
         return 2
     return 0

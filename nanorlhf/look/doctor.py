@@ -17,11 +17,12 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from nanorlhf.errors import visible
+from nanorlhf.errors import UserError, reason_of, visible
 from nanorlhf.hub.files import read_json
 from nanorlhf.run.folders import read_rows
 
 TREND = 10  # rows; in a shorter run a fifth would be one row, and a trend would be noise
+PATIENCE = 25  # rows, before which nobody can say that rewards do not rise
 SURE = 4  # standard errors; three are passed by chance in one of 400 columns, four in one of 16,000
 LOG_2 = math.log(2)  # the loss of a pair of which nothing is known
 
@@ -107,8 +108,11 @@ def not_as_sampled(run):
 
 
 def not_the_reference(run):
-    """Where --ref is --init: two copies of one model differ by rounding, 1e-6 nats in fp32, 1e-2 in bf16."""
-    rounding = 1e-3 if run.flags.dtype == "float32" else 0.1
+    """Where --ref is --init: two copies of one model differ by rounding, 1e-6 nats in fp32, 1e-2 in bf16.
+
+    In bf16 it grows with the response: 2e-3 nats for each of its tokens.
+    """
+    rounding = 1e-3 if run.flags.dtype == "float32" else max(0.1, 2e-3 * run.start.len)
     same = run.flags.ref == run.flags.init and not ratio_is_off(run)
     return run.first(same and abs(run.start.kl) > rounding and not one_late(run))
 
@@ -130,16 +134,29 @@ def other_prompt(run):
 
 
 def other_baseline(run):
-    """In its own group an advantage is r − mean, whatever divides it: a group's sum is 0, to four digits."""
+    """In its own group an advantage is r − mean, whatever divides it: a group's sum is 0, to a fiftieth.
+
+    Baselines such as those of OPO and ReMax leave another sum, but equal rewards have equal advantages.
+    """
     rows = []
     for record in run.tokens:
-        groups = record.get("groups", {})
-        sums = {}
-        for group, adv in zip(groups.get("group", ()), groups.get("adv", ())):
-            sums[group] = sums.get(group, 0) + (adv or 0)
-        if max(map(abs, sums.values()), default=0) > 0.1 and run.flags.norm != "batch_whiten":
+        groups = {}
+        columns = record.get("groups", {})
+        for group, *pair in zip(*(columns.get(name, ()) for name in ("group", "reward", "adv"))):
+            groups.setdefault(group, []).append(pair)
+        if any(map(mixed_up, groups.values())) and run.flags.norm != "batch_whiten":
             rows.append(Row(step=record["step"]))
     return rows
+
+
+def mixed_up(pairs):
+    """[(reward, advantage)] of a group: the sum is not 0, and two equal rewards have unlike advantages."""
+    total = sum(adv or 0 for _, adv in pairs)
+    unit = 0.02 * sum(abs(adv or 0) for _, adv in pairs)
+    by_reward = {}
+    for reward, adv in pairs:
+        by_reward.setdefault(reward, []).append(adv or 0)
+    return abs(total) > unit and any(max(advs) - min(advs) > unit for advs in by_reward.values())
 
 
 def half_dead(run):
@@ -148,8 +165,12 @@ def half_dead(run):
 
 
 def too_large(run):
-    """The learning rate is still warming up. Default runs clip below 3%, with ratios below 1.7."""
+    """The learning rate is still warming up. Default runs clip below 3%, with ratios below 1.7.
+
+    GSPO's range is so narrow that it clips a tenth of the tokens or more by design.
+    """
     moved_far = run.start.clip > 0.05 or run.start.ratio_max > 2.2
+    moved_far = moved_far and run.flags.ratio != "sequence"
     return run.first(moved_far and not ratio_is_off(run) and not one_late(run))
 
 
@@ -184,7 +205,14 @@ def recomputed(run):
 def overpays(run):
     """Whoever maximises reward − β·KL pays at most what the reward has gained. PPO logs its β."""
     gained = run.late.reward - run.start.reward + SURE * run.start.reward_se
-    return "ratio_max" in run.start and price(run) > max(gained, 0) and run.late.kl > 0.5
+    dear = price(run) > max(gained, 0) and run.late.kl > 0.5
+    return "ratio_max" in run.start and dear and not learns_to_end(run)
+
+
+def learns_to_end(run):
+    """With --no_eos_score a response that ends is worth more, which the column reward does not show."""
+    scored = run.flags.get("no_eos_score") is not None
+    return scored and run.late.stop > run.start.stop + 0.05
 
 
 def price(run):
@@ -215,7 +243,7 @@ def kl_sign(run):
 
 def falls(run):
     lost = run.start.reward - run.late.reward
-    return "ratio_max" in run.start and lost > SURE * run.start.reward_se
+    return "ratio_max" in run.start and lost > SURE * run.start.reward_se and not learns_to_end(run)
 
 
 def too_short(run):
@@ -236,8 +264,8 @@ def ignored_ratio(run):
 
 
 def clipped(run):
-    """Default runs stay below 3%; above 10% the tokens that moved most have no gradient."""
-    return run.where(lambda row: row.clip > 0.1)
+    """Default runs stay below 3%; above 10% the tokens that moved most have no gradient. GSPO clips more."""
+    return run.where(lambda row: row.clip > 0.1 and run.flags.ratio != "sequence")
 
 
 def stale(run):
@@ -274,8 +302,12 @@ def held_back(run):
 
 
 def nothing_to_select(run):
-    """The policy moves: 0.05 nats are some hundred times what a KL of 0 looks like in a default run."""
-    return run.all(flat(run) and price(run) == 0 and run.late.kl > 0.05)
+    """The policy moves: 0.05 nats are some hundred times what a KL of 0 looks like in a default run.
+
+    In the first two dozen steps, of warm-up in part, a healthy run is flat as well.
+    """
+    moves = price(run) == 0 and run.late.kl > 0.05
+    return run.all(flat(run) and moves and len(run.rows) >= PATIENCE)
 
 
 def never_ends(run):
@@ -310,8 +342,8 @@ def reward_fails(run):
 
 
 def diverges(run):
-    """A loss a tenth above where it began is worse than knowing nothing."""
-    return run.all(run.late.loss > 1.1 * run.start.loss)
+    """A loss a tenth above where it began is worse than knowing nothing. With --as_reward it is noise."""
+    return run.all(run.late.loss > 1.1 * run.start.loss and run.flags.as_reward is not True)
 
 
 def swapped(run):
@@ -441,7 +473,7 @@ RULES = [
          "broken-runs.md"),
     Rule(reused, "clip ratio_max", "Too many updates on one rollout, or too large ones",
          "More than a tenth of the tokens are clipped and have no gradient.",
-         "Fewer --epochs or --minibatches, a smaller --lr; a larger clip range for sequence ratios.",
+         "Fewer --epochs or --minibatches, a smaller --lr.",
          "05-ppo.md"),
     Rule(not_cleared, "gnorm dead", "Gradients are never cleared",
          "Most groups are dead and give no gradient, yet its norm is above --max_grad_norm in every step.",
@@ -571,8 +603,14 @@ def counted(found):
 
 
 def summary(run_folder):
-    """What a trainer prints at its end: a line, and how to read on where there is something to read."""
-    found = findings(run_folder)
+    """What a trainer prints at its end: a line, and how to read on where there is something to read.
+
+    A log that was damaged must not end a run that is whole: then the line says why there is no word of it.
+    """
+    try:
+        found = findings(run_folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError) as e:
+        return f"doctor: {run_folder} could not be read ({reason_of(e)})"
     if not found:
         return f"doctor: {counted(found)}"
     command = f"python -m nanorlhf.look --doctor {run_folder}"

@@ -3,7 +3,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const state = { run: 0, step: Infinity, quantity: "", update: "loss", row: 0, token: -1 };
+const state = { run: 0, step: 0, quantity: "", update: "loss", row: 0, token: -1, pinned: null };
 const RUN = () => DATA.runs[state.run];
 const RECORD = () => RUN().records[state.step];
 
@@ -36,22 +36,19 @@ const column = (run, name) => run.metrics[name] || [];
 
 // ---- what is known of a token: (row, j) → a number, or undefined. j counts the tokens inside the mask
 function value(row, name, j) {
-  const values = row[name] ?? undefined;
-  return Array.isArray(values) ? values[j] : values;
+  return (Array.isArray(row[name]) ? row[name][j] : row[name]) ?? undefined; // null: was not finite
 }
 const logp = (row, j) => value(row, "old_logp", j) ?? value(row, "logp", j);
 const refLogp = (row, j) => value(row, "ref_logp", j) ?? value(row, "teacher_logp", j);
 const logRatio = (row, j) => value(row, "log_ratio", j);
 function runningSum(row, j) {
-  if (!row.sums) {
-    let sum = 0;
-    row.sums = row.positions.map((_, k) => derived((sum += logRatio(row, k))));
-  }
+  let sum = 0;
+  row.sums ??= row.positions.map((_, k) => derived((sum += logRatio(row, k))));
   return row.sums[j];
 }
 function ratio(row, j, update = state.update) {
   if (!row.ratio) return undefined;
-  return value(row.ratio, update === "loss" ? (row.update || [0])[0] : Number(update), j);
+  return value(row.ratio, update === "loss" ? (row.update || [])[0] : Number(update), j);
 }
 function clipRange(run) {
   const { clip, clip_low, clip_high, loss } = run.config;
@@ -84,9 +81,8 @@ const GET = {
 const QUANTITIES = DATA.quantities.map((q) => ({ ...q, get: GET[q.key] || ((row, j) => value(row, q.key, j)) }));
 const quantity = () => QUANTITIES.find((q) => q.key === state.quantity);
 
-function available(rows) {
-  return QUANTITIES.filter(({ get }) => rows.some((row) => row.positions.some((_, j) => Number.isFinite(get(row, j)))));
-}
+const available = (rows) =>
+  QUANTITIES.filter(({ get }) => rows.some((row) => row.positions.some((_, j) => Number.isFinite(get(row, j)))));
 
 // ---- colours: one scale over all rows of the step
 function scaleOf(rows, { kind, get }) {
@@ -138,8 +134,7 @@ function axis(name, values) { // → {at: value → 0..1, ticks, log}. A KL has 
   }
   if (low > 0 && high / low > 100) {
     const from = Math.floor(Math.log10(low)), to = Math.ceil(Math.log10(high));
-    const ticks = [];
-    for (let power = from; power <= to; power++) ticks.push(10 ** power);
+    const ticks = Array.from({ length: to - from + 1 }, (_, k) => 10 ** (from + k));
     return { at: (x) => (Math.log10(x) - from) / (to - from), ticks, log: true, every: Math.ceil(ticks.length / 5) };
   }
   if (low === high) { low -= 0.5 * Math.abs(low) || 0.5; high += 0.5 * Math.abs(high) || 0.5; }
@@ -190,8 +185,7 @@ function chart(name) {
   figure.cursor = x;
   figure.addEventListener("click", (event) => {
     const box = svg.getBoundingClientRect();
-    const part = ((event.clientX - box.left) / box.width * WIDTH - LEFT) / (WIDTH - LEFT - 6);
-    goTo(part * lastStep());
+    goTo(((event.clientX - box.left) / box.width * WIDTH - LEFT) / (WIDTH - LEFT - 6) * lastStep());
   });
   return figure;
 }
@@ -231,14 +225,12 @@ function prepare(rows) {
     row.positions = [];
     row.j = row.ids.map((_, t) => (row.mask[t] === "1" ? row.positions.push(t) - 1 : -1));
   }
-  return rows;
 }
 const tokenText = (text) => visible(text).replaceAll("\n", "↵\n").replaceAll("\t", "⇥");
 
 function rowLabel(row, i) {
-  const parts = [`row ${i}`];
+  const parts = [row.pair === undefined ? `row ${i}` : `pair ${row.pair}, ${row.side}`];
   if (row.group !== undefined) parts.push(`prompt ${row.group}`);
-  if (row.pair !== undefined) parts[0] = `pair ${row.pair}, ${row.side}`;
   if (row.score !== undefined) parts.push(`score ${number(row.score)}`);
   if (typeof row.adv === "number") parts.push(`A ${number(row.adv)}`);
   if (row.h !== undefined) parts.push(`h ${number(row.h)}`);
@@ -247,8 +239,7 @@ function rowLabel(row, i) {
 }
 
 function strips() {
-  const record = RECORD();
-  const rows = record ? record.rows : [];
+  const rows = RECORD()?.rows || [];
   const longest = Math.max(0, ...rows.map((row) => row.ids.length));
   const shown = rows.map((row, i) => {
     const tokens = row.ids.map((id, t) => {
@@ -259,8 +250,7 @@ function strips() {
     const strip = make("div", { class: "strip", role: "group", "aria-label": rowLabel(row, i) }, ...tokens);
     if (row.finished === false) strip.append(make("span", { class: "cut", text: "cut at the limit" }));
     if (longest > row.ids.length) strip.append(make("span", { class: "pad", text: `pad × ${longest - row.ids.length}` }));
-    const same = (name) => i > 0 && row[name] === rows[i - 1][name];
-    const other = i > 0 && !same("group") && row.group !== undefined || i > 0 && !same("pair");
+    const other = i > 0 && ["group", "pair"].some((name) => row[name] !== rows[i - 1][name]);
     return make("div", { class: "row" + (other ? " other" : "") }, make("div", { class: "label", text: rowLabel(row, i) }), strip);
   });
   $("strips").replaceChildren(...shown);
@@ -272,8 +262,7 @@ function colour() {
   if (!record || !quantity()) return;
   const style = getComputedStyle(document.documentElement);
   palette = Object.fromEntries([BLUE, ORANGE].map((name) => [name, style.getPropertyValue(name)]));
-  const scale = scaleOf(record.rows, quantity());
-  const { get, meaning } = quantity();
+  const { get, meaning } = quantity(), scale = scaleOf(record.rows, quantity());
   for (const span of $("strips").querySelectorAll(".t")) {
     const row = record.rows[span.dataset.row];
     const j = row.j[span.dataset.t], x = j < 0 ? undefined : get(row, j);
@@ -303,16 +292,12 @@ function quantities() {
 }
 
 // ---- a token: its formulas with its own numbers
-function link(key) {
-  const found = RUN().links[key];
-  return found ? make("a", { href: found.href, text: found.text }) : "";
-}
+const link = (key, found = RUN().links[key]) => (found ? make("a", { href: found.href, text: found.text }) : "");
 
 function formulas(row, j) {
   const run = RUN(), flags = run.config, lines = [];
   const get = (name, at = j) => value(row, name, at), add = (...formula) => lines.push(formula);
-  const last = j === row.positions.length - 1;
-  const lp = logp(row, j), reference = refLogp(row, j), beta = RECORD().beta ?? flags.beta;
+  const last = j === row.positions.length - 1, lp = logp(row, j), reference = refLogp(row, j), beta = RECORD().beta ?? flags.beta;
   if (lp !== undefined) add("log-prob", `log π = ${number(lp)}, probability ${number(derived(Math.exp(lp)))}`, "logp");
   if (get("entropy") !== undefined) add("entropy", `H = ${number(get("entropy"))} nats`, "logp");
   if (reference !== undefined) {
@@ -326,15 +311,17 @@ function formulas(row, j) {
     add("reward", `r_t = −β · log-ratio + score = −${number(inReward)} · ${term(logRatio(row, j))} + ${last ? number(score) : 0}${scaled} = ${number(get("reward"))}`, "reward");
     add("value", `V_t = ${number(get("old_value"))}`, "value");
     add("surprise", `δ_t = r_t + γ V_{t+1} − V_t = ${number(get("reward"))} + ${number(flags.gamma)} · ${term(next)} − ${term(get("old_value"))} = ${number(get("delta"))}`, "delta");
-    add("advantage", `A_t = δ_t + γλ A_{t+1} = ${number(get("delta"))} + ${number(derived(flags.gamma * flags.lam))} · ${term(nextAdv)} = ${number(get("adv_raw"))}`, "adv");
-    add("return", `R_t = A_t + V_t = ${number(get("adv_raw"))} + ${term(get("old_value"))} = ${number(get("ret"))}`, "ret");
+    const explained = get("adv_raw") !== undefined; // a variant has other advantages, or a λ of the critic's own
+    if (explained) add("advantage", `A_t = δ_t + γλ A_{t+1} = ${number(get("delta"))} + ${number(derived(flags.gamma * flags.lam))} · ${term(nextAdv)} = ${number(get("adv_raw"))}`, "adv");
+    add("return", `R_t${explained ? ` = A_t + V_t = ${number(get("adv_raw"))} + ${term(get("old_value"))}` : ""} = ${number(get("ret"))}`, "ret");
     if (flags.whiten_advantages) add("whitened", `A_t less the mean of the rollout, divided by its standard deviation = ${number(get("adv"))}`, "whiten");
   }
-  if (run.kind === "grpo") groupFormulas(row, add);
+  if (run.kind === "grpo") groupFormulas(row, add, j);
   if (row.ratio) {
     const rho = ratio(row, j), range = clipRange(run), A = get("adv");
-    const when = state.update === "loss" ? `when its loss was computed, ${$("update").options[(row.update || [0])[0] + 1]?.textContent}` : $("update").selectedOptions[0].textContent;
-    add(`ratio, ${when}`, `ρ_t = π / π_old = ${number(rho)}`, "ratio");
+    const when = state.update === "loss" ? `when its loss was computed, ${$("update").options[(row.update || [])[0] + 1]?.textContent}` : $("update").selectedOptions[0].textContent;
+    const of = flags.ratio === "sequence" ? "ρ = (Π π / π_old)^(1/n), of the whole row," : "ρ_t = π / π_old";
+    if (rho !== undefined) add(`ratio, ${when}`, `${of} = ${number(rho)}`, "ratio");
     if (range && A !== undefined && rho !== undefined) {
       const clipped = Math.min(Math.max(rho, range[0]), range[1]);
       const free = derived(-A * rho), held = derived(-A * clipped);
@@ -365,11 +352,13 @@ function moments(values) {
   return [mean, Math.sqrt(sum(values.map((x) => (x - mean) ** 2)) / Math.max(1, values.length - 1))];
 }
 
-function groupFormulas(row, add) {
-  const groups = RECORD().groups, flags = RUN().config;
+function groupFormulas(row, add, j) {
+  const groups = RECORD().groups || {}, flags = RUN().config;
+  const A = number(value(row, "adv", j));
+  if (!groups.reward || !groups.adv) return add("advantage", `A_t = ${A}`, "adv"); // of a variant, for each token
   const rewards = groups.reward.filter((_, i) => groups.group[i] === row.group);
   const [mean, std] = moments(rewards).map(derived);
-  const A = number(row.adv), top = `${number(row.reward)} − ${term(mean)}`;
+  const top = `${number(row.reward)} − ${term(mean)}`;
   const text = {
     group_std: `(r − mean) / (std + eps) = (${top}) / (${number(std)} + ${number(flags.std_eps)}) = ${A}`,
     none: `r − mean = ${top} = ${A}`,
@@ -384,6 +373,8 @@ function groupFormulas(row, add) {
 function pairFormulas(row, add) {
   const flags = RUN().config;
   add("of the whole response", `h = Σ log π − log π_ref = ${number(row.h)}`, "h");
+  if (withoutReference()) return add("of its tokens", `mean of log π = ${number(meanLogp(row))}`, "logp");
+  if (flags.loss === "kto") return add("z₀, what h is held against", number(RECORD().z0));
   const other = RECORD().rows.find((r) => r.pair === row.pair && r.side !== row.side);
   if (!other) return;
   const [w, l] = row.side === "chosen" ? [row.h, other.h] : [other.h, row.h];
@@ -420,17 +411,15 @@ function choose(i, t, focus = false) {
 
 // ---- groups, pairs, scores
 function section(title, hint, list) {
-  const [heading, text, box] = ["h2", "p", ".list"].map((name) => $("groups").querySelector(name));
   $("groups").hidden = !list.length;
-  heading.textContent = title;
-  text.textContent = hint;
-  box.replaceChildren(...list);
+  $("groups").querySelector("h2").textContent = title;
+  $("groups").querySelector("p").textContent = hint;
+  $("groups").querySelector(".list").replaceChildren(...list);
 }
 
 function groups() {
-  const record = RECORD();
+  const record = RECORD(), kind = RUN().kind;
   if (!record) return section("", "", []);
-  const kind = RUN().kind;
   if (kind === "dpo") return pairs(record.rows);
   if (kind === "rm") return scores(record.rows);
   if (kind !== "grpo" || !record.groups || !record.groups.reward) return section("", "", []);
@@ -447,8 +436,7 @@ function groups() {
       svg.append(draw("line", { class: "grid", x1: 12, x2: 288, y1: 52, y2: 52 }));
       const from = Math.max(low, mean - std), to = Math.min(high, mean + std);
       svg.append(draw("rect", { x: x(from), width: x(to) - x(from), y: 48, height: 8, style: "fill: rgba(var(--blue), 0.3)" }));
-      const seen = {};
-      const colour = (r) => (dead ? "var(--faint)" : `rgb(var(${r > mean ? ORANGE : BLUE}))`);
+      const seen = {}, colour = (r) => (dead ? "var(--faint)" : `rgb(var(${r > mean ? ORANGE : BLUE}))`);
       for (const [r] of mine) { // equal rewards stand in rows of eight, inwards from their value
         const k = (seen[r] = (seen[r] ?? -1) + 1);
         const inwards = r > (low + high) / 2 ? -8 : 8;
@@ -462,14 +450,24 @@ function groups() {
     }));
 }
 
+// SimPO and ORPO: their loss knows no reference, and takes the mean over the tokens.
+const withoutReference = () => ["simpo", "orpo"].includes(RUN().config.loss);
+const meanLogp = (row) => derived(row.positions.reduce((sum, _, j) => sum + logp(row, j), 0) / row.positions.length);
+
 function pairs(rows) {
-  const beta = RUN().config.beta;
+  const { beta, loss } = RUN().config;
+  const chosen = rows.filter((row) => row.side === "chosen"), likes = { chosen: "liked", rejected: "disliked" };
+  const rejected = (w) => rows.find((row) => row.pair === w.pair && row.side === "rejected");
+  const list = (all, text) => all.map((row) => make("p", { text: text(row) }));
+  if (loss === "kto") return section("Responses, liked and disliked", `KTO holds h of each against z₀ = ${number(RECORD().z0)}.`,
+    list(rows, (row) => `response ${row.pair}, ${likes[row.side]}: h ${number(row.h)}`));
+  if (withoutReference()) return section("Pairs", "This loss compares the means of log π over the tokens of each response, without a reference.",
+    list(chosen.filter(rejected), (w) => `pair ${w.pair}: chosen ${number(meanLogp(w))}, rejected ${number(meanLogp(rejected(w)))}`));
   section("Pairs", "Where the margin β (h_w − h_l) of each pair comes from: the tokens that move it most. Both strips stand above, under “log-ratio to the reference”.",
-    rows.filter((row) => row.side === "chosen").map((w) => {
-      const l = rows.find((row) => row.pair === w.pair && row.side === "rejected");
-      if (!l) return make("p", { text: `pair ${w.pair}: h ${number(w.h)}` });
+    chosen.filter(rejected).map((w) => {
+      const l = rejected(w);
       const parts = [[w, 1, "chosen"], [l, -1, "rejected"]].flatMap(([row, side, name]) =>
-        row.positions.map((t, j) => [side * logRatio(row, j), row.text[t], name]));
+        row.positions.map((t, j) => [side * logRatio(row, j), row.text[t], name])).filter(([x]) => Number.isFinite(x));
       parts.sort((a, b) => Math.abs(b[0]) - Math.abs(a[0]));
       const most = parts.slice(0, 4).map(([x, text, name]) => `“${visible(text)}” (${name}) ${number(derived(beta * x))}`);
       return make("p", { text: `pair ${w.pair}: h_w ${number(w.h)}, h_l ${number(l.h)}, margin ${number(derived(beta * (w.h - l.h)))}. Most of it: ${most.join(", ")}` });
@@ -477,11 +475,10 @@ function pairs(rows) {
 }
 
 function scores(rows) {
-  const values = rows.flatMap((row) => (Array.isArray(row.value) ? row.value : [row.value]));
+  const values = rows.flatMap((row) => row.value).filter(Number.isFinite);
   const low = Math.min(...values), high = Math.max(...values, low + 1e-9);
-  const numbers = [...new Set(rows.map((row) => row.pair))];
   section("The score as it grows", "What the reward model would say if the response ended at each token. Blue, solid: chosen; orange, dashed: rejected. Only the last one is trained on.",
-    numbers.map((pair) => {
+    [...new Set(rows.map((row) => row.pair))].map((pair) => {
       const svg = draw("svg", { viewBox: "0 0 300 90", role: "img", "aria-label": `pair ${pair}` });
       const y = (v) => 84 - (v - low) / (high - low) * 78;
       for (const v of [low, high]) svg.append(draw("text", { x: 36, y: y(v) + (v === low ? 0 : 6), "text-anchor": "end", text: number(Number(v.toPrecision(3))) }));
@@ -489,7 +486,7 @@ function scores(rows) {
       const both = rows.filter((row) => row.pair === pair);
       const longest = Math.max(...both.map((row) => row.positions.length));
       both.forEach((row, i) => {
-        svg.append(line(row.positions.map((_, j) => [40 + j / Math.max(1, longest - 1) * 256, y(value(row, "value", j))]), i));
+        svg.append(line(row.positions.map((_, j) => [40 + j / Math.max(1, longest - 1) * 256, y(value(row, "value", j))]).filter((point) => point.every(Number.isFinite)), i));
       });
       const text = both.map((row) => `${row.side} ${number(row.score)}`).join(", ");
       const order = both.length > 1 ? (both[0].score > both[1].score ? " in order" : " in the wrong order") : "";
@@ -548,16 +545,17 @@ function show(step) {
 
 function goTo(step) {
   const far = RUN().records.map((record) => Math.abs(record.step - step));
-  show(far.indexOf(Math.min(...far)));
+  show(step === Infinity ? step : far.indexOf(Math.min(...far)));
 }
 
-function showRun() {
+function showRun(at = Infinity) { // the step, not its place in the list: runs log other steps
   const run = RUN();
+  document.title = `${run.name} · nanoRLHF`;
   $("title").textContent = DATA.runs.length > 1 ? `${DATA.runs.length} runs` : run.name;
   $("about").textContent = `${run.trainer} · ${run.about}`;
   $("step").max = Math.max(0, run.records.length - 1);
   $("left-out").textContent = run.left_out;
-  show(state.step);
+  goTo(at);
   beforeAfter();
   findings();
 }
@@ -583,15 +581,17 @@ function begin() {
   charts();
   flags();
   showRun();
-  $("run").addEventListener("change", () => { state.run = Number($("run").value); showRun(); });
+  $("run").addEventListener("change", () => { const at = RECORD()?.step; state.run = Number($("run").value); showRun(at); });
   $("step").addEventListener("input", () => show(Number($("step").value)));
   $("back").addEventListener("click", () => show(state.step - 1));
   $("next").addEventListener("click", () => show(state.step + 1));
   $("quantity").addEventListener("change", () => { state.quantity = $("quantity").value; colour(); });
   $("update").addEventListener("change", () => { state.update = $("update").value; colour(); choose(state.row, state.token); });
   const point = (event) => {
-    const span = event.target.closest(".t");
-    if (span) choose(Number(span.dataset.row), Number(span.dataset.t), event.type === "click");
+    const span = event.target.closest(".t"), click = event.type === "click";
+    if (!span || (state.pinned && event.type === "mouseover")) return;
+    if (click) state.pinned = state.pinned === span ? null : span; // a second click lets go of it
+    choose(Number(span.dataset.row), Number(span.dataset.t), click);
   };
   for (const kind of ["mouseover", "click", "focusin"]) $("strips").addEventListener(kind, point);
   document.addEventListener("keydown", keys);

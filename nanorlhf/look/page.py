@@ -9,8 +9,9 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from urllib.parse import quote
 
-from nanorlhf.errors import require
+from nanorlhf.errors import UserError, reason_of, require
 from nanorlhf.hub.files import read_json, read_jsonl
 from nanorlhf.look import tokens
 from nanorlhf.run.folders import read_rows, require_plain
@@ -23,13 +24,15 @@ FEWEST_ROWS = 4  # of a step, where long responses leave room for few
 # Which trainer a run is of, by a column that only its metrics.csv has.
 KINDS = {
     "ppo": "value_loss",
-    "grpo": "gap",
+    "grpo": "ratio_max",  # PPO's has it too, and stands before it
     "dpo": "logp_chosen",
     "rm": "eval/acc_len_only",
     "distill": "eval/kl",
     "prm": "eval/acc",
     "sft": "loss",
 }
+
+OWN_SAMPLES = ("sft", "rm", "prm", "dpo")  # their samples.jsonl has held-out prompts, the same each time
 
 # Flags that say nothing of how a run learns. A run that is resumed at its end leaves the same page.
 ABOUT_FOLDERS = {"out", "overwrite", "resume", "new_data"}
@@ -120,7 +123,8 @@ def line_of(file, text):
 def relative(target, folder):
     """A file of the checkout as a link from a page in `folder`; "" where there is no relative path to it."""
     try:
-        return Path(os.path.relpath(ROOT / target, Path(folder).resolve())).as_posix()
+        path = os.path.relpath(ROOT / target, os.path.abspath(folder))
+        return quote(Path(path).as_posix())  # of a folder named "100%" or "a#b", too
     except ValueError:  # another drive of Windows
         return ""
 
@@ -143,7 +147,8 @@ def links(kind, folder):
 def compact(x):
     """A record with each list of equal numbers as one number, and lone surrogates as they are."""
     if isinstance(x, dict):
-        return {name: x[name] if name in ("ids", "text", "group") else compact(x[name]) for name in x}
+        as_is = ("ids", "text", "group", "groups")  # of groups the page counts rewards, equal ones too
+        return {name: x[name] if name in as_is else compact(x[name]) for name in x}
     if not isinstance(x, list) or not x:
         return x
     if isinstance(x[0], (list, dict)):
@@ -178,13 +183,15 @@ def within(records, most):
     return [some[i] for i in kept], left_out
 
 
-def before_and_after(run, records):
+def before_and_after(run, kind, records):
     """Held-out prompts with their first and last responses: [{"prompt", "before", "after"}]."""
     held_out = [record for record in records if "held_out" in record]
     if held_out:
         logged = [(record["step"], record["held_out"]) for record in held_out]
-    else:
+    elif kind in OWN_SAMPLES:
         logged = list(held_out_samples(run).items())
+    else:
+        logged = []  # samples.jsonl has other prompts in every step
     if not logged:
         return []
     found = []
@@ -231,7 +238,7 @@ def of_run(run, folder, most):
         "metrics": {name: tokens.rounded([row[name] for row in rows], 5) for name in columns},
         "records": shown,
         "left_out": left_out,
-        "before_after": before_and_after(run, records),
+        "before_after": before_and_after(run, kind, records),
         "links": links(kind, folder),
         "findings": findings(run, folder),
     }
@@ -284,7 +291,7 @@ def runs_in(folder):
         return [folder]
     inside = [path.parent for path in Path(folder).glob("*/metrics.csv")]
     require(inside, f"{folder}: is no run folder: neither it nor a folder in it has a metrics.csv")
-    return sorted(inside, key=lambda run: os.path.getmtime(run / "config.json"))
+    return sorted(inside, key=lambda run: os.path.getmtime(run / "metrics.csv"))
 
 
 def render(folders):
@@ -317,3 +324,11 @@ def write(folders):
     tmp.write_text(text, encoding="utf-8")
     os.replace(tmp, path)
     return str(path)
+
+
+def try_write(folder):
+    """`write` of one folder at the end of a run. A page that fails must not lose the rest: a warning."""
+    try:
+        write([folder])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError) as e:
+        print(f"warning: {folder}/look.html could not be written ({reason_of(e)})")

@@ -9,7 +9,7 @@ import statistics
 
 from nanorlhf.errors import require
 from nanorlhf.hub.files import read_json
-from nanorlhf.run.folders import read_rows
+from nanorlhf.run.folders import read_rows, require_plain
 
 WORDS = {  # column of metrics.csv → what the y axis says; docs/00-notation.md has the rest
     "loss": "loss of the batch",
@@ -86,6 +86,8 @@ def main_plot(argv):
     names = args.metric.split(",") if args.metric else [name for name in WORDS if name in measured]
     for name in names:
         require(name in measured, f"--metric {name}: not measured; there are {', '.join(sorted(measured))}")
+    if not args.out:  # plot.png may be a link to a file of somebody else's
+        require_plain(args.runs[0])
     if pyplot() is None:
         return
     fig = compare(group_runs(runs, args.group == "seeds"), names)
@@ -107,19 +109,22 @@ def group_runs(runs, by_seed=True):
     for folder, (rows, config) in runs.items():
         flags = without_seed(config)
         key = str(sorted(flags.items())) if by_seed and config else folder
-        groups.setdefault(key, []).append((folder, rows, flags))
+        known = [seed for _, _, _, seed in groups.get(key, ())]
+        if config.get("seed") in known:  # the same run again, of another version say, is no second seed
+            key = folder
+        groups.setdefault(key, []).append((folder, rows, flags, config.get("seed")))
     first_runs = [members[0] for members in groups.values()]
-    differ = differing([flags for _, _, flags in first_runs])
+    differ = differing([flags for _, _, flags, _ in first_runs])
     labelled = {}
     for members in groups.values():
-        folder, _, flags = members[0]
+        folder, _, flags, _ = members[0]
         words = ", ".join(f"{name} {flags[name]}" for name in differ)
         label = words if 0 < len(differ) <= 4 else folder
-        if label in labelled:  # with --group none two runs may differ by their seed alone
+        if label in labelled:  # two runs may differ by their seed alone, with --group none, or by nothing
             label = folder
         if len(members) > 1:
             label += f" ({len(members)} seeds)"
-        labelled[label] = [rows for _, rows, _ in members]
+        labelled[label] = [rows for _, rows, _, _ in members]
     return labelled
 
 

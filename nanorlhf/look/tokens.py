@@ -131,6 +131,21 @@ class TokenLog:
             named.append({"ids": ids, "text": self._texts(ids), "mask": bits})
         return named
 
+    def _few(self, lengths):
+        """Lengths of all rows → how many are shown: --look_rows, and no more than fit one micro-batch.
+
+        All are scored in one pass: 16 rows of 4,000 tokens would need more memory than training does.
+        """
+        n = min(self.rows, len(lengths))
+        budget = getattr(self.cfg, "tokens_per_microbatch", 0)
+        if budget:
+            n = min(n, budget // max(lengths[:n]))
+        return max(1, n)
+
+    def _few_pairs(self, lengths):
+        """Lengths of the longer row of each pair → how many of the pairs are shown."""
+        return max(1, self._few([length for length in lengths for _ in range(2)]) // 2)
+
     # ---- a rollout and its updates
 
     def rollout(self, step, roll, policy, batch, tensors):
@@ -143,18 +158,22 @@ class TokenLog:
             return
         with self._timed():
             batch["row"] = torch.arange(len(roll), device=roll.tokens.device)
-            first = trim(take_rows(batch | tensors, torch.arange(min(self.rows, len(roll)))))
+            first = trim(take_rows(batch | tensors, torch.arange(self._few(batch["lengths"].tolist()))))
             mask = first["mask"]
             rows = self._named(first["tokens"], first["lengths"], mask)
             self.record = {"step": step, "rows": rows, "groups": self._groups(roll, batch | tensors)}
             self.first = first
             self.policy = policy
             self.updates = 0
+            self.sampled_here = getattr(self.cfg, "on_policy", True)
             if "ret" in first:
-                first |= _before_whitening(first, self.cfg.gamma)
+                first |= _before_whitening(first, self.cfg.gamma, getattr(self.cfg, "lam", math.nan))
+            if self.sampled_here:
+                first["entropy"] = self._score()
+            else:  # the teacher has sampled, or nobody: roll.logp is not the student's, and there is no ratio
+                first["old_logp"], first["entropy"] = self._logprobs()
             if first.get("ref_logp") is not None:
                 first["log_ratio"] = first["old_logp"] - first["ref_logp"]
-            first["entropy"] = self._score()
             for name, x in first.items():
                 self._put(name, x)
             for i, row in enumerate(rows):
@@ -172,6 +191,7 @@ class TokenLog:
         updates = getattr(self.cfg, "epochs", 1) * getattr(self.cfg, "minibatches", 1)
         passes = 1 + min(updates, MOST_UPDATES)
         cost = min(self.rows, n_rows) * passes / (n_rows * STEP_PASSES)  # of one step
+        cost *= dist.size()  # that many share the step, and wait while the first one scores these rows
         logged = max(1, math.ceil(cost / SHARE / self.cfg.sample_every))  # steps that are logged, to one here
         return step % (logged * self.cfg.sample_every) == 0 or step + 1 == self.cfg.steps
 
@@ -196,13 +216,22 @@ class TokenLog:
 
     def _score(self):
         """Append to each row the ratio π/π_old of its tokens under the policy as it is → entropy (n, T)."""
+        mask = self.first["mask"]
+        logp, entropy = self._logprobs()
+        log_ratio = logp - self.first["old_logp"]
+        if getattr(self.cfg, "ratio", "") == "sequence":  # GSPO's loss sees the geometric mean of the row
+            n = mask.sum(1, keepdim=True).clamp(min=1)
+            log_ratio = (log_ratio.sum(1, keepdim=True) / n).expand_as(logp)
+        for row, values in zip(self.record["rows"], inside(log_ratio.exp(), mask, 6)):
+            row.setdefault("ratio", []).append(values)
+        return entropy
+
+    def _logprobs(self):
+        """Log-probs and entropies (n, T) of the rows under the policy as it is."""
         first = self.first
         logp, entropy = self.policy.logprobs(first["tokens"], first["mask"], self.cfg.temperature)
         sharding.reshard(self.policy)  # what this pass has gathered would be stale after the update
-        ratio = (logp - first["old_logp"]).exp()
-        for row, values in zip(self.record["rows"], inside(ratio, first["mask"], 6)):
-            row.setdefault("ratio", []).append(values)
-        return entropy
+        return logp, entropy
 
     def _groups(self, roll, tensors):
         """Score, reward and advantage of all rows of the first groups, where they are one number a row."""
@@ -221,7 +250,7 @@ class TokenLog:
         if self.record is None:
             return
         self.updates += 1
-        if self.updates <= MOST_UPDATES:
+        if self.updates <= MOST_UPDATES and self.sampled_here:
             with self._timed():
                 self._score()
 
@@ -247,7 +276,8 @@ class TokenLog:
                 weight = batch["mask"] / batch["denom"]
             for j, i in enumerate(batch["row"].tolist()):
                 if i < len(rows):
-                    rows[i].setdefault("update", []).append(self.updates)
+                    if self.updates <= MOST_UPDATES:  # of later ones there is no ratio
+                        rows[i].setdefault("update", []).append(self.updates)
                     if "w" not in rows[i]:
                         mask = self.first["mask"][i : i + 1]
                         own = torch.zeros_like(mask, dtype=weight.dtype)
@@ -298,7 +328,7 @@ class TokenLog:
             self._write({"step": step, **record})
 
     def _demonstrations(self, batch, model):
-        some = trim(take_rows(batch, torch.arange(min(self.rows, len(batch["tokens"])))))
+        some = trim(take_rows(batch, torch.arange(self._few(batch["lengths"].tolist()))))
         mask = some["mask"].bool()
         rows = self._named(some["tokens"], some["lengths"], mask)
         logp, entropy = model.logprobs(some["tokens"], mask)
@@ -310,7 +340,11 @@ class TokenLog:
         """Both responses of each pair under policy and reference, h = log π/π_ref summed over a response."""
         answers = []
         sides = []
-        for i, (prompt, first, second, liked) in enumerate(batch["examples"][: max(1, self.rows // 2)]):
+        lengths = []
+        for prompt, *both, _ in batch["examples"]:
+            lengths.append(len(prompt) + max(map(len, both)))
+        examples = batch["examples"][: self._few_pairs(lengths)]
+        for i, (prompt, first, second, liked) in enumerate(examples):
             if batch["z0"] is not None:  # KTO: one response, liked or not
                 answers.append((prompt, first))
                 sides.append({"pair": i, "side": "chosen" if liked else "rejected"})
@@ -337,8 +371,11 @@ class TokenLog:
         """What a reward model says after every token of the response; of a process one, the logit."""
         answers = []
         sides = []
-        for i, (prompt, *responses) in enumerate(examples[: max(1, self.rows // 2)]):
-            names = ("chosen", "rejected") if model.step_ids is None else ("response",)
+        names = ("chosen", "rejected") if model.step_ids is None else ("response",)
+        lengths = []
+        for prompt, *responses in examples:
+            lengths.append(len(prompt) + max(len(response) for _, response in zip(names, responses)))
+        for i, (prompt, *responses) in enumerate(examples[: self._few_pairs(lengths)]):
             for side, response in zip(names, responses):
                 answers.append((prompt, response))
                 sides.append({"pair": i, "side": side})
@@ -359,11 +396,22 @@ class TokenLog:
             self._write({"step": step, "held_out": some})
 
 
-def _before_whitening(tensors, gamma):
-    """PPO's δ_t = r_t + γ V_{t+1} − V_t, and the advantage before it was whitened, R_t − V_t: (n, T) each."""
+def _before_whitening(tensors, gamma, lam):
+    """PPO's δ_t = r_t + γ V_{t+1} − V_t, and the advantage before it was whitened, R_t − V_t: (n, T) each.
+
+    The page explains the advantage as A_t = δ_t + γλ A_{t+1}. Where R_t − V_t is something else, as under a
+    λ of the critic's own (variants/decoupled_gae.py), it is left out.
+    """
     mask = tensors["mask"]
     value = tensors["old_value"]
     next_value = torch.zeros_like(value)
     next_value[:, :-1] = (value * mask)[:, 1:]  # 0 behind the last token
     delta = tensors["reward"] + gamma * next_value - value
-    return {"delta": delta * mask, "adv_raw": (tensors["ret"] - value) * mask}
+    delta = delta * mask
+    adv = (tensors["ret"] - value) * mask
+    later = torch.zeros_like(adv)
+    later[:, :-1] = adv[:, 1:]
+    rounding = 1e-4 * (adv.abs() + value.abs()).max().item()
+    if not torch.allclose(adv, delta + gamma * lam * later * mask, rtol=1e-4, atol=rounding):
+        return {"delta": delta}
+    return {"delta": delta, "adv_raw": adv}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.errors import UserError, reason_of, require, visible
+from nanorlhf.errors import UserError, require, visible
 from nanorlhf.look import doctor, page
 from nanorlhf.look.plots import plot_curves
 from nanorlhf.look.tokens import FILE, TokenLog
@@ -166,11 +166,8 @@ class Log:
         if panels and self.writes:
             self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
-            try:
-                page.write([self.out])
-                print(doctor.summary(self.out))
-            except (OSError, ValueError, LookupError, TypeError, UserError) as e:  # a log that was damaged
-                print(f"warning: {self.out}: no look.html, or no word of the doctor ({reason_of(e)})")
+            page.try_write(self.out)
+            print(doctor.summary(self.out))
         if self.wandb:
             self.wandb.finish()
 
