@@ -269,3 +269,9 @@ def test_what_an_adapter_reads_has_the_size_of_its_input():
         down = [p for name, p in model.named_parameters() if name.endswith(".A")]
         squares = torch.cat([p.square().sum(1) for p in down])
         assert len(squares) > 50 and 0.8 < squares.mean() < 1.2
+
+
+def test_a_new_model_has_no_adapters():
+    """They would belong to weights that no file holds: --resume with another --seed would draw others."""
+    with pytest.raises(UserError, match="--lora_rank: adapters belong to a model; give --init"):
+        train_sft.Config(lora_rank=2)
