@@ -68,8 +68,8 @@ def prompts_file():
     return path
 
 
-def rounded(self, hidden, exact=GPT.head_logits):
-    return exact(self, hidden).bfloat16().float()
+def rounded(self, hidden, weight=None, exact=GPT.head_logits):
+    return exact(self, hidden, weight).bfloat16().float()
 
 
 def run(point, seed, smoke):
