@@ -10,8 +10,6 @@ model. A fault that no flag can make is a patch: every occurrence of a string in
 in a copy of the repository; the working tree is never touched.
 """
 
-import gzip
-import json
 import shutil
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from typing import NamedTuple
 
 from curves import DATA, GREY, IMG, RED, ROOT, column, pyplot, save_figure
 
-from nanorlhf.look.doctor import read_tokens
+from nanorlhf.look import tokens
 
 GRPO = "train_grpo.py"
 
@@ -135,10 +133,10 @@ def run_all(faults, base, seed=0, keep=None):
 
 def keep_groups(run, folder):
     """Of tokens.jsonl.gz the advantages of the groups at two steps: no column shows this fault."""
-    records = [record for record in read_tokens(run) if "groups" in record][:2]
-    lines = [json.dumps({name: record[name] for name in ("step", "groups")}) + "\n" for record in records]
+    records = [record for record in tokens.read(run) if "groups" in record][:2]
+    kept = [tokens.pack({name: record[name] for name in ("step", "groups")}) for record in records]
     folder.mkdir(exist_ok=True)
-    (folder / "tokens.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    (folder / tokens.FILE).write_bytes(b"".join(kept))
 
 
 def draw(plt, wide=3):

@@ -21,6 +21,7 @@ from curves import BENCH, DATA, ROOT, rows_of
 import train_grpo
 from nanorlhf.hub.files import read_json
 from nanorlhf.look import doctor
+from nanorlhf.look.tokens import read as read_tokens
 from nanorlhf.run.cli import parse, to_json
 from nanorlhf.run.folders import read_rows
 
@@ -32,8 +33,8 @@ UNREAD = set("lr rounds sampled limit value_loss critic_gnorm len_wrong".split()
 def of_fault(fault):
     """The findings in docs/data/broken_NAME.csv, and in tokens.jsonl.gz where that is kept."""
     config = to_json(parse(train_grpo.Config, fault.flags.split()))
-    tokens = doctor.read_tokens(DATA / f"broken_{fault.name}")
-    return doctor.diagnose(rows_of(f"broken_{fault.name}"), config, tokens)
+    records = read_tokens(DATA / f"broken_{fault.name}")
+    return doctor.diagnose(rows_of(f"broken_{fault.name}"), config, records)
 
 
 def with_column(page):

@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import gzip
 import inspect
 import json
 import math
@@ -22,6 +21,7 @@ import train_sft
 from nanorlhf.errors import UserError
 from nanorlhf.look import __main__ as look
 from nanorlhf.look import doctor
+from nanorlhf.look.tokens import pack
 from nanorlhf.run import log
 from nanorlhf.run.cli import parse, to_json
 from nanorlhf.run.folders import read_rows
@@ -342,8 +342,7 @@ def write(folder, columns, config, tokens=()):
         writer.writerows({name: "" if x is None else f"{x:.6g}" for name, x in row.items()} for row in table)
     (folder / "config.json").write_text(json.dumps(config))
     if tokens:
-        with gzip.open(folder / "tokens.jsonl.gz", "wt") as f:
-            f.writelines(json.dumps(record) + "\n" for record in tokens)
+        (folder / "tokens.jsonl.gz").write_bytes(b"".join(map(pack, tokens)))
 
 
 def test_findings_are_printed_within_80_columns(tmp_path, capsys):

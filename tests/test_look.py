@@ -6,8 +6,6 @@ import json
 import math
 import os
 import re
-import sys
-import types
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -540,10 +538,7 @@ def test_samples_of_training_are_no_answers_before_and_after(tmp_path):
 def test_findings_of_the_doctor_stand_in_the_page(tmp_path, monkeypatch):
     finding = {"title": "KL explodes", "steps": "3 to 5", "meaning": "m", "remedy": "r",
                "page": "docs/reading-curves.md#it-looks"}  # fmt: skip
-    doctor = types.ModuleType("nanorlhf.look.doctor")
-    doctor.__spec__ = types.SimpleNamespace(name=doctor.__name__)
-    doctor.findings = lambda run: [finding]
-    monkeypatch.setitem(sys.modules, "nanorlhf.look.doctor", doctor)
+    monkeypatch.setattr(page.doctor, "findings", lambda run: [finding])
     run = a_run(tmp_path / "run", 3, [0], 1, 5)
     ((found,),) = [run["findings"] for run in data_of(page.write([run]))["runs"]]
     assert found["title"] == "KL explodes"

@@ -7,23 +7,22 @@ Thresholds were chosen on seeds 0 and 1 of default runs and seed 0 of the broken
 bench/doctor.py.
 """
 
-import contextlib
-import gzip
-import json
 import math
 import statistics
 import textwrap
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 from nanorlhf.errors import UserError, reason_of, visible
 from nanorlhf.hub.files import read_json
+from nanorlhf.look.tokens import read as read_tokens
 from nanorlhf.run.folders import read_rows
 
 TREND = 10  # rows; in a shorter run a fifth would be one row, and a trend would be noise
 PATIENCE = 25  # rows, before which nobody can say that rewards do not rise
 SURE = 4  # standard errors; three are passed by chance in one of 400 columns, four in one of 16,000
+# What the files of a run may raise that a crash or another version damaged.
+UNREADABLE = OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError
 LOG_2 = math.log(2)  # the loss of a pair of which nothing is known
 
 
@@ -587,17 +586,6 @@ def findings(run_folder):
     return diagnose(read_rows(run_folder), config, read_tokens(run_folder))
 
 
-def read_tokens(run_folder):
-    """tokens.jsonl.gz → its records, up to the first that is damaged; [] without the file."""
-    path = Path(run_folder, "tokens.jsonl.gz")
-    records = []
-    if path.is_file():
-        with contextlib.suppress(EOFError, OSError, ValueError, zlib.error), gzip.open(path, "rt") as f:
-            for line in f:
-                records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
-
-
 def counted(found):
     return {0: "nothing found", 1: "1 finding"}.get(len(found), f"{len(found)} findings")
 
@@ -609,7 +597,7 @@ def summary(run_folder):
     """
     try:
         found = findings(run_folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError) as e:
+    except UNREADABLE as e:
         return f"doctor: {run_folder} could not be read ({reason_of(e)})"
     if not found:
         return f"doctor: {counted(found)}"

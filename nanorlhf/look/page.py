@@ -4,16 +4,14 @@
 page in that JSON alone, where "<" is written as an escape: a response of </script> ends no script.
 """
 
-import importlib
-import importlib.util
 import json
 import os
 from pathlib import Path
 from urllib.parse import quote
 
-from nanorlhf.errors import UserError, reason_of, require
+from nanorlhf.errors import reason_of, require
 from nanorlhf.hub.files import read_json, read_jsonl
-from nanorlhf.look import tokens
+from nanorlhf.look import doctor, tokens
 from nanorlhf.run.folders import read_rows, require_plain
 
 HERE = Path(__file__).parent
@@ -251,10 +249,7 @@ def about(config, rows):
 
 
 def findings(run, folder):
-    """What the doctor finds, each with a link to its page; None where there is no doctor."""
-    if importlib.util.find_spec("nanorlhf.look.doctor") is None:
-        return None
-    doctor = importlib.import_module("nanorlhf.look.doctor")
+    """What the doctor finds, each with a link to its page."""
     found = []
     for finding in doctor.findings(run):
         page = str(finding.get("page") or "")
@@ -330,5 +325,5 @@ def try_write(folder):
     """`write` of one folder at the end of a run. A page that fails must not lose the rest: a warning."""
     try:
         write([folder])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError) as e:
+    except doctor.UNREADABLE as e:
         print(f"warning: {folder}/look.html could not be written ({reason_of(e)})")

@@ -17,12 +17,10 @@ import types
 import typing
 from typing import ClassVar, Literal
 
-import torch
-
 from nanorlhf import tasks
 from nanorlhf.errors import Interrupted, RunError, UserError, out_of_memory, reason_of, require, shown
 from nanorlhf.run import defaults, dist
-from nanorlhf.run.device import larger_microbatches
+from nanorlhf.run.device import device_of, larger_microbatches
 from nanorlhf.run.reward_functions import reward_name
 
 # ------------------------------------------------------------------------------------------------------------
@@ -379,7 +377,7 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
         if len(flags) == len(argv):
             train(cfg)
         else:
-            if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()):
+            if device_of(cfg) == "cuda":
                 larger_microbatches(cfg)
             for note in cfg.notes:
                 print(note)
