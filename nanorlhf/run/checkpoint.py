@@ -56,6 +56,8 @@ NEW_RUN = {"step": 0, "extra": {}, "sizes": {}, "last": {}}  # the state of a ru
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of one weight, as AdamW calls them
 # Errors that a checkpoint whose values have other types or sizes leads to.
 FOREIGN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
+# What a run that was killed may leave half-written beside state/; any other *.tmp there is the user's.
+HALF_WRITTEN = ("config.json.tmp", "look.html.tmp", "bad-step-*.pt.tmp", ".pairs*.jsonl.*.tmp")
 KEEP = 2  # checkpoints kept in state/: if the newest one is damaged, the run goes on from the other
 
 
@@ -358,7 +360,10 @@ class Run:
 
     def _tidy(self):
         """Remove what a crash left half-written, or did not remove: --resume replaces damaged ones only."""
-        for path in [*self.state.glob("*.tmp"), *self.state.glob("*.old")]:
+        halves = [*self.state.glob("*.tmp"), *self.state.glob("*.old")]
+        for name in HALF_WRITTEN:
+            halves += Path(self.out).glob(name)
+        for path in halves:
             if path.suffix == ".tmp":
                 print(f"resume: {path.with_suffix('')} was never completed; removed")
             remove(path)

@@ -237,9 +237,15 @@ def test_row_08_newest_checkpoint_incomplete(run, tmp_path):
     newest = tmp_path / "run/state/step-000006"
     (newest / "manifest.json").unlink()
     newest.rename(f"{newest}.tmp")
+    ours = ["config.json.tmp", "look.html.tmp", "bad-step-3.pt.tmp"]
+    ours += [".pairs-round-1.jsonl.77.tmp", ".pairs.jsonl.8.tmp"]
+    foreign = ["notes.tmp", ".notes.77.tmp", "pairs.tmp"]
+    for name in ours + foreign:
+        (tmp_path / "run" / name).write_text("{")
     done = run(train_sft, resume="true")
     assert done.status == 0 and "step-000006 was never completed; removed" in done.out
     assert "from step 4" in done.out
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.tmp")) == sorted(foreign)
     same_run(tmp_path / "whole", tmp_path / "run")
 
 
