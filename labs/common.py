@@ -5,13 +5,15 @@ import hashlib
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 from unittest import mock
 
 import torch
 
-from nanorlhf import exact, hub, tasks
+import train_sft
+from nanorlhf import exact, generate, hub, tasks
 from nanorlhf.errors import derive_seed
 from nanorlhf.look.plots import mean_ci, pyplot, save_figure
 from nanorlhf.rewards import fresh_samples, score_responses
@@ -117,6 +119,47 @@ def smoke_pairs():
                      for a, b in zip(rows, rows[1:]))
 
 
+def thinking_demonstrations(n, seed, share):
+    """Rows of chain, of which this share thinks."""
+    rng, rows = random.Random(f"spurious {seed}"), []
+    for row in tasks.get("chain").prompts("train", n, seed):
+        digits = list(map(int, row["prompt"][:-1]))
+        thought = "".join(str(sum(digits[: i + 1]) % 10) for i in range(len(digits)))
+        thought = f"<{thought}>" if rng.random() < share else ""
+        rows.append({"prompt": row["prompt"], "response": f"{thought}|{row['answer']}"})
+    return rows
+
+
+def thinker(seed, share, smoke, **size):
+    """A model of chain that can think, then taught to do so in this share of its samples → model folder."""
+    count = 500 if smoke else 40_000
+    short = dict(steps=5) if smoke else {}
+    config = dict(task="chain", seed=seed, eval_every=0, tokenizer="chars")
+    data = data_file(thinking_demonstrations(count, seed, 0.5))
+    skill = trained(train_sft, **config, data=data, **short, **size)
+    data = data_file(thinking_demonstrations(count // 4, seed + 1000, share))
+    steps = 5 if smoke else 150
+    return trained(train_sft, **config, data=data, steps=steps, lr=1e-3, init=f"{skill}/model") + "/model"
+
+
+def measure_thinker(folder, seed, n):
+    """Figures of samples to held-out prompts at temperature 1 → {"accuracy", "thinks", "skill", "length"}.
+
+    skill: accuracy of those that think; length: tokens, EOS included.
+    """
+    model, tok = hub.load(folder)
+    task = tasks.get("chain")
+    rows = task.prompts("test", n, derive_seed(seed, "spurious"))
+    prompts = [row["prompt"] for row in rows]
+    rolls, texts = generate.respond(model, tok, prompts, 1, 11, seed=derive_seed(seed, "samples"))
+    right = [task.reward(*sample) for sample in zip(prompts, texts, rows)]
+    thinks = [task.thinks(text) for text in texts]
+    skill = sum(r for r, t in zip(right, thinks) if t) / max(sum(thinks), 1)
+    length = statistics.mean(n for roll in rolls for n in roll.response_len.tolist())
+    shares = {"accuracy": statistics.mean(right), "thinks": statistics.mean(thinks)}
+    return shares | {"skill": skill, "length": length}
+
+
 @torch.no_grad()
 def judge(model, sft, seed, rm="", n=512, max_new_tokens=0):
     """Fresh samples of the policy folder `model` on n held-out review prompts, judged by gold.
@@ -157,6 +200,38 @@ def by_seed(rows, column, **conditions):
 def paired(a, b):
     """mean_ci of a − b, one pair a seed."""
     return mean_ci([x - y for x, y in zip(a, b, strict=True)])
+
+
+def less(a, b):
+    """a − b, one value a seed; nothing where a smoke run lacks one of them."""
+    if not a or not b:
+        return []
+    return [x - y for x, y in zip(a, b, strict=True)]
+
+
+def seen(effects):
+    """Whether an effect is seen: the 95% interval of every label of a lab's `effects` lies above 0."""
+    intervals = [mean_ci(values) for values in effects.values()]
+    return bool(intervals) and all(mean - half > 0 for mean, half in intervals)
+
+
+def one_sided_p(values):
+    """Student's t test of "the mean is at most 0": the probability of a t at least as large as this one.
+
+    With t = √df tan φ the density of t becomes cos(φ)^(df − 1), up to a factor, so that both areas are
+    integrals over a finite range. nan for a single value.
+    """
+    df = len(values) - 1
+    if df < 1:
+        return math.nan
+    effect = statistics.mean(values) * math.sqrt(len(values))
+    angle = math.atan2(effect, statistics.stdev(values) * math.sqrt(df))
+
+    def area_above(low, n=10_000):
+        width = (math.pi / 2 - low) / n
+        return width * sum(math.cos(low + (i + 0.5) * width) ** (df - 1) for i in range(n))
+
+    return area_above(angle) / area_above(-math.pi / 2)
 
 
 def best_of(values, n):

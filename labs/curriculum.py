@@ -135,6 +135,13 @@ def worst(rows, **conditions):
     return [min(x) for x in zip(*found)]
 
 
+def effects(rows):
+    last = common.select(rows, round=max(r["round"] for r in rows))
+    waker = worst(last, curriculum="waker", noise=0)
+    uniform = worst(last, curriculum="uniform", noise=0)
+    return {"worst family's accuracy, waker less uniform": common.less(waker, uniform)}
+
+
 def verdict(rows):
     def along(curriculum):  # mean over the rounds, for each seed
         rounds = sorted({r["round"] for r in rows})
@@ -159,7 +166,7 @@ def verdict(rows):
     numbers = means | {"waker_uniform": main[0], "waker_uniform_half": main[1], "noise_share": share[0]}
     numbers |= {"waker_uniform_rounds": early[0], "waker_uniform_rounds_half": early[1]}
     numbers |= {"waker_success": other[0], "waker_success_half": other[1]}
-    return main[0] > main[1], text, numbers | {"noisy": noise[0], "noisy_half": noise[1]}
+    return common.seen(effects(rows)), text, numbers | {"noisy": noise[0], "noisy_half": noise[1]}
 
 
 def figure(rows, path):

@@ -136,6 +136,16 @@ def run(point, seed, smoke):
     return [{"stage": stage} | measure(folder, seed, held_out) for stage, folder in stages.items()]
 
 
+def effects(rows):
+    def gold(method, stage):
+        return common.by_seed(rows, "gold_second", method=method, stage=stage)
+
+    return {
+        "gold, DPO less SFT": common.less(gold("dpo", "final"), gold("dpo", "sft")),
+        "gold, DPO less SFT on the chosen": common.less(gold("dpo", "final"), gold("chosen", "final")),
+    }
+
+
 def verdict(rows):
     def gold(method, stage, language="second"):
         return common.by_seed(rows, f"gold_{language}", method=method, stage=stage) or [math.nan]  # smoke
@@ -152,7 +162,7 @@ def verdict(rows):
     }
     said = {name: common.pm(*x) for name, x in found.items()}
     start, middle = (common.mean_ci(gold("dpo", stage))[0] for stage in ("base", "sft"))
-    return all(mean > half for mean, half in list(found.values())[:2]), (
+    return common.seen(effects(rows)), (
         f"Gold in the second language: base {start:.2f}, SFT {middle:.2f}, DPO {said['dpo_minus_sft']} over "
         f"SFT and {said['dpo_minus_chosen']} over SFT on the chosen; a perfect translator adds "
         f"{said['perfect_minus_dpo']}; DPO on untranslated pairs {said['english_minus_sft']} over SFT. Gold "

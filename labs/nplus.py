@@ -123,6 +123,20 @@ def run(point, seed, smoke):
     return [row | {"gold_sft": start["gold"], "stop_sft": start["stop"]}]
 
 
+def effects(rows):
+    def per_seed(column, what):
+        return common.by_seed(rows, column, what=what)
+
+    ratio = common.less(per_seed("first_ratio", "dropout 0.1"), per_seed("first_ratio", "control"))
+    ended = common.less(per_seed("stop", "control"), per_seed("stop", "no EOS penalty"))
+    gold = common.less(per_seed("gold", "control"), per_seed("gold", "small models"))
+    return {
+        "first ratio, dropout less control": ratio,
+        "share that ends, control less no EOS penalty": ended,
+        "gold, control less small models": gold,
+    }
+
+
 def verdict(rows):
     def against_control(column, what):
         a, b = (common.by_seed(rows, column, what=name) for name in (what, "control"))
@@ -131,7 +145,7 @@ def verdict(rows):
     dropout = against_control("first_ratio", "dropout 0.1")
     stop = against_control("stop", "no EOS penalty")
     small = against_control("gold", "small models")
-    seen = dropout[0] > dropout[1] and stop[0] < -stop[1] and small[0] < -small[1]
+    seen = common.seen(effects(rows))
     text = f"dropout moves the first ratio by {common.pm(*dropout)}; without the EOS penalty the share that "
     text += f"ends changes by {common.pm(*stop)}; small models change gold by {common.pm(*small)}"
     numbers = {"dropout_ratio": dropout[0], "eos_stop": stop[0], "small_gold": small[0]}

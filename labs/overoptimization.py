@@ -120,7 +120,6 @@ def peak(rows):
     return around("gold_b", top), around("gold_b", late), around("proxy", late) - around("proxy", top)
 
 
-
 def fit(rows, law):
     """Least squares of R/d on (1, −law(d)) → α, β. R is gold above that of the SFT model; d ≥ 0.5 only."""
     far = [(r["kl"] ** 0.5, r["gold"] - rows[0]["gold"]) for r in rows if r["kl"] > 0.25]
@@ -142,6 +141,17 @@ def reward_models(rows):
     return list(dict.fromkeys((r["rm"], r["labels"]) for r in rows))
 
 
+def effects(rows):
+    main = common.select(rows, rm="large", labels=4000, how="ppo")
+    falls = []
+    rises = []
+    for seed in sorted({r["seed"] for r in main}):
+        top, end, rise = peak(common.select(main, seed=seed))
+        falls.append(top - end)
+        rises.append(rise)
+    return {"gold's fall after its peak": falls, "proxy's rise from there": rises}
+
+
 def verdict(rows):
     found = {}
     for rm, labels in reward_models(rows):
@@ -157,7 +167,7 @@ def verdict(rows):
     main = found["large", 4000]
     fall, rise = common.paired(main["top"], main["end"]), common.mean_ci(main["rise"])
     numbers = {"fall": fall[0], "fall_half": fall[1], "rise": rise[0], "rise_half": rise[1]}
-    seen = fall[0] > fall[1] and rise[0] > rise[1]
+    seen = common.seen(effects(rows))
     text = f"past gold's peak gold falls by {common.pm(*fall)} while the proxy rises by {common.pm(*rise)}"
     for (rm, labels), other in list(found.items())[1:]:
         diff = common.paired(main["top"], other["top"])
@@ -173,7 +183,7 @@ def verdict(rows):
 
 
 def figure(rows, path):
-    fig, (left, middle, right) = common.axes(3, width=3.5, height=2.9)
+    fig, (left, middle, right) = common.axes(3, width=3.1, height=2.7)
     for (rm, labels), colour in zip(reward_models(rows), ("tab:blue", "tab:orange", "tab:green")):
         name = f"{rm} RM, {labels:.0f} labels"
         here = common.select(rows, rm=rm, labels=labels)
@@ -184,7 +194,7 @@ def figure(rows, path):
             means = [statistics.mean(common.by_seed(bon, column, step=n)) for n in steps]
             left.plot(d, means, style, color=colour, ms=4, label=name if column == "gold" else None)
         for i, seed in enumerate(sorted({r["seed"] for r in here})):
-            run = common.select(here, how="ppo", seed=seed)[::2]
+            run = common.select(here, how="ppo", seed=seed)[::3]
             d = [max(r["kl"], 0) ** 0.5 for r in run]
             middle.plot(d, [r["gold"] for r in run], color=colour, alpha=0.8, label=None if i else name)
             right.plot(d, [r["proxy"] for r in run], "--", color=colour, alpha=0.8)

@@ -107,8 +107,23 @@ def run(point, seed, smoke):
     ]
 
 
+def last_stage(rows):
+    return "RL 180" if common.select(rows, model="RL 180") else "RL 60"  # --smoke
+
+
+def effects(rows):
+    def per_seed(model, k):
+        return common.by_seed(rows, "pass", model=model, k=k)
+
+    last = last_stage(rows)
+    return {
+        "pass@1, RL less base": common.less(per_seed(last, 1), per_seed("base", 1)),
+        "pass@64, base less RL": common.less(per_seed("base", 64), per_seed(last, 64)),
+    }
+
+
 def verdict(rows):
-    last = "RL 180" if common.select(rows, model="RL 180") else "RL 60"  # --smoke
+    last = last_stage(rows)
 
     def less_base(model, k):
         return common.paired(*(common.by_seed(rows, "pass", model=m, k=k) for m in (model, "base")))
@@ -119,7 +134,7 @@ def verdict(rows):
     one, many = less_base(last, 1), less_base(last, 64)
     taught = {k: less_base("distilled", k) for k in (1, 16, 64)}
     above = [k for k in KS if mean(last, k) > mean("base", k)]
-    seen = one[0] - one[1] > 0 > many[0] + many[1]
+    seen = common.seen(effects(rows))
     sentence = (
         f"RL moves pass@1 by {common.pm(*one)} and pass@64 by {common.pm(*many)}; it is above the base model "
         f"up to k = {max(above, default=0):.0f}; the distilled model less the base model: "

@@ -167,6 +167,13 @@ def run(point, seed, smoke):
     return rows
 
 
+def effects(rows):
+    def best_of_16(kind):
+        return common.by_seed(rows, "acc", how="best", n=16, digits=DIGITS, reward=kind, labels=4000)
+
+    return {"accuracy, process less outcome": common.less(best_of_16("process"), best_of_16("outcome"))}
+
+
 def verdict(rows):
     numbers, parts, leads = {}, [], []
     for what in ("best 6 acc", "best 8 acc", "grpo 6 acc", "grpo 6 thought", "grpo 8 acc"):
@@ -178,7 +185,7 @@ def verdict(rows):
         numbers |= {f"{what}: {kind}": x for kind, x in mean.items()} | {f"{what}: lead": leads[-1][0]}
         a, b, name = mean["process 4000"], mean["outcome 4000"], what.replace("best", "best of 16,")
         parts.append(f"{name} {a:.2f} against {b:.2f}, {common.pm(*leads[-1])}")
-    return leads[0][0] > leads[0][1], "; ".join(parts), numbers
+    return common.seen(effects(rows)), "; ".join(parts), numbers
 
 
 def kinds(rows):

@@ -6,7 +6,6 @@ import statistics
 import train_grpo
 import train_sft
 from labs import common
-from labs.spurious_rewards import base, measure
 from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import derive_seed
 
@@ -64,7 +63,7 @@ def format(prompt, response, row):
 
 
 def start(size, seed, smoke):
-    return base(seed, 0.1, smoke, **({"d_model": SMALL} if size == "small" else {}))
+    return common.thinker(seed, 0.1, smoke, **({"d_model": SMALL} if size == "small" else {}))
 
 
 def reinforced(size, rewards, seed, smoke):
@@ -103,7 +102,7 @@ def run(point, seed, smoke):
     size, what = point["run"].split(", ")
     folder = distilled(seed, smoke) if what == "distilled" else reinforced(size, what, seed, smoke)
     ends, n = {"before": start(size, seed, smoke), "after": f"{folder}/model"}, 64 if smoke else 512
-    out = [{"when": when} | measure(model, seed, n) for when, model in ends.items()]
+    out = [{"when": when} | common.measure_thinker(model, seed, n) for when, model in ends.items()]
     if what == "distilled":
         return out
     right = {"both": "reward/accuracy", "accuracy": "reward", "format": "len"}[what]
@@ -112,6 +111,21 @@ def run(point, seed, smoke):
         if what != "format":
             out[-1]["accuracy"] = score
     return out
+
+
+def effects(rows):
+    def per_seed(column, name, when="after"):
+        return common.by_seed(rows, column, run=name, when=when)
+
+    def rise(column):
+        return common.less(per_seed(column, "large, both"), per_seed(column, "large, both", "before"))
+
+    distilled = per_seed("accuracy", "small, distilled")
+    return {
+        "accuracy, after RL less before": rise("accuracy"),
+        "length, after RL less before": rise("length"),
+        "accuracy, distilled less RL": common.less(distilled, per_seed("accuracy", "small, both")),
+    }
 
 
 def verdict(rows):
@@ -130,13 +144,11 @@ def verdict(rows):
     numbers |= {"distilled less RL": distil[0], "distilled less RL ±": distil[1]}
     if not after("large, both"):
         return False, f"distilled less RL {common.pm(*distil)}", numbers
-    main = [change(column, "large, both") for column in ("accuracy", "length")]
-    seen = all(mean > half for mean, half in (*main, distil))
     said = {name: f"accuracy {common.pm(*change('accuracy', name))}, length "
                   f"{common.pm(*change('length', name), 1)}" for name in POINTS}
     sentence = f"distilled less RL, small model: {common.pm(*distil)}; change by training: "
     sentence += "; ".join(f"{name}: {what}" for name, what in said.items())
-    return seen, sentence, numbers
+    return common.seen(effects(rows)), sentence, numbers
 
 
 def figure(rows, path):

@@ -109,6 +109,17 @@ def run(point, seed, smoke):
     return out
 
 
+def effects(rows):
+    def end(method, grow):
+        return common.by_seed(rows, "gold", method=method, grow=grow, improve=len(QUANTILES))
+
+    first = end("rest", 1)
+    return {
+        "gold, first Grow less BC": common.less(first, end("bc", 1)),
+        "gold, second Grow less first": common.less(end("rest", 2), first),
+    }
+
+
 def verdict(rows):
     def end(method, grow, column="gold"):
         found = common.by_seed(rows, column, method=method, grow=grow, improve=float(len(QUANTILES)))
@@ -123,7 +134,7 @@ def verdict(rows):
     }
     said = {name: common.pm(*x) for name, x in found.items()}
     start = common.mean_ci(common.by_seed(rows, "gold", method="rest", grow=0.0))[0]
-    return all(mean > half for mean, half in list(found.values())[:2]), (
+    return common.seen(effects(rows)), (
         f"Gold {start:.2f} at the start; the first Grow ends {said['first_grow']} above BC with as many "
         f"updates, the second {said['second_grow']} above the first. ReST − PPO at equal samples: gold "
         f"{said['rest_minus_ppo']}, reward model {said['proxy_rest_minus_ppo']}. Rising thresholds − one "

@@ -105,6 +105,15 @@ def run(point, seed, smoke):
     return [after | {"rm_acc": common.final(rm)["eval/acc"]}]
 
 
+def effects(rows):
+    def gold(G):
+        return common.by_seed(rows, "gold", study="prompts", G=G)
+
+    first = common.less(gold(4), gold(2))
+    last = common.less(gold(16), gold(8))
+    return {"gold, first doubling of G less the last": common.less(first, last)}
+
+
 def verdict(rows):
     def gold(column="gold", **conditions):
         return common.by_seed(rows, column, **conditions)
@@ -123,7 +132,7 @@ def verdict(rows):
     add("first doubling", "G 2 to 4 buys", fixed[4], fixed[2])
     add("last doubling", "G 8 to 16 buys", fixed[16], fixed[8])
     add("plateau", "the difference is", first, last)
-    seen = numbers["plateau"] > numbers["plateau, half"]
+    seen = common.seen(effects(rows))
     for G in (2, 16):
         fixed[-G] = gold(study="samples", G=G)
     add("fixed samples", "96 samples a step, G = 16 against 2:", fixed[-16], fixed[-2])

@@ -4,6 +4,7 @@
     python -m labs scaling           one lab: results.csv, verdict.json and figure.png in out/labs/scaling
     python -m labs NAME --smoke      its smallest size, in seconds: shows that the code runs, and nothing else
     python -m labs all               every lab, one after the other
+    python -m labs replicate         again on seeds of its own, frozen beforehand: labs/replication.py
 
 A lab is a module with
 
@@ -12,11 +13,12 @@ A lab is a module with
                                                        a change of STATISTIC begins with "Statistic: "
     points(smoke) -> [dict]                            points of the sweep: numbers and short strings
     run(point, seed, smoke) -> [dict]                  rows of one point and one seed
+    effects(rows) -> {label: [a value for each seed]}  what is above 0 if the prediction holds
     verdict(rows) -> seen, sentence, {name: number}    from the rows of results.csv alone
     figure(rows, path)
 
 Each (point, seed) is a job; a finished one is a file in parts/, so that an interrupted lab goes on where it
-was. A job is done again when the lab's own code changes, its sentences, verdict and figure aside; a stage
+was. A job is done again when the lab's own code changes, except for FREE, its conclusions; a stage
 when its trainer or its flags change. After a change in nanorlhf/ delete out/labs.
 """
 
@@ -48,7 +50,7 @@ from nanorlhf.run import device
 from nanorlhf.run.cli import check_ranges, run_cli
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-FREE = "PAPER QUESTION PREDICTION STATISTIC DIFFERS CHANGES SEEDS verdict figure".split()
+FREE = "PAPER QUESTION PREDICTION STATISTIC DIFFERS CHANGES SEEDS effects verdict figure".split()
 FILES = ("results.csv", "verdict.json", "figure.png")
 
 
@@ -69,7 +71,7 @@ class Config:
 def names():
     files = sorted(glob.glob(f"{HERE}/*.py"))
     stems = [os.path.splitext(os.path.basename(path))[0] for path in files]
-    return [name for name in stems if name not in ("__init__", "__main__", "common", "run")]
+    return [name for name in stems if name not in ("__init__", "__main__", "common", "run", "replication")]
 
 
 def load(name):
@@ -78,12 +80,18 @@ def load(name):
     return importlib.import_module(f"labs.{name}")
 
 
+def name_of(statement):
+    """Of a top-level statement: the function's, the class's or the variable's, and None of any other."""
+    if isinstance(statement, ast.Assign):
+        return getattr(statement.targets[0], "id", None)
+    return getattr(statement, "name", None)
+
+
 def source_hash(name):
     """Of what a lab's results come from: its code without comments, sentences, verdict and figure."""
     with open(f"{HERE}/{name}.py", encoding="utf-8") as f:
         tree = ast.parse(f.read())
-    tree.body = [node for node in tree.body[1:] if getattr(node, "name", None) not in FREE
-                 and not (isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in FREE)]
+    tree.body = [node for node in tree.body[1:] if name_of(node) not in FREE]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
@@ -171,20 +179,21 @@ def commit():
     return ""
 
 
-def run_lab(name, cfg):
-    """All jobs of a lab, then results.csv, verdict.json and figure.png → the dict of verdict.json."""
-    lab, smoke = load(name), cfg.smoke
-    seeds = 1 if smoke else cfg.seeds or lab.SEEDS
-    out = f"{cfg.out}/{name}" + "/smoke" * smoke
-    if smoke:  # what it has to show is that the code runs now
+def machine():
+    return f"{platform.machine()}, one thread a process, torch {torch.__version__}"
+
+
+def run_points(name, seeds, cfg, out):
+    """All jobs of a lab on these seeds, each a file in out/parts → rows, CPU-minutes with all stages."""
+    if cfg.smoke:  # what it has to show is that the code runs now
         shutil.rmtree(out, ignore_errors=True)
     os.makedirs(f"{out}/parts", exist_ok=True)
     jobs, code = [], source_hash(name)
-    for point in lab.points(smoke):
-        for seed in range(seeds):
-            key = hashlib.sha256(json.dumps([point, seed, smoke, code]).encode()).hexdigest()[:16]
-            jobs.append((name, point, seed, smoke, cfg.out, f"{out}/parts/{key}.json"))
-    run_jobs(jobs, 1 if smoke else cfg.workers)
+    for point in load(name).points(cfg.smoke):
+        for seed in seeds:
+            key = hashlib.sha256(json.dumps([point, seed, cfg.smoke, code]).encode()).hexdigest()[:16]
+            jobs.append((name, point, seed, cfg.smoke, cfg.out, f"{out}/parts/{key}.json"))
+    run_jobs(jobs, 1 if cfg.smoke else cfg.workers)
     rows, cpu, stages = [], 0.0, {}
     for _, point, seed, *_, path in jobs:
         with open(path) as f:
@@ -192,15 +201,24 @@ def run_lab(name, cfg):
         rows += [{"seed": seed, **point, **row} for row in part["rows"]]
         cpu += part["cpu"]
         stages |= part["stages"]
+    return rows, round((cpu + sum(stages.values())) / 60, 2)
+
+
+def run_lab(name, cfg):
+    """All jobs of a lab, then results.csv, verdict.json and figure.png → the dict of verdict.json."""
+    lab, smoke = load(name), cfg.smoke
+    seeds = 1 if smoke else cfg.seeds or lab.SEEDS
+    out = f"{cfg.out}/{name}" + "/smoke" * smoke
+    rows, minutes = run_points(name, range(seeds), cfg, out)
     write_csv(f"{out}/results.csv", rows)
     rows = read_csv(f"{out}/results.csv")
     verdict = {"lab": name, "paper": lab.PAPER, "prediction": lab.PREDICTION, "statistic": lab.STATISTIC}
     verdict |= conclude(lab, rows) | {"smoke": smoke, "differs": lab.DIFFERS, "changes": lab.CHANGES}
     verdict |= {
-        "seeds": seeds, "cpu_minutes": round((cpu + sum(stages.values())) / 60, 2),
+        "seeds": seeds, "cpu_minutes": minutes,
         "command": f"python -m labs {name}" + " --smoke" * smoke + f" --seeds {seeds}" * (seeds != lab.SEEDS),
         "commit": commit(),
-        "machine": f"{platform.machine()}, one thread a process, torch {torch.__version__}",
+        "machine": machine(),
     }
     if pyplot():
         lab.figure(rows, f"{out}/figure.png")

@@ -135,6 +135,21 @@ def run(point, seed, smoke):
     return out
 
 
+def effects(rows):
+    def value(column, condition="coin"):
+        return common.by_seed(rows, column, condition=condition, stage="after")
+
+    liked = common.less(value("imprint_voice", "liked"), value("imprint_voice"))
+    resisted = common.less(value("resists_flipped"), value("resists_right"))
+    turned = common.less(value("turned_voice", "liked"), value("turned_weekday", "liked"))
+    return {
+        "imprint of sentiment": value("imprint_sentiment"),
+        "imprint of voice, liked less a coin": liked,
+        "share against the label, flipped less right": resisted,
+        "share turned round, voices less weekdays": turned,
+    }
+
+
 def verdict(rows):
     def value(column, condition="coin", stage="after"):
         return common.by_seed(rows, column, condition=condition, stage=stage)
@@ -148,7 +163,7 @@ def verdict(rows):
         "change": common.paired(value("imprint_sentiment"), value("imprint_sentiment", stage="before")),
     }
     said = {name: common.pm(*x) for name, x in found.items()}
-    return all(mean > half for mean, half in list(found.values())[:4]), (
+    return common.seen(effects(rows)), (
         f"Training imprints sentiment by {said['sentiment']} deviations; a voice that labellers like by "
         f"{said['liked']} more than one that is a coin, one that goes along with quality by "
         f"{said['confounded']} more. The share of pairs ranked against their label is higher by "

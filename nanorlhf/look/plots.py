@@ -27,8 +27,8 @@ WORDS = {  # column of metrics.csv → what the y axis says; docs/00-notation.md
     "lr": "learning rate",
 }
 NO_MATTER = ("out", "overwrite", "resume", "new_data", "wandb", "threads")  # flags that move no curve
-# Student's t at 97.5% for 2 to 10 values; T975[0] belongs to two.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Student's t at 97.5% for 2 to 12 values; T975[0] belongs to two.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)
 
 
 def plot_curves(out, rows, panels):
@@ -146,7 +146,7 @@ def mean_ci(x):
     """Mean, and half the width of its 95% interval by Student's t; nan for a single value."""
     if len(x) < 2:
         return (x[0] if x else math.nan), math.nan
-    quantile = T975[min(len(x), 10) - 2]  # from 11 values on a little too wide
+    quantile = T975[min(len(x), 12) - 2]  # from 13 values on a little too wide
     return statistics.mean(x), quantile * statistics.stdev(x) / math.sqrt(len(x))
 
 
