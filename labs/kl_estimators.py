@@ -183,7 +183,7 @@ def verdict(rows):
         numbers |= {label: mean, f"{label} ±": half}
     parts = []
     for name in (name for name in RUNS if common.select(rows, kl=name)):
-        for column in ("missed", "kl_end", "reward_end", "gradient_bias", "gradient_noise"):
+        for column in ("missed", "kl_end", "kl_best", "reward_end", "gradient_bias", "gradient_noise"):
             numbers[f"{column} {name}"] = statistics.mean(common.by_seed(rows, column, kl=name))
         parts.append(f"{name} {numbers[f'missed {name}']:.2f}")
     sentence = ", ".join(f"{label}: {common.pm(*x)}" for label, x in found.items())
