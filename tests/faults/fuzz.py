@@ -71,6 +71,8 @@ def main(argv=None):
                 counts[outcome if outcome in counts else "failed"] += 1
                 if outcome not in counts or args.only is not None:
                     print(f"{kind} {number}: {said}", flush=True)
+                if number % 1000 == 999:  # a night's worth that is broken off has shown something
+                    print(f"{kind}, {number + 1} cases so far: {counts}", flush=True)
             seconds = time.perf_counter() - start
         print(f"{kind}: {counts}, {seconds / max(1, len(numbers)):.2f} s a case", flush=True)
         failed += counts["failed"]

@@ -167,9 +167,11 @@ def bend(rng, path, values):
     except UserError:  # an earlier change damaged it
         return
     keys = [key for key in settings if key != "general.architecture"]
+    if len(keys) == len(settings) or not keys:  # an earlier change renamed or hid what the writer needs
+        return
     key = rng.choice(keys)
     value = rng.choice(values)
-    if isinstance(settings[key], list) and rng.random() < 0.8:
+    if isinstance(settings[key], list) and settings[key] and rng.random() < 0.8:
         value = list(settings[key])
         at = rng.randrange(len(value))
         value[at] = rng.choice([value[at - 1], "", "a b c", 0, 1, 2, 3, 4, 5, 6])
