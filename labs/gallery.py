@@ -131,8 +131,8 @@ def show(cfg):
         minutes = f"{result.last['cpu_minutes']:.1f}" if result.last else "–"
         verdicts = f"{word(result.exploratory):<12}{word(result.replicated):<11}{corrected(result):<15}"
         print(f"{name:<20}{verdicts}{size:<15}{minutes:>7}")
-    for paragraph in (explain(results), "--help: how to run one of them"):
-        print("\n" + textwrap.fill(paragraph, 80))
+    print("\n" + textwrap.fill(explain(results), 80))
+    print("\n`python -m labs NAME` runs a lab, `python -m labs replicate NAME` on the seeds of this table.")
     for name, result in results.items():
         print("\n" + textwrap.fill(f"{name}: {run.load(name).QUESTION}", 80, subsequent_indent="    "))
         if result.new:

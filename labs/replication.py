@@ -277,5 +277,7 @@ def main(argv):
             require_committed()
         for name in names:
             show(replicate(name, cfg))
+        if cfg.publish:
+            print("published; `python -m labs gallery` renews labs/README.md and the forest plot")
 
     return run_cli(Config, replicate_all, __doc__, argv[len(chosen):])
