@@ -132,7 +132,7 @@ def show(cfg):
         verdicts = f"{word(result.exploratory):<12}{word(result.replicated):<11}{corrected(result):<15}"
         print(f"{name:<20}{verdicts}{size:<15}{minutes:>7}")
     print("\n" + textwrap.fill(explain(results), 80))
-    print("\n`python -m labs NAME` runs a lab, `python -m labs replicate NAME` on the seeds of this table.")
+    print("\npython -m labs NAME runs a lab, python -m labs replicate NAME on these seeds.")
     for name, result in results.items():
         print("\n" + textwrap.fill(f"{name}: {run.load(name).QUESTION}", 80, subsequent_indent="    "))
         if result.new:
