@@ -233,7 +233,8 @@ def test_what_failed_to_replicate_is_said_at_the_top_of_its_section(name):
     first = PAGE.split(f"<!-- labs {name} -->\n\n")[1].split("\n\n")[0]
     assert first.startswith(("**Did not replicate:** ", "**Not seen:** ")) != found["seen"]
     for label, row in found["effects"].items():
-        assert (label in first) == (not row["mean"] - row["half"] > 0)
+        named = re.search(re.escape(label) + " [+−]", first) is not None
+        assert named == (not row["mean"] - row["half"] > 0)
 
 
 def said_in(name):
