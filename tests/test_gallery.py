@@ -252,7 +252,9 @@ def said_in(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_intervals_in_the_text_are_those_of_the_verdicts(name):
+    """All but a paragraph on "An earlier set-up" or version, whose results are in the history alone."""
     text = PAGE.split(f"<!-- labs {name} -->")[1].split("<!-- end -->")[1].split("\n## ")[0]
+    text = "\n".join(part for part in text.split("\n\n") if not part.startswith("An earlier "))
     known = said_in(name)
     for interval in re.findall(rf"{NUMBER}\s±\s{NUMBER}", text):
         for number in re.findall(NUMBER, interval):
