@@ -235,6 +235,21 @@ def one_sided_p(values):
     return area_above(angle) / area_above(-math.pi / 2)
 
 
+def holm(p_values):
+    """Holm's correction of {name: p} → {name: adjusted p}.
+
+    With all p below a level after it, the probability of any false one among them is at most that level. Of
+    m values the smallest is multiplied by m, the next by m − 1, and so on; none is below the one before it,
+    or a larger p could pass where a smaller one does not.
+    """
+    adjusted = {}
+    highest = 0.0
+    for i, name in enumerate(sorted(p_values, key=p_values.get)):
+        highest = max(highest, (len(p_values) - i) * p_values[name])
+        adjusted[name] = min(1.0, highest)
+    return adjusted
+
+
 def best_of(values, n):
     """(P, N) values of each prompt's samples, ascending by proxy → mean of the best of n by proxy.
 

@@ -3,6 +3,7 @@
     python -m labs replicate --freeze      what each lab is held to → labs/replication.json, to be committed
     python -m labs replicate               every lab in that file, on seeds 2000, 2001, …
     python -m labs replicate scaling       one of them → out/labs/replication/scaling; --publish copies it
+                                           to labs/results: then `python -m labs gallery` renews the page
     python -m labs replicate --smoke       their smallest size: shows that the code runs, and nothing else
 
 A lab of this kind has, besides what labs/run.py lists,
@@ -209,16 +210,21 @@ def require_committed():
     require(not changed, "labs/replication.json is not committed: commit it before the first run")
 
 
-def conclude(lab, rows):
-    """→ what `run.conclude` finds, and of each label the interval and p; p of the lab is the largest one."""
-    effects = lab.effects(rows)
-    intervals = {}
+def intervals(effects):
+    """Of each label the mean, half the 95% interval and the one-sided p, rounded to 4 digits."""
+    found = {}
     for label, values in effects.items():
         mean, half = common.mean_ci(values)
         row = {"mean": mean, "half": half, "p": common.one_sided_p(values)}
-        intervals[label] = {k: float(f"{v:.4g}") for k, v in row.items()}
-    found = run.conclude(lab, rows) | {"seen": common.seen(effects), "effects": intervals}
-    return found | {"p": max(row["p"] for row in intervals.values())}
+        found[label] = {k: float(f"{v:.4g}") for k, v in row.items()}
+    return found
+
+
+def conclude(lab, rows):
+    """→ what `run.conclude` finds, and the intervals of all labels; p of the lab is the largest one."""
+    effects = lab.effects(rows)
+    found = run.conclude(lab, rows) | {"seen": common.seen(effects), "effects": intervals(effects)}
+    return found | {"p": max(row["p"] for row in found["effects"].values())}
 
 
 def replicate(name, cfg):
@@ -251,10 +257,7 @@ def show(verdict):
     print(textwrap.fill(f"verdict: {verdict['verdict']}", 80, subsequent_indent="    "))
     for label, row in verdict["effects"].items():
         print(f"    {label}: {common.pm(row['mean'], row['half'])}, p = {row['p']:.2g}")
-    word = "effect seen" if verdict["seen"] else "effect not seen"
-    if verdict["smoke"]:
-        word = "smoke run, no evidence"
-    print(f"{verdict['lab']}: {word}, {verdict['cpu_minutes']:.1f} CPU-min, {verdict['seeds']} seeds")
+    print(run.last_line(verdict))
 
 
 def main(argv):
@@ -274,5 +277,7 @@ def main(argv):
             require_committed()
         for name in names:
             show(replicate(name, cfg))
+        if cfg.publish:
+            print("published; `python -m labs gallery` renews labs/README.md and the forest plot")
 
     return run_cli(Config, replicate_all, __doc__, argv[len(chosen):])

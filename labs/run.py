@@ -1,6 +1,6 @@
-"""Runs the labs, one file a paper, and lists them.
+"""Runs the labs, one file a paper.
 
-    python -m labs                   each with the verdict and the CPU time of its last run, and its question
+    python -m labs                   the table of all, and what each asks: labs/gallery.py
     python -m labs scaling           one lab: results.csv, verdict.json and figure.png in out/labs/scaling
     python -m labs NAME --smoke      its smallest size, in seconds: shows that the code runs, and nothing else
     python -m labs all               every lab, one after the other
@@ -9,8 +9,7 @@
 A lab is a module with
 
     PAPER, QUESTION, PREDICTION, STATISTIC, DIFFERS    sentences
-    CHANGES, SEEDS                                     a list of what was changed after a full run; 3 or 5;
-                                                       a change of STATISTIC begins with "Statistic: "
+    CHANGES, SEEDS                                     a list of what was changed after a full run; 3 or 5
     points(smoke) -> [dict]                            points of the sweep: numbers and short strings
     run(point, seed, smoke) -> [dict]                  rows of one point and one seed
     effects(rows) -> {label: [a value for each seed]}  what is above 0 if the prediction holds
@@ -51,6 +50,7 @@ from nanorlhf.run.cli import check_ranges, run_cli
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FREE = "PAPER QUESTION PREDICTION STATISTIC DIFFERS CHANGES SEEDS effects verdict figure".split()
+NO_LAB = ("__init__", "__main__", "common", "gallery", "replication", "run")
 FILES = ("results.csv", "verdict.json", "figure.png")
 
 
@@ -71,7 +71,7 @@ class Config:
 def names():
     files = sorted(glob.glob(f"{HERE}/*.py"))
     stems = [os.path.splitext(os.path.basename(path))[0] for path in files]
-    return [name for name in stems if name not in ("__init__", "__main__", "common", "run", "replication")]
+    return [name for name in stems if name not in NO_LAB]
 
 
 def load(name):
@@ -231,14 +231,12 @@ def run_lab(name, cfg):
     return verdict
 
 
-def said(verdict):
-    """verdict.json → 'effect seen, 4.2 CPU-min'"""
+def last_line(verdict):
+    """'scaling: effect seen, 6.4 CPU-min, 3 seeds'"""
     word = "effect seen" if verdict["seen"] else "effect not seen"
-    if verdict["seen"] and any(change.startswith("Statistic: ") for change in verdict["changes"]):
-        word = "seen with a changed statistic"
     if verdict["smoke"]:
         word = "smoke run, no evidence"
-    return f"{word}, {verdict['cpu_minutes']:.1f} CPU-min"
+    return f"{verdict['lab']}: {word}, {verdict['cpu_minutes']:.1f} CPU-min, {verdict['seeds']} seeds"
 
 
 def show(verdict):
@@ -246,20 +244,7 @@ def show(verdict):
         print(textwrap.fill(f"{key}: {verdict[key]}", 80, subsequent_indent="    "))
     for change in verdict["changes"]:
         print(textwrap.fill(f"changed after a full run: {change}", 80, subsequent_indent="    "))
-    print(f"{verdict['lab']}: {said(verdict)}, {verdict['seeds']} seeds")
-
-
-def listing(root):
-    """One line a lab, of its last full run here or else the committed one, and the question that it asks."""
-    for name in names():
-        found = [p for p in (f"{root}/{name}/verdict.json", f"{HERE}/results/{name}/verdict.json")
-                 if os.path.exists(p)]
-        last = "not run"
-        if found:
-            with open(found[0], encoding="utf-8") as f:
-                last = said(json.load(f))
-        print(f"{name:<22}{last}")
-        print(textwrap.fill(load(name).QUESTION, 80, initial_indent=" " * 4, subsequent_indent=" " * 4))
+    print(last_line(verdict))
 
 
 def main(argv):
@@ -268,8 +253,7 @@ def main(argv):
     chosen = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
 
     def run(cfg):
-        if not chosen:
-            listing(cfg.out)
+        require(chosen, "name a lab, or `all`; `python -m labs` alone prints the table of them")
         for name in names() if chosen == ["all"] else chosen:
             show(run_lab(name, cfg))
 

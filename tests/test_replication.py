@@ -230,7 +230,7 @@ def test_replication_twice_gives_the_same_rows(fake, tmp_path, capsys):
     for folder in (out, tmp_path / "again"):
         assert replication.main(["fake", "--out", str(folder), "--workers", "1", "--publish"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-1] == "fake: effect seen, 0.0 CPU-min, 3 seeds"
+    assert said[-2] == "fake: effect seen, 0.0 CPU-min, 3 seeds" and "labs gallery" in said[-1]
     text = (out / "replication/fake/replication.csv").read_bytes()
     assert text == (tmp_path / "again/replication/fake/replication.csv").read_bytes()
     assert text.decode().splitlines()[:2] == ["seed,x,y", "2000,1,0.35"]
