@@ -9,7 +9,6 @@ import train_sft
 from labs import common
 from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import derive_seed
-from nanorlhf.look.plots import mean_ci
 
 PAPER = "Luo et al., 2025, DeepScaleR: surpassing o1-preview with a 1.5B model by scaling RL (no arXiv paper)"
 QUESTION = "Is RL cheaper with a short context first and a long one later, where problems need long thoughts?"
@@ -182,7 +181,7 @@ def verdict(rows):
     parts = []
     seen = True
     for label, values in effects(rows).items():
-        mean, half = mean_ci(values)
+        mean, half = common.mean_ci(values)
         numbers[label] = mean
         numbers[f"{label} ±"] = half
         parts.append(f"{label} {common.pm(mean, half, 3)}")
