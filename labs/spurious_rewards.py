@@ -1,8 +1,9 @@
-"""GRPO on rewards that know nothing: who gains from them, and whether the clip is why."""
+"""GRPO on rewards that know nothing: which family gains from them, and whether the clip is why."""
 
 import random
 import re
 import statistics
+from itertools import accumulate
 
 import train_grpo
 import train_sft
@@ -13,36 +14,47 @@ from nanorlhf.errors import derive_seed
 PAPER = "Shao et al., 2025, Spurious rewards: rethinking training signals in RLVR (2506.10947)"
 QUESTION = "Can a reward that is independent of the answer raise accuracy, and through what?"
 PREDICTION = (
-    "format-only, random and wrong-label rewards raise the accuracy of the family whose favourite habit "
-    "is right (thinks) and not of the one whose favourite is wrong (guesses); without the clip a coin gains "
-    "nothing"
+    "a coin as reward, with the clip, raises the accuracy of the code-like family, whose favourite habit is "
+    "the right one, and raises it more than that of the prose-like family, whose habit does not help"
 )
 STATISTIC = (
-    "accuracy on 512 held-out prompts after GRPO less before it, 5 seeds, 95% interval; seen if at the "
-    "small learning rate a coin's gain in the thinking family is above 0, and above the one without clip"
+    "accuracy of 512 samples to held-out prompts after GRPO less before it, 5 seeds, paired: the coin's gain "
+    "with the clip in the code-like family, and the same less the gain in the prose-like family; seen if "
+    "both 95% intervals lie above 0"
 )
 DIFFERS = (
-    "both families are one model of chain (53k parameters) whose habit was set by 150 more steps of SFT: it "
-    "thinks in 80% of its samples, or in 20%; eight updates a rollout; the clip's range is such that it "
-    "holds 0.2% to 1.3% of the tokens at either learning rate"
+    "sums of one to six digits mod 10, by models of 53k parameters; both families write a scratchpad for 95% "
+    "of the problems of one kind (first digit even) and 35% of the others: running sums in the code-like "
+    "one, the digits again in the prose-like one; direct answers are right where digits are few; a fifth of "
+    "the answers lack the mark that the format reward asks for, and count; the wrong label is the sum plus "
+    "5; eight updates a rollout, a clip of 0.1, 40 rollouts"
 )
 CHANGES = [
-    "clip less no clip at the large learning rate, and the accuracy of samples that think, were added to the "
-    "verdict; what counts as seen was not touched",
+    "a new set-up: two families with the same habit, which helps one of them, and problems that a direct "
+    "answer can solve; before, the two differed in how often they took one and the same habit",
+    "set-up chosen on seed 9000, one run each: at lr 3e-4 and clip 0.2 the coin took the skill away (right "
+    "with the scratchpad 0.99 → 0.86, gain -0.06); at 1e-4 and 0.2 nothing was clipped (gain -0.03); at 2e-4 "
+    "and 0.1 the skill stays (0.97 → 0.96, gain -0.03; prose-like -0.01), not so without the clip (0.50); "
+    "then 600 steps of SFT for 400, as the prose-like family could not yet add two digits",
 ]
 SEEDS = 5
 
-FAMILIES = {"thinks": 0.8, "guesses": 0.2}  # share of demonstrations that think
+DIGITS = 6  # of the longest problem
 OFF = 1e6  # a clip that never acts
-RUNS = (  # reward, learning rate, clip
-    ("true", 3e-4, 0.2), ("format", 3e-4, 0.2), ("wrong", 3e-4, 0.2),
-    ("coin", 3e-4, 0.03), ("coin", 3e-4, OFF), ("coin", 5e-5, 0.005), ("coin", 5e-5, OFF),
-)
+CLIP = 0.1
+LR = 2e-4
+FAMILIES = ("code-like", "prose-like")
+REWARDS = ("true", "format", "wrong", "coin")
+FIGURES = "gain habit_before habit_after with_habit_after entropy_before entropy_after clipped".split()
 
 
 def points(smoke):
-    every = [{"family": f, "reward": r, "lr": lr, "clip": c} for f in FAMILIES for r, lr, c in RUNS]
-    return [every[5], every[6]] if smoke else every
+    """Without the clip: all but the true reward in the code-like family, the coin in the prose-like one."""
+    if smoke:
+        return [{"family": family, "reward": "coin", "clip": CLIP} for family in FAMILIES]
+    found = [{"family": family, "reward": r, "clip": CLIP} for family in FAMILIES for r in REWARDS]
+    found += [{"family": "code-like", "reward": reward, "clip": OFF} for reward in REWARDS[1:]]
+    return [*found, {"family": "prose-like", "reward": "coin", "clip": OFF}]
 
 
 # ---- the rewards, as files of the user's own are: --reward labs/spurious_rewards.py:coin
@@ -51,123 +63,154 @@ coins = {}
 
 
 def true(prompt, response, row):
-    return tasks.get("chain").reward(prompt, response)
+    """1 where the answer is right, with or without its mark |."""
+    match = re.fullmatch(r"(<[0-9]*>)?\|?([0-9])", response)
+    return float(match is not None and match[2] == row["answer"])
 
 
 def format(prompt, response, row):
+    """1 for `|digit` or `<digits>|digit`, whatever the digit."""
     return float(re.fullmatch(r"(<[0-9]*>)?\|[0-9]", response) is not None)
 
 
 def wrong(prompt, response, row):
-    return format(prompt, response, row) * (response[-1:] == str((int(row["answer"]) + 5) % 10))
+    """1 where the answer is the label, which is wrong for every problem."""
+    label = str((int(row["answer"]) + 5) % 10)
+    return true(prompt, response, {"answer": label})
 
 
 def coin(prompt, response, row):
-    """Heads or tails, whatever was answered; the stream of coins differs from seed to seed."""
-    return float(coins.setdefault("rng", random.Random(prompt)).random() < 0.5)
+    """Heads or tails, whatever was answered. A run imports this file anew, so its coins start anew."""
+    if "rng" not in coins:
+        coins["rng"] = random.Random(prompt)
+    return float(coins["rng"].random() < 0.5)
 
 
 # ---- runs
 
 
-def demonstrations(n, seed, share):
-    """Rows of chain, of which this share thinks."""
-    rng, rows = random.Random(f"spurious {seed}"), []
-    for row in tasks.get("chain").prompts("train", n, seed):
-        digits = list(map(int, row["prompt"][:-1]))
-        thought = "".join(str(sum(digits[: i + 1]) % 10) for i in range(len(digits)))
-        thought = f"<{thought}>" if rng.random() < share else ""
-        rows.append({"prompt": row["prompt"], "response": f"{thought}|{row['answer']}"})
+def problems(n, seed, split, family):
+    """n rows of one split, with the demonstrations of a family."""
+    rng = random.Random(f"spurious {split} {seed}")
+    rows = []
+    while len(rows) < n:
+        digits = [rng.randrange(10) for _ in range(rng.randint(1, DIGITS))]
+        text = "".join(map(str, digits))
+        prompt = text.ljust(DIGITS + 1, "=")
+        if tasks.held_out(prompt) != (split == "test"):
+            continue
+        sums = "".join(str(total % 10) for total in accumulate(digits))
+        scratchpad = f"<{sums}>" if family == "code-like" else f"<{text}>"
+        habit = 0.35 if digits[0] % 2 else 0.95
+        if rng.random() > habit:
+            scratchpad = ""
+        mark = "" if rng.random() < 0.2 else "|"
+        rows.append({"prompt": prompt, "answer": sums[-1], "response": f"{scratchpad}{mark}{sums[-1]}"})
     return rows
 
 
-def base(seed, share, smoke, **size):
-    """A model that can think, then taught how often to."""
-    n, small = (500, dict(steps=5)) if smoke else (40_000, {})
-    what = dict(task="chain", seed=seed, eval_every=0, tokenizer="chars")
-    data = common.data_file(demonstrations(n, seed, 0.5))
-    skill = common.trained(train_sft, **what, data=data, **small, **size)
-    habit = dict(steps=5 if smoke else 150, lr=1e-3, init=f"{skill}/model")
-    data = common.data_file(demonstrations(n // 4, seed + 1000, share))
-    return common.trained(train_sft, **what, data=data, **habit) + "/model"
+def base(seed, family, smoke):
+    data = common.data_file(problems(500 if smoke else 40_000, seed, "train", family))
+    config = dict(task="chain", data=data, seed=seed, eval_every=0, tokenizer="chars")
+    return common.trained(train_sft, **config, steps=5 if smoke else 600)
 
 
 def measure(folder, seed, n):
-    """Figures of samples to held-out prompts at temperature 1 → {"accuracy", "thinks", "skill", "length"}.
+    """Figures of one sample to each of n held-out prompts at temperature 1.
 
-    skill: accuracy of those that think; length: tokens, EOS included.
+    → accuracy, habit (the share with a scratchpad), with_habit and without (accuracy of the two).
     """
     model, tok = hub.load(folder)
-    task = tasks.get("chain")
-    rows = task.prompts("test", n, derive_seed(seed, "spurious"))
+    rows = problems(n, seed, "test", "code-like")
     prompts = [row["prompt"] for row in rows]
-    rolls, texts = generate.respond(model, tok, prompts, 1, 11, seed=derive_seed(seed, "samples"))
-    right, thinks = list(map(task.reward, prompts, texts, rows)), list(map(task.thinks, texts))
-    skill = sum(r for r, t in zip(right, thinks) if t) / max(sum(thinks), 1)
-    length = statistics.mean(n for roll in rolls for n in roll.response_len.tolist())
-    shares = {"accuracy": statistics.mean(right), "thinks": statistics.mean(thinks)}
-    return shares | {"skill": skill, "length": length}
+    _, texts = generate.respond(model, tok, prompts, 1, 11, seed=derive_seed(seed, "spurious"))
+    right = [true(row["prompt"], text, row) for row, text in zip(rows, texts)]
+    habit = [float(text.startswith("<")) for text in texts]
+    both = sum(r * h for r, h in zip(right, habit))
+    return {
+        "accuracy": statistics.mean(right),
+        "habit": statistics.mean(habit),
+        "with_habit": both / max(sum(habit), 1),
+        "without": (sum(right) - both) / max(n - sum(habit), 1),
+    }
 
 
 def run(point, seed, smoke):
-    folder = base(seed, FAMILIES[point["family"]], smoke)
-    data = common.data_file(tasks.get("chain").prompts("train", 3000, seed))
-    clip = dict(clip_low=point["clip"], clip_high=point["clip"])
-    after = common.trained(
-        train_grpo, task="chain", init=folder, seed=seed, data=data, eval_prompts=0, ref="none",
-        reward=[f"{__file__}:{point['reward']}"], reward_timeout=0, steps=2 if smoke else 50,
-        minibatches=8, lr=point["lr"], **clip,
+    sft = base(seed, point["family"], smoke)
+    data = common.data_file(problems(3000, seed, "train", "code-like"))
+    grpo = common.trained(
+        train_grpo, task="chain", init=f"{sft}/model", ref="none", seed=seed, data=data, eval_prompts=0,
+        reward=[f"{__file__}:{point['reward']}"], reward_timeout=0, steps=2 if smoke else 40,
+        minibatches=8, lr=LR, clip_low=point["clip"], clip_high=point["clip"],
     )
-    out, n = {}, 64 if smoke else 512
-    for when, model in (("before", folder), ("after", f"{after}/model")):
-        out |= {f"{name}_{when}": x for name, x in measure(model, seed, n).items()}
-    out["gain"] = out["accuracy_after"] - out["accuracy_before"]
-    return [out | {"clipped": statistics.mean(common.logged(after, "clip")[0])}]
+    n = 64 if smoke else 512
+    row = {}
+    for when, folder in (("before", sft), ("after", grpo)):
+        for name, value in measure(f"{folder}/model", seed, n).items():
+            row[f"{name}_{when}"] = value
+    entropies, clipped = common.logged(grpo, "entropy", "clip")
+    row["entropy_before"] = entropies[0]
+    row["entropy_after"] = statistics.mean(entropies[-5:])
+    row["clipped"] = statistics.mean(clipped)
+    row["gain"] = row["accuracy_after"] - row["accuracy_before"]
+    return [row]
 
 
-def label(reward, lr, clip):
-    return reward + f", lr {lr:g}" * (reward == "coin") + ", no clip" * (clip == OFF)
+# ---- statistic
+
+
+def name(reward, clip):
+    return reward + ", no clip" * (clip == OFF)
+
+
+def effects(rows):
+    code = common.by_seed(rows, "gain", family="code-like", reward="coin", clip=CLIP)
+    prose = common.by_seed(rows, "gain", family="prose-like", reward="coin", clip=CLIP)
+    return {
+        "coin's gain, code-like": code,
+        "code-like less prose-like": [a - b for a, b in zip(code, prose)],
+    }
 
 
 def verdict(rows):
-    def of(family, what, column="gain"):
-        return common.by_seed(rows, column, **dict(zip(("reward", "lr", "clip"), what)), family=family)
-
-    numbers, said = {}, []
-    for f, what in ((f, what) for f in FAMILIES for what in RUNS if of(f, what)):
-        name, (mean, half) = f"{f}, {label(*what)}", common.mean_ci(of(f, what))
-        numbers |= {f"gain {name}": mean, f"gain {name} ±": half}
-        numbers |= {f"{x} {name}": statistics.mean(of(f, what, f"{x}_after")) for x in ("thinks", "skill")}
-        numbers[f"clipped {name}"] = statistics.mean(of(f, what, "clipped"))
-        said.append(f"{name} {common.pm(mean, half)}")
-    if not of("thinks", RUNS[-1]):
-        return False, "no coin without clip", {}
-    clip = {lr: [of("thinks", what) for what in RUNS[i : i + 2]] for lr, i in (("3e-4", 3), ("5e-5", 5))}
-    clip = {lr: common.paired(*found) for lr, found in clip.items() if all(found)}
-    gained, mechanism = common.mean_ci(of("thinks", RUNS[-2])), clip["5e-5"]
-    numbers |= {f"clip less no clip, lr {lr}": x[0] for lr, x in clip.items()}
-    numbers |= {f"clip less no clip, lr {lr} ±": x[1] for lr, x in clip.items()}
-    sentence = "a coin with the clip less one without it, thinking family: "
-    sentence += ", ".join(f"{common.pm(*x)} at lr {lr}" for lr, x in clip.items()) + "; gains: "
-    return gained[0] > gained[1] and mechanism[0] > mechanism[1], sentence + "; ".join(said), numbers
+    numbers = {}
+    gains = []
+    for point in points(False):
+        mine = common.select(rows, **point)
+        if not mine:
+            continue
+        label = f"{point['family']}, {name(point['reward'], point['clip'])}"
+        gain, half = common.mean_ci(common.by_seed(mine, "gain"))
+        gains.append(f"{label} {common.pm(gain, half)}")
+        for column in FIGURES:
+            numbers[f"{column} {label}"] = statistics.mean(common.by_seed(mine, column))
+    parts = []
+    seen = True
+    for label, values in effects(rows).items():
+        centre, half = common.mean_ci(values)
+        numbers[label] = centre
+        numbers[f"{label} ±"] = half
+        parts.append(f"{label} {common.pm(centre, half)}")
+        seen = seen and centre - half > 0
+    return seen, ", ".join(parts) + "; gains: " + "; ".join(gains), numbers
 
 
 def figure(rows, path):
+    """A row for each run: bars before, points after, in the colours of accuracy, habit and entropy."""
     fig, axs = common.axes(2, width=4.6, height=3.6)
-    for ax, f in zip(axs, FAMILIES):
-        for i, what in enumerate(RUNS):
-            mine = common.select(rows, family=f, **dict(zip(("reward", "lr", "clip"), what)))
-            for j, (part, name) in enumerate((("accuracy", "accuracy"), ("thinks", "share that thinks"))):
-                ends = [common.mean_ci(common.by_seed(mine, f"{part}_{w}")) for w in ("before", "after")]
-                (before, _), (after, half) = ends
-                y, colour = i + 0.25 * j, f"C{j}"
-                ax.plot([before, after], [y, y], color=colour, lw=1)
-                ax.plot(before, y, "|", color=colour)
-                ax.errorbar(after, y, xerr=half, fmt="o", ms=4, color=colour, label=name * (i == 0))
-        names = [label(*what) for what in RUNS]
-        ax.set(yticks=range(len(RUNS)), yticklabels=names, xlim=(-0.02, 1.02), title=f"the base model {f}")
-        ax.set_xlabel("before (bar), after GRPO (point)")
-        ax.invert_yaxis()
-        ax.tick_params(axis="y", labelsize=8)
-    axs[1].legend(fontsize=8)
+    parts = {"accuracy": "accuracy", "habit": "share with a scratchpad", "entropy": "entropy, nats a token"}
+    for ax, family in zip(axs, FAMILIES):
+        runs = [point for point in points(False) if point["family"] == family]
+        for j, column in enumerate(parts):
+            for i, point in enumerate(runs):
+                before, _ = common.mean_ci(common.by_seed(rows, f"{column}_before", **point))
+                after, half = common.mean_ci(common.by_seed(rows, f"{column}_after", **point))
+                y = i + 0.22 * j
+                ax.plot([before, after], [y, y], "|-", color=f"C{j}", lw=1, markevery=[0])
+                ax.errorbar(after, y, xerr=half, fmt="o", color=f"C{j}", ms=4)
+            ax.plot([], [], "o-", color=f"C{j}", label=parts[column])
+        labels = [name(point["reward"], point["clip"]) for point in runs]
+        ax.set(yticks=range(len(runs)), yticklabels=labels, xlim=(-0.02, 1.02), ylim=(6.7, -0.3))
+        ax.set(title=family, xlabel="before (bar), after GRPO (point)")
+    axs[1].legend(fontsize=8, loc="lower right")
     common.save(fig, path)

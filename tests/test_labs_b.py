@@ -20,18 +20,68 @@ def test_guessing_is_a_draw_among_all_expressions(monkeypatch):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_lengthened_problems_are_solved_by_their_demonstrations(split):
-    rows = context_lengthening.problems(300, 0, split)
-    lengths = [len(r["response"]) + 1 for r in rows if r["response"].startswith("<")]
-    assert all(context_lengthening.accuracy(r["prompt"], r["response"], r) == 1 for r in rows)
-    assert {len(r["prompt"]) for r in rows} == {9} and 100 < len(lengths) < 200
-    assert min(lengths) < 11 and 25 < max(lengths) <= context_lengthening.LONGEST
-    assert {tasks.held_out(r["prompt"]) for r in rows} == {split == "test"}
+def test_lengthened_problems_and_their_demonstrations(split):
+    """A slip turns a share of the answers wrong, more of them in long thoughts; the rest are right."""
+    lab = context_lengthening
+    rows = lab.problems(2000, 0, split)
+    right = {False: [], True: []}
+    for row in rows:
+        long = len(row["response"]) > 22
+        right[long].append(lab.accuracy(row["prompt"], row["response"], row))
+    # a thought of r tokens is right in 0.1 + 0.9 * 0.96**r: 0.65 at 12 tokens, 0.41 at 26
+    assert sum(right[False]) / len(right[False]) > 0.55 > 0.5 > sum(right[True]) / len(right[True]) > 0.25
+    assert {len(row["prompt"]) for row in rows} == {lab.WIDTH}
+    assert max(len(row["response"]) for row in rows) < lab.LONG  # EOS is one more
+    assert {tasks.held_out(row["prompt"]) for row in rows} == {split == "test"}
+
+
+def test_a_thought_without_slips_is_the_running_sums(monkeypatch):
+    lab = context_lengthening
+    monkeypatch.setattr(lab, "SLIP", 0.0)
+    for row in lab.problems(200, 0, "train"):
+        digits = [int(x) for x in row["prompt"].rstrip("=")]
+        sums = [str(sum(digits[:i]) % 10) for i in range(1, len(digits) + 1)]
+        written = row["response"][1 : row["response"].index(">")]
+        assert written[: len(sums)] == "".join(sums) and set(written[len(sums) :]) <= {sums[-1]}
+        assert lab.accuracy(row["prompt"], row["response"], row) == 1
+    assert lab.accuracy("34============", "|7", None) == 0  # the lab's answers think
+    assert lab.accuracy("34============", "<37>|7", None) == 1
+
+
+def run_of(seed, limits, points, end):
+    rows = []
+    for tokens, accuracy in points:
+        rows.append({"seed": seed, "limits": limits, "tokens": tokens, "accuracy": accuracy})
+    rows[-1]["accuracy_long"] = end
+    return rows
+
+
+def test_accuracy_at_equal_tokens_by_hand():
+    """The lengthened run has 0.8, between 0.7 and 0.9; the long one 0.5, the short one 0.6 at its end."""
+    lab = context_lengthening
+    rows = []
+    for seed in (0, 1):
+        shift = 0.1 * seed
+        main = [(0, 0.1), (60_000, 0.7 + shift), (100_000, 0.9 + shift)]
+        rows += run_of(seed, lab.MAIN, main, 0.95)
+        rows += run_of(seed, "43 throughout", [(0, 0.1), (80_000, 0.5), (130_000, 0.9)], 0.9)
+        rows += run_of(seed, "14 throughout", [(0, 0.1), (130_000, 0.3)], 0.6)
+    assert lab.at_budget(rows[:3], 30_000) == pytest.approx(0.4)
+    assert lab.at_budget(rows[:3], 200_000) == 0.9
+    found = lab.effects(rows)
+    assert found["lengthened less 43 throughout"] == pytest.approx([0.3, 0.4])
+    assert found["lengthened less 14 throughout"] == pytest.approx([0.2, 0.3])
+    seen, _, numbers = lab.verdict(rows)
+    assert not seen  # two values 0.1 apart: the interval is 0.64 wide on each side
+    assert numbers["accuracy 43 throughout"] == 0.5
 
 
 def test_spurious_rewards_by_hand():
     row, lab = {"prompt": "697470=", "answer": "3"}, spurious_rewards
-    cases = {"<652633>|3": (1, 1, 0), "|3": (1, 1, 0), "|8": (0, 1, 1), "<8>|8": (0, 1, 1), "8": (0, 0, 0)}
+    cases = {
+        "<652633>|3": (1, 1, 0), "<652633>3": (1, 0, 0), "3": (1, 0, 0), "|3": (1, 1, 0), "|8": (0, 1, 1),
+        "<8>|8": (0, 1, 1), "8": (0, 0, 1), "<652633": (0, 0, 0), "33": (0, 0, 0),
+    }  # fmt: skip
     for text, want in cases.items():
         found = [reward(row["prompt"], text, row) for reward in (lab.true, lab.format, lab.wrong)]
         assert tuple(found) == want
@@ -40,12 +90,34 @@ def test_spurious_rewards_by_hand():
     assert sum(flips) == pytest.approx(1000, abs=90)
 
 
-def test_share_that_thinks_and_running_sums():
-    rows = spurious_rewards.demonstrations(400, 0, 0.8)
-    thinks = [r for r in rows if r["response"].startswith("<")]
-    assert len(thinks) == pytest.approx(320, abs=35)
-    assert all(tasks.get("chain").reward(r["prompt"], r["response"]) == 1 for r in rows)
-    assert all(len(r["response"]) == 10 for r in thinks)
+@pytest.mark.parametrize("family", spurious_rewards.FAMILIES)
+def test_habits_of_the_two_families(family):
+    lab = spurious_rewards
+    rows = lab.problems(2000, 0, "train", family)
+    assert all(lab.true(row["prompt"], row["response"], row) == 1 for row in rows)
+    for odd, share in ((0, 0.95), (1, 0.35)):
+        taken = [row["response"].startswith("<") for row in rows if int(row["prompt"][0]) % 2 == odd]
+        assert sum(taken) / len(taken) == pytest.approx(share, abs=0.05)
+    assert sum("|" in row["response"] for row in rows) == pytest.approx(1600, abs=60)
+    for row in rows:
+        digits = row["prompt"].rstrip("=")
+        sums = "".join(str(sum(map(int, digits[: i + 1])) % 10) for i in range(len(digits)))
+        if row["response"].startswith("<"):
+            assert row["response"][1:].startswith((sums if family == "code-like" else digits) + ">")
+
+
+def test_gain_of_a_coin_by_hand():
+    lab = spurious_rewards
+    gains = {("code-like", lab.CLIP): 0.3, ("prose-like", lab.CLIP): 0.1, ("code-like", lab.OFF): 0.9}
+    rows = []
+    for (family, clip), gain in gains.items():
+        for seed in (0, 1):
+            point = {"family": family, "reward": "coin", "clip": clip}
+            rows.append({"seed": seed, **point, "gain": gain + seed / 10})
+    rows.append({"seed": 0, "family": "code-like", "reward": "true", "clip": lab.CLIP, "gain": 0.7})
+    found = lab.effects(rows)
+    assert found["coin's gain, code-like"] == pytest.approx([0.3, 0.4])
+    assert found["code-like less prose-like"] == pytest.approx([0.2, 0.2])
 
 
 def test_shares_of_unchanged_weights_and_rank():
