@@ -190,15 +190,17 @@ def verdict(rows):
 
 
 def figure(rows, path):
-    fig, axs = common.axes(3, width=3.3, height=3.2)
-    titles = {"bf16": "unchanged, in bfloat16", "float32": "unchanged, in float32", "gain": "accuracy gained"}
-    for ax, (column, title) in zip(axs, titles.items()):
+    fig, axs = common.axes(2, width=4.2, height=3.4)
+    panels = ((axs[0], "bf16", "o-"), (axs[0], "float32", ":"), (axs[1], "gain", "o-"))
+    for ax, column, style in panels:
         for i, (method, label) in enumerate(METHODS.items()):
-            for seed in sorted({r["seed"] for r in rows}):
-                chosen = common.select(rows, method=method, dtype="float32", seed=seed)
-                curve = sorted((r["kl"], r[column]) for r in chosen)
-                ax.plot(*zip(*curve), "os^"[i] + "-", ms=3, color=f"C{i}", alpha=0.6, label=label)
-                label = None  # one entry for all seeds
-        ax.set(xscale="log", xlabel="KL to the base, nats", title=title)
-    axs[0].legend(fontsize=8)
+            chosen = common.select(rows, method=method, dtype="float32")
+            lengths = sorted({r["updates"] for r in chosen})
+            kls = [statistics.mean(common.by_seed(chosen, "kl", updates=n)) for n in lengths]
+            found = [common.mean_ci(common.by_seed(chosen, column, updates=n)) for n in lengths]
+            ax.errorbar(kls, *zip(*found), fmt=style, ms=4, capsize=2, color=f"C{i}", label=label)
+        ax.set(xscale="log", xlabel="KL to the base, nats")
+    axs[0].set(title="share of weights unchanged", ylabel="in bfloat16 (dotted: in float32)")
+    axs[1].set(title="accuracy gained")
+    axs[1].legend()
     common.save(fig, path)
