@@ -1,6 +1,7 @@
 """What single labs compute: rewards, problems, shares of weights."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -121,10 +122,25 @@ def test_gain_of_a_coin_by_hand():
 
 
 def test_shares_of_unchanged_weights_and_rank():
-    """Of ten entries one moves by far, one by less than bfloat16 sees, one by 1e-6; the update has rank 1."""
+    """Of ten weights one moves by far, one by less than bfloat16 sees at 1, one by 1e-6 and one by 5e-6.
+
+    The last one differs after rounding too, as it starts at 0, but by less than the tolerance.
+    """
     before = {"w": torch.ones(3, 3), "b": torch.zeros(1)}
-    after = {"w": before["w"].clone(), "b": torch.zeros(1)}
+    after = {"w": before["w"].clone(), "b": torch.full((1,), 5e-6)}
     after["w"][0] += torch.tensor([1.0, 1e-3, 1e-6])
     found = sparse_updates.compare(before, after)
-    want = {"exact": 0.7, "tiny": 0.8, "bf16": 0.9, "size": 1 / 3, "rank": 1 / 3}
-    assert found == pytest.approx(want, rel=1e-3)
+    assert found == pytest.approx({"float32": 0.8, "bf16": 0.9, "size": 1 / 3, "rank": 1 / 3}, rel=1e-3)
+
+
+def test_methods_are_compared_at_equal_kl():
+    """Shares that fall linearly in log KL: RL's lie 0.2 above SFT's, whatever KLs the runs reach."""
+    rows = []
+    for method, start, kls in (("RL", 0.5, (0.01, 0.2, 1.0)), ("SFT", 0.3, (0.02, 0.5))):
+        for seed in (0, 1):
+            for kl in kls:
+                share = start + seed / 10 - 0.05 * math.log(kl)
+                rows.append({"seed": seed, "method": method, "dtype": "float32", "kl": kl, "bf16": share})
+    wanted = [0.5 + seed / 10 - 0.05 * math.log(0.03 * 0.1 * 0.3) / 3 for seed in (0, 1)]
+    assert sparse_updates.at_equal_kl(rows, "bf16", "RL") == pytest.approx(wanted)
+    assert sparse_updates.effects(rows) == {"RL leaves more unchanged": pytest.approx([0.2, 0.2])}
