@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -44,8 +45,8 @@ def trained(trainer, **config):
     """
     task = next(iter(trainer.Config.BY_TASK))  # a lab's --data is of this task, whose defaults it takes
     config = {"device": "cpu", "threads": 1, "save_every": 0, "task": task} | config
-    with open(trainer.__file__, "rb") as f:  # an edited trainer trains anew
-        key = [trainer.__name__, hashlib.sha256(f.read()).hexdigest(), sorted(config.items())]
+    source = inspect.getsource(trainer).encode()  # an edited trainer trains anew; a variant has no file
+    key = [trainer.__name__, hashlib.sha256(source).hexdigest(), sorted(config.items())]
     key = trainer.__name__ + "-" + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = f"{root}/_stages/{key}"
     os.makedirs(os.path.dirname(folder), exist_ok=True)
