@@ -35,9 +35,9 @@ def test_effects_point_the_predicted_way():
     for method, shift in (("Clip-Cov", 0.1), ("clip-higher", -0.2)):
         rows += planted(method=method, shift=shift) + planted(seed=1.0, method=method, shift=2 * shift)
     found = entropy.effects(rows)
-    assert found["law"] == pytest.approx([-0.02, 0.03])
-    assert found["entropy of Clip-Cov"] == pytest.approx([0.1, 0.2])
-    assert found["entropy of clip-higher"] == pytest.approx([-0.2, -0.4])
+    assert found["0.03 − error of the law"] == pytest.approx([-0.02, 0.03])
+    assert found["entropy, Clip-Cov − GRPO"] == pytest.approx([0.1, 0.2])
+    assert entropy.kept(rows, "clip-higher") == pytest.approx([-0.2, -0.4])
     assert not entropy.verdict(rows)[0]
 
 
