@@ -143,7 +143,7 @@ def verdict(rows):
 
 
 def figure(rows, path):
-    fig, (left, middle, right) = common.axes(3, width=3.6)
+    fig, (left, middle, right) = common.axes(3, width=3.2, height=3)
     for method in METHODS:
         common.line(left, rows, "step", "entropy", method, "-", method=method)
         common.line(middle, rows, "step", "accuracy", method, "-", method=method)
@@ -157,6 +157,6 @@ def figure(rows, path):
         right.plot(grid, [b - a * math.exp(h) for h in grid], color=f"C{i}", lw=1)
     left.set(xlabel="step", ylabel="entropy, nats a token")
     middle.set(xlabel="step", ylabel="accuracy, held-out prompts")
-    right.set(xlabel="entropy", title="GRPO: fitted (full), predicted (open)")
+    right.set(xlabel="entropy of GRPO, full: fitted, open: predicted", ylabel="accuracy")
     left.legend(fontsize=8)
     common.save(fig, path)
