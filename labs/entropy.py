@@ -157,6 +157,6 @@ def figure(rows, path):
         right.plot(grid, [b - a * math.exp(h) for h in grid], color=f"C{i}", lw=1)
     left.set(xlabel="step", ylabel="entropy, nats a token")
     middle.set(xlabel="step", ylabel="accuracy, held-out prompts")
-    right.set(xlabel="entropy of GRPO, full: fitted, open: predicted", ylabel="accuracy")
+    right.set(xlabel="entropy of GRPO", ylabel="accuracy (full: fitted)")
     left.legend(fontsize=8)
     common.save(fig, path)
