@@ -29,11 +29,10 @@ STATISTIC = (
     "above 0. Beside it each number of pairs, and reward models of other widths"
 )
 DIFFERS = (
-    "sums over all responses in place of samples; AdamW; a Bradley–Terry labeller; PPO's β is where its "
-    "reward model's optimum has the wanted KL; responses without EOS are in no pair, their reward is −3; the "
-    "true reward is a sum over neighbouring letters, as DPO's own is over tokens"
+    "enumeration in place of samples; PPO's β is where its reward model's optimum has the wanted KL; unended "
+    "responses have −3 and are in no pair; the true reward sums over neighbouring letters, DPO's over tokens"
 )
-CHANGES = ["Set-up chosen on seed 9000 by true reward: 6 settings of DPO, 12 of the reward model, 3 of PPO."]
+CHANGES = ["Set-up chosen on seed 9000 by true reward: 7 settings of DPO, 13 of the reward model, 3 of PPO."]
 SEEDS = 5
 
 LETTERS = "abcd"
@@ -45,7 +44,7 @@ ENDED = torch.tensor([text is not None for text in TEXTS])
 PROMPTS = [x + y for x in LETTERS for y in LETTERS]
 TRAIN = [prompt for prompt in PROMPTS if not tasks.held_out(prompt)]
 UNENDED = -3.0  # reward of a response without EOS, in standard deviations
-PAIRS = (500, 2000, 8000)
+PAIRS = {500: 400, 2000: 400, 8000: 800}  # and the reward model's steps
 WIDTH = 32  # of the policy
 ARMS = [(pairs, WIDTH) for pairs in PAIRS] + [(2000, 4), (2000, 64)]  # pairs, width of the reward model
 LEVELS = (0.5, 1.0, 2.0)  # nats
@@ -55,7 +54,7 @@ LEARNERS = {"DPO": ("dpo", "lack"), "PPO": ("ppo", "lack"), "perfect PPO": ("ppo
 BETAS = [10 ** (x / 20) for x in range(40, -41, -2)]  # of exact optima, whose KL rises along the list
 SFT = dict(n_layer=1, max_len=2 + LIMIT, tokenizer="chars", steps=200, batch_size=64, lr=5e-3, eval_every=0)
 DPO = dict(steps=200, batch_size=64, lr=3e-4, eval_every=0, eval_prompts=1, max_new_tokens=LIMIT)
-RM = dict(steps=400, batch_size=64, lr=5e-3, weight_decay=0.0, eval_every=0)
+RM = dict(batch_size=64, lr=5e-3, weight_decay=0.0, eval_every=0)
 PPO = dict(steps=60, prompts_per_step=256, max_new_tokens=LIMIT, minibatches=1, lr=5e-3, critic_lr=1e-2,
            lam=1.0, whiten_advantages=False, no_eos_score=UNENDED, eval_prompts=0, sample_every=10**6)
 
@@ -152,7 +151,8 @@ def run(point, seed, smoke):
         folder = common.trained(train_dpo, data=pairs, beta=point["beta"], **shared, **DPO | short)
     else:
         trunk = common.trained(train_sft, d_model=point["width"], **sft) + "/model"
-        rm = common.trained(train_rm, data=pairs, init=trunk, seed=seed, **RM | short) + "/model"
+        length = dict(steps=PAIRS[point["pairs"]]) | short
+        rm = common.trained(train_rm, data=pairs, init=trunk, seed=seed, **RM, **length) + "/model"
         perfect = optima(ref, scores(rm), worth)
         beta = float(numpy.interp(point["kl_wanted"], [p["kl"] for p in perfect], BETAS))
         shared |= dict(data=common.data_file({"prompt": p} for p in TRAIN), rm=rm, critic_init=base)
