@@ -7,9 +7,11 @@ larger teacher knows both, and countdown better. The student learns countdown al
     reverse   its own samples, KL(student‖teacher) at every token
     sft       the teacher's samples, as demonstrations
 
-Each takes 512 samples of at most six tokens in each of 100 steps; `tenth` is `reverse` with 10 steps.
+Each has 160 updates of 128 samples, of at most six tokens; `tenth` is `reverse` with 16 updates.
 """
 
+import functools
+import itertools
 import random
 import statistics
 
@@ -36,18 +38,16 @@ STATISTIC = (
     "not 0.05 above the mean of grpo"
 )
 DIFFERS = (
-    "a student of two layers of width 96, one teacher of three layers of width 128 for all seeds; answers of "
-    "five characters; distillation and SFT have one update for 512 samples at one learning rate, GRPO four, "
-    "by its own defaults; GKD mixes teacher's and student's samples and starts from a student after SFT on "
-    "the teacher's samples"
+    "a student of two layers of width 96; one teacher of three layers of width 128 for all seeds, which "
+    "learned one right answer for each problem, so its samples vary little; answers of five characters; 160 "
+    "updates of 128 samples each, distillation and SFT at one learning rate, GRPO at its default; GKD mixes "
+    "teacher's and student's samples and starts from a student after SFT on the teacher's"
 )
 CHANGES = []
 SEEDS = 5
 
 MODELS = ("base", "grpo", "reverse", "sft", "tenth", "teacher")
 KS = (1, 2, 4, 8, 16, 32, 64)
-PROMPTS = 32  # a step, with GROUP samples each
-GROUP = 16
 
 
 def points(smoke):
@@ -58,56 +58,58 @@ def points(smoke):
 # models
 
 
-def demonstrations(n, seed, right):
-    """n of countdown, or of these the right ones, and half as many of the other task."""
+@functools.cache
+def first_answer(prompt):
+    """The first right expression in a fixed order: the teacher's demonstrator has one way of its own."""
     task = tasks.get("countdown")
-    rows = task.demonstrations(n, seed)
-    if right:
-        rows = [row for row in rows if task.reward(row["prompt"], row["response"])]
-    return common.data_file(rows + draw("r", "train", n // 2, random.Random(seed)))
+    numbers = sorted(prompt.split("=")[0].split())
+    for (a, b, c), x, y in itertools.product(itertools.permutations(numbers), "+-*", "+-*"):
+        if task.reward(prompt, f"{a}{x}{b}{y}{c}"):
+            return f"{a}{x}{b}{y}{c}"
+
+
+def taught(rows, steps, seed, **size):
+    """A new model after SFT on rows of countdown and half as many of the other task → its folder."""
+    rows = rows + draw("r", "train", len(rows) // 2, random.Random(seed))
+    settings = dict(task="countdown", tokenizer="chars", eval_every=0, steps=steps, seed=seed)
+    return common.trained(train_sft, data=common.data_file(rows), **settings, **size) + "/model"
 
 
 def student(seed, smoke):
-    n = 200 if smoke else 24_000
-    settings = dict(task="countdown", tokenizer="chars", eval_every=0, seed=seed)
-    settings["steps"] = 5 if smoke else 560
-    return common.trained(train_sft, data=demonstrations(n, seed, False), **settings) + "/model"
+    rows = tasks.get("countdown").demonstrations(200 if smoke else 20_000, seed)
+    return taught(rows, 5 if smoke else 450, seed)
 
 
 def teacher(smoke):
-    """One for all seeds: SFT on right demonstrations, then GRPO."""
-    n = 200 if smoke else 48_000
-    settings = dict(task="countdown", tokenizer="chars", eval_every=0, seed=100, n_layer=3, d_model=128)
-    settings["steps"] = 5 if smoke else 800
-    taught = common.trained(train_sft, data=demonstrations(n, 100, True), **settings) + "/model"
-    settings = dict(task="countdown", init=taught, ref="none", eval_prompts=0, seed=100)
-    settings["steps"] = 2 if smoke else 60
-    return common.trained(train_grpo, **settings) + "/model"
+    """One for all seeds."""
+    rows = tasks.get("countdown").prompts("train", 200 if smoke else 40_000, 100)
+    rows = [{"prompt": row["prompt"], "response": first_answer(row["prompt"])} for row in rows]
+    return taught(rows, 5 if smoke else 800, 100, n_layer=3, d_model=128)
 
 
-def teacher_samples(seed, steps, smoke):
+def teacher_samples(seed, updates, smoke):
     """As many samples as the other students draw for themselves, as demonstrations."""
     model, tok = hub.load(teacher(smoke))
-    rows = tasks.get("countdown").prompts("train", steps * PROMPTS, seed)
-    prompts = [row["prompt"] for row in rows]
-    _, texts = generate.respond(model, tok, prompts, GROUP, 6, seed=seed, batch=2048)
-    prompts = [prompt for prompt in prompts for _ in range(GROUP)]
+    rows = tasks.get("countdown").prompts("train", updates * 32, seed)
+    prompts = [row["prompt"] for row in rows for _ in range(4)]
+    _, texts = generate.respond(model, tok, prompts, 1, 6, seed=seed, batch=2048)
     pairs = [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, texts)]
     return common.data_file(pairs)
 
 
 def student_after(name, seed, smoke):
     """The student of a seed after one of the ways to learn countdown → its run's folder."""
-    steps = 2 if smoke else 10 if name == "tenth" else 100
-    settings = dict(task="countdown", init=student(seed, smoke), steps=steps, seed=seed)
+    updates = 4 if smoke else 16 if name == "tenth" else 160  # of 128 samples each
+    settings = dict(task="countdown", init=student(seed, smoke), seed=seed)
+    if name == "grpo":  # its defaults: four updates from each rollout
+        return common.trained(train_grpo, ref="none", eval_prompts=0, steps=updates // 4, **settings)
+    settings |= dict(lr=5e-4, steps=updates)
     if name == "sft":
-        data = teacher_samples(seed, steps, smoke)
-        settings |= dict(batch_size=PROMPTS * GROUP, lr=5e-4, weight_decay=0.0, eval_every=0)
+        data = teacher_samples(seed, updates, smoke)
+        settings |= dict(batch_size=128, weight_decay=0.0, eval_every=0)
         return common.trained(train_sft, data=data, **settings)
-    settings |= dict(prompts_per_step=PROMPTS, group_size=GROUP, eval_prompts=0)
-    if name == "grpo":
-        return common.trained(train_grpo, ref="none", **settings)
-    return common.trained(train_distill, teacher=teacher(smoke), lr=5e-4, **settings)
+    settings |= dict(teacher=teacher(smoke), prompts_per_step=32, group_size=4, eval_prompts=0)
+    return common.trained(train_distill, **settings)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,20 +117,21 @@ def student_after(name, seed, smoke):
 
 
 def measure(folder, seed, n):
-    """→ pass@k on n held-out prompts of countdown, a row for each k, with accuracy on the other task."""
+    """→ pass@k on n held-out prompts of countdown, and accuracy on the other task."""
     model, tok = hub.load(folder)
     task = tasks.get("countdown")
-    rows = task.prompts("test", n, seed)
-    prompts = [row["prompt"] for row in rows]
+    prompts = [row["prompt"] for row in task.prompts("test", n, seed)]
     _, texts = generate.respond(model, tok, prompts, 64, 6, seed=seed, batch=2048)
-    right = []
+    counts = []  # of right samples among a prompt's 64
     for i, prompt in enumerate(prompts):
-        right.append(sum(task.reward(prompt, text) for text in texts[64 * i : 64 * i + 64]))
+        samples = texts[64 * i : 64 * i + 64]
+        counts.append(sum(task.reward(prompt, text) == 1 for text in samples))
+    figures = {f"pass@{k}": statistics.mean(pass_at_k(64, c, k) for c in counts) for k in KS}
     rows = draw("r", "test", n, random.Random(seed))
-    _, texts = generate.respond(model, tok, [row["prompt"] for row in rows], 1, 7, seed=seed)
-    other = statistics.mean(text == row["response"] for text, row in zip(texts, rows))
-    return [{"k": k, "pass": statistics.mean(pass_at_k(64, int(c), k) for c in right), "other": other}
-            for k in KS]  # fmt: skip
+    prompts = [row["prompt"] for row in rows]
+    _, texts = generate.respond(model, tok, prompts, 1, 7, seed=seed)
+    figures["other"] = statistics.mean(text == row["response"] for text, row in zip(texts, rows))
+    return figures
 
 
 def run(point, seed, smoke):
@@ -141,49 +144,48 @@ def run(point, seed, smoke):
     else:
         after = student_after(name, seed, smoke)
         folder = after + "/model"
-        tokens = PROMPTS * GROUP * sum(common.logged(after, "len")[0])
-    return [row | {"tokens": tokens} for row in measure(folder, seed, 16 if smoke else 256)]
+        samples = 512 if name == "grpo" else 128  # a step
+        tokens = samples * sum(common.logged(after, "len")[0])
+    return [measure(folder, seed, 16 if smoke else 200) | {"tokens": tokens}]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # statistics
 
 
-def effects(rows):
-    def less(one, other, column, k):
-        pair = [common.by_seed(rows, column, model=model, k=k) for model in (one, other)]
-        return [x - y for x, y in zip(*pair)]
+def gain(rows, column, model):
+    """Distillation less another way, of each seed."""
+    own = common.by_seed(rows, column, model="reverse")
+    return [x - y for x, y in zip(own, common.by_seed(rows, column, model=model))]
 
-    gain = less("reverse", "grpo", "pass", 1)
-    if statistics.mean(gain) < 0.03:  # the threshold asks for this as well as for the interval
-        gain = [x - 0.03 for x in gain]
+
+def effects(rows):
+    first = gain(rows, "pass@1", "grpo")
+    if statistics.mean(first) < 0.03:  # the threshold asks for this as well as for the interval
+        first = [x - 0.03 for x in first]
     return {
-        "pass@1, reverse less GRPO": gain,
-        "pass@64, reverse less GRPO": [x + 0.02 for x in less("reverse", "grpo", "pass", 64)],
-        "other task, reverse less SFT": less("reverse", "sft", "other", 1),
+        "pass@1, reverse less GRPO": first,
+        "pass@64, reverse less GRPO": [x + 0.02 for x in gain(rows, "pass@64", "grpo")],
+        "other task, reverse less SFT": gain(rows, "other", "sft"),
     }
 
 
 def verdict(rows):
-    found = {label: common.mean_ci(values) for label, values in effects(rows).items()}
-    seen = all(mean - half > 0 for mean, half in found.values())
-    one, many, other = found.values()
-    numbers = {"pass@1 gain": one[0], "pass@1 gain ±": one[1], "pass@64 gain": many[0] - 0.02}
-    numbers |= {"pass@64 gain ±": many[1], "other gain": other[0], "other gain ±": other[1]}
-    measured = [model for model in MODELS if common.select(rows, model=model)]
-    for model in measured:
-        numbers[f"pass@1 {model}"] = statistics.mean(common.by_seed(rows, "pass", model=model, k=1))
-        numbers[f"pass@64 {model}"] = statistics.mean(common.by_seed(rows, "pass", model=model, k=64))
-        numbers[f"other {model}"] = statistics.mean(common.by_seed(rows, "other", model=model, k=1))
-    sentence = (
-        f"reverse less GRPO: pass@1 {common.pm(*one)}, pass@64 {common.pm(many[0] - 0.02, many[1])}; "
-        f"accuracy on the other task, reverse less SFT: {common.pm(*other)}; pass@1, pass@64, other task: "
-    )
-    columns = ("pass@1", "pass@64", "other")
-    sentence += "; ".join(
-        f"{model} " + ", ".join(f"{numbers[f'{column} {model}']:.2f}" for column in columns)
-        for model in measured
-    )
+    intervals = [common.mean_ci(values) for values in effects(rows).values()]
+    seen = all(mean - half > 0 for mean, half in intervals)
+    numbers = {}
+    for model in MODELS:
+        for column in ("pass@1", "pass@64", "other"):
+            values = common.by_seed(rows, column, model=model)
+            if values:  # a smoke run has no teacher
+                numbers[f"{column} {model}"] = statistics.mean(values)
+    found = []
+    for column, other in (("pass@1", "grpo"), ("pass@64", "grpo"), ("other", "sft"), ("pass@1", "sft")):
+        mean, half = common.mean_ci(gain(rows, column, other))
+        numbers |= {f"{column} less {other}": mean, f"{column} less {other} ±": half}
+        found.append(f"{column} less {other} {common.pm(mean, half)}")
+    sentence = "reverse: " + ", ".join(found) + "; means: "
+    sentence += ", ".join(f"{name} {x:.2f}" for name, x in numbers.items() if "less" not in name)
     if numbers.get("pass@1 teacher", 1) < numbers["pass@1 grpo"] + 0.05:
         sentence += "; void: the teacher is not 0.05 above GRPO"
     return seen, sentence, numbers
@@ -191,14 +193,12 @@ def verdict(rows):
 
 def figure(rows, path):
     fig, axs = common.axes(2, width=4.4, height=3.6)
-    styles = {"base": "k--", "teacher": "k:"}
     for model in MODELS:
         runs = common.select(rows, model=model)
-        if runs:
-            common.line(axs[0], runs, "k", "pass", model, styles.get(model, "o-"))
-            ends = common.select(runs, k=1)
-            colour = axs[0].containers[-1][0].get_color()
-            axs[1].plot([r["pass"] for r in ends], [r["other"] for r in ends], "o", ms=4, color=colour)
+        if runs:  # drawn in the same order, so a model has the same colour in both
+            means = [statistics.mean(r[f"pass@{k}"] for r in runs) for k in KS]
+            axs[0].plot(KS, means, "o-", ms=4, label=model)
+            axs[1].plot([r["pass@1"] for r in runs], [r["other"] for r in runs], "o", ms=4)
     axs[0].set(xscale="log", xticks=KS, xticklabels=KS, xlabel="k", ylabel="countdown: pass@k, held out")
     axs[0].minorticks_off()
     axs[0].legend(fontsize=8)

@@ -1,7 +1,6 @@
 """The frozen threshold of the lab distillation, and what its arms learn from."""
 
 import itertools
-import json
 
 import pytest
 
@@ -12,11 +11,11 @@ from nanorlhf import tasks
 def rows_of(pass1, pass64, other):
     """Rows of five seeds: each argument is {model: its figure}, to which a seed's own part is added."""
     rows = []
-    for seed, (k, passed) in itertools.product(range(5), ((1, pass1), (64, pass64))):
+    for seed in range(5):
         for model in ("grpo", "reverse", "sft"):
             own = 0.01 * seed + 0.001 * (model == "reverse") * seed
-            rows.append({"seed": seed, "model": model, "k": k, "pass": passed[model] + own,
-                         "other": other[model] + own})  # fmt: skip
+            figures = {"pass@1": pass1[model], "pass@64": pass64[model], "other": other[model]}
+            rows.append({"seed": seed, "model": model} | {name: x + own for name, x in figures.items()})
     return rows
 
 
@@ -39,21 +38,29 @@ def test_threshold_is_the_frozen_one(change, seen):
 
 def test_void_where_the_teacher_is_no_better():
     rows = rows_of(ENOUGH, EQUAL, KEPT)
-    above = [r | {"model": "teacher", "pass": r["pass"] + 0.1} for r in rows if r["model"] == "grpo"]
+    above = [r | {"model": "teacher", "pass@1": r["pass@1"] + 0.1} for r in rows if r["model"] == "grpo"]
     same = [r | {"model": "teacher"} for r in rows if r["model"] == "grpo"]
     assert "void" in distillation.verdict(rows + same)[1]
     assert "void" not in distillation.verdict(rows + above)[1]
 
 
-def test_teacher_learns_right_answers_and_the_student_wrong_ones_too(tmp_path, monkeypatch):
+def test_first_answer_is_the_first_right_one_by_brute_force():
+    for row in tasks.get("countdown").prompts("train", 50, 0):
+        numbers, target = row["prompt"].rstrip(":").split("=")
+        right = []
+        for a, b, c in itertools.permutations(sorted(numbers.split())):
+            texts = [f"{a}{x}{b}{y}{c}" for x in "+-*" for y in "+-*"]
+            right += [text for text in texts if eval(text) == int(target)]
+        assert distillation.first_answer(row["prompt"]) == right[0]
+
+
+def test_every_way_has_as_many_samples_and_updates(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "root", str(tmp_path))
-    task = tasks.get("countdown")
-    shares = []
-    for right in (True, False):
-        with open(distillation.demonstrations(400, 0, right)) as f:
-            rows = [json.loads(line) for line in f]
-        other = [row for row in rows if row["prompt"].startswith("r")]
-        assert len(other) == 200 and all(row["response"] == row["prompt"][-2:0:-1] for row in other)
-        scores = [task.reward(row["prompt"], row["response"]) for row in rows if row not in other]
-        shares.append(sum(scores) / len(scores))
-    assert shares[0] == 1 and shares[1] == pytest.approx(0.73, abs=0.08)
+    monkeypatch.setattr(distillation, "student", lambda *args: "student")
+    monkeypatch.setattr(distillation, "teacher", lambda *args: "teacher")
+    monkeypatch.setattr(distillation, "teacher_samples", lambda seed, updates, smoke: updates * 128)
+    monkeypatch.setattr(common, "trained", lambda trainer, **config: trainer.Config(**config))
+    grpo, reverse = (distillation.student_after(name, 0, False) for name in ("grpo", "reverse"))
+    assert grpo.steps * grpo.minibatches == reverse.steps == 160
+    assert grpo.steps * grpo.prompts_per_step * grpo.group_size == 160 * 128
+    assert reverse.steps * reverse.prompts_per_step * reverse.group_size == 160 * 128
