@@ -7,7 +7,7 @@ larger teacher knows both, and countdown better. The student learns countdown al
     reverse   its own samples, KL(student‖teacher) at every token
     sft       the teacher's samples, as demonstrations
 
-Each has 160 updates of 128 samples, of at most six tokens; `tenth` is `reverse` with 16 updates.
+Each has 120 updates of 128 samples, of at most six tokens.
 """
 
 import functools
@@ -39,14 +39,18 @@ STATISTIC = (
 )
 DIFFERS = (
     "a student of two layers of width 96; one teacher of three layers of width 128 for all seeds, which "
-    "learned one right answer for each problem, so its samples vary little; answers of five characters; 160 "
-    "updates of 128 samples each, distillation and SFT at one learning rate, GRPO at its default; GKD mixes "
-    "teacher's and student's samples and starts from a student after SFT on the teacher's"
+    "learned one right answer for each problem; answers of five characters; 120 updates of 128 samples each, "
+    "distillation and SFT at one learning rate, GRPO at its default; GKD mixes teacher's and student's "
+    "samples and starts from a student after SFT on the teacher's"
 )
-CHANGES = []
+CHANGES = [
+    "Set-up chosen on seed 9000: a teacher after GRPO of its own had a pass@1 of 0.51 and a pass@64 of only "
+    "0.90, so it learns from right answers alone; with 800 steps it had 0.49, near the 0.4 of GRPO, so it has "
+    "1000; a student of 450 steps had only 0.07, so it has 600; updates fell from 160 to 120 for time",
+]
 SEEDS = 5
 
-MODELS = ("base", "grpo", "reverse", "sft", "tenth", "teacher")
+MODELS = ("base", "grpo", "reverse", "sft", "teacher")
 KS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -76,15 +80,15 @@ def taught(rows, steps, seed, **size):
 
 
 def student(seed, smoke):
-    rows = tasks.get("countdown").demonstrations(200 if smoke else 20_000, seed)
-    return taught(rows, 5 if smoke else 450, seed)
+    rows = tasks.get("countdown").demonstrations(200 if smoke else 24_000, seed)
+    return taught(rows, 2 if smoke else 600, seed)
 
 
 def teacher(smoke):
     """One for all seeds."""
     rows = tasks.get("countdown").prompts("train", 200 if smoke else 40_000, 100)
     rows = [{"prompt": row["prompt"], "response": first_answer(row["prompt"])} for row in rows]
-    return taught(rows, 5 if smoke else 800, 100, n_layer=3, d_model=128)
+    return taught(rows, 2 if smoke else 1000, 100, n_layer=3, d_model=128)
 
 
 def teacher_samples(seed, updates, smoke):
@@ -94,12 +98,13 @@ def teacher_samples(seed, updates, smoke):
     prompts = [row["prompt"] for row in rows for _ in range(4)]
     _, texts = generate.respond(model, tok, prompts, 1, 6, seed=seed, batch=2048)
     pairs = [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, texts)]
-    return common.data_file(pairs)
+    # Rarely the pad token is sampled, and its name is no text of this alphabet.
+    return common.data_file(pair for pair in pairs if "<" not in pair["response"])
 
 
 def student_after(name, seed, smoke):
     """The student of a seed after one of the ways to learn countdown → its run's folder."""
-    updates = 4 if smoke else 16 if name == "tenth" else 160  # of 128 samples each
+    updates = 4 if smoke else 120  # of 128 samples each
     settings = dict(task="countdown", init=student(seed, smoke), seed=seed)
     if name == "grpo":  # its defaults: four updates from each rollout
         return common.trained(train_grpo, ref="none", eval_prompts=0, steps=updates // 4, **settings)
@@ -146,7 +151,7 @@ def run(point, seed, smoke):
         folder = after + "/model"
         samples = 512 if name == "grpo" else 128  # a step
         tokens = samples * sum(common.logged(after, "len")[0])
-    return [measure(folder, seed, 16 if smoke else 200) | {"tokens": tokens}]
+    return [measure(folder, seed, 8 if smoke else 200) | {"tokens": tokens}]
 
 
 # ------------------------------------------------------------------------------------------------------------

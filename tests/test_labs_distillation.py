@@ -61,6 +61,6 @@ def test_every_way_has_as_many_samples_and_updates(tmp_path, monkeypatch):
     monkeypatch.setattr(distillation, "teacher_samples", lambda seed, updates, smoke: updates * 128)
     monkeypatch.setattr(common, "trained", lambda trainer, **config: trainer.Config(**config))
     grpo, reverse = (distillation.student_after(name, 0, False) for name in ("grpo", "reverse"))
-    assert grpo.steps * grpo.minibatches == reverse.steps == 160
-    assert grpo.steps * grpo.prompts_per_step * grpo.group_size == 160 * 128
-    assert reverse.steps * reverse.prompts_per_step * reverse.group_size == 160 * 128
+    assert grpo.steps * grpo.minibatches == reverse.steps == 120
+    assert grpo.steps * grpo.prompts_per_step * grpo.group_size == 120 * 128
+    assert reverse.steps * reverse.prompts_per_step * reverse.group_size == 120 * 128
