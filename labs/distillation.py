@@ -45,7 +45,7 @@ DIFFERS = (
 )
 CHANGES = [
     "Set-up chosen on seed 9000: a teacher after GRPO of its own had a pass@1 of 0.51 and a pass@64 of only "
-    "0.90, so it learns from right answers alone; with 800 steps it had 0.49, near the 0.4 of GRPO, so it has "
+    "0.90, so it learns from right answers alone; with 800 steps it had 0.49, GRPO had about 0.4, so it has "
     "1000; a student of 450 steps had only 0.07, so it has 600; updates fell from 160 to 120 for time",
 ]
 SEEDS = 5
