@@ -243,7 +243,7 @@ def show(verdict):
     for key in ("prediction", "statistic", "verdict", "differs"):
         print(textwrap.fill(f"{key}: {verdict[key]}", 80, subsequent_indent="    "))
     for change in verdict["changes"]:
-        print(textwrap.fill(f"changed after a full run: {change}", 80, subsequent_indent="    "))
+        print(textwrap.fill(f"changed, or chosen on another seed: {change}", 80, subsequent_indent="    "))
     print(last_line(verdict))
 
 
