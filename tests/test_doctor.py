@@ -362,7 +362,7 @@ def test_a_healthy_folder(tmp_path, capsys):
     write(tmp_path / "run", *HEALTHY["grpo"])
     look.main(["--doctor", str(tmp_path / "run")])
     assert capsys.readouterr().out == f"{tmp_path}/run: nothing found\n"
-    assert doctor.summary(tmp_path / "run") == "doctor: nothing found"
+    assert doctor.summary(tmp_path / "run", doctor.try_findings(tmp_path / "run")) == "doctor: nothing found"
 
 
 def test_a_run_prints_its_first_finding_at_its_end(tmp_path, capsys, monkeypatch):

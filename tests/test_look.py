@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 import torch
-from runs import EACH, metrics
+from runs import EACH, metrics, same_run
 from stages import TRAINERS
 
 import train_distill
@@ -20,7 +20,7 @@ import train_grpo
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf.errors import UserError
+from nanorlhf.errors import RunError, UserError
 from nanorlhf.look import __main__ as look
 from nanorlhf.look import page, tokens
 from nanorlhf.run.checkpoint import Run
@@ -366,9 +366,11 @@ def data_of(path):
 
 
 @EACH
-def test_each_trainer_writes_its_page(trainer, stages, tmp_path):
+def test_each_trainer_writes_its_page(trainer, stages, tmp_path, spy):
     out = tmp_path / "run"
+    diagnoses = spy(page.doctor, "diagnose")
     trainer.train(stages.config(trainer, out))
+    assert len(diagnoses) == 1, "page and console say what was found once"
     text = (out / "look.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]", text.partition("<script>")[0]), "an address in the page"
     (run,) = data_of(out / "look.html")["runs"]
@@ -382,6 +384,32 @@ def test_each_trainer_writes_its_page(trainer, stages, tmp_path):
         assert (out / link["href"]).resolve() == ROOT / file
         line = (ROOT / file).read_text().splitlines()[int(number) - 1]
         assert any(text in line for text in page.LINES[run["kind"]].values())
+
+
+@EACH
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_run_that_breaks_has_its_page(trainer, step, stages, tmp_path, capsys, monkeypatch):
+    """With the tokens of the step that it broke in, whose numbers are those of the models before it."""
+    check = Run.check
+
+    def broken(self, now, loss, *more):
+        return check(self, now, math.nan if now == step else loss, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=f"step {step}: loss nan"):
+        patch.setattr(Run, "check", broken)
+        trainer.train(stages.config(trainer, tmp_path / "run"))
+    printed = capsys.readouterr().out
+    assert "look.html: the run as far as it went" in printed and "doctor: " in printed
+    (run,) = data_of(tmp_path / "run/look.html")["runs"]
+    assert run["trainer"] == f"{trainer.__name__}.py"
+    assert run["metrics"]["step"] == list(range(step))
+    record = tokens.read(tmp_path / "run")[-1]
+    assert record["step"] == step and run["records"][-1]["step"] == step
+    name = {train_rm: "value", train_sft: "logp", train_dpo: "logp"}.get(trainer, "old_logp")
+    assert all(math.isfinite(x) for row in record["rows"] for x in row[name])
+    trainer.train(stages.config(trainer, tmp_path / "run", resume=True))  # the bug mended
+    trainer.train(stages.config(trainer, tmp_path / "whole"))
+    same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_every_formula_has_its_line():

@@ -590,15 +590,19 @@ def counted(found):
     return {0: "nothing found", 1: "1 finding"}.get(len(found), f"{len(found)} findings")
 
 
-def summary(run_folder):
-    """What a trainer prints at its end: a line, and how to read on where there is something to read.
+def try_findings(run_folder):
+    """`findings` at the end of a run. Of a log that was damaged: None, and a line that says why.
 
-    A log that was damaged must not end a run that is whole: then the line says why there is no word of it.
+    It must not end a run that is whole.
     """
     try:
-        found = findings(run_folder)
+        return findings(run_folder)
     except UNREADABLE as e:
-        return f"doctor: {run_folder} could not be read ({reason_of(e)})"
+        print(f"doctor: {run_folder} could not be read ({reason_of(e)})")
+
+
+def summary(run_folder, found):
+    """What a trainer prints at its end: a line, and how to read on where there is something to read."""
     if not found:
         return f"doctor: {counted(found)}"
     command = f"python -m nanorlhf.look --doctor {run_folder}"

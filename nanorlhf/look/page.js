@@ -154,7 +154,8 @@ function charts() {
   $("legend").replaceChildren(...(DATA.runs.length > 1 ? legend : []));
 }
 const dash = (i) => [["solid", ""], ["dashed", "7 3"], ["dotted", "2 3"]][i % 3];
-const lastStep = () => Math.max(1, ...DATA.runs.map((run) => column(run, "step").at(-1) || 0));
+// A run that broke has tokens of the step that it broke in, and no metrics of it.
+const lastStep = () => Math.max(1, ...DATA.runs.flatMap((run) => [column(run, "step").at(-1) || 0, run.records.at(-1)?.step || 0]));
 const line = (points, i) => draw("polyline", { points: points.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" "),
   style: `stroke: var(--run${i % 6})`, "stroke-dasharray": dash(i)[1] });
 
@@ -519,8 +520,7 @@ function beforeAfter() {
 }
 
 function findings() {
-  $("findings").hidden = RUN().findings === null;
-  const found = (RUN().findings || []).map((f) => make("div", { class: "finding" },
+  const found = RUN().findings.map((f) => make("div", { class: "finding" },
     make("b", { text: f.title }), make("p", { class: "hint", text: f.steps }), make("p", { text: f.meaning }), make("p", { text: f.remedy }),
     f.href ? make("a", { href: f.href, text: f.page }) : ""));
   $("findings").querySelector(".list").replaceChildren(...(found.length ? found : [make("p", { text: "Nothing was found." })]));
