@@ -290,10 +290,13 @@ def collapsed(run):
 
 
 def flat(run):
-    """The reward has not changed by more than chance, although there are groups to learn from."""
+    """The reward has not changed by more than chance, although there are groups to learn from.
+
+    In the first two dozen steps, of warm-up in part, a healthy run is flat as well.
+    """
     change = abs(run.late.reward - run.early.reward)
     alive = "ratio_max" in run.start and not run.early.dead > 0.5
-    return alive and change < run.noise and not one_late(run)
+    return alive and change < run.noise and not one_late(run) and len(run.rows) >= PATIENCE
 
 
 def held_back(run):
@@ -301,12 +304,9 @@ def held_back(run):
 
 
 def nothing_to_select(run):
-    """The policy moves: 0.05 nats are some hundred times what a KL of 0 looks like in a default run.
-
-    In the first two dozen steps, of warm-up in part, a healthy run is flat as well.
-    """
+    """The policy moves: 0.05 nats are some hundred times what a KL of 0 looks like in a default run."""
     moves = price(run) == 0 and run.late.kl > 0.05
-    return run.all(flat(run) and moves and len(run.rows) >= PATIENCE)
+    return run.all(flat(run) and moves)
 
 
 def never_ends(run):
