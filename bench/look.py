@@ -6,8 +6,8 @@
     python bench/look.py --cost     the share of each trainer's default run that writing for the page takes:
                                     CPU seconds of one thread, so that other programs count little; 5 minutes
 
-The first three need Chromium and chromedriver, as tests/browser.py does. The short runs stay in out/look, and
-one that is there is not made again; its page is.
+All but --cost need Chromium and chromedriver, as tests/browser.py does. The short runs stay in out/look, and
+one that is there is not made again; its page is. The default runs of --cost start from their models.
 """
 
 import base64
@@ -52,11 +52,19 @@ SHORT = {
     "grpo": "--steps 11",
     "distill": "--steps 6",
 }
-SHOWN = [name for name in DEFAULTS if name != "chain_sft"]
+# The section of the page in each trainer's picture, and which edge of it is that of the window.
+SHOWN = {
+    "sft": ("curves", "start"),
+    "rm": ("groups", "end"),
+    "ppo": ("responses", "start"),
+    "grpo": ("groups", "end"),
+    "dpo": ("groups", "end"),
+    "distill": ("responses", "start"),
+}
 WIDE, NARROW = 1600, 380  # pixels of the window
-HIGH = 960
+HIGH = 860
 SCALE = 0.6  # of the picture: letters of 15 pixels have 9
-COLOURS = 48  # more make no letter easier to read, and the file larger
+COLOURS = 128  # of a picture, which has 120 kB at most
 
 
 def command(name, folders, more=""):
@@ -70,7 +78,7 @@ def command(name, folders, more=""):
 
 
 def short_runs():
-    """Make the short runs that are missing, and all pages anew → {trainer: look.html}."""
+    """Make the short runs that are missing → {name: folder}."""
     folders = {name: str(OUT / name) for name in DEFAULTS}
     for name, more in SHORT.items():
         trainer, flags = command(name, folders, more)
@@ -78,14 +86,21 @@ def short_runs():
             print(f"{trainer} {more}", flush=True)
             argv = [sys.executable, trainer, *flags, "--overwrite"]
             subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folders
+
+
+def pages():
+    """Write the pages of the short runs anew → {trainer: look.html}."""
+    folders = short_runs()
     return {name: page.write([folders[name]]) for name in SHOWN}
 
 
-def picture(window, scale, top=0, high=None):
-    """The page as PNG: `high` of its pixels from `top` on; else all of it."""
-    width, height = window.run("const e = document.documentElement; return [e.clientWidth, e.scrollHeight]")
-    clip = {"x": 0, "y": top, "width": width, "height": high or height, "scale": scale}
-    shot = window.devtools("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+def picture(window, scale=1, beyond=False):
+    """What the window shows, or all of the page, as PNG."""
+    clip = {"x": 0, "y": window.run("return window.scrollY"), "width": window.run("return innerWidth")}
+    height = "document.documentElement.scrollHeight" if beyond else "innerHeight"
+    clip |= {"height": window.run(f"return {height}"), "scale": scale}
+    shot = window.devtools("Page.captureScreenshot", captureBeyondViewport=beyond, clip=clip)
     return base64.b64decode(shot["data"])
 
 
@@ -100,25 +115,26 @@ def all_pictures(folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as profile, browser(profile) as window:
-        for name, path in short_runs().items():
+        for name, path in pages().items():
             for look, width, dark in looks():
                 window.look(width, HIGH, dark)
                 window.open(path)
                 target = folder / f"{name}_{look}.png"
-                target.write_bytes(picture(window, 1))
+                target.write_bytes(picture(window, beyond=True))
                 print(target)
 
 
 def sheets():
-    """One picture a trainer: the responses of its last logged step at both widths, light above dark."""
+    """One picture a trainer: a part of its page at both widths, light above dark."""
     with tempfile.TemporaryDirectory() as profile, browser(profile) as window:
-        for name, path in short_runs().items():
+        for name, path in pages().items():
             shots = []
             for _, width, dark in looks():
                 window.look(width, HIGH, dark)
                 window.open(path)
-                top = window.run("return document.getElementById('responses').getBoundingClientRect().top")
-                shots.append(picture(window, SCALE, top, HIGH))
+                section, edge = SHOWN[name]
+                window.run(f"document.getElementById('{section}').scrollIntoView({{block: '{edge}'}})")
+                shots.append(picture(window, SCALE))
             save_sheet(shots, IMG / f"look_{name}.png")
 
 
@@ -132,7 +148,9 @@ def save_sheet(shots, path):
     sheet = Image.new("RGB", (wide + gap + narrow, 2 * high + gap), "#808080")
     for i, image in enumerate(images):
         sheet.paste(image, ((wide + gap) * (i % 2), (high + gap) * (i // 2)))
-    sheet.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    # Of the light and the dark half together the usual method would choose greys only.
+    few = sheet.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
@@ -174,17 +192,27 @@ return (async () => {
 """
 
 
+def main_thread_seconds(window):
+    """CPU seconds of the page's thread so far: scripts, styles, layout and paint, whatever else runs here."""
+    metrics = window.devtools("Performance.getMetrics")["metrics"]
+    return {row["name"]: row["value"] for row in metrics}["TaskDuration"]
+
+
 def speed():
     from test_look import a_run
 
     with tempfile.TemporaryDirectory() as tmp, browser(f"{tmp}/profile") as window:
         window.look(WIDE, HIGH)
         window.open(page.write([a_run(Path(tmp, "run"), 20, [0, 19], 16, 200)]))
-        n_tokens = window.run("return document.querySelectorAll('.t:not(.prompt)').length")
+        assert window.run("return document.querySelectorAll('.t:not(.prompt)').length") == 16 * 200
+        window.devtools("Performance.enable", timeDomain="threadTicks")
+        before = main_thread_seconds(window)
         found = window.run(SWITCH)
-    assert n_tokens == 16 * 200
+        cpu = main_thread_seconds(window) - before
     rows = [dict(zip(("quantity", "script_ms", "drawn_ms"), row)) for row in found]
-    for name in ("script_ms", "drawn_ms"):
+    for row in rows:
+        row["cpu_ms"] = 1000 * cpu / len(rows)
+    for name in ("script_ms", "drawn_ms", "cpu_ms"):
         values = [row[name] for row in rows]
         print(f"{name}: median {statistics.median(values):.0f}, at most {max(values):.0f}, of {len(values)}")
     save_rows("look_speed", rows)
@@ -207,10 +235,10 @@ def cost():
     page.try_write = timed(page.try_write)
     doctor.try_findings = timed(doctor.try_findings)
     rows = []
+    starts = short_runs()
     with tempfile.TemporaryDirectory() as tmp:
-        folders = {name: f"{tmp}/{name}" for name in DEFAULTS}
-        for name in DEFAULTS:
-            file, flags = command(name, folders)
+        for name in SHOWN:
+            file, flags = command(name, starts | {name: f"{tmp}/{name}"})
             trainer = importlib.import_module(file.removesuffix(".py"))
             cfg = cli.parse(trainer.Config, flags, trainer.__doc__, file)
             spent.clear()
@@ -218,7 +246,7 @@ def cost():
             with open(f"{tmp}/{name}.txt", "w") as printed, contextlib.redirect_stdout(printed):
                 result = trainer.train(cfg)
             row = {"run": name, "run_s": time.process_time() - start, "tokens_s": result.look_s}
-            row |= {"page_s": sum(spent), "bytes": Path(folders[name], tokens.FILE).stat().st_size}
+            row |= {"page_s": sum(spent), "bytes": Path(cfg.out, tokens.FILE).stat().st_size}
             row["share"] = (row["tokens_s"] + row["page_s"]) / row["run_s"]
             rows.append(row)
             print("  ".join(f"{key} {x:.3g}" if key != "run" else x for key, x in row.items()), flush=True)

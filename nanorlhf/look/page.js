@@ -3,7 +3,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const state = { run: 0, step: 0, quantity: "", update: "loss", row: 0, token: -1, pinned: null };
+const state = { run: 0, step: 0, quantity: "", update: "loss", row: 0, token: -1, pinned: null, spans: [] };
 const RUN = () => DATA.runs[state.run];
 const RECORD = () => RUN().records[state.step];
 
@@ -253,6 +253,7 @@ function strips() {
     return make("div", { class: "row" + (other ? " other" : "") }, make("div", { class: "label", text: rowLabel(row, i) }), strip);
   });
   $("strips").replaceChildren(...shown);
+  state.spans = rows.flatMap((row, i) => [...shown[i].querySelectorAll(".t")].map((span, t) => [span, row, row.j[t]]));
   if (!rows.length) $("strips").replaceChildren(make("p", { text: "This run has no tokens.jsonl.gz: it was run with --look_rows 0, or by an older version." }));
 }
 
@@ -262,9 +263,8 @@ function colour() {
   const style = getComputedStyle(document.documentElement);
   palette = Object.fromEntries([BLUE, ORANGE].map((name) => [name, style.getPropertyValue(name)]));
   const { get, meaning } = quantity(), scale = scaleOf(record.rows, quantity());
-  for (const span of $("strips").querySelectorAll(".t")) {
-    const row = record.rows[span.dataset.row];
-    const j = row.j[span.dataset.t], x = j < 0 ? undefined : get(row, j);
+  for (const [span, row, j] of state.spans) {
+    const x = j < 0 ? undefined : get(row, j);
     span.style.backgroundColor = paint(scale, x);
     span.classList.toggle("above", scale.kind === "corner" && x === 1);
     span.classList.toggle("below", scale.kind === "corner" && x === -1);
