@@ -395,6 +395,14 @@ def test_short_runs_have_no_trends(n):
     assert doctor.diagnose([row | {"gap": 1.0} for row in table], config) != [] or n == 0
 
 
+def test_a_reward_that_is_flat_at_first_is_no_finding():
+    """PPO of 11 steps, whose reward rises by less than chance: nobody can say that the KL holds it back."""
+    healthy, config = HEALTHY["ppo"]
+    table = rows(healthy | {"reward": 0.4, "kl": (0.0, 0.04), "beta": 3.0})
+    assert doctor.diagnose(table[:24], config) == []
+    assert named(doctor.diagnose(table, config)) == ["held_back"]
+
+
 def test_damaged_files(tmp_path):
     """A line cut short, half of a gzip, no config.json: what can be read is read."""
     columns, config = HEALTHY["grpo"]

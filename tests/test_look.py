@@ -520,7 +520,7 @@ def test_a_page_that_fails_loses_no_report(tmp_path, capsys, monkeypatch):
     (run / "look.html").unlink()
     for error in (OSError(28, "No space left on device"), KeyError("ids"), ZeroDivisionError("zero")):
 
-        def fail(folders, error=error):
+        def fail(folders, found, error=error):
             raise error
 
         monkeypatch.setattr(page, "render", fail)

@@ -115,6 +115,15 @@ def test_it_opens_from_disk_and_a_click_changes_what_is_shown(opened, tmp_path):
     assert errors(window) == [] and requests(window) == []
 
 
+def test_axes(opened, tmp_path):
+    """A KL of 1e-7 at step 0 makes no logarithmic axis, nor a share of 0 one that goes below 0."""
+    window = opened(a_run(tmp_path / "run", 3, [0], 1, 5))
+    found = window.run("""const first = ({ log, ticks }) => [log, ticks[0]];
+        return [["kl", [1e-7, 0.4]], ["kl", [1e-7, 30]], ["loss", [0.01, 6]], ["dead", [0, 0]]]
+            .map(([name, values]) => first(axis(name, values)))""")
+    assert found == [[False, 0.1], [True, 0], [True, 0.01], [False, 0]]
+
+
 def test_the_keyboard_alone_reaches_all(opened, tmp_path):
     window = opened(a_run(tmp_path / "run", 20, [0, 5, 19], 4, 30))
     focus = "const e = document.activeElement; return e.id || e.dataset.name || e.dataset.t || e.textContent"
