@@ -4,6 +4,7 @@
 page in that JSON alone, where "<" is written as an escape: a response of </script> ends no script.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -322,8 +323,13 @@ def write(folders, found=None):
     text = render(folders, found)
     require_plain(folders[0])  # look.html.tmp may be a link to a file of somebody else's
     tmp = path.with_name("look.html.tmp")
-    tmp.write_text(text, encoding="utf-8")
-    os.replace(tmp, path)
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        os.replace(tmp, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            tmp.unlink()  # half a page, on a disk that is full
+        raise
     return str(path)
 
 
