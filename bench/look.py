@@ -3,7 +3,8 @@
     python bench/look.py            docs/img/look_*.png, from short runs of all trainers: a CPU-minute
     python bench/look.py --all DIR  every page from top to bottom, at both widths, light and dark, to look at
     python bench/look.py --speed    milliseconds in which 16 rows × 200 tokens get another colour
-    python bench/look.py --cost     the share of each trainer's default run that writing for the page takes:
+    python bench/look.py --cost [NAME ...]
+                                    the share of each trainer's default run that writing for the page takes:
                                     CPU seconds of one thread, so that other programs count little; 5 minutes
 
 All but --cost need Chromium and chromedriver, as tests/browser.py does. The short runs stay in out/look, and
@@ -160,6 +161,9 @@ def save_sheet(shots, path):
 
 def save_rows(name, rows):
     path = ROOT / f"bench/results/{name}.csv"
+    if "run" in rows[0] and path.exists():  # those that were not measured this time stay
+        with open(path, newline="") as f:
+            rows = list({row["run"]: row for row in [*csv.DictReader(f), *rows]}.values())
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -218,7 +222,7 @@ def speed():
     save_rows("look_speed", rows)
 
 
-def cost():
+def cost(names):
     """A default run of each trainer in this process, with the time of what writes for the page."""
     spent = []
 
@@ -237,7 +241,7 @@ def cost():
     rows = []
     starts = short_runs()
     with tempfile.TemporaryDirectory() as tmp:
-        for name in SHOWN:
+        for name in names:
             file, flags = command(name, starts | {name: f"{tmp}/{name}"})
             trainer = importlib.import_module(file.removesuffix(".py"))
             cfg = cli.parse(trainer.Config, flags, trainer.__doc__, file)
@@ -256,8 +260,8 @@ def cost():
 def main(argv):
     if argv == ["--speed"]:
         speed()
-    elif argv == ["--cost"]:
-        cost()
+    elif argv[:1] == ["--cost"] and set(argv[1:]) <= set(SHOWN):
+        cost(argv[1:] or list(SHOWN))
     elif argv[:1] == ["--all"] and len(argv) == 2:
         all_pictures(argv[1])
     elif not argv:
