@@ -362,7 +362,7 @@ def test_a_healthy_folder(tmp_path, capsys):
     write(tmp_path / "run", *HEALTHY["grpo"])
     look.main(["--doctor", str(tmp_path / "run")])
     assert capsys.readouterr().out == f"{tmp_path}/run: nothing found\n"
-    assert doctor.summary(tmp_path / "run") == "doctor: nothing found"
+    assert doctor.summary(tmp_path / "run", doctor.try_findings(tmp_path / "run")) == "doctor: nothing found"
 
 
 def test_a_run_prints_its_first_finding_at_its_end(tmp_path, capsys, monkeypatch):
@@ -393,6 +393,14 @@ def test_short_runs_have_no_trends(n):
     table = rows(healthy | faults)[:: STEPS // 10][:n]
     assert doctor.diagnose(table, config) == []
     assert doctor.diagnose([row | {"gap": 1.0} for row in table], config) != [] or n == 0
+
+
+def test_a_reward_that_is_flat_at_first_is_no_finding():
+    """PPO of 11 steps, whose reward rises by less than chance: nobody can say that the KL holds it back."""
+    healthy, config = HEALTHY["ppo"]
+    table = rows(healthy | {"reward": 0.4, "kl": (0.0, 0.04), "beta": 3.0})
+    assert doctor.diagnose(table[:24], config) == []
+    assert named(doctor.diagnose(table, config)) == ["held_back"]
 
 
 def test_damaged_files(tmp_path):

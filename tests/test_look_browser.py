@@ -1,15 +1,25 @@
 """The page of a run in a real browser: no network, no error, its numbers, its keys, hostile texts."""
 
 import json
+import math
 import random
 import re
 
 import pytest
 from browser import browser, needed
+from runs import EACH
+from stages import TRAINERS
 from test_look import a_run
 
+import train_distill
+import train_dpo
+import train_grpo
+import train_ppo
+import train_rm
+import train_sft
 from nanorlhf.errors import visible
-from nanorlhf.look import page, tokens
+from nanorlhf.look import page, plots, tokens
+from nanorlhf.run.checkpoint import Run
 
 pytestmark = [pytest.mark.slow, needed]
 
@@ -34,6 +44,9 @@ def opened(window, tmp_path):
         return window
 
     return open_page
+
+
+COLOURS = "return [...document.querySelectorAll('.t')].map((x) => x.style.backgroundColor)"
 
 
 def errors(window):
@@ -87,12 +100,11 @@ def test_it_opens_from_disk_and_a_click_changes_what_is_shown(opened, tmp_path):
         window.run("document.getElementById('next').click()")
     assert len(seen) == 6
     # the same spans in other colours: nothing is built anew
-    colours = "return [...document.querySelectorAll('.t')].map((x) => x.style.backgroundColor)"
     window.run("window.before = [...document.querySelectorAll('.t')]")
-    first = window.run(colours)
+    first = window.run(COLOURS)
     window.run("""const select = document.getElementById("quantity"); select.value = "delta";
         select.dispatchEvent(new Event("change"))""")
-    assert window.run(colours) != first
+    assert window.run(COLOURS) != first
     assert window.run("return window.before.every((x, i) => x === document.querySelectorAll('.t')[i])")
     assert len(first) == 16 * 210
     # a click on a curve goes to the nearest logged step
@@ -101,6 +113,15 @@ def test_it_opens_from_disk_and_a_click_changes_what_is_shown(opened, tmp_path):
         svg.dispatchEvent(new MouseEvent("click", at))""")
     assert window.run("return document.getElementById('step-name').textContent") == "19 (4 of 4)"
     assert errors(window) == [] and requests(window) == []
+
+
+def test_axes(opened, tmp_path):
+    """A KL of 1e-7 at step 0 makes no logarithmic axis, nor a share of 0 one that goes below 0."""
+    window = opened(a_run(tmp_path / "run", 3, [0], 1, 5))
+    found = window.run("""const first = ({ log, ticks }) => [log, ticks[0]];
+        return [["kl", [1e-7, 0.4]], ["kl", [1e-7, 30]], ["loss", [0.01, 6]], ["dead", [0, 0]]]
+            .map(([name, values]) => first(axis(name, values)))""")
+    assert found == [[False, 0.1], [True, 0], [True, 0.01], [False, 0]]
 
 
 def test_the_keyboard_alone_reaches_all(opened, tmp_path):
@@ -130,6 +151,153 @@ def test_the_keyboard_alone_reaches_all(opened, tmp_path):
     named = """return [...document.querySelectorAll("button, select, input, figure, [role=group]")]
         .filter((e) => !(e.getAttribute("aria-label") || e.textContent || e.closest("label"))).length"""
     assert window.run(named) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# real runs of all trainers
+
+
+@pytest.fixture(scope="module")
+def real(stages, tmp_path_factory):
+    """{trainer: its run folder, {step: what it gave Run.rollout}}: a short run of each."""
+    rollout = Run.rollout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "pyplot", lambda: None)
+        patch.setattr(tokens, "SHARE", math.inf)
+        found = {}
+        for trainer in TRAINERS:
+            tensors = {}
+
+            def spied(run, step, roll, policy, batch, tensors=tensors, **others):
+                tensors[step] = {name: x.clone() for name, x in (batch | others).items() if hasattr(x, "dim")}
+                return rollout(run, step, roll, policy, batch, **others)
+
+            patch.setattr(Run, "rollout", spied)
+            folder = tmp_path_factory.mktemp("real") / trainer.__name__
+            flags = dict(sample_every=2) if hasattr(trainer.Config, "sample_every") else dict(eval_every=2)
+            trainer.train(stages.config(trainer, folder, **flags))
+            found[trainer] = folder, tensors
+    return found
+
+
+# What the box calls a number of a token → its key in tokens.jsonl.gz.
+OF_A_TOKEN = {"log-prob": "logp", "entropy": "entropy"}
+OF_A_SAMPLE = {"log-prob": "old_logp", "entropy": "entropy"}
+OF_A_SAMPLE |= {"log-ratio": "log_ratio", "weight in the loss": "w"}
+OF_PPO = {"reward": "reward", "value": "old_value", "surprise": "delta"}
+OF_PPO |= {"advantage": "adv_raw", "whitened": "adv", "return": "ret"}
+IN_BOX = {
+    train_sft: OF_A_TOKEN,
+    train_rm: {"score if the response ended here": "value"},
+    train_ppo: OF_A_SAMPLE | OF_PPO,
+    train_grpo: OF_A_SAMPLE | {"advantage, of the whole response": "adv"},
+    train_dpo: OF_A_TOKEN | {"log-ratio": "log_ratio", "of the whole response": "h"},
+    train_distill: OF_A_SAMPLE | {"divergence, the loss": "divergence", "KL(student‖teacher)": "kl"},
+}
+# Those that a tensor of the trainer holds, (B, T) or (B,), under the same name.
+TENSORS = {"log-prob", "reward", "value", "whitened", "return", "advantage, of the whole response"}
+
+
+def number(text):
+    """The number that a text begins with, else the one behind its last "="."""
+    first = re.match(r"(−?[\d.e−]+) ", text)
+    return float(first[1].replace("−", "-")) if first else result(text)
+
+
+def click(window, element):
+    window.run(f"document.getElementById('{element}').click()")
+
+
+STEP = "return document.getElementById('step-name').textContent"
+QUANTITY = """const select = document.getElementById("quantity"); select.selectedIndex = arguments[0];
+    select.dispatchEvent(new Event("change"))"""
+
+
+@EACH
+def test_the_box_has_the_trainers_numbers(trainer, real, opened):
+    """Of the first, a middle and the last token of three rows at each logged step, in all digits."""
+    folder, tensors = real[trainer]
+    records = [record for record in tokens.read(folder) if "rows" in record]
+    assert len(records) >= 3
+    window = opened(folder)
+    seen = set()
+    for record in records:
+        rows = record["rows"]
+        for i in (0, len(rows) // 2, len(rows) - 1):
+            row = rows[i]
+            sampled = [t for t, bit in enumerate(row["mask"]) if bit == "1"]
+            for j in {0, len(sampled) // 2, len(sampled) - 1}:
+                choose(window, i, sampled[j])
+                box = shown(window)
+                seen.add(json.dumps(box))
+                for name, key in IN_BOX[trainer].items():
+                    value = row[key]
+                    value = value[j] if isinstance(value, list) else value
+                    assert number(box[name]) == value, (record["step"], i, j, name, box[name])
+                    if name in TENSORS and tensors:
+                        x = tensors[record["step"]][key]
+                        x = x[i] if x.dim() == 1 else x[i, sampled[j]]
+                        assert number(box[name]) == float(f"{x.item():.4g}"), (record["step"], i, j, name)
+                for name, text in box.items():
+                    if name.startswith("ratio"):
+                        assert number(text) == row["ratio"][row["update"][0]][j]
+        click(window, "next")
+    assert len(seen) > 3 * len(records), "another token, or another step, is another text"
+    assert errors(window) == [] and len(requests(window)) == 1
+
+
+@EACH
+def test_clicks_and_keys_on_each_kind_of_page(trainer, real, opened):
+    folder, _ = real[trainer]
+    window = opened(folder)
+    # all that can have the focus gets it by Tab, in the order in which it stands
+    window.run("""const can = "a[href], button:enabled, select, input, summary, [tabindex='0']";
+        const seen = [...document.querySelectorAll(can)].filter((e) => e.getClientRects().length);
+        window.can = seen.map((e) => e.outerHTML);
+        window.met = [];
+        document.addEventListener("focusin", (e) => window.met.push(e.target.outerHTML));""")
+    window.keys(*["tab"] * window.run("return window.can.length"))
+    assert window.run("return window.met") == window.run("return window.can")
+    # each quantity has colours, and another one has others
+    before = str(window.run(COLOURS))
+    pictures = set()
+    for i in range(window.run("return document.getElementById('quantity').length")):
+        window.run(QUANTITY, i)
+        pictures.add(str(window.run(COLOURS)))
+        assert window.run("return document.getElementById('scale').textContent") != ""
+    assert len(pictures) >= 2 or trainer is train_rm
+    assert before in pictures
+    window.run("document.getElementById('quantity').focus()")
+    before = window.run("return document.getElementById('quantity').value")
+    window.keys("up")
+    assert window.run("return document.getElementById('quantity').value") != before
+    # steps: by a click on a curve, by the slider, by the keys
+    first = window.run(STEP)
+    at = """const svg = document.querySelector("figure svg"), box = svg.getBoundingClientRect();
+        svg.dispatchEvent(new MouseEvent("click", {clientX: box.left + arguments[0] * box.width,
+            clientY: box.top + 9, bubbles: true}))"""
+    window.run(at, 0.98)
+    last = window.run(STEP)
+    assert last != first and window.run("return document.getElementById('next').disabled")
+    window.run(at, 0.15)
+    assert window.run(STEP) == first
+    window.run("document.getElementById('step').focus()")
+    window.keys("right")
+    assert window.run(STEP) not in (first, last)
+    # tokens: another one by the keys, another row, another step
+    window.run("document.querySelector(\".t[tabindex='0']\").focus()")
+    texts = [shown(window)]
+    at_step = window.run(STEP)
+    for key, held in (("right", None), ("down", None), ("right", "shift")):
+        window.keys(key, held=held)
+        texts.append(shown(window))
+        assert texts[-1] != texts[-2], key
+    assert window.run(STEP) != at_step
+    assert errors(window) == [] and len(requests(window)) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# pages that no default run leaves
 
 
 def a_grpo_run(folder, rows, **others):

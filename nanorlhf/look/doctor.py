@@ -290,10 +290,13 @@ def collapsed(run):
 
 
 def flat(run):
-    """The reward has not changed by more than chance, although there are groups to learn from."""
+    """The reward has not changed by more than chance, although there are groups to learn from.
+
+    In the first two dozen steps, of warm-up in part, a healthy run is flat as well.
+    """
     change = abs(run.late.reward - run.early.reward)
     alive = "ratio_max" in run.start and not run.early.dead > 0.5
-    return alive and change < run.noise and not one_late(run)
+    return alive and change < run.noise and not one_late(run) and len(run.rows) >= PATIENCE
 
 
 def held_back(run):
@@ -301,12 +304,9 @@ def held_back(run):
 
 
 def nothing_to_select(run):
-    """The policy moves: 0.05 nats are some hundred times what a KL of 0 looks like in a default run.
-
-    In the first two dozen steps, of warm-up in part, a healthy run is flat as well.
-    """
+    """The policy moves: 0.05 nats are some hundred times what a KL of 0 looks like in a default run."""
     moves = price(run) == 0 and run.late.kl > 0.05
-    return run.all(flat(run) and moves and len(run.rows) >= PATIENCE)
+    return run.all(flat(run) and moves)
 
 
 def never_ends(run):
@@ -590,15 +590,19 @@ def counted(found):
     return {0: "nothing found", 1: "1 finding"}.get(len(found), f"{len(found)} findings")
 
 
-def summary(run_folder):
-    """What a trainer prints at its end: a line, and how to read on where there is something to read.
+def try_findings(run_folder):
+    """`findings` at the end of a run. Of a log that was damaged: None, and a line that says why.
 
-    A log that was damaged must not end a run that is whole: then the line says why there is no word of it.
+    It must not end a run that is whole.
     """
     try:
-        found = findings(run_folder)
+        return findings(run_folder)
     except UNREADABLE as e:
-        return f"doctor: {run_folder} could not be read ({reason_of(e)})"
+        print(f"doctor: {run_folder} could not be read ({reason_of(e)})")
+
+
+def summary(run_folder, found):
+    """What a trainer prints at its end: a line, and how to read on where there is something to read."""
     if not found:
         return f"doctor: {counted(found)}"
     command = f"python -m nanorlhf.look --doctor {run_folder}"

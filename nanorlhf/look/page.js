@@ -3,7 +3,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const state = { run: 0, step: 0, quantity: "", update: "loss", row: 0, token: -1, pinned: null };
+const state = { run: 0, step: 0, quantity: "", update: "loss", row: 0, token: -1, pinned: null, spans: [] };
 const RUN = () => DATA.runs[state.run];
 const RECORD = () => RUN().records[state.step];
 
@@ -23,7 +23,7 @@ const CONTROLS = /[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]|[\ud80
 const visible = (text) =>
   String(text).replace(CONTROLS, (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
 
-const number = (x) => (x === null || x === undefined || Number.isNaN(x) ? "none" : short(x).replace("-", "−"));
+const number = (x) => (x === null || x === undefined || Number.isNaN(x) ? "none" : short(x).replaceAll("-", "−"));
 function short(x) {
   if (x === 0) return "0";
   const size = Math.abs(x);
@@ -35,9 +35,7 @@ const term = (x) => (x < 0 ? `(${number(x)})` : number(x));
 const column = (run, name) => run.metrics[name] || [];
 
 // ---- what is known of a token: (row, j) → a number, or undefined. j counts the tokens inside the mask
-function value(row, name, j) {
-  return (Array.isArray(row[name]) ? row[name][j] : row[name]) ?? undefined; // null: was not finite
-}
+const value = (row, name, j) => (Array.isArray(row[name]) ? row[name][j] : row[name]) ?? undefined; // null: was not finite
 const logp = (row, j) => value(row, "old_logp", j) ?? value(row, "logp", j);
 const refLogp = (row, j) => value(row, "ref_logp", j) ?? value(row, "teacher_logp", j);
 const logRatio = (row, j) => value(row, "log_ratio", j);
@@ -132,12 +130,12 @@ function axis(name, values) { // → {at: value → 0..1, ticks, log}. A KL has 
     const span = squeeze(high) - low;
     return { at: (x) => (squeeze(x) - low) / span, ticks: nats, log: high > 10, every: high > 5 ? 2 : 1 };
   }
-  if (low > 0 && high / low > 100) {
+  if (low > 0 && high / low > 100 && !name.endsWith("kl")) { // a KL begins at 1e-7: a log axis would show that alone
     const from = Math.floor(Math.log10(low)), to = Math.ceil(Math.log10(high));
     const ticks = Array.from({ length: to - from + 1 }, (_, k) => 10 ** (from + k));
     return { at: (x) => (Math.log10(x) - from) / (to - from), ticks, log: true, every: Math.ceil(ticks.length / 5) };
   }
-  if (low === high) { low -= 0.5 * Math.abs(low) || 0.5; high += 0.5 * Math.abs(high) || 0.5; }
+  if (low === high) { low -= 0.5 * Math.abs(low); high += 0.5 * Math.abs(high) || 1; }
   const raw = (high - low) / 4;
   const unit = 10 ** Math.floor(Math.log10(raw));
   const step = unit * [1, 2, 5, 10].find((k) => k * unit >= raw);
@@ -154,7 +152,8 @@ function charts() {
   $("legend").replaceChildren(...(DATA.runs.length > 1 ? legend : []));
 }
 const dash = (i) => [["solid", ""], ["dashed", "7 3"], ["dotted", "2 3"]][i % 3];
-const lastStep = () => Math.max(1, ...DATA.runs.map((run) => column(run, "step").at(-1) || 0));
+// A run that broke has tokens of the step that it broke in, and no metrics of it.
+const lastStep = () => Math.max(1, ...DATA.runs.flatMap((run) => [column(run, "step").at(-1) || 0, run.records.at(-1)?.step || 0]));
 const line = (points, i) => draw("polyline", { points: points.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" "),
   style: `stroke: var(--run${i % 6})`, "stroke-dasharray": dash(i)[1] });
 
@@ -254,6 +253,7 @@ function strips() {
     return make("div", { class: "row" + (other ? " other" : "") }, make("div", { class: "label", text: rowLabel(row, i) }), strip);
   });
   $("strips").replaceChildren(...shown);
+  state.spans = rows.flatMap((row, i) => [...shown[i].querySelectorAll(".t")].map((span, t) => [span, row, row.j[t]]));
   if (!rows.length) $("strips").replaceChildren(make("p", { text: "This run has no tokens.jsonl.gz: it was run with --look_rows 0, or by an older version." }));
 }
 
@@ -263,9 +263,8 @@ function colour() {
   const style = getComputedStyle(document.documentElement);
   palette = Object.fromEntries([BLUE, ORANGE].map((name) => [name, style.getPropertyValue(name)]));
   const { get, meaning } = quantity(), scale = scaleOf(record.rows, quantity());
-  for (const span of $("strips").querySelectorAll(".t")) {
-    const row = record.rows[span.dataset.row];
-    const j = row.j[span.dataset.t], x = j < 0 ? undefined : get(row, j);
+  for (const [span, row, j] of state.spans) {
+    const x = j < 0 ? undefined : get(row, j);
     span.style.backgroundColor = paint(scale, x);
     span.classList.toggle("above", scale.kind === "corner" && x === 1);
     span.classList.toggle("below", scale.kind === "corner" && x === -1);
@@ -469,7 +468,7 @@ function pairs(rows) {
       const parts = [[w, 1, "chosen"], [l, -1, "rejected"]].flatMap(([row, side, name]) =>
         row.positions.map((t, j) => [side * logRatio(row, j), row.text[t], name])).filter(([x]) => Number.isFinite(x));
       parts.sort((a, b) => Math.abs(b[0]) - Math.abs(a[0]));
-      const most = parts.slice(0, 4).map(([x, text, name]) => `“${visible(text)}” (${name}) ${number(derived(beta * x))}`);
+      const most = parts.slice(0, 4).map(([x, text, name]) => `“${visible(text).replaceAll(" ", "␣")}” (${name}) ${number(derived(beta * x))}`);
       return make("p", { text: `pair ${w.pair}: h_w ${number(w.h)}, h_l ${number(l.h)}, margin ${number(derived(beta * (w.h - l.h)))}. Most of it: ${most.join(", ")}` });
     }));
 }
@@ -515,12 +514,13 @@ function beforeAfter() {
     return answersCard(row.prompt, sides);
   }));
   $("before-after").hidden = !cards.length;
+  const same = { rm: "responses, of a pair the chosen one first, scored", prm: "responses, scored" }[run.kind] || "prompts, answered";
+  $("before-after").querySelector(".hint").textContent = `The same held-out ${same} at the first logged step and at the last.`;
   $("before-after").querySelector(".list").replaceChildren(...cards);
 }
 
 function findings() {
-  $("findings").hidden = RUN().findings === null;
-  const found = (RUN().findings || []).map((f) => make("div", { class: "finding" },
+  const found = RUN().findings.map((f) => make("div", { class: "finding" },
     make("b", { text: f.title }), make("p", { class: "hint", text: f.steps }), make("p", { text: f.meaning }), make("p", { text: f.remedy }),
     f.href ? make("a", { href: f.href, text: f.page }) : ""));
   $("findings").querySelector(".list").replaceChildren(...(found.length ? found : [make("p", { text: "Nothing was found." })]));

@@ -4,6 +4,7 @@
 page in that JSON alone, where "<" is written as an escape: a response of </script> ends no script.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -216,11 +217,18 @@ def held_out_samples(run):
     return by_step
 
 
-def of_run(run, folder, most):
-    """Everything that the page in `folder` says of one run, as a dict for JSON."""
-    require(Path(run, "metrics.csv").is_file(), f"{run}: is no run folder: it has no metrics.csv")
+def of_run(run, folder, most, found=None):
+    """Everything that the page in `folder` says of one run, as a dict for JSON.
+
+    found: the doctor's findings, where they are known already.
+    """
+    table = Path(run, "metrics.csv")
+    require(table.is_file(), f"{run}: is no run folder: it has no metrics.csv")
+    with open(table, encoding="utf-8", errors="replace") as f:
+        columns = f.readline().rstrip("\n").split(",")  # a run that broke in its first step has no rows
     rows = read_rows(run)
-    columns = list(rows[0]) if rows else ["step"]
+    if found is None:
+        found = doctor.findings(run)
     kind = kind_of(columns)
     config = read_json(Path(run, "config.json"))
     records = tokens.read(run)
@@ -238,7 +246,7 @@ def of_run(run, folder, most):
         "left_out": left_out,
         "before_after": before_and_after(run, kind, records),
         "links": links(kind, folder),
-        "findings": findings(run, folder),
+        "findings": [with_link(finding, folder) for finding in found],
     }
 
 
@@ -248,15 +256,11 @@ def about(config, rows):
     return f"{data}, seed {config.get('seed')}, {len(rows)} steps in {seconds:.0f} s"
 
 
-def findings(run, folder):
-    """What the doctor finds, each with a link to its page."""
-    found = []
-    for finding in doctor.findings(run):
-        page = str(finding.get("page") or "")
-        file, _, anchor = page.partition("#")
-        href = relative(file, folder) if file else ""
-        found.append(finding | {"page": page, "href": href + (f"#{anchor}" if anchor and href else "")})
-    return found
+def with_link(finding, folder):
+    """A finding of the doctor with a link to its page of the docs."""
+    file, _, anchor = finding["page"].partition("#")
+    href = relative(file, folder)
+    return finding | {"href": href + (f"#{anchor}" if anchor and href else "")}
 
 
 def demo_answers(folder):
@@ -289,12 +293,15 @@ def runs_in(folder):
     return sorted(inside, key=lambda run: os.path.getmtime(run / "metrics.csv"))
 
 
-def render(folders):
-    """Run folders → the text of the page, whose links hold from the first folder."""
+def render(folders, found=None):
+    """Run folders → the text of the page, whose links hold from the first folder.
+
+    found: what the doctor has found in the only run.
+    """
     runs = [run for folder in folders for run in runs_in(folder)]
     folder = folders[0]
     data = {
-        "runs": [of_run(run, folder, LARGEST // len(runs)) for run in runs],
+        "runs": [of_run(run, folder, LARGEST // len(runs), found) for run in runs],
         "demo": demo_answers(folder),
         "quantities": [dict(zip(("key", "name", "kind", "meaning"), row)) for row in QUANTITIES],
     }
@@ -310,20 +317,25 @@ def render(folders):
     return page
 
 
-def write(folders):
-    """Write look.html into the first folder → its path."""
+def write(folders, found=None):
+    """Write look.html into the first folder → its path. found: as of `render`."""
     path = Path(folders[0], "look.html")
-    text = render(folders)
+    text = render(folders, found)
     require_plain(folders[0])  # look.html.tmp may be a link to a file of somebody else's
     tmp = path.with_name("look.html.tmp")
-    tmp.write_text(text, encoding="utf-8")
-    os.replace(tmp, path)
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        os.replace(tmp, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            tmp.unlink()  # half a page, on a disk that is full
+        raise
     return str(path)
 
 
-def try_write(folder):
+def try_write(folder, found=None):
     """`write` of one folder at the end of a run. A page that fails must not lose the rest: a warning."""
     try:
-        write([folder])
+        write([folder], found)
     except doctor.UNREADABLE as e:
         print(f"warning: {folder}/look.html could not be written ({reason_of(e)})")

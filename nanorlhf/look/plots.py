@@ -34,7 +34,7 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 def plot_curves(out, rows, panels):
     """Draw the rows of metrics.csv into out/curves.png: one small panel a column, or a tuple of columns."""
     plt = pyplot()
-    if plt is None:
+    if plt is None or not rows:
         return
     panels = [panel if isinstance(panel, tuple) else (panel,) for panel in panels]
     panels = [panel for panel in panels if any(row.get(name) is not None for row in rows for name in panel)]

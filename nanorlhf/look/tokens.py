@@ -28,7 +28,7 @@ from nanorlhf.run.device import at_work
 FILE = "tokens.jsonl.gz"
 MEMBER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00"  # how a gzip member without a time begins
 MOST_UPDATES = 16  # of one step after which the rows are scored again
-SHARE = 0.02  # of a run's forward and backward passes, at most, for the ratios here
+SHARE = 0.01  # of a run's forward and backward passes, at most: with texts and JSON this is 2% of its time
 STEP_PASSES = 5  # forward passes of all rows that a step costs, about: sampling, scoring, the updates
 HELD_OUT = 8  # prompts whose responses before and after are kept
 MOST_GROUPS = 64  # of one step whose rewards are kept
@@ -185,11 +185,13 @@ class TokenLog:
     def _affordable(self, step, n_rows):
         """Whether the record of this step keeps its passes within SHARE of the run's; the last step is kept.
 
-        16 of 256 rows, scored five times, cost 1/16 of a step: every fifth may have them. 16 of 64 rows, the
-        settings of real models, cost a quarter of a step: one in 13 may.
+        16 of 256 rows, scored five times, cost 1/16 of a step: one in seven may have them. 16 of 64 rows, the
+        settings of real models, cost a quarter of a step: one in 25 may.
         """
         updates = getattr(self.cfg, "epochs", 1) * getattr(self.cfg, "minibatches", 1)
         passes = 1 + min(updates, MOST_UPDATES)
+        if hasattr(self.cfg, "divergence"):
+            passes += 3  # of teacher and student once more, and their divergences
         cost = min(self.rows, n_rows) * passes / (n_rows * STEP_PASSES)  # of one step
         cost *= dist.size()  # that many share the step, and wait while the first one scores these rows
         logged = max(1, math.ceil(cost / SHARE / self.cfg.sample_every))  # steps that are logged, to one here

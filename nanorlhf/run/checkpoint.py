@@ -128,11 +128,14 @@ class Run:
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         if self.log is not None:
-            self.log.close(self.panels if kind in (None, Interrupted) else ())
+            ended = kind in (None, Interrupted, RunError)  # in the page of a run that broke one finds the bug
+            self.log.close(self.panels if ended else ())
         if self.lock is not None:
             os.close(self.lock)
         if kind is None:
             print(f"written: {self.out}/model, metrics.csv, samples.jsonl, curves.png, look.html")
+        if kind is RunError and self.log is not None:
+            print(f"written: {self.out}/metrics.csv, curves.png, look.html: the run as far as it went")
 
     def _choices(self):
         """What to do about the run in --out, which nobody wants replaced by a run on other data."""
@@ -399,13 +402,15 @@ class Run:
         """RunError, before the optimizer step, if loss or gradient is not finite: no weight is spoilt yet.
 
         batch and models, the arguments of the trainer's `gradient`, are written to a file for run/replay.py.
-        At logged steps, what the models say of the batch's tokens goes to tokens.jsonl.gz.
+        At logged steps, and at the one that fails, what the models say of the batch's tokens goes to
+        tokens.jsonl.gz.
         """
-        if math.isfinite(loss) and math.isfinite(gnorm):
-            if hasattr(self.cfg, "sample_every"):
-                self.log.tokens.minibatch(batch, models)
-            elif self._logged(step, self.cfg.eval_every):
-                self.log.tokens.batch(step, batch, models, self.ref)
+        finite = math.isfinite(loss) and math.isfinite(gnorm)
+        if hasattr(self.cfg, "sample_every"):
+            self.log.tokens.minibatch(batch, models)
+        elif not finite or self._logged(step, self.cfg.eval_every):
+            self.log.tokens.batch(step, batch, models, self.ref)
+        if finite:
             return
         advice = "look at the end of metrics.csv (gnorm, kl, ratio_max); most often --lr is too high"
         path = f"{self.out}/bad-step-{step}.pt"

@@ -162,12 +162,16 @@ class Log:
         """End the bar, read the rows of the run, draw curves.png, write look.html, ask the doctor."""
         self.bar.close()
         pulse.end()
+        if panels:
+            self.tokens.end()  # of the step that a run broke in
         self.last.look_s = self.tokens.seconds
         if panels and self.writes:
             self.last.rows = read_rows(self.out)
             plot_curves(self.out, self.last.rows, panels)
-            page.try_write(self.out)
-            print(doctor.summary(self.out))
+            found = doctor.try_findings(self.out)
+            page.try_write(self.out, found)
+            if found is not None:
+                print(doctor.summary(self.out, found))
         if self.wandb:
             self.wandb.finish()
 
