@@ -8,6 +8,7 @@ pays for capitals alone. Everything here is small enough for a cell of a noteboo
 """
 
 import contextlib
+import functools
 import io
 import json
 import random
@@ -98,11 +99,12 @@ def train(trainer, name, **flags):
             return trainer.train(trainer.Config(**settings | flags))
 
 
+@functools.cache
 def start_model(steps=100):
     """The folder of a model that has learnt the demonstrations: where RL and preferences begin."""
     import train_sft
 
-    run = train(train_sft, "sft", data=demonstrations(), steps=steps, **SFT)
+    run = train(train_sft, f"start-{steps}", data=demonstrations(), steps=steps, **SFT)
     return run.path + "/model"
 
 
