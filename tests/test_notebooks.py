@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from course import checking, notebook
+from course import checking, cli, notebook
 from nanorlhf.errors import UserError
 
 NUMBER = re.compile(r"(?<![\w.])[-−]?\d+(?:\.\d+)?")
@@ -17,7 +17,7 @@ each_week = pytest.mark.parametrize("week", checking.WEEKS)
 
 
 def load(week):
-    with open(notebook.path_of(week), encoding="utf-8") as f:
+    with open(f"{checking.HERE}/{checking.folder_of(week)}/notebook.ipynb", encoding="utf-8") as f:
         return json.load(f)
 
 
@@ -140,3 +140,13 @@ def test_a_page_becomes_cells():
 def test_a_section_that_is_not_there():
     with pytest.raises(UserError, match="has no section 'Z'"):
         notebook.section("docs/03-policy-gradient.md", "Z")
+
+
+def test_the_command_writes_the_week_and_refuses_another(tmp_path, monkeypatch, capsys):
+    """Week 4 is the quickest: it trains nothing but a table."""
+    monkeypatch.setattr(notebook, "path_of", lambda week: str(tmp_path / f"{week}.ipynb"))
+    assert cli.main(["notebook", "4"]) == 0
+    written = json.loads((tmp_path / "4.ipynb").read_text("utf-8"))
+    assert written["cells"][0] == load(4)["cells"][0]
+    assert cli.main(["notebook", "11"]) == 2
+    assert "the course has the weeks 1 to 10" in capsys.readouterr().err
