@@ -9,7 +9,7 @@ import shutil
 import sys
 
 import course
-from course import bugs, grading, plug
+from course import bugs, grading, notebook, plug
 from course.checking import HERE, WEEKS, folder_of
 from nanorlhf.errors import RunError, UserError, require
 
@@ -67,6 +67,9 @@ def parser():
     bug.add_argument("--list", action="store_true", help="all hunts, by difficulty")
     bug.add_argument("--hint", type=int, nargs="?", const=1, default=0, help="a hint; --hint 2 says more")
     bug.add_argument("--reveal", action="store_true", help="the line, and what a good answer says")
+
+    cells = commands.add_parser("notebook", help="run the cells of a week and write its notebook.ipynb")
+    cells.add_argument("week", type=int, nargs="?", help="1 to 10; without one, all")
 
     diff = commands.add_parser("diff", help="what step N of the ladder changes in the step before")
     diff.add_argument("step", type=int, help="2 to 6")
@@ -147,6 +150,12 @@ def show_diff(step):
     return 0
 
 
+def write_notebooks(week):
+    if week is not None:
+        require_week(week)
+    return notebook.write(WEEKS if week is None else [week])
+
+
 def hand_out(out):
     """Copy the repository without the solutions, and without wrong answers that are nearly solutions."""
     require(not os.path.exists(out), f"handout {out}: it exists already; name a folder that does not")
@@ -177,6 +186,8 @@ def run_command(args):
         return bugs.hunt(args.number, args.hint, args.reveal)
     if args.command == "diff":
         return show_diff(args.step)
+    if args.command == "notebook":
+        return write_notebooks(args.week)
     return hand_out(args.out)
 
 

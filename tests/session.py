@@ -29,7 +29,7 @@ SECONDS = {
     "test_sft.py": 10, "test_input.py": 9, "test_generate.py": 9, "test_rm.py": 8, "test_ppo.py": 8,
     "test_labs.py": 8, "test_distill.py": 8, "test_learning_ppo.py": 7, "test_kernels.py": 6,
     "test_course.py": 25, "test_evaluate.py": 7, "test_variants.py": 20,
-    "test_recipes.py": 13, "test_fake_device.py": 15,
+    "test_notebooks.py": 30, "test_recipes.py": 13, "test_fake_device.py": 15,
 }  # fmt: skip
 OTHERS = 2  # of any other file
 SHOWN = 1000  # a run of fewer tests is over soon
