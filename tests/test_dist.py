@@ -79,7 +79,8 @@ def runs(stages, tmp_path_factory):
         job = torchrun("tests/ranks.py", stages.folder, out, by=[sys.executable], cwd=ROOT)
         printed, said = job.communicate(timeout=NEVER)
         assert job.returncode == 0, said[-3000:]
-        assert printed.count("/model, metrics.csv") == len(list(out.glob("*-ddp"))) + len(list(out.glob("*-fsdp"))) + 2
+        made = len(list(out.glob("*-ddp"))) + len(list(out.glob("*-fsdp"))) + 2
+        assert printed.count("/model, metrics.csv") == made
         with ranks.precision(torch.float64):
             for name in ("sft", "ppo"):  # begun by two processes with FSDP2
                 shutil.copytree(f"{out}/{name}-fsdp", f"{out}/{name}-ended")

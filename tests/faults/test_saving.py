@@ -105,8 +105,10 @@ def test_row_03_signals(first, more, stages, tmp_path):
 @posix
 @EACH
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_one_signal_to_each_trainer(trainer, signum, run, tmp_path, at_step):
+def test_one_signal_to_each_trainer(trainer, signum, run, tmp_path, at_step, request):
     """Row 3, in this process: resumed it ends bit-equal to the uninterrupted run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the run would ignore it, as it should
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     run(trainer, "whole")
     at_step(2, lambda: os.kill(os.getpid(), signum))
     done = run(trainer)
