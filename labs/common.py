@@ -47,8 +47,7 @@ def trained(trainer, **config):
     """
     task = next(iter(trainer.Config.BY_TASK))  # a lab's --data is of this task, whose defaults it takes
     config = {"device": "cpu", "threads": 1, "save_every": 0, "task": task} | config
-    source = inspect.getsource(trainer).encode()  # an edited trainer trains anew; a variant has no file
-    key = [trainer.__name__, hashlib.sha256(source).hexdigest(), sorted(config.items())]
+    key = [trainer.__name__, _source_hash(trainer), sorted(config.items())]  # an edited trainer trains anew
     key = trainer.__name__ + "-" + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     folder = f"{root}/_stages/{key}"
     os.makedirs(os.path.dirname(folder), exist_ok=True)
@@ -60,6 +59,16 @@ def trained(trainer, **config):
             made[key] = final(folder)["cpu_seconds"]
     used[key] = final(folder)["cpu_seconds"]
     return folder
+
+
+def _source_hash(trainer):
+    """Of the source of a trainer; of a variant, which has no file; of something else that names its file."""
+    if inspect.ismodule(trainer):
+        source = inspect.getsource(trainer)
+    else:
+        with open(trainer.__file__, encoding="utf-8") as f:
+            source = f.read()
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def _train(trainer, config, folder):
