@@ -10,12 +10,12 @@ pays for capitals alone. Everything here is small enough for a cell of a noteboo
 import contextlib
 import functools
 import io
-import json
 import random
 import tempfile
 from pathlib import Path
 from unittest import mock
 
+from nanorlhf.hub.files import write_jsonl
 from nanorlhf.look import plots
 
 FOLDER = Path(tempfile.mkdtemp(prefix="nanorlhf-notebook-"))  # the files and the runs of this process
@@ -43,7 +43,7 @@ def prompts(n, seed):
 def write(name, rows):
     """Rows as a JSONL file → its path."""
     path = FOLDER / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(path, rows)
     return str(path)
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from labs import common, replication, run
 from nanorlhf.errors import require
+from nanorlhf.hub.files import read_json
 from nanorlhf.look.plots import pyplot
 from nanorlhf.run.cli import run_cli
 
@@ -36,7 +37,7 @@ class Config:
 
 @dataclass
 class Result:
-    """One lab. exploratory: verdict.json, replicated: replication.json, each None where there is none."""
+    """One lab. exploratory: verdict.json, replicated: replication.json, each empty where there is none."""
 
     name: str
     exploratory: dict
@@ -58,25 +59,19 @@ class Result:
 
     @property
     def last(self):
-        """The dict of the replication, else of the exploratory run, else None."""
+        """The dict of the replication, else of the exploratory run, else an empty one."""
         return self.replicated or self.exploratory
-
-
-def read_json(name, file):
-    path = f"{run.HERE}/results/{name}/{file}"
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
 
 
 def load_results():
     """→ {name: Result} of all labs."""
-    replicated = {name: read_json(name, "replication.json") for name in run.names()}
+    folder = f"{run.HERE}/results"
+    replicated = {name: read_json(f"{folder}/{name}/replication.json") for name in run.names()}
     holm = common.holm({name: found["p"] for name, found in replicated.items() if found})
     results = {}
     for name, found in replicated.items():
-        results[name] = Result(name, read_json(name, "verdict.json"), found, holm.get(name))
+        exploratory = read_json(f"{folder}/{name}/verdict.json")
+        results[name] = Result(name, exploratory, found, holm.get(name))
     return results
 
 
@@ -98,7 +93,7 @@ def interval(row):
 
 
 def word(verdict):
-    if verdict is None:
+    if not verdict:
         return "–"
     return "seen" if verdict["seen"] else "not seen"
 

@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,8 @@ import torch
 
 from labs import common, run
 from nanorlhf.errors import require
-from nanorlhf.look.plots import T975, pyplot
+from nanorlhf.hub.files import read_json
+from nanorlhf.look.plots import T975
 from nanorlhf.run.cli import check_ranges, run_cli
 
 FIRST_SEED = 2000
@@ -76,10 +76,7 @@ def frozen_path():
 
 def read_frozen():
     """→ {name: entry} of labs/replication.json."""
-    if not os.path.exists(frozen_path()):
-        return {}
-    with open(frozen_path(), encoding="utf-8") as f:
-        return json.load(f)["labs"]
+    return read_json(frozen_path()).get("labs", {})
 
 
 def plain(node):
@@ -162,8 +159,7 @@ def new_entry(name, out):
     fixed = identity(name)
     minutes = None
     if os.path.exists(f"{folder}/results.csv"):
-        with open(f"{folder}/verdict.json", encoding="utf-8") as f:
-            before = json.load(f)
+        before = read_json(f"{folder}/verdict.json")
         effects = lab.effects(run.read_csv(f"{folder}/results.csv"))
         minutes_a_seed = before["cpu_minutes"] / before["seeds"]
         seeds, words = enough_seeds(effects, minutes_a_seed)
@@ -229,28 +225,15 @@ def conclude(lab, rows):
 
 def replicate(name, cfg):
     """All jobs of a lab on its frozen seeds, then its three files → the dict of replication.json."""
-    lab = run.load(name)
     entry = frozen_entry(name)
     first = entry["first_seed"]
     seeds = range(first, first + (1 if cfg.smoke else entry["seeds"]))
     out = f"{cfg.out}/replication/{name}" + "/smoke" * cfg.smoke
     rows, minutes = run.run_points(name, seeds, cfg, out)
-    run.write_csv(f"{out}/replication.csv", rows)
-    rows = run.read_csv(f"{out}/replication.csv")
-    verdict = {"lab": name, "paper": lab.PAPER, "prediction": lab.PREDICTION, "statistic": lab.STATISTIC}
-    verdict |= conclude(lab, rows) | {"smoke": cfg.smoke, "differs": lab.DIFFERS, "changes": lab.CHANGES}
-    verdict |= {"first_seed": first, "seeds": len(seeds), "cpu_minutes": minutes}
-    verdict |= {"command": f"python -m labs replicate {name}" + " --smoke" * cfg.smoke}
-    verdict |= {"commit": run.commit(), "date": str(datetime.date.today()), "machine": run.machine()}
-    if pyplot():
-        lab.figure(rows, f"{out}/replication.png")
-    with open(f"{out}/replication.json", "w", encoding="utf-8") as f:
-        json.dump(verdict, f, indent=2, ensure_ascii=False)
-    if cfg.publish:
-        os.makedirs(f"{run.HERE}/results/{name}", exist_ok=True)
-        for file in FILES:
-            shutil.copy(f"{out}/{file}", f"{run.HERE}/results/{name}/{file}")
-    return verdict
+    about = {"first_seed": first, "seeds": len(seeds), "cpu_minutes": minutes}
+    about |= {"command": f"python -m labs replicate {name}" + " --smoke" * cfg.smoke}
+    about |= {"commit": run.commit(), "date": str(datetime.date.today()), "machine": run.machine()}
+    return run.write_results(name, rows, cfg, out, FILES, conclude, about)
 
 
 def show(verdict):

@@ -210,23 +210,35 @@ def run_lab(name, cfg):
     seeds = 1 if smoke else cfg.seeds or lab.SEEDS
     out = f"{cfg.out}/{name}" + "/smoke" * smoke
     rows, minutes = run_points(name, range(seeds), cfg, out)
-    write_csv(f"{out}/results.csv", rows)
-    rows = read_csv(f"{out}/results.csv")
-    verdict = {"lab": name, "paper": lab.PAPER, "prediction": lab.PREDICTION, "statistic": lab.STATISTIC}
-    verdict |= conclude(lab, rows) | {"smoke": smoke, "differs": lab.DIFFERS, "changes": lab.CHANGES}
-    verdict |= {
+    about = {
         "seeds": seeds, "cpu_minutes": minutes,
         "command": f"python -m labs {name}" + " --smoke" * smoke + f" --seeds {seeds}" * (seeds != lab.SEEDS),
         "commit": commit(),
         "machine": machine(),
     }
+    return write_results(name, rows, cfg, out, FILES, conclude, about)
+
+
+def write_results(name, rows, cfg, out, files, judge, about):
+    """Write table, verdict and figure into out, with cfg.publish into labs/results as well → the verdict.
+
+    files: their three names. judge(lab, rows as the table has them) → what it concludes. about: how the rows
+    were made. Both go into the verdict, beside the sentences of the lab.
+    """
+    lab = load(name)
+    table, verdict_file, picture = files
+    write_csv(f"{out}/{table}", rows)
+    rows = read_csv(f"{out}/{table}")  # so that the verdict follows from what is published
+    verdict = {"lab": name, "paper": lab.PAPER, "prediction": lab.PREDICTION, "statistic": lab.STATISTIC}
+    verdict |= judge(lab, rows)
+    verdict |= {"smoke": cfg.smoke, "differs": lab.DIFFERS, "changes": lab.CHANGES} | about
     if pyplot():
-        lab.figure(rows, f"{out}/figure.png")
-    with open(f"{out}/verdict.json", "w", encoding="utf-8") as f:
+        lab.figure(rows, f"{out}/{picture}")
+    with open(f"{out}/{verdict_file}", "w", encoding="utf-8") as f:
         json.dump(verdict, f, indent=2, ensure_ascii=False)
     if cfg.publish:
         os.makedirs(f"{HERE}/results/{name}", exist_ok=True)
-        for file in FILES:
+        for file in files:
             shutil.copy(f"{out}/{file}", f"{HERE}/results/{name}/{file}")
     return verdict
 
