@@ -3,6 +3,7 @@
     NANORLHF_TEST_GPU=1 pytest      the tests marked `gpu`, on the GPU; without it no test sees a GPU
 """
 
+import functools
 import os
 import time
 from collections import Counter
@@ -19,7 +20,9 @@ if not TEST_GPU:
 import torch  # noqa: E402
 
 if not TEST_GPU:
-    torch.backends.mps.is_available = lambda: False  # a Mac's GPU; no variable of the environment hides it
+    # A Mac's GPU; no variable of the environment hides it. torch's own function is cached, too, and the
+    # compiler of torch 2.15 asks for the function inside the cache.
+    torch.backends.mps.is_available = functools.lru_cache(lambda: False)
 
 # CPU seconds of the files above five of them, without rows marked slow: `make test` on two slow cores.
 SECONDS = {
