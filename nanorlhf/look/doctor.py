@@ -47,7 +47,7 @@ class Run:
     tokens  records of tokens.jsonl.gz
     """
 
-    def __init__(self, rows, config, tokens=()):
+    def __init__(self, rows, config, tokens):
         self.flags = Row(config)
         self.rows = [Row({name: x for name, x in row.items() if x is not None}) for row in rows]
         self.tokens = tokens

@@ -165,12 +165,9 @@ def within(records, most):
     shown = rows
     while True:
         some = [record | {"rows": record["rows"][:shown]} for record in records]
-        sizes = [len(as_json(record)) for record in some]
-        if sum(sizes) <= most:
-            kept = list(range(len(some)))
-            break
-        k = max(2, int(len(some) * most / sum(sizes)))
-        kept = spread(len(some), k)
+        size = sum(len(as_json(record)) for record in some)
+        k = max(2, int(len(some) * most / max(1, size)))
+        kept = spread(len(some), min(k, len(some)))
         if k >= min(8, len(some)) or shown <= FEWEST_ROWS:
             break
         shown = max(FEWEST_ROWS, shown // 2)
@@ -214,10 +211,10 @@ def held_out_samples(run):
     return by_step
 
 
-def of_run(run, folder, most, found=None):
+def of_run(run, folder, most, found):
     """Everything that the page in `folder` says of one run, as a dict for JSON.
 
-    found: the doctor's findings, where they are known already.
+    found: the doctor's findings, or None where they are not known yet.
     """
     rows = read_rows(run)
     with open(Path(run, "metrics.csv"), encoding="utf-8", errors="replace") as f:

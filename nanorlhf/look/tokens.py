@@ -172,8 +172,7 @@ class TokenLog:
             for i, row in enumerate(rows):
                 row["group"] = roll.group[i].item()
                 row["finished"] = roll.finished[i].item()
-                if roll.reward is not None:
-                    row["score"] = rounded(roll.reward[i].item())
+            self._put("score", roll.reward)
 
     def _affordable(self, step, n_rows):
         """Whether the record of this step keeps its passes within SHARE of the run's; the last step is kept.
