@@ -61,9 +61,10 @@ def kl_on(prompts, model, base, tok, seed):
 
 
 def stage_figures(path):
-    """stages.csv → {"first_point", "cpu_seconds", "peak_mb"}, and when the first stage began.
+    """stages.csv → {"cpu_seconds", "peak_mb", "first_point", "wall_seconds"}.
 
-    first_point: seconds from there to the first row of a metrics.csv.
+    wall_seconds: from the begin of the first stage until now. first_point: from there to the first row of a
+    metrics.csv.
     """
     with open(path, newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
@@ -75,7 +76,8 @@ def stage_figures(path):
     for row in rows:
         if row["first_row"]:
             figures["first_point"] = float(row["began"]) + float(row["first_row"]) - began
-    return figures, began
+    figures["wall_seconds"] = time.time() - began
+    return figures
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -162,8 +164,7 @@ def main(run, base_folder):
     n_others = len(others)
     figures |= {"same_answers": same, "n_others": n_others, "kl_others": kl, "kl_others_se": kl_se}
 
-    stages, began = stage_figures(f"{run}/stages.csv")
-    figures |= stages | {"wall_seconds": time.time() - began}
+    figures |= stage_figures(f"{run}/stages.csv")
     plot_curves(run, read_metrics(f"{run}/grpo"), [("reward", "eval/reward", "eval/greedy"), "len", "dead"])
     write_json(f"{run}/report.json", figures)
     with open(f"{run}/report.md", "w", encoding="utf-8") as f:
