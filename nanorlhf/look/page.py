@@ -161,19 +161,20 @@ def spread(n, k):
 
 def within(records, most):
     """Records whose JSON has at most `most` bytes together, and in words which were left out."""
+    n = len(records)
     rows = max((len(record["rows"]) for record in records), default=0)
     shown = rows
     while True:
         some = [record | {"rows": record["rows"][:shown]} for record in records]
         size = sum(len(as_json(record)) for record in some)
-        k = max(2, int(len(some) * most / max(1, size)))
-        kept = spread(len(some), min(k, len(some)))
-        if k >= min(8, len(some)) or shown <= FEWEST_ROWS:
+        k = max(2, int(n * most / max(1, size)))
+        kept = spread(n, min(k, n))
+        if k >= min(8, n) or shown <= FEWEST_ROWS:
             break
         shown = max(FEWEST_ROWS, shown // 2)
     left_out = ""
-    if len(kept) < len(records) or shown < rows:
-        left_out = f"To keep the page small, it shows {len(kept)} of {len(records)} logged steps"
+    if len(kept) < n or shown < rows:
+        left_out = f"To keep the page small, it shows {len(kept)} of {n} logged steps"
         left_out += f" and {shown} of {rows} rows of each; {tokens.FILE} has them all."
     return [some[i] for i in kept], left_out
 
@@ -190,10 +191,14 @@ def before_and_after(run, kind, records):
     found = []
     for first, last in zip(first_rows, last_rows):
         if first["prompt"] == last["prompt"]:
-            before = {"step": first_step, "response": first["response"], "reward": first.get("reward")}
-            after = {"step": last_step, "response": last["response"], "reward": last.get("reward")}
+            before = answer(first_step, first)
+            after = answer(last_step, last)
             found.append({"prompt": first["prompt"], "before": before, "after": after})
     return found[: tokens.HELD_OUT]
+
+
+def answer(step, row):
+    return {"step": step, "response": row["response"], "reward": row.get("reward")}
 
 
 def held_out_samples(run):

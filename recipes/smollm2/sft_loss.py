@@ -36,8 +36,9 @@ def losses(folder, path):
 def main(before, after, path, out):
     old = losses(before, path)
     new = losses(after, path)
+    measured = {"before": old, "after": new, "change": new - old}
     figures = {}
-    for name, values in {"before": old, "after": new, "change": new - old}.items():
+    for name, values in measured.items():
         mean, se = mean_se(values)
         figures[f"loss_{name}"] = mean
         figures[f"loss_{name}_se"] = se
