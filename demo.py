@@ -13,7 +13,6 @@ sees gold: this file computes it after training, from the samples that the runs 
 CPU   python demo.py            about 2 minutes on one core, less on two
 """
 
-import csv
 import math
 import os
 import shlex
@@ -32,11 +31,11 @@ from nanorlhf import generate, hub, tasks
 from nanorlhf.errors import Interrupted, RunError, derive_seed, require
 from nanorlhf.hub.files import read_jsonl, write_jsonl
 from nanorlhf.look import page
-from nanorlhf.look.plots import nats, pyplot, save_figure
+from nanorlhf.look.plots import nats, pyplot, save_figure, values_at
 from nanorlhf.metrics import mean_se
 from nanorlhf.run.cli import run_cli
 from nanorlhf.run.device import setup
-from nanorlhf.run.folders import write_json
+from nanorlhf.run.folders import read_rows, write_json
 
 POLICIES = {"sft": "SFT", "ppo": "PPO", "ppo_nokl": "PPO, β = 0"}  # run folder: name in tables and figures
 
@@ -189,9 +188,7 @@ def gold_along(folder):
 
 def column(folder, name):
     """One column of a run's metrics.csv → {step: value}, the steps at which it was measured."""
-    with open(f"{folder}/metrics.csv", newline="") as f:
-        rows = [row for row in csv.DictReader(f) if row[name]]
-    return {int(row["step"]): float(row[name]) for row in rows}
+    return values_at(read_rows(folder), name)
 
 
 def curve(ax, value_at, label, colour, line="-"):

@@ -122,10 +122,8 @@ def win_rate(score, other):
 @torch.no_grad()
 def kl_per_token(model, other, tokens, mask, temperature=1.0):
     """Exact KL(model‖other) over the vocabulary at each sampled token (B, T), 0 outside the mask."""
-    before = tokens[:, :-1]
-    keep = mask[:, 1:]  # hidden[t-1] predicts token t
-    hidden = model(before)[keep]
-    other_hidden = other(before)[keep]
+    hidden = model.hidden_before(tokens, mask)
+    other_hidden = other.hidden_before(tokens, mask)
     kl = linear_kl(hidden, model.unembedding, other_hidden, other.unembedding, temperature)
     out = torch.zeros(mask.shape, device=kl.device)
     out[mask] = kl

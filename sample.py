@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from nanorlhf.errors import UserError, derive_seed, require, visible
+from nanorlhf.generate import prefill, prepare
 from nanorlhf.kernels.bf16 import cast_once
 from nanorlhf.run.cli import Machine, check_ranges, run_cli
 from nanorlhf.run.device import setup, to_device
@@ -67,17 +68,15 @@ def stream(model, prompt, max_new_tokens, eos_id, seed, sampling):
     require(max(max_new_tokens, 1) <= room, f"--max_new_tokens {max_new_tokens}: {left}")
     if max_new_tokens == 0:
         max_new_tokens = room
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    u = torch.rand(1, max_new_tokens, generator=generator).to(model.device)
-    cache = model.new_cache(1, len(prompt) + max_new_tokens)
-    hidden = model(torch.tensor([prompt], device=model.device), cache)[:, -1]  # prefill: (1, D)
+    batch = prepare(model, [prompt], 1, max_new_tokens, sampling.temperature, eos_id, seed)
+    cache, hidden = prefill(model, batch)  # hidden: (1, D)
     for t in range(max_new_tokens):
-        token, logp = sample(model.head_logits(hidden), u[:, t], sampling)
+        token, logp = sample(model.head_logits(hidden), batch.uniforms[:, t], sampling)
         yield token.item(), logp.item()
-        if token.item() in (eos_id, *model.stop_ids):
+        if torch.isin(token, batch.stop_ids):
             return
         if t + 1 < max_new_tokens:
-            position = torch.tensor([len(prompt) + t], device=model.device)
+            position = batch.prompt_len + t
             hidden = model(token[:, None], cache, position)[:, 0]
 
 

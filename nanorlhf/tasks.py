@@ -227,7 +227,7 @@ def gold(prompt: str, response: str) -> float:
     return max(score, -6.0)
 
 
-def prefer(prompt, a, b, rng, tau=1.0):
+def prefer(prompt, a, b, rng, tau):
     """Label a pair by a Bradley–Terry draw → (chosen, rejected): P(a chosen) = σ((gold(a) - gold(b)) / tau).
 
     tau = 0 gives the exact order of gold, and a coin decides ties.

@@ -167,7 +167,7 @@ class Tokenizer:
         """
         require(vocab_size >= 256, f"tokenizer: vocab_size {vocab_size} is below 256, the single bytes alone")
         counts = Counter()
-        for text in [texts] if isinstance(texts, str) else texts:
+        for text in texts:
             counts.update(regex.findall(WORDS, text))
         # tiktoken would read a lone surrogate as U+FFFD; here it counts as "?", and ordinary text has none.
         # A run of a million spaces is left out: each merge would walk it once more, for minutes.

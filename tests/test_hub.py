@@ -535,7 +535,7 @@ def test_round_trip(style, reward, tmp_path):
         (None, ""),
         (Tokenizer.from_bytes(), "to bé\0"),
         (Tokenizer.from_chars("añ∑"), "∑añña"),
-        (Tokenizer.train_bpe("to be or not to be" * 3, 262), "to be or not é"),
+        (Tokenizer.train_bpe(["to be or not to be" * 3], 262), "to be or not é"),
     ],
     ids=["none", "bytes", "chars", "bpe"],
 )

@@ -193,15 +193,6 @@ def test_kl_on_other_prompts_is_that_of_every_answer(real):
     assert old == new and report.answers(hub.load(f"{run}/grpo/model")[0], tok, prompts, 9) != old
 
 
-def test_curves_show_what_was_measured_before_a_step_and_after_the_last(real):
-    run, _ = real
-    metrics = report.read_metrics(f"{run}/grpo")
-    steps, values = report.held_out_points(metrics, "eval/greedy")
-    assert steps == [0, 2] and values[1] == metrics[1]["eval/greedy"]
-    rows = [{"step": i, "x": x} for i, x in enumerate([0.1, None, 0.3, 0.5])]
-    assert report.held_out_points(rows, "x") == ([0, 2, 4], [0.1, 0.3, 0.5])
-
-
 def test_a_report_without_its_run_is_one_line(tmp_path):
     with pytest.raises(UserError, match="config.json is missing: run recipes/smollm2_cpu.sh"):
         report.main(str(tmp_path), "base")

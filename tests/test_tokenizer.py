@@ -123,7 +123,6 @@ def test_vocab_size_and_early_stop():
     assert list(tok.ranks)[256:] == [b"ab"]  # (ab, ab) occurs once
     assert (tok.eos_id, tok.pad_id, tok.vocab_size) == (257, 258, 259)
     assert Tokenizer.train_bpe([], 256).ranks == BYTES.ranks
-    assert Tokenizer.train_bpe("abab", 300) == Tokenizer.train_bpe(["abab"], 300)
     assert len(BPE.ranks) == 280
     with pytest.raises(UserError, match="255"):
         Tokenizer.train_bpe(["a"], 255)

@@ -210,19 +210,24 @@ def _fold_rows(hidden, weight, bias, targets, temperature, r, cols, logits, shif
     return merge(torch.stack(stats))
 
 
+def _fold_all(hidden, weight, bias, targets, temperature):
+    """logp, entropy and log-sum-exp of all rows, (3, N), tile by tile."""
+    out = hidden.new_empty(3, len(hidden), dtype=_wide_dtype(hidden))
+    rows, cols = _tiles(len(hidden), len(weight))
+    z, spare = _buffers(hidden, 2, rows, cols)
+    logits = [z] * len(cols)
+    for r in rows:
+        merged = _fold_rows(hidden, weight, bias, targets, temperature, r, cols, logits, z, spare)
+        out[:, r] = torch.stack(merged)
+    return out
+
+
 class LinearLogprob(torch.autograd.Function):
     """logp and entropy, (N,) each: `kernels.linear_logprob` without a loss."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature):
-        out = hidden.new_empty(3, len(hidden), dtype=_wide_dtype(hidden))
-        rows, cols = _tiles(len(hidden), len(weight))
-        z, spare = _buffers(hidden, 2, rows, cols)
-        logits = [z] * len(cols)
-        for r in rows:
-            merged = _fold_rows(hidden, weight, bias, targets, temperature, r, cols, logits, z, spare)
-            out[:, r] = torch.stack(merged)
-        logp, entropy, lse = out
+        logp, entropy, lse = _fold_all(hidden, weight, bias, targets, temperature)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.temperature = temperature
         return logp, entropy
@@ -356,18 +361,6 @@ class LinearKL(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
 
-def _log_softmax_sums(hidden, weight, temperature):
-    """log Σ exp z of each row (N,), tile by tile."""
-    targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)  # any: only the sums count
-    rows, cols = _tiles(len(hidden), len(weight))
-    z, spare = _buffers(hidden, 2, rows, cols)
-    logits = [z] * len(cols)
-    lse = hidden.new_empty(len(hidden), dtype=_wide_dtype(hidden))
-    for r in rows:
-        *_, lse[r] = _fold_rows(hidden, weight, None, targets, temperature, r, cols, logits, z, spare)
-    return lse
-
-
 def _log_mixture(logp, logq, beta):
     """log(β q + (1−β) p), where both may be as small as fp32 allows."""
     return torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))
@@ -381,8 +374,9 @@ class LinearJSD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, temperature, beta):
-        lse = _log_softmax_sums(hidden, weight, temperature)
-        lse_ref = _log_softmax_sums(ref_hidden, ref_weight, temperature)
+        targets = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)  # any: lse has none
+        _, _, lse = _fold_all(hidden, weight, None, targets, temperature)
+        _, _, lse_ref = _fold_all(ref_hidden, ref_weight, None, targets, temperature)
         of_policy = torch.zeros_like(lse)  # KL(p‖m)
         of_ref = torch.zeros_like(lse)  # KL(q‖m)
         rows, cols = _tiles(len(hidden), len(weight))

@@ -47,7 +47,7 @@ class Run:
     tokens  records of tokens.jsonl.gz
     """
 
-    def __init__(self, rows, config, tokens=()):
+    def __init__(self, rows, config, tokens):
         self.flags = Row(config)
         self.rows = [Row({name: x for name, x in row.items() if x is not None}) for row in rows]
         self.tokens = tokens
@@ -141,8 +141,9 @@ def other_baseline(run):
     for record in run.tokens:
         groups = {}
         columns = record.get("groups", {})
-        for group, *pair in zip(*(columns.get(name, ()) for name in ("group", "reward", "adv"))):
-            groups.setdefault(group, []).append(pair)
+        table = zip(columns.get("group", ()), columns.get("reward", ()), columns.get("adv", ()))
+        for group, reward, adv in table:
+            groups.setdefault(group, []).append((reward, adv or 0))  # null where it is not finite
         if any(map(mixed_up, groups.values())) and run.flags.norm != "batch_whiten":
             rows.append(Row(step=record["step"]))
     return rows
@@ -150,11 +151,11 @@ def other_baseline(run):
 
 def mixed_up(pairs):
     """[(reward, advantage)] of a group: the sum is not 0, and two equal rewards have unlike advantages."""
-    total = sum(adv or 0 for _, adv in pairs)
-    unit = 0.02 * sum(abs(adv or 0) for _, adv in pairs)
+    total = sum(adv for _, adv in pairs)
+    unit = 0.02 * sum(abs(adv) for _, adv in pairs)
     by_reward = {}
     for reward, adv in pairs:
-        by_reward.setdefault(reward, []).append(adv or 0)
+        by_reward.setdefault(reward, []).append(adv)
     return abs(total) > unit and any(max(advs) - min(advs) > unit for advs in by_reward.values())
 
 
@@ -183,15 +184,12 @@ def not_log_2(run):
 # reinforcement learning
 
 
-def still(run):
+def too_small(run):
     """Nothing moves. With one update a rollout the ratio is 1 by construction: then the KL alone tells."""
     kls = column(run.rows, "kl")
     ratios = column(run.rows, "ratio_max")
-    return ratios and max(ratios) < 1.01 and kls and max(kls) < 0.01
-
-
-def too_small(run):
-    return run.all(still(run) and run.late.gnorm > 0)
+    still = ratios and max(ratios) < 1.01 and kls and max(kls) < 0.01
+    return run.all(still and run.late.gnorm > 0)
 
 
 def recomputed(run):
@@ -560,8 +558,13 @@ def diagnose(rows, config, tokens=()):
     for rule in RULES:
         shown_in = rule.shows(run)
         if shown_in:
-            finding = {"title": rule.title, "steps": span(shown_in, rule.columns.split())}
-            finding |= {"meaning": rule.meaning, "remedy": rule.remedy, "page": f"docs/{rule.page}"}
+            finding = {
+                "title": rule.title,
+                "steps": span(shown_in, rule.columns.split()),
+                "meaning": rule.meaning,
+                "remedy": rule.remedy,
+                "page": f"docs/{rule.page}",
+            }
             found.append(finding)
     return found
 
@@ -577,7 +580,7 @@ def span(rows, names):
             ends = measured[:1] if first == last else [measured[0], measured[-1]]
             values.append(f"{name} {' → '.join(f'{x:.3g}' for x in ends)}")
     steps = f"step {first}" if first == last else f"steps {first} to {last}"
-    return ": ".join([steps, ", ".join(values)][: 1 + bool(values)])
+    return f"{steps}: {', '.join(values)}" if values else steps
 
 
 def findings(run_folder):

@@ -4,7 +4,6 @@
 page in that JSON alone, where "<" is written as an escape: a response of </script> ends no script.
 """
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -162,44 +161,44 @@ def spread(n, k):
 
 def within(records, most):
     """Records whose JSON has at most `most` bytes together, and in words which were left out."""
+    n = len(records)
     rows = max((len(record["rows"]) for record in records), default=0)
     shown = rows
     while True:
         some = [record | {"rows": record["rows"][:shown]} for record in records]
-        sizes = [len(as_json(record)) for record in some]
-        if sum(sizes) <= most:
-            kept = list(range(len(some)))
-            break
-        k = max(2, int(len(some) * most / sum(sizes)))
-        kept = spread(len(some), k)
-        if k >= min(8, len(some)) or shown <= FEWEST_ROWS:
+        size = sum(len(as_json(record)) for record in some)
+        k = max(2, int(n * most / max(1, size)))
+        kept = spread(n, min(k, n))
+        if k >= min(8, n) or shown <= FEWEST_ROWS:
             break
         shown = max(FEWEST_ROWS, shown // 2)
     left_out = ""
-    if len(kept) < len(records) or shown < rows:
-        left_out = f"To keep the page small, it shows {len(kept)} of {len(records)} logged steps"
+    if len(kept) < n or shown < rows:
+        left_out = f"To keep the page small, it shows {len(kept)} of {n} logged steps"
         left_out += f" and {shown} of {rows} rows of each; {tokens.FILE} has them all."
     return [some[i] for i in kept], left_out
 
 
 def before_and_after(run, kind, records):
     """Held-out prompts with their first and last responses: [{"prompt", "before", "after"}]."""
-    held_out = [record for record in records if "held_out" in record]
-    if held_out:
-        logged = [(record["step"], record["held_out"]) for record in held_out]
-    elif kind in OWN_SAMPLES:
+    logged = [(record["step"], record["held_out"]) for record in records if "held_out" in record]
+    if not logged and kind in OWN_SAMPLES:  # elsewhere samples.jsonl has other prompts in every step
         logged = list(held_out_samples(run).items())
-    else:
-        logged = []  # samples.jsonl has other prompts in every step
     if not logged:
         return []
+    first_step, first_rows = logged[0]
+    last_step, last_rows = logged[-1]
     found = []
-    for first, last in zip(logged[0][1], logged[-1][1]):
+    for first, last in zip(first_rows, last_rows):
         if first["prompt"] == last["prompt"]:
-            before = {"step": logged[0][0], "response": first["response"], "reward": first.get("reward")}
-            after = {"step": logged[-1][0], "response": last["response"], "reward": last.get("reward")}
+            before = answer(first_step, first)
+            after = answer(last_step, last)
             found.append({"prompt": first["prompt"], "before": before, "after": after})
     return found[: tokens.HELD_OUT]
+
+
+def answer(step, row):
+    return {"step": step, "response": row["response"], "reward": row.get("reward")}
 
 
 def held_out_samples(run):
@@ -217,16 +216,14 @@ def held_out_samples(run):
     return by_step
 
 
-def of_run(run, folder, most, found=None):
+def of_run(run, folder, most, found):
     """Everything that the page in `folder` says of one run, as a dict for JSON.
 
-    found: the doctor's findings, where they are known already.
+    found: the doctor's findings, or None where they are not known yet.
     """
-    table = Path(run, "metrics.csv")
-    require(table.is_file(), f"{run}: is no run folder: it has no metrics.csv")
-    with open(table, encoding="utf-8", errors="replace") as f:
-        columns = f.readline().rstrip("\n").split(",")  # a run that broke in its first step has no rows
     rows = read_rows(run)
+    with open(Path(run, "metrics.csv"), encoding="utf-8", errors="replace") as f:
+        columns = f.readline().rstrip("\n").split(",")  # a run that broke in its first step has no rows
     if found is None:
         found = doctor.findings(run)
     kind = kind_of(columns)
@@ -246,7 +243,7 @@ def of_run(run, folder, most, found=None):
         "left_out": left_out,
         "before_after": before_and_after(run, kind, records),
         "links": links(kind, folder),
-        "findings": [with_link(finding, folder) for finding in found],
+        "findings": [finding | {"href": relative(finding["page"], folder)} for finding in found],
     }
 
 
@@ -254,13 +251,6 @@ def about(config, rows):
     data = config.get("data") or config.get("task") or "data of its own"
     seconds = sum(row.get("s") or 0 for row in rows)
     return f"{data}, seed {config.get('seed')}, {len(rows)} steps in {seconds:.0f} s"
-
-
-def with_link(finding, folder):
-    """A finding of the doctor with a link to its page of the docs."""
-    file, _, anchor = finding["page"].partition("#")
-    href = relative(file, folder)
-    return finding | {"href": href + (f"#{anchor}" if anchor and href else "")}
 
 
 def demo_answers(folder):
@@ -312,8 +302,7 @@ def render(folders, found=None):
         "/*DATA*/": as_json(data),  # the last, as a response may hold one of these marks
     }
     for mark, text in parts.items():
-        before, _, after = page.partition(mark)
-        page = before + text + after
+        page = page.replace(mark, text, 1)
     return page
 
 
@@ -326,10 +315,8 @@ def write(folders, found=None):
     try:
         tmp.write_text(text, encoding="utf-8")
         os.replace(tmp, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            tmp.unlink()  # half a page, on a disk that is full
-        raise
+    finally:
+        tmp.unlink(missing_ok=True)  # half a page, on a disk that is full
     return str(path)
 
 

@@ -37,19 +37,12 @@ def plot_curves(out, rows, panels):
     if plt is None or not rows:
         return
     panels = [panel if isinstance(panel, tuple) else (panel,) for panel in panels]
-    panels = [panel for panel in panels if any(row.get(name) is not None for row in rows for name in panel)]
+    panels = [panel for panel in panels if any(values_at(rows, name) for name in panel)]
     fig, axes = grid(plt, len(panels))
     for ax, panel in zip(axes, panels):
         for name in panel:
-            measured = [row for row in rows if row.get(name) is not None]
-            steps = [row["step"] for row in measured]
-            values = [row[name] for row in measured]
-            marker = "." if len(steps) < 15 else None  # a curve of one point would not be seen
-            ax.plot(steps, values, label=name, marker=marker)
-        ax.set(title=", ".join(panel), xlabel="step", ylabel=WORDS.get(panel[0], panel[0]))
-        ax.locator_params(axis="x", integer=True, min_n_ticks=1)  # there is no step 0.5
-        if "kl" in panel:
-            nats(ax)
+            draw(ax, values_at(rows, name), name)
+        name_axes(ax, panel)
         if len(panel) > 1:
             ax.legend()
     save_figure(fig, os.path.join(out, "curves.png"))
@@ -105,26 +98,26 @@ def group_runs(runs, by_seed=True):
     as runs/seed3/sft/model, count as equal. A label has the flags that differ between the groups, or the
     folder where none do, or more than four.
     """
-    groups = {}
-    for folder, (rows, config) in runs.items():
-        flags = without_seed(config)
-        key = str(sorted(flags.items())) if by_seed and config else folder
-        known = [seed for _, _, _, seed in groups.get(key, ())]
-        if config.get("seed") in known:  # the same run again, of another version say, is no second seed
+    flags = {folder: without_seed(config) for folder, (_, config) in runs.items()}
+    seeds = {folder: config.get("seed") for folder, (_, config) in runs.items()}
+    groups = {}  # the folders of each
+    for folder, (_, config) in runs.items():
+        key = str(sorted(flags[folder].items())) if by_seed and config else folder
+        known = [seeds[other] for other in groups.get(key, ())]
+        if seeds[folder] in known:  # the same run again, of another version say, is no second seed
             key = folder
-        groups.setdefault(key, []).append((folder, rows, flags, config.get("seed")))
-    first_runs = [members[0] for members in groups.values()]
-    differ = differing([flags for _, _, flags, _ in first_runs])
+        groups.setdefault(key, []).append(folder)
+    differ = differing([flags[folders[0]] for folders in groups.values()])
     labelled = {}
-    for members in groups.values():
-        folder, _, flags, _ = members[0]
-        words = ", ".join(f"{name} {flags[name]}" for name in differ)
-        label = words if 0 < len(differ) <= 4 else folder
+    for folders in groups.values():
+        first = folders[0]
+        words = ", ".join(f"{name} {flags[first][name]}" for name in differ)
+        label = words if 0 < len(differ) <= 4 else first
         if label in labelled:  # two runs may differ by their seed alone, with --group none, or by nothing
-            label = folder
-        if len(members) > 1:
-            label += f" ({len(members)} seeds)"
-        labelled[label] = [rows for _, rows, _, _ in members]
+            label = first
+        if len(folders) > 1:
+            label += f" ({len(folders)} seeds)"
+        labelled[label] = [runs[folder][0] for folder in folders]
     return labelled
 
 
@@ -158,20 +151,17 @@ def compare(groups, names):
     fig, axes = grid(pyplot(), len(names))
     for ax, name in zip(axes, names):
         for label, runs in groups.items():
-            curves = [{row["step"]: row[name] for row in rows if row.get(name) is not None} for rows in runs]
-            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            curves = [values_at(rows, name) for rows in runs]
+            steps = sorted(set.intersection(*map(set, curves)))
             found = [mean_ci([curve[step] for curve in curves]) for step in steps]
             means = [mean for mean, _ in found]
-            (drawn,) = ax.plot(steps, means, label=label, marker="." if len(steps) < 15 else None)
+            colour = draw(ax, dict(zip(steps, means)), label)
             if len(runs) > 1:
                 low = [mean - half for mean, half in found]
                 high = [mean + half for mean, half in found]
-                ax.fill_between(steps, low, high, color=drawn.get_color(), alpha=0.2, lw=0)
-        ax.set(title=name, xlabel="step", ylabel=WORDS.get(name, name))
+                ax.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
         ax.grid(alpha=0.25)
-        ax.locator_params(axis="x", integer=True, min_n_ticks=1)
-        if name == "kl":
-            nats(ax)
+        name_axes(ax, [name])
     if len(groups) > 1:
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
@@ -179,6 +169,27 @@ def compare(groups, names):
 
 # ------------------------------------------------------------------------------------------------------------
 # drawing
+
+
+def values_at(rows, name):
+    """Rows of metrics.csv and a column → {step: value}, the steps at which it was measured."""
+    return {row["step"]: row[name] for row in rows if row.get(name) is not None}
+
+
+def draw(ax, value_at, label):
+    """Draw {step: value} as one line → its colour."""
+    marker = "." if len(value_at) < 15 else None  # a curve of one point would not be seen
+    (line,) = ax.plot(list(value_at), list(value_at.values()), label=label, marker=marker)
+    return line.get_color()
+
+
+def name_axes(ax, columns):
+    """Title and axes of a panel of these columns of metrics.csv."""
+    first = columns[0]
+    ax.set(title=", ".join(columns), xlabel="step", ylabel=WORDS.get(first, first))
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)  # there is no step 0.5
+    if "kl" in columns:
+        nats(ax)
 
 
 def nats(ax):

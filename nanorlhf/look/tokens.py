@@ -19,6 +19,7 @@ import zlib
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from nanorlhf.data import pad_responses, take_rows, trim
 from nanorlhf.kernels import linear_jsd, linear_kl
@@ -78,11 +79,9 @@ def rounded(x, digits=4):
 
 def inside(x, mask, digits=4):
     """(n, T) values and mask → a list for each row of its rounded values inside the mask."""
-    found = []
-    for row, bits in zip(x.float().tolist(), mask.tolist()):  # an index a row would take longer than a pass
-        kept = [value for value, bit in zip(row, bits) if bit]
-        found.append([float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in kept])
-    return found
+    lengths = mask.sum(1).tolist()
+    rows = x[mask].float().split(lengths)
+    return [rounded(row.tolist(), digits) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,20 +114,14 @@ class TokenLog:
             yield
         self.seconds += time.perf_counter() - start
 
-    def _write(self, record):
-        self.append(pack(record))
-
-    def _texts(self, ids):
-        """The text of each token. Half a character is shown as U+FFFD."""
-        return [self.tok.decode([i]) for i in ids] if self.tok else [f"<{i}>" for i in ids]
-
     def _named(self, tokens, lengths, mask):
         """(n, T), (n,), (n, T) → a dict for each row with its ids, their texts and its mask."""
         named = []
         for ids, length, inside_row in zip(tokens.tolist(), lengths.tolist(), mask.int().tolist()):
             ids = ids[:length]
+            texts = [self.tok.decode([i]) for i in ids]  # half a character is shown as U+FFFD
             bits = "".join(map(str, inside_row[:length]))
-            named.append({"ids": ids, "text": self._texts(ids), "mask": bits})
+            named.append({"ids": ids, "text": texts, "mask": bits})
         return named
 
     def _few(self, lengths):
@@ -137,7 +130,7 @@ class TokenLog:
         All are scored in one pass: 16 rows of 4,000 tokens would need more memory than training does.
         """
         n = min(self.rows, len(lengths))
-        budget = getattr(self.cfg, "tokens_per_microbatch", 0)
+        budget = self.cfg.tokens_per_microbatch
         if budget:
             n = min(n, budget // max(lengths[:n]))
         return max(1, n)
@@ -179,8 +172,7 @@ class TokenLog:
             for i, row in enumerate(rows):
                 row["group"] = roll.group[i].item()
                 row["finished"] = roll.finished[i].item()
-                if roll.reward is not None:
-                    row["score"] = rounded(roll.reward[i].item())
+            self._put("score", roll.reward)
 
     def _affordable(self, step, n_rows):
         """Whether the record of this step keeps its passes within SHARE of the run's; the last step is kept.
@@ -199,21 +191,19 @@ class TokenLog:
 
     def _put(self, name, x):
         """Into the record: a number, or the values of each row or of each token."""
-        rows = self.record["rows"]
-        if name in NOT_PER_TOKEN or x is None or getattr(x, "dim", int)() > 2:
+        if name in NOT_PER_TOKEN or x is None:
             return
         if not isinstance(x, torch.Tensor):
             self.record[name] = rounded(x)
             return
-        if x.dim() == 0:
-            self.record[name] = rounded(x.item())
-            return
         mask = self.first["mask"]
         if x.dim() == 1:
             values = rounded(x.float().tolist())
-        else:
+        elif x.dim() == 2:
             values = inside(x.expand_as(mask), mask)  # some variants have (B, 1)
-        for row, value in zip(rows, values):
+        else:
+            return
+        for row, value in zip(self.record["rows"], values):
             row[name] = value
 
     def _score(self):
@@ -237,11 +227,9 @@ class TokenLog:
 
     def _groups(self, roll, tensors):
         """Score, reward and advantage of all rows of the first groups, where they are one number a row."""
-        found = {"group": roll.group.tolist(), "score": roll.reward}
-        for name in ("reward", "adv"):
-            found[name] = tensors.get(name)
-        most = sum(group < MOST_GROUPS for group in found["group"])
-        groups = {"group": found.pop("group")[:most]}
+        most = int((roll.group < MOST_GROUPS).sum())
+        groups = {"group": roll.group[:most].tolist()}
+        found = {"score": roll.reward, "reward": tensors.get("reward"), "adv": tensors.get("adv")}
         for name, x in found.items():
             if x is not None and x.dim() == 1:
                 groups[name] = rounded(x[:most].float().tolist())
@@ -260,7 +248,7 @@ class TokenLog:
         """Write the record of the rollout, when its step is done."""
         if self.record is not None:
             with self._timed():
-                self._write(self.record)
+                self.append(pack(self.record))
         self.record = None
 
     # ---- the batch of an optimizer step, before its update
@@ -271,7 +259,6 @@ class TokenLog:
             return
         with self._timed():
             rows = self.record["rows"]
-            T = self.first["mask"].shape[1]
             if "w" in batch:
                 weight = batch["w"]
             else:
@@ -281,11 +268,8 @@ class TokenLog:
                     if self.updates <= MOST_UPDATES:  # of later ones there is no ratio
                         rows[i].setdefault("update", []).append(self.updates)
                     if "w" not in rows[i]:
-                        mask = self.first["mask"][i : i + 1]
-                        own = torch.zeros_like(mask, dtype=weight.dtype)
-                        n = min(T, weight.shape[1])
-                        own[0, :n] = weight[j, :n]
-                        (rows[i]["w"],) = inside(own, mask)
+                        own = weight[j][batch["mask"][j]]  # (tokens of the response,)
+                        rows[i]["w"] = rounded(own.tolist())
             if hasattr(self.cfg, "divergence") and self.updates == 0:
                 self._divergence(*models)
 
@@ -327,7 +311,7 @@ class TokenLog:
             else:
                 record = self._demonstrations(batch, model)
             sharding.reshard(model)
-            self._write({"step": step, **record})
+            self.append(pack({"step": step} | record))
 
     def _demonstrations(self, batch, model):
         some = trim(take_rows(batch, torch.arange(self._few(batch["lengths"].tolist()))))
@@ -340,21 +324,16 @@ class TokenLog:
 
     def _preferences(self, batch, model, ref):
         """Both responses of each pair under policy and reference, h = log π/π_ref summed over a response."""
-        answers = []
-        sides = []
         lengths = []
         for prompt, *both, _ in batch["examples"]:
             lengths.append(len(prompt) + max(map(len, both)))
-        examples = batch["examples"][: self._few_pairs(lengths)]
-        for i, (prompt, first, second, liked) in enumerate(examples):
+        shown = []
+        for prompt, first, second, liked in batch["examples"][: self._few_pairs(lengths)]:
             if batch["z0"] is not None:  # KTO: one response, liked or not
-                answers.append((prompt, first))
-                sides.append({"pair": i, "side": "chosen" if liked else "rejected"})
+                shown.append((prompt, {"chosen" if liked else "rejected": first}))
             else:
-                answers += [(prompt, first), (prompt, second)]
-                sides += [{"pair": i, "side": "chosen"}, {"pair": i, "side": "rejected"}]
-        tokens, lengths, mask = pad_responses(answers, model.device)
-        rows = self._named(tokens, lengths, mask)
+                shown.append((prompt, {"chosen": first, "rejected": second}))
+        rows, tokens, mask = self._responses(shown, model.device)
         logp, entropy = model.logprobs(tokens, mask)
         with at_work(ref):
             ref_logp, _ = ref.logprobs(tokens, mask)
@@ -364,28 +343,32 @@ class TokenLog:
         found = {"logp": logp, "ref_logp": ref_logp, "log_ratio": log_ratio, "entropy": entropy}
         found = {name: inside(x, mask) for name, x in found.items()}
         for i, row in enumerate(rows):
-            row |= sides[i] | {name: values[i] for name, values in found.items()}
-            row |= {"finished": True, "h": rounded(h[i])}
+            row |= {name: values[i] for name, values in found.items()}
+            row["h"] = rounded(h[i])
         z0 = None if batch["z0"] is None else rounded(batch["z0"].item())
         return {"rows": rows, "z0": z0}
 
     def _scores(self, examples, model):
         """What a reward model says after every token of the response; of a process one, the logit."""
+        names = ("chosen", "rejected") if model.step_ids is None else ("response",)
+        shown = [(prompt, dict(zip(names, ids))) for prompt, *ids in examples]
+        lengths = [len(prompt) + max(map(len, responses.values())) for prompt, responses in shown]
+        rows, tokens, mask = self._responses(shown[: self._few_pairs(lengths)], model.device)
+        for row, values in zip(rows, inside(model.logits(tokens), mask)):
+            row |= {"value": values, "score": values[-1]}
+        return {"rows": rows}
+
+    def _responses(self, shown, device):
+        """[(prompt ids, {side: response ids})] → a row for each response, their tokens and mask (n, T)."""
         answers = []
         sides = []
-        names = ("chosen", "rejected") if model.step_ids is None else ("response",)
-        lengths = []
-        for prompt, *responses in examples:
-            lengths.append(len(prompt) + max(len(response) for _, response in zip(names, responses)))
-        for i, (prompt, *responses) in enumerate(examples[: self._few_pairs(lengths)]):
-            for side, response in zip(names, responses):
+        for i, (prompt, responses) in enumerate(shown):
+            for side, response in responses.items():
                 answers.append((prompt, response))
-                sides.append({"pair": i, "side": side})
-        tokens, lengths, mask = pad_responses(answers, model.device)
+                sides.append({"pair": i, "side": side, "finished": True})
+        tokens, lengths, mask = pad_responses(answers, device)
         rows = self._named(tokens, lengths, mask)
-        for i, values in enumerate(inside(model.logits(tokens), mask)):
-            rows[i] |= sides[i] | {"finished": True, "value": values, "score": values[-1]}
-        return {"rows": rows}
+        return [row | side for row, side in zip(rows, sides)], tokens, mask
 
     def held_out(self, step, roll, score):
         """The responses to the first held-out prompts, before the first step and after the last."""
@@ -395,7 +378,7 @@ class TokenLog:
             some = []
             for row, text, reward in list(zip(roll.rows, roll.texts, score.tolist()))[:HELD_OUT]:
                 some.append({"prompt": str(row["prompt"]), "response": text, "reward": rounded(reward)})
-            self._write({"step": step, "held_out": some})
+            self.append(pack({"step": step, "held_out": some}))
 
 
 def _before_whitening(tensors, gamma, lam):
@@ -406,13 +389,11 @@ def _before_whitening(tensors, gamma, lam):
     """
     mask = tensors["mask"]
     value = tensors["old_value"]
-    next_value = torch.zeros_like(value)
-    next_value[:, :-1] = (value * mask)[:, 1:]  # 0 behind the last token
+    next_value = F.pad((value * mask)[:, 1:], (0, 1))  # 0 behind the last token
     delta = tensors["reward"] + gamma * next_value - value
     delta = delta * mask
     adv = (tensors["ret"] - value) * mask
-    later = torch.zeros_like(adv)
-    later[:, :-1] = adv[:, 1:]
+    later = F.pad(adv[:, 1:], (0, 1))
     rounding = 1e-4 * (adv.abs() + value.abs()).max().item()
     if not torch.allclose(adv, delta + gamma * lam * later * mask, rtol=1e-4, atol=rounding):
         return {"delta": delta}

@@ -15,30 +15,25 @@ these the mean ± its standard error.
 """
 
 import csv
-import json
 import os
-import sys
 import time
 
 import torch
 
 from evaluate import kl_per_token
 from nanorlhf import generate, hub
-from nanorlhf.errors import OneLine, derive_seed, require, shown
+from nanorlhf.errors import derive_seed, require, shown
+from nanorlhf.hub.files import read_json
 from nanorlhf.hub.formats import read_rows
-from nanorlhf.look.plots import pyplot, save_figure
+from nanorlhf.look.plots import plot_curves
 from nanorlhf.metrics import mean_se
+from nanorlhf.run.folders import read_rows as read_metrics
 from nanorlhf.run.folders import write_json
-from nanorlhf.run.log import read_rows as read_metrics
+from recipes.smollm2 import command
 
 OTHERS = os.path.join(os.path.dirname(__file__), "other_prompts.jsonl")
 LONGEST = 40  # tokens of an answer to one of the other prompts
-
-
-def read_json(path):
-    require(os.path.isfile(path), f"{path} is missing: run recipes/smollm2_cpu.sh, which writes it")
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+READ = ("grpo/config.json", "before.json", "after.json", "stages.csv")  # what the stages have written
 
 
 def prompts_of(path):
@@ -60,18 +55,16 @@ def answers(model, tok, prompts, limit):
 def kl_on(prompts, model, base, tok, seed):
     """KL(model‖base) in nats a token on sampled answers to these prompts → mean over the answers, s.e."""
     seed = derive_seed(seed, "others")
-    rolls, _ = generate.respond(model, tok, prompts, 1, LONGEST, temperature=1.0, seed=seed)
-    per_answer = []
-    for roll in rolls:
-        kl = kl_per_token(model, base, roll.tokens, roll.mask)  # (B, T)
-        per_answer.append(kl.sum(1) / roll.mask.sum(1))
-    return mean_se(torch.cat(per_answer))
+    (roll,), _ = generate.respond(model, tok, prompts, 1, LONGEST, temperature=1.0, seed=seed)
+    kl = kl_per_token(model, base, roll.tokens, roll.mask)  # (B, T)
+    return mean_se(kl.sum(1) / roll.mask.sum(1))
 
 
 def stage_figures(path):
-    """stages.csv → {"first_point", "cpu_seconds", "peak_mb"}, and when the first stage began.
+    """stages.csv → {"cpu_seconds", "peak_mb", "first_point", "wall_seconds"}.
 
-    first_point: seconds from there to the first row of a metrics.csv.
+    wall_seconds: from the begin of the first stage until now. first_point: from there to the first row of a
+    metrics.csv.
     """
     with open(path, newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
@@ -83,45 +76,12 @@ def stage_figures(path):
     for row in rows:
         if row["first_row"]:
             figures["first_point"] = float(row["began"]) + float(row["first_row"]) - began
-    return figures, began
+    figures["wall_seconds"] = time.time() - began
+    return figures
 
 
 # ------------------------------------------------------------------------------------------------------------
 # the page
-
-
-def held_out_points(metrics, name):
-    """Rows of metrics.csv → steps, values of a held-out figure.
-
-    It is measured before its step, but for the last, which is measured after it.
-    """
-    measured = [row for row in metrics if row.get(name) is not None]
-    steps = [row["step"] for row in measured]
-    steps[-1] = metrics[-1]["step"] + 1
-    return steps, [row[name] for row in measured]
-
-
-def draw(run, metrics):
-    """curves.png: training and held-out accuracy, response length, dead groups, by step."""
-    plt = pyplot()
-    if plt is None:
-        return
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    accuracy, length, dead = axes
-    steps = [row["step"] for row in metrics]
-    reward = [row["reward"] for row in metrics]
-    accuracy.plot(steps, reward, color="silver", label="training prompts, sampled")
-    for name, label, colour in (("reward", "sampled", "tab:blue"), ("greedy", "greedy", "tab:green")):
-        at, values = held_out_points(metrics, f"eval/{name}")
-        accuracy.plot(at, values, "o-", color=colour, label=f"held-out sums, {label}")
-    length.plot(steps, [row["len"] for row in metrics])
-    dead.plot(steps, [row["dead"] for row in metrics])
-    accuracy.legend(fontsize=8)
-    titles = {"right answers": "share", "response length": "tokens", "dead groups": "share of prompts"}
-    for ax, (title, unit) in zip(axes, titles.items()):
-        ax.set(title=title, xlabel="step", ylabel=unit)
-        ax.set_ylim(bottom=0)
-    save_figure(fig, os.path.join(run, "curves.png"))
 
 
 def side_by_side(prompts, before, after):
@@ -176,6 +136,9 @@ Does it still answer other questions as before? {same} (at most
 
 
 def main(run, base_folder):
+    for name in READ:
+        path = f"{run}/{name}"
+        require(os.path.isfile(path), f"{path} is missing: run recipes/smollm2_cpu.sh, which writes it")
     flags = read_json(f"{run}/grpo/config.json")
     figures = {"seed": flags["seed"], "model": os.path.basename(os.path.normpath(base_folder))}
     for name in ("before", "after"):
@@ -186,27 +149,26 @@ def main(run, base_folder):
 
     base, tok = hub.load(base_folder)
     trained, _ = hub.load(f"{run}/grpo/model")
-    prompts = {"sums": prompts_of(f"{run}/heldout.jsonl")[:5], "others": prompts_of(OTHERS)}
-    limits = {"sums": flags["max_new_tokens"], "others": LONGEST}
-    tables = {}
-    for name, asked in prompts.items():
-        before = answers(base, tok, asked, limits[name])
-        after = answers(trained, tok, asked, limits[name])
-        tables[name] = side_by_side(asked, before, after)
+    sums = prompts_of(f"{run}/heldout.jsonl")[:5]
+    others = prompts_of(OTHERS)
+    tables = []
+    for asked, limit in ((sums, flags["max_new_tokens"]), (others, LONGEST)):
+        before = answers(base, tok, asked, limit)
+        after = answers(trained, tok, asked, limit)
+        tables.append(side_by_side(asked, before, after))
         for prompt, old, new in list(zip(asked, before, after))[:5]:
             print(f"\n{shown(question(prompt), 76)}")
             print(f"  before │ {shown(old, 68)}\n  after  │ {shown(new, 68)}")
     same = sum(old == new for old, new in zip(before, after))  # of the others, which came last
-    kl, kl_se = kl_on(prompts["others"], trained, base, tok, flags["seed"])
-    n_others = len(prompts["others"])
+    kl, kl_se = kl_on(others, trained, base, tok, flags["seed"])
+    n_others = len(others)
     figures |= {"same_answers": same, "n_others": n_others, "kl_others": kl, "kl_others_se": kl_se}
 
-    stages, began = stage_figures(f"{run}/stages.csv")
-    figures |= stages | {"wall_seconds": time.time() - began}
-    draw(run, read_metrics(f"{run}/grpo"))
+    figures |= stage_figures(f"{run}/stages.csv")
+    plot_curves(run, read_metrics(f"{run}/grpo"), [("reward", "eval/reward", "eval/greedy"), "len", "dead"])
     write_json(f"{run}/report.json", figures)
     with open(f"{run}/report.md", "w", encoding="utf-8") as f:
-        f.write(page(figures, tables["sums"], tables["others"]))
+        f.write(page(figures, tables[0], tables[1]))
     right = f"{figures['pass@1_before']:.2f} → {figures['pass@1_after']:.2f} right, sampled"
     greedy = f"{figures['greedy_before']:.2f} → {figures['greedy_after']:.2f} greedy"
     print(f"\nheld-out sums: {right}, {greedy}")
@@ -217,9 +179,4 @@ def main(run, base_folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    try:
-        main(*sys.argv[1:])
-    except OneLine as error:
-        sys.exit(f"recipes.smollm2.report: error: {error}")
+    command(main, __doc__)

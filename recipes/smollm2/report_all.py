@@ -7,13 +7,13 @@ that of the differences row by row. A stage that has not run is left out.
 """
 
 import csv
-import json
 import math
 import os
-import sys
 
-from nanorlhf.errors import UserError, require
+from nanorlhf.errors import require
+from nanorlhf.hub.files import read_json
 from nanorlhf.run.folders import write_json
+from recipes.smollm2 import command
 
 SUMS = {"pass@1": "sums right, sampled", "greedy": "sums right, greedy"}
 FIGURES = {  # stage → {figure in STAGE.json: what it is}
@@ -24,14 +24,7 @@ FIGURES = {  # stage → {figure in STAGE.json: what it is}
     "ppo": SUMS,
     "distill": SUMS,
 }
-CHANCE = (0.5, 0.0)  # of pairs: the base model is its own reference, and a head of zeros gives ties
-
-
-def read_json(path):
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+ENDS = ("before", "before_se", "after", "after_se", "change_se")
 
 
 def seconds_of(path):
@@ -42,17 +35,21 @@ def seconds_of(path):
         return {row["stage"]: float(row["seconds"]) for row in csv.DictReader(f)}
 
 
-def change(measured, base, figure):
-    """→ before, its s.e., after, its s.e., s.e. of the change. base: the figures before the sums' stages."""
+def ends_of(measured, base, figure):
+    """→ {end of ENDS: its value}. base: the figures before the stages on sums."""
     if figure == "loss":
-        names = ("loss_before", "loss_before_se", "loss_after", "loss_after_se", "loss_change_se")
-        return tuple(measured[name] for name in names)
-    before, before_se = CHANCE
-    if figure in SUMS:
-        before = base[figure]
-        before_se = base[f"{figure}_se"]
+        return {end: measured[f"loss_{end}"] for end in ENDS}
+    # Of pairs, chance: the base model is its own reference, and a head of zeros gives ties
+    before = base[figure] if figure in SUMS else 0.5
+    before_se = base[f"{figure}_se"] if figure in SUMS else 0.0
     after_se = measured[f"{figure}_se"]
-    return before, before_se, measured[figure], after_se, math.hypot(before_se, after_se)
+    return {
+        "before": before,
+        "before_se": before_se,
+        "after": measured[figure],
+        "after_se": after_se,
+        "change_se": math.hypot(before_se, after_se),
+    }
 
 
 def main(run, seed):
@@ -62,16 +59,16 @@ def main(run, seed):
     lines = ["| stage | held out | before | after | beyond 2 s.e. | seconds |", "|---|---|---|---|---|---|"]
     for stage, names in FIGURES.items():
         measured = read_json(f"{run}/{stage}.json")
-        if measured is None:
+        if not measured:
             continue
         for figure, meaning in names.items():
-            before, before_se, after, after_se, se = change(measured, base, figure)
-            gain = before - after if figure == "loss" else after - before
-            ends = {"before": before, "before_se": before_se, "after": after, "after_se": after_se}
-            for end, value in (ends | {"change_se": se}).items():
-                figures[f"{stage}_{figure}_{end}"] = value
-            clear = "yes" if gain > 2 * se else "no"
-            values = f"{before:.3f} ± {before_se:.3f} | {after:.3f} ± {after_se:.3f}"
+            ends = ends_of(measured, base, figure)
+            figures |= {f"{stage}_{figure}_{end}": value for end, value in ends.items()}
+            gain = ends["after"] - ends["before"]
+            if figure == "loss":
+                gain = -gain
+            clear = "yes" if gain > 2 * ends["change_se"] else "no"
+            values = "{before:.3f} ± {before_se:.3f} | {after:.3f} ± {after_se:.3f}".format(**ends)
             lines.append(f"| {stage} | {meaning} | {values} | {clear} | {seconds.get(stage, math.nan):.0f} |")
         if stage in seconds:
             figures[f"{stage}_seconds"] = seconds[stage]
@@ -84,9 +81,4 @@ def main(run, seed):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    try:
-        main(*sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"recipes.smollm2.report_all: error: {error}")
+    command(main, __doc__)

@@ -7,16 +7,14 @@ of the differences of the same demonstration under the two models. Its error is 
 two means, because a demonstration that is hard for one model is hard for the other.
 """
 
-import sys
-
 import torch
 
 from nanorlhf import hub
 from nanorlhf.data import encode_demonstrations, microbatches, pad_demonstrations
-from nanorlhf.errors import UserError
 from nanorlhf.hub.formats import read_rows
 from nanorlhf.metrics import mean_se
 from nanorlhf.run.folders import write_json
+from recipes.smollm2 import command
 
 TOKENS = 4096  # padded tokens that the model reads at once
 
@@ -28,7 +26,8 @@ def losses(folder, path):
     rows = encode_demonstrations(read_rows(path, "demos"), tok, model.cfg.max_len)
     loss = torch.zeros(len(rows))
     for batch in microbatches([len(ids) for ids, _ in rows], TOKENS):
-        tokens, mask = pad_demonstrations([rows[i] for i in batch], tok, model.device)
+        some = [rows[i] for i in batch]
+        tokens, mask = pad_demonstrations(some, tok, model.device)
         logp, _ = model.logprobs(tokens, mask)  # (B, T), 0 outside the mask
         loss[batch] = -logp.sum(1) / mask.sum(1)
     return loss
@@ -37,18 +36,15 @@ def losses(folder, path):
 def main(before, after, path, out):
     old = losses(before, path)
     new = losses(after, path)
+    measured = {"before": old, "after": new, "change": new - old}
     figures = {}
-    for name, values in (("before", old), ("after", new), ("change", new - old)):
+    for name, values in measured.items():
         mean, se = mean_se(values)
-        figures |= {f"loss_{name}": mean, f"loss_{name}_se": se}
+        figures[f"loss_{name}"] = mean
+        figures[f"loss_{name}_se"] = se
         print(f"loss {name:<8}{mean:8.4f} ± {se:.4f}")
     write_json(out, figures)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5:
-        sys.exit(__doc__)
-    try:
-        main(*sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"recipes.smollm2.sft_loss: error: {error}")
+    command(main, __doc__)

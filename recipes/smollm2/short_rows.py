@@ -8,41 +8,36 @@ in any format of docs/data.md, whose JSON has at most CHARACTERS characters.
 
 import json
 import os
-import sys
 
 from nanorlhf.errors import UserError, blame, require
-from nanorlhf.hub.files import parse, read_objects
+from nanorlhf.hub.files import parse, read_objects, write_jsonl
+from recipes.smollm2 import command
 
 
 def short_rows(path, characters, most):
-    """The first rows of the file, `most` of them, of at most so many characters of JSON → their texts."""
-    texts = []
+    """The first rows of the file, `most` of them, of at most so many characters of JSON."""
+    rows = []
     for at, item in read_objects(path, "FILE", ()):
         with blame(at):
-            text = json.dumps(parse(item), ensure_ascii=False)
-        if len(text) <= characters:
-            texts.append(text)
-        if len(texts) == most:
-            return texts
-    raise UserError(f"{path}: {len(texts)} rows have at most {characters} characters, {most} are needed")
+            row = parse(item)
+        if len(json.dumps(row, ensure_ascii=False)) <= characters:
+            rows.append(row)
+        if len(rows) == most:
+            return rows
+    raise UserError(f"{path}: {len(rows)} rows have at most {characters} characters, {most} are needed")
 
 
 def main(path, name, characters, n_train, n_held_out):
-    texts = short_rows(path, int(characters), int(n_train) + int(n_held_out))
-    held_out = texts[: int(n_held_out)]
-    train = texts[int(n_held_out) :]
+    numbers = (characters, n_train, n_held_out)
+    require(all(map(str.isdigit, numbers)), "CHARACTERS, TRAIN, HELDOUT: whole numbers")
+    rows = short_rows(path, int(characters), int(n_train) + int(n_held_out))
+    held_out = rows[: int(n_held_out)]
+    train = rows[int(n_held_out) :]
     os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-    for end, part in (("", train), ("-heldout", held_out)):
-        with open(f"{name}{end}.jsonl", "w", encoding="utf-8") as f:
-            f.writelines(text + "\n" for text in part)
+    write_jsonl(f"{name}.jsonl", train)
+    write_jsonl(f"{name}-heldout.jsonl", held_out)
     print(f"{name}.jsonl: {len(train)} rows, {name}-heldout.jsonl: {len(held_out)} rows")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 6:
-        sys.exit(__doc__)
-    try:
-        require(all(number.isdigit() for number in sys.argv[3:]), "CHARACTERS, TRAIN, HELDOUT: whole numbers")
-        main(*sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"recipes.smollm2.short_rows: error: {error}")
+    command(main, __doc__)

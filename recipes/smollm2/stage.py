@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 
+from recipes.smollm2 import command
+
 COLUMNS = ("stage", "began", "seconds", "cpu_seconds", "peak_mb", "first_row")
 
 
@@ -35,14 +37,14 @@ def add_row(path, row):
         writer.writerow(row)
 
 
-def main(run, name, *command):
+def main(run, name, program, *arguments):
     metrics = ""
-    if "--out" in command[:-1]:
-        folder = command[command.index("--out") + 1]
+    if "--out" in arguments[:-1]:
+        folder = arguments[arguments.index("--out") + 1]
         metrics = os.path.join(folder, "metrics.csv")
     began = time.time()
     first_row = ""
-    child = subprocess.Popen(command)
+    child = subprocess.Popen([program, *arguments])
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child too, which ends by itself
     while True:
         ended = child.poll() is not None
@@ -63,6 +65,4 @@ def main(run, name, *command):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        sys.exit(__doc__)
-    sys.exit(main(*sys.argv[1:]))
+    command(main, __doc__)

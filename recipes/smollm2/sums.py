@@ -8,10 +8,11 @@ nanorlhf/answers.py:last_number.
 """
 
 import itertools
-import json
 import os
 import random
-import sys
+
+from nanorlhf.hub.files import write_jsonl
+from recipes.smollm2 import command
 
 SYSTEM = {"role": "system", "content": "You are a calculator."}
 PHRASINGS = ("{a} + {b} =", "{a} plus {b} =", "Add {a} and {b}.", "What is {a} + {b}?")
@@ -44,12 +45,9 @@ def split(seed):
 def main(folder, seed="0"):
     os.makedirs(folder, exist_ok=True)
     for name, rows in zip(("train", "heldout"), split(int(seed))):
-        with open(f"{folder}/{name}.jsonl", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
+        write_jsonl(f"{folder}/{name}.jsonl", rows)
         print(f"{folder}/{name}.jsonl: {len(rows)} prompts")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    command(main, __doc__)
