@@ -77,7 +77,7 @@ def reads_reference(cfg):
 
 
 def pick_dtype(cfg):
-    """Settle --dtype auto: bfloat16 if --init is above LARGE and the device has units for it, else float32.
+    """Settle --dtype auto: bfloat16 for a real model if the device has units for it, else float32.
 
     → the lines that say so. A small model stays in fp32, whose curves are the committed ones.
     """
@@ -87,7 +87,7 @@ def pick_dtype(cfg):
     if cfg.dtype != "auto":
         return []
     cfg.dtype = "float32"
-    if not units or not cfg.init or n_parameters(cfg.init) <= LARGE:
+    if not units or not cfg.is_real:
         return []
     cfg.dtype = "bfloat16"
     return ["--dtype bfloat16: this device has bf16 units; log-probs are rounded to about 1e-2 (see gap)"]
