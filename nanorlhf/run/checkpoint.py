@@ -314,11 +314,11 @@ class Run:
         groups = self.optimizer.state_dict()["param_groups"]
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         foreign = f"--resume: {path}: Adam's moments do not fit the weights; --overwrite starts anew"
-        require(isinstance(saved, dict) and saved.keys() <= set(range(len(params))), foreign)
+        require(saved.keys() <= set(range(len(params))), foreign)
         moments = {}
         for i, tensors in saved.items():
             moments[i] = {}
-            require(isinstance(tensors, dict) and tensors.keys() == MOMENTS, foreign)
+            require(tensors.keys() == MOMENTS, foreign)
             for name, x in tensors.items():
                 moments[i][name] = sharding.shard_like(x, params[i])
                 require(name == "step" or moments[i][name].shape == params[i].shape, foreign)
