@@ -78,13 +78,14 @@ def test_read_gzip(tmp_path):
         (b'{"prompt": "p", "chosen": null}', 1, '"chosen" is a null'),
         (b'{"prompt": "p", "chosen": true}', 1, '"chosen" is a boolean'),
         (b'{"prompt": ["p"], "chosen": "c"}', 1, '"prompt" is a list'),
+        (b'{"prompt": " \\n", "chosen": "c"}', 1, '"prompt" is empty'),
     ],
 )
 def test_read_refuses(content, line, says, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as e:
-        read_jsonl(path, KEYS)
+        read_jsonl(path, KEYS, nonempty=("prompt",))
     message = str(e.value)
     assert message.startswith(f"--data: {path}:" + (f"{line}:" if line else ""))
     assert says in message and "\n" not in message and len(message) < 400

@@ -257,7 +257,6 @@ def test_parquet(tmp_path, monkeypatch):
     ("prompts", {"question": 3, "answer": "5"}, '"question" is a number'),
     ("demos", {"prompt": 3, "response": "r"}, '"prompt" is a number'),
     ("demos", {"text": " "}, '"text" is empty'),
-    ("prompts", {"prompt": " \n"}, '"prompt" is empty'),
     *(("demos", {"messages": [HI, YES | {key: value}]},
       f'"{key}" of message 2 of "messages" is not supported')
       for key,

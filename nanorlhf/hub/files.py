@@ -23,17 +23,20 @@ OTHER_FILES = {
 }
 
 
-def read_jsonl(path, required):
+def read_jsonl(path, required, nonempty=(), flag="--data"):
     """Read a file whose rows have our own keys, in any form that `read_objects` takes → list of dicts.
 
-    required: the keys that every row must have, with strings as values; other keys stay as they are. Each row
-    also gets "_at", its place as "file:line". UserError, naming file and line, for a row that is not so.
+    required   tuple of the keys that every row must have, with strings as values; other keys stay as they are
+    nonempty   those of the required keys whose value must be more than whitespace
+
+    Each row also gets "_at", its place as "file:line". UserError, naming flag, file and line, for a row
+    that is not so.
     """
     rows = []
-    for at, item in read_objects(path, "--data", required):
-        with blame(f"--data: {at}"):
+    for at, item in read_objects(path, flag, required):
+        with blame(f"{flag}: {at}"):
             row = parse(item)
-            check_text(row, required)
+            check_text(row, required, nonempty)
         row["_at"] = at
         rows.append(row)
     return rows
@@ -122,14 +125,15 @@ def _load(data):
         raise UserError(f"bad JSON ({e}); expected an object") from None
 
 
-def check_text(row, required, may_be_empty=True):
-    """UserError unless the row has all required keys, as strings, or as strings with some text in them."""
+def check_text(row, required, nonempty=()):
+    """UserError unless the row has all required keys, as strings, and text in those that are `nonempty`."""
     hint = f"(a row is {_example(required)})"
     for key in required:
         require(key in row, f'missing key "{key}" {hint}')
         text = row[key]
         require(isinstance(text, str), f'"{key}" is a {json_type(text)}, expected a string {hint}')
-        require(may_be_empty or text.strip(), f'"{key}" is empty, expected some text {hint}')
+    for key in nonempty:
+        require(row[key].strip(), f'"{key}" is empty, expected some text {hint}')
 
 
 def _example(required):

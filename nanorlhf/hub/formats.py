@@ -166,7 +166,7 @@ def _recognise(row, want):
         response = f" {str(row['summary']).strip()}"
         return "post + summary (TL;DR)", {"prompt": _reddit(row), "response": response}
     if want == "demos" and "text" in row and row.keys().isdisjoint(QUESTIONS):
-        check_text(row, ["text"], may_be_empty=False)
+        check_text(row, ("text",), ("text",))
         return "text", {"prompt": "", "response": row["text"]}
     return _single(row, want)
 
@@ -357,7 +357,7 @@ def _system(row):
     key = _first(row, ("system", "system_prompt"))
     if not row.get(key):
         return []
-    check_text(row, [key])
+    check_text(row, (key,))
     return [{"role": "system", "content": row[key]}]
 
 
@@ -407,7 +407,7 @@ def _prompt(row, key, want):
     """A string as it stands; messages, or a question with its input and choices, as a Chat."""
     if isinstance(row.get(key), list):
         return _open(_behind(_system(row), _messages(row, key), key), key, want)
-    check_text(row, [key], may_be_empty=False)
+    check_text(row, (key,), (key,))
     text = row[key]
     if key == "prompt":
         return text
@@ -444,7 +444,7 @@ def _choices(row):
 def _reddit(post):
     """The query of "Learning to summarize from human feedback" (arXiv:2009.01325)."""
     require(isinstance(post, dict), f'"info" is a {json_type(post)}, expected the post')
-    check_text(post, ["post"], may_be_empty=False)
+    check_text(post, ("post",), ("post",))
     subreddit = post.get("subreddit") or ""
     title = post.get("title") or ""
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post['post']}\n\nTL;DR:"
