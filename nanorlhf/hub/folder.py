@@ -89,7 +89,7 @@ def load(folder, kind="", like=None, shard=False, weights=True):
               reads this process's pieces of the tensors
     weights   False: leave the weights on the meta device and do not read their files (--dry_run)
     """
-    place = _find(folder)
+    place = find(folder)
     with json_folder(place) as folder:
         model, tok = _build(folder, place, shard, weights)
     is_a = "reward model" if isinstance(model, ScalarModel) else "language model"
@@ -101,7 +101,7 @@ def load(folder, kind="", like=None, shard=False, weights=True):
     return model, tok
 
 
-def _find(folder):
+def find(folder):
     """The path of a folder with a config.json, or an open GGUF. Missing where there is neither."""
     folder = Path(folder)
     if folder.suffix == ".gguf" and isfile(folder):
