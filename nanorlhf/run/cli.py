@@ -248,7 +248,7 @@ def _convert(flag, kind, text):
     return numbers if kind == list[int] or len(numbers) > 1 else numbers[0]
 
 
-def parse(Config, argv, doc="", prog="train.py", plans=False):
+def parse(Config, argv):
     """A command line → Config. UserError names the nearest flag, or says what the value must be.
 
     `--name value` or `--name=value`, with `-` or `_`. A bool may stand alone, integers have commas between
@@ -259,9 +259,6 @@ def parse(Config, argv, doc="", prog="train.py", plans=False):
     words = list(argv)
     while words:
         flag, equals, text = words.pop(0).partition("=")
-        if flag in ("-h", "--help"):
-            print(help_text(Config, doc, prog, plans))
-            raise SystemExit(0)
         name = flag.lstrip("-").replace("-", "_")
         if not flag.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1)
@@ -377,7 +374,10 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         flags = [word for word in argv if dry_run is None or word not in ("--dry_run", "--dry-run")]
-        cfg = parse(Config, flags, module_doc, prog, plans=dry_run is not None)
+        if {"-h", "--help"} & set(flags):
+            print(help_text(Config, module_doc, prog, plans=dry_run is not None))
+            return 0
+        cfg = parse(Config, flags)
         if len(flags) == len(argv):
             train(cfg)
         else:
