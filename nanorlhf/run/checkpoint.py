@@ -238,18 +238,18 @@ class Run:
     def _load_from(self, folder):
         path = folder / "state.pt"
         try:
-            state = self._read(folder, path)
+            state = self._read(path)
         except FOREIGN as e:
             message = f"--resume: {path}: not a checkpoint of this version ({reason_of(e)})"
             raise UserError(f"{message:.400}; --overwrite starts anew") from None
         print(f"resume: {self.out} from step {state['step']}")
         return state
 
-    def _read(self, folder, path):
+    def _read(self, path):
         """Read a checkpoint into models and optimizer → its state. Any error in it is one of its contents."""
         # Without --shard the file holds all tensors. With mmap a sharded run reads them one at a time.
         state = torch.load(path, weights_only=True, map_location="cpu", mmap=self.cfg.shard)
-        shards = folder / sharding.SHARDS
+        shards = path.parent / sharding.SHARDS
         if shards.is_dir():
             state |= sharding.read(shards)
         self._check_state(state, path)
