@@ -192,7 +192,7 @@ def next_rollout(student, teacher, tok, rows, cfg, step):
     order = epoch_batches(len(rows), cfg.prompts_per_step, derive_seed(cfg.seed, "data"), step)
     batch = [rows[i] for i in order]
     if cfg.from_data:
-        return responses_of_data(batch, tok, student.device)
+        return responses_of_data(batch, student.device)
     seed = derive_seed(cfg.seed, "rollout", step)
     sampler = student if cfg.on_policy else teacher
     with at_work(sampler):

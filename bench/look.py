@@ -244,7 +244,7 @@ def cost(names):
         for name in names:
             file, flags = command(name, starts | {name: f"{tmp}/{name}"})
             trainer = importlib.import_module(file.removesuffix(".py"))
-            cfg = cli.parse(trainer.Config, flags, trainer.__doc__, file)
+            cfg = cli.parse(trainer.Config, flags)
             spent.clear()
             start = time.process_time()
             with open(f"{tmp}/{name}.txt", "w") as printed, contextlib.redirect_stdout(printed):

@@ -240,18 +240,17 @@ def test_sampling_uses_them_for_its_head():
 
 
 def test_auto_is_bf16_for_a_large_model_where_the_device_has_units(monkeypatch):
-    def picked(dtype, parameters, units):
-        monkeypatch.setattr(defaults, "n_parameters", lambda folder: parameters)
+    def picked(dtype, is_real, units):
         monkeypatch.setattr(bf16, "has_units", lambda device: units)
-        cfg = SimpleNamespace(dtype=dtype, init="folder", device="auto")
+        cfg = SimpleNamespace(dtype=dtype, is_real=is_real, device="auto")
         notes = defaults.pick_dtype(cfg)
         return cfg.dtype, len(notes)
 
-    assert picked("auto", 135_000_000, True) == ("bfloat16", 1)
-    assert picked("auto", 135_000_000, False) == ("float32", 0)
-    assert picked("auto", 1_000_000, True) == ("float32", 0)
-    assert picked("bfloat16", 1_000_000, False) == ("bfloat16", 1), "slow here, and said"
-    assert picked("bf16_weights", 135_000_000, True) == ("bf16_weights", 0)
+    assert picked("auto", True, True) == ("bfloat16", 1)
+    assert picked("auto", True, False) == ("float32", 0)
+    assert picked("auto", False, True) == ("float32", 0)
+    assert picked("bfloat16", False, False) == ("bfloat16", 1), "slow here, and said"
+    assert picked("bf16_weights", True, True) == ("bf16_weights", 0)
 
 
 def test_trainers_settle_it_before_they_read_it():

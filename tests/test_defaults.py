@@ -40,6 +40,7 @@ def sized(tmp_path):
     def make(millions, dtype="BF16"):
         folder = tmp_path / f"{millions}M"
         folder.mkdir()
+        (folder / "config.json").write_text("{}")
         bytes_each = {"BF16": 2, "F32": 4}[dtype]
         n = millions * 10**6 * bytes_each
         shape = [millions * 1000, 1000]
@@ -62,6 +63,7 @@ def test_numbers_of_a_folder(sized, tmp_path, stages):
     assert defaults.n_parameters(sized(60)) == defaults.n_parameters(sized(61, "F32")) - 10**6 == 60 * 10**6
     assert defaults.n_parameters(f"{tmp_path}/nowhere") == 0
     (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/config.json").write_text("{}")
     (tmp_path / "damaged/model.safetensors").write_bytes(b"\xff" * 99)
     assert defaults.n_parameters(f"{tmp_path}/damaged") == 0
 

@@ -287,4 +287,4 @@ def test_first_signs_are_of_the_student_alone(stages, tmp_path):
 
 def _rollout(tok, row):
     row["_pair"] = (tok.encode_prompt(row["prompt"]), tok.encode(row["response"]) + [tok.eos_id])
-    return distilling.responses_of_data([row], tok, torch.device("cpu"))
+    return distilling.responses_of_data([row], torch.device("cpu"))

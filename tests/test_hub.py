@@ -877,8 +877,8 @@ def fail(monkeypatch, owner, name, call, error):
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-SAVES = [(os, "makedirs", 0), *((owner, name, i) for owner, name in ((folders, "open"), (os, "fsync"))
-                                for i in range(3))]  # fmt: skip
+SAVES = [(os, "makedirs", 0), (Path, "write_bytes", 0), (weights, "open", 0)]
+SAVES += [(owner, name, i) for owner, name in ((folders, "open"), (os, "fsync")) for i in range(3)]
 RENAMES = [(os, "rename", 0), (os, "rename", 1)]
 LAST = [(os, "fsync", 4)] * hasattr(os, "O_DIRECTORY")  # of the parent folder, where there is such a thing
 

@@ -31,7 +31,7 @@ from nanorlhf.hub.files import write_jsonl
 from nanorlhf.look import plots
 from nanorlhf.run import checkpoint, folders
 from nanorlhf.run.checkpoint import NEW_RUN, Run, damage
-from nanorlhf.run.folders import restore, write_folder
+from nanorlhf.run.folders import new_folder, restore
 from nanorlhf.run.log import Log
 
 
@@ -225,7 +225,7 @@ def test_damaged_config(stages, tmp_path):
 
 
 @pytest.mark.parametrize("power", [True, False], ids=["crash", "disk full"])
-def test_write_folder_is_all_or_nothing(power, tmp_path, monkeypatch):
+def test_a_new_folder_is_all_or_nothing(power, tmp_path, monkeypatch):
     """Broken at its first, second, … call of the operating system, it leaves the old folder or the whole new
     one (after a crash `restore` finds it), and the next write succeeds."""
     folder, old, new = tmp_path / "f", {"a": b"1", "b": b"2"}, {"a": b"3", "c": b"4"}
@@ -241,6 +241,11 @@ def test_write_folder_is_all_or_nothing(power, tmp_path, monkeypatch):
 
         return call
 
+    def write_folder(folder, files):
+        with new_folder(folder) as tmp:
+            for name, data in files.items():
+                Path(tmp, name).write_bytes(data)
+
     seen, whole = [], False
     for k in range(1, 40):
         shutil.rmtree(folder, ignore_errors=True)
@@ -250,6 +255,7 @@ def test_write_folder_is_all_or_nothing(power, tmp_path, monkeypatch):
             for name in ("rename", "makedirs", "fsync"):
                 patch.setattr(os, name, breaking(getattr(os, name)))
             patch.setattr(folders, "open", breaking(open), raising=False)
+            patch.setattr(Path, "write_bytes", breaking(Path.write_bytes))
             if power:
                 patch.setattr(shutil, "rmtree", breaking(shutil.rmtree))
             with contextlib.suppress(Crash, RunError):

@@ -685,6 +685,7 @@ def test_a_user_cannot_write_control_tokens_into_a_chat(template, chatty):
     "template, says",
     [
         ("{{ raise_exception('only users\nmay speak') }}", r"only users\\nmay speak"),
+        ("{{ raise_exception('') }}", "TemplateError"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "append"),
         ("{% for i in range(10**9) %}{% endfor %}", "range"),

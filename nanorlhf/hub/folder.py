@@ -22,7 +22,7 @@ from nanorlhf.hub.files import LFS, OTHER_FILES, read_json
 from nanorlhf.hub.gguf import Gguf, json_folder
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.run import dist, sharding
-from nanorlhf.run.folders import write_folder
+from nanorlhf.run.folders import new_folder
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -68,13 +68,12 @@ def save(model, tok, folder):
             tensors[name] = tensor.to("cpu", dtype).contiguous()
     if dist.rank() > 0:
         return
-    files = {
-        "config.json": json.dumps(config, indent=2).encode(),
-        "model.safetensors": lambda path: weight_files.write(tensors, path),
-    }
-    if tok:
-        files |= tokenizer_files.files(tok)
-    write_folder(Path(folder), files)
+    files = tokenizer_files.files(tok) if tok else {}
+    files["config.json"] = json.dumps(config, indent=2).encode()
+    with new_folder(Path(folder)) as tmp:
+        weight_files.write(tensors, f"{tmp}/model.safetensors")
+        for name, data in files.items():
+            Path(tmp, name).write_bytes(data)
 
 
 def load(folder, kind="", like=None, shard=False, weights=True):
@@ -90,7 +89,7 @@ def load(folder, kind="", like=None, shard=False, weights=True):
               reads this process's pieces of the tensors
     weights   False: leave the weights on the meta device and do not read their files (--dry_run)
     """
-    place = _find(folder)
+    place = find(folder)
     with json_folder(place) as folder:
         model, tok = _build(folder, place, shard, weights)
     is_a = "reward model" if isinstance(model, ScalarModel) else "language model"
@@ -102,7 +101,7 @@ def load(folder, kind="", like=None, shard=False, weights=True):
     return model, tok
 
 
-def _find(folder):
+def find(folder):
     """The path of a folder with a config.json, or an open GGUF. Missing where there is neither."""
     folder = Path(folder)
     if folder.suffix == ".gguf" and isfile(folder):

@@ -59,32 +59,28 @@ def read_rows(path, want, flag="--data", skip_bad=False, check=None):
     Pairs that answer different prompts are always dropped and counted. It is a UserError when more than half
     of the rows are dropped, and a bad row when it is of another format than those before.
     """
-    with memory_for(f"{flag}: {path}", "take a smaller file, or split it"):
-        return _read_rows(path, want, flag, skip_bad, check)
-
-
-def _read_rows(path, want, flag, skip_bad, check):
     rows = []
     apart = []  # pairs whose sides answer different prompts
     bad = []
     name = None
-    for at, item in read_objects(path, flag, WANTED[want]):
-        try:
-            raw = parse(item)
-            form, found = _convert(raw, want)
-            require(form == (name or form), f"the format {form}, in a file of {name}")
-            if check:
-                check(raw | found)
-        except UserError as e:
-            if not skip_bad:
-                raise UserError(f"{flag}: {at}: {e}") from None
-            bad.append((at, e))
-            continue
-        name = form
-        if found["prompt"] is None:
-            apart.append((at, "comparing answers to different questions teaches nothing"))
-        else:
-            rows.append(raw | found | {"_at": at})
+    with memory_for(f"{flag}: {path}", "take a smaller file, or split it"):
+        for at, item in read_objects(path, flag, WANTED[want]):
+            try:
+                raw = parse(item)
+                form, found = _convert(raw, want)
+                require(form == (name or form), f"the format {form}, in a file of {name}")
+                if check:
+                    check(raw | found)
+            except UserError as e:
+                if not skip_bad:
+                    raise UserError(f"{flag}: {at}: {e}") from None
+                bad.append((at, e))
+                continue
+            name = form
+            if found["prompt"] is None:
+                apart.append((at, "comparing answers to different questions teaches nothing"))
+            else:
+                rows.append(raw | found | {"_at": at})
     total = len(rows) + len(apart) + len(bad)
     for dropped, reason in ((apart, "pairs answer different prompts"), (bad, "rows are bad")):
         if dropped:

@@ -73,9 +73,9 @@ def match(model, family, folder):
     want = dict(tensors_of(model, family))
     lm_head = family.tensors["lm_head"] + ".weight"
     places = {}
-    for file in _files(folder):
+    for file in files_of(folder):
         places[file] = {}
-        with blame(file, *DAMAGE), _open(file) as f:
+        with blame(file, *DAMAGE), opened(file) as f:
             for key in sorted(f.keys()):
                 name = key
                 if key not in want and not key.startswith(family.prefix):
@@ -104,7 +104,7 @@ def fill(model, family, places):
     ours = dict(tensors_of(model, family))
     unembedding = None
     for file, names in places.items():
-        with blame(file, *DAMAGE), _open(file) as f:
+        with blame(file, *DAMAGE), opened(file) as f:
             checksum = (f.metadata() or {}).get("sha256")
             digest = hashlib.sha256()
             for key in sorted(f.keys()):
@@ -170,12 +170,12 @@ def _bytes(tensor):
     return tensor.flatten().view(torch.uint8).numpy()
 
 
-def _open(file):
+def opened(file):
     """An open safetensors file; an open GGUF as it is."""
     return contextlib.nullcontext(file) if isinstance(file, Gguf) else safe_open(file, "pt")
 
 
-def _files(folder):
+def files_of(folder):
     """The weight files of a folder: model.safetensors, or the shards that its index names. A GGUF is its own.
 
     UserError for one that is no regular file: opening a pipe would wait for ever.

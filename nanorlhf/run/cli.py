@@ -3,10 +3,8 @@
 import dataclasses
 import difflib
 import errno
-import functools
 import inspect
 import math
-import operator
 import os
 import re
 import sys
@@ -76,6 +74,7 @@ class Flags(Machine):
         prompts of a task would be those of a toy: they stay None until the data is read. A real model without
         a KL has no reference. `notes` is printed when the run starts.
         """
+        recipe = recipe or {}
         self.method = method
         self.own_data = bool(self.data) and not self.task
         self.task = self.task or next(iter(self.BY_TASK))
@@ -87,15 +86,15 @@ class Flags(Machine):
         real = defaults.of_real_model(self)
         self.is_real = bool(real)
         self.held_out = 64 if real else 256  # rows that SFT measures its loss on, at most
-        unset = [name for name in real if getattr(self, name, 0) is None and name not in (recipe or {})]
-        for values in (recipe or {}, real, self.BY_TASK[self.task], self.DEFAULTS, {"lora_rank": 0}):
+        unset = [name for name in real if getattr(self, name, 0) is None and name not in recipe]
+        for values in (recipe, real, self.BY_TASK[self.task], self.DEFAULTS, {"lora_rank": 0}):
             for name, value in values.items():
                 waits = self.own_data and name in defaults.FROM_DATA
                 if getattr(self, name, 0) is None and not waits:
                     setattr(self, name, value)
-        for field, kind in _fields(type(self)):
+        for name, kind in _kinds(type(self)).items():
             if typing.get_origin(kind) is Literal:
-                check_choice(f"--{field.name}", getattr(self, field.name), kind.__args__)
+                check_choice(f"--{name}", getattr(self, name), kind.__args__)
         if hasattr(self, "ref") and not self.ref:
             self.ref = self.init
             if real and not defaults.reads_reference(self):
@@ -161,8 +160,7 @@ LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1}  
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
     """UserError for a number out of range: those named must be above 0, the others not below it."""
-    for field, kind in _fields(type(cfg)):
-        name = field.name
+    for name, kind in _kinds(type(cfg)).items():
         value = getattr(cfg, name)
         if kind not in NUMBERS or value in (None, []) or name in any_sign:
             continue
@@ -192,14 +190,13 @@ def length_schedule(max_new_tokens, lengthen_at):
     [None] where --max_new_tokens is to be read from the data.
     """
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens]
-    shown = ",".join(map(str, limits))
     rising = limits == [None] or limits and limits[0] > 0 and limits == sorted(set(limits))
-    require(rising, f"--max_new_tokens {shown}: must be an integer, or rising ones such as 24,40,64")
+    require(rising, f"--max_new_tokens {_plain(limits)}: must be an integer, or rising ones such as 24,40,64")
     lengthenings = len(limits) - 1
     steps = [0, *lengthen_at]
     fits = len(lengthen_at) == lengthenings and steps == sorted(set(steps))
-    shown = ",".join(map(str, lengthen_at))
-    require(fits, f"--lengthen_at {shown!r}: must be {lengthenings} rising steps, one for each lengthening")
+    expected = f"must be {lengthenings} rising steps, one for each lengthening"
+    require(fits, f"--lengthen_at {_plain(lengthen_at)!r}: {expected}")
     return limits
 
 
@@ -214,14 +211,17 @@ NUMBERS = {  # type of a field → what its flag must be
 }
 
 
-def _fields(Config):
-    """Pairs (field, type) of a Config. None is left out of a type: it stands for a default from a table."""
+def _kinds(Config):
+    """{name of a field: its type}. None is left out of a type: it stands for a default from a table."""
+    kinds = {}
     for field in dataclasses.fields(Config):
         kind = field.type
         parts = typing.get_args(kind)
         if types.NoneType in parts:
-            kind = functools.reduce(operator.or_, [part for part in parts if part is not types.NoneType])
-        yield field, kind
+            others = tuple(part for part in parts if part is not types.NoneType)
+            kind = typing.Union[others]  # noqa: UP007
+        kinds[field.name] = kind
+    return kinds
 
 
 def _plain(value):
@@ -248,20 +248,17 @@ def _convert(flag, kind, text):
     return numbers if kind == list[int] or len(numbers) > 1 else numbers[0]
 
 
-def parse(Config, argv, doc="", prog="train.py", plans=False):
+def parse(Config, argv):
     """A command line → Config. UserError names the nearest flag, or says what the value must be.
 
     `--name value` or `--name=value`, with `-` or `_`. A bool may stand alone, integers have commas between
     them (--lengthen_at 40,80), a list of words is a flag that is repeated (--reward a.py:f --reward b.py:g).
     """
-    kinds = {field.name: kind for field, kind in _fields(Config)}
+    kinds = _kinds(Config)
     values = {}
     words = list(argv)
     while words:
         flag, equals, text = words.pop(0).partition("=")
-        if flag in ("-h", "--help"):
-            print(help_text(Config, doc, prog, plans))
-            raise SystemExit(0)
         name = flag.lstrip("-").replace("-", "_")
         if not flag.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, 1)
@@ -314,11 +311,12 @@ def help_text(Config, doc, prog, plans=False):
     if plans:
         lines.append("--dry_run: read data and tokenizer, print the memory that a run needs, and stop")
     comments = _comments(Config)
+    kinds = _kinds(Config)
     groups = {heading: [] for heading in ("", *HEADINGS)}
-    own_first = sorted(_fields(Config), key=lambda pair: pair[0].name in COMMON)
-    for field, kind in own_first:
+    own_first = sorted(dataclasses.fields(Config), key=lambda field: field.name in COMMON)
+    for field in own_first:
         heading, comment = comments[field.name]
-        groups[heading].append(_entry(Config, field, kind, comment))
+        groups[heading].append(_entry(Config, field, kinds[field.name], comment))
     for heading, entries in groups.items():
         if entries:
             lines += [f"\n{heading}:" if heading else "", *entries]
@@ -344,8 +342,11 @@ def _default(Config, field):
         default = Config.DEFAULTS.get(field.name)
     if default is not None:
         return _plain(default)
-    by_task = {task: values[field.name] for task, values in Config.BY_TASK.items() if field.name in values}
-    return ", ".join(f"{_plain(value)} for {task}" for task, value in by_task.items())
+    by_task = []
+    for task, values in Config.BY_TASK.items():
+        if field.name in values:
+            by_task.append(f"{_plain(values[field.name])} for {task}")
+    return ", ".join(by_task)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -373,7 +374,10 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         flags = [word for word in argv if dry_run is None or word not in ("--dry_run", "--dry-run")]
-        cfg = parse(Config, flags, module_doc, prog, plans=dry_run is not None)
+        if {"-h", "--help"} & set(flags):
+            print(help_text(Config, module_doc, prog, plans=dry_run is not None))
+            return 0
+        cfg = parse(Config, flags)
         if len(flags) == len(argv):
             train(cfg)
         else:
@@ -428,9 +432,10 @@ def _ending(error, cfg):
 
 def _flags_to_lower(cfg):
     """What to do when the memory is full: which flags to lower, the one that costs least first."""
-    flags = "tokens_per_microbatch batch_size prompts_per_step group_size max_new_tokens".split()
+    # The last two are flags of evaluate.py and sample.py.
+    flags = "tokens_per_microbatch batch_size prompts_per_step group_size max_new_tokens n prompts".split()
     lower = []
-    for name in [*flags, "n", "prompts"]:  # the last two: of evaluate.py and sample.py
+    for name in flags:
         value = getattr(cfg, name, None)
         if value not in (None, 0, 1):
             lower.append(f"--{name} (now {_plain(value)})")

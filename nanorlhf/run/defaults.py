@@ -2,12 +2,10 @@
 
 import contextlib
 import math
-from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from nanorlhf.errors import UserError, require
-from nanorlhf.hub.gguf import Gguf
+from nanorlhf.hub import weights
+from nanorlhf.hub.folder import find
 from nanorlhf.kernels import bf16
 from nanorlhf.run.device import LARGE, device_of
 
@@ -33,18 +31,15 @@ HELD_OUT = 128  # prompts to measure on, at most
 
 
 def n_parameters(folder):
-    """The numbers in a folder's safetensors files or in a .gguf, by their headers; 0 without any.
+    """The numbers in a model's folder or .gguf, by the headers of its files; 0 without any.
 
     The loader, which comes next, names a damaged file and what is wrong with it.
     """
     total = 0
-    folder = Path(folder)
-    if folder.suffix == ".gguf" and folder.is_file():
-        with contextlib.suppress(UserError):
-            return sum(math.prod(tensor.shape) for tensor in Gguf(folder).tensors.values())
-    for path in filter(Path.is_file, folder.glob("*.safetensors")):  # a pipe would be waited for
-        with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as f:
-            total += sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())
+    with contextlib.suppress(UserError, *weights.DAMAGE):
+        for file in weights.files_of(find(folder)):
+            with weights.opened(file) as f:
+                total += sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())
     return total
 
 
@@ -77,7 +72,7 @@ def reads_reference(cfg):
 
 
 def pick_dtype(cfg):
-    """Settle --dtype auto: bfloat16 if --init is above LARGE and the device has units for it, else float32.
+    """Settle --dtype auto: bfloat16 for a real model if the device has units for it, else float32.
 
     → the lines that say so. A small model stays in fp32, whose curves are the committed ones.
     """
@@ -87,7 +82,7 @@ def pick_dtype(cfg):
     if cfg.dtype != "auto":
         return []
     cfg.dtype = "float32"
-    if not units or not cfg.init or n_parameters(cfg.init) <= LARGE:
+    if not units or not cfg.is_real:
         return []
     cfg.dtype = "bfloat16"
     return ["--dtype bfloat16: this device has bf16 units; log-probs are rounded to about 1e-2 (see gap)"]

@@ -137,7 +137,7 @@ def to_device(cfg, device, *models):
 def _measured_threads(cfg, trunk):
     """The fastest number of threads now; a trainer prints it. A resumed run keeps its own, for its bits."""
     trains = hasattr(cfg, "resume")
-    if trains and cfg.resume and Path(cfg.out, "config.json").is_file():
+    if trains and cfg.resume:
         saved = read_json(Path(cfg.out, "config.json")).get("threads")
         if type(saved) is int and 0 < saved <= 1024:
             return saved

@@ -26,7 +26,7 @@ def require_responses(cfg, rows, tok, max_len):
         require(row["_pair"], f"{at}: prompt and response exceed the context of {max_len} tokens")
 
 
-def responses_of_data(rows, tok, device):
+def responses_of_data(rows, device):
     """Rows that `require_responses` has seen → their Rollout. Nobody has sampled it: log-probs are 0."""
     pairs = [row["_pair"] for row in rows]
     tokens, _, mask = pad_responses(pairs, device)

@@ -8,9 +8,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from nanorlhf.errors import RunError, UserError, reason_of, require
+from nanorlhf.errors import RunError, UserError, blame, reason_of, require
 
 try:
     import fcntl
@@ -19,10 +17,6 @@ except ImportError:  # Windows: run folders are not locked there
 
 
 MANIFEST = "manifest.json"
-
-
-class DamagedFile(Exception):
-    """A file is not the one that its folder's list of checksums names."""
 
 
 @contextlib.contextmanager
@@ -43,7 +37,7 @@ def new_folder(folder, manifest=False):
             with open(os.path.join(tmp, MANIFEST), "w") as f:
                 json.dump({"files": describe(tmp)}, f, separators=(",", ":"))
         _put_in_place(tmp, folder)
-    except (OSError, SafetensorError, RuntimeError) as e:
+    except (OSError, RuntimeError) as e:
         disk = "inline_container" in str(e)  # as torch.save calls it
         if isinstance(e, RuntimeError) and not disk:
             raise
@@ -77,18 +71,6 @@ def restore(folder):
         os.rename(f"{folder}.old", folder)
 
 
-def write_folder(folder, files):
-    """Write {name: bytes, or a function that writes to a path} as one folder, as `new_folder` does."""
-    with new_folder(folder) as tmp:
-        for name, data in files.items():
-            path = os.path.join(tmp, name)
-            if callable(data):
-                data(path)
-                continue
-            with open(path, "wb") as f:
-                f.write(data)
-
-
 def write_json(path, content):
     """Write a JSON file under a temporary name, and rename it: there is the old file or the whole new one."""
     tmp = f"{path}.tmp"
@@ -106,11 +88,8 @@ def require_plain(folder):
     A link that was planted there, config.json.tmp → ~/.bashrc say, would make the run overwrite that file. A
     pipe that nobody reads would make it wait for ever. The run folder itself may be a link.
     """
-    paths = [os.path.join(folder, name) for name in os.listdir(folder)]
-    for parent, folders, files in os.walk(os.path.join(folder, "state")):
-        paths += [os.path.join(parent, name) for name in folders + files]
-    for path in paths:
-        mode = os.lstat(path).st_mode
+    for path in [*Path(folder).iterdir(), *Path(folder, "state").rglob("*")]:
+        mode = path.lstat().st_mode
         plain = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
         problem = f"{path} is a link, a pipe or a device; remove it, or name another folder"
         require(plain, f"--out {folder}: {problem}")
@@ -143,9 +122,8 @@ def describe(folder):
     found = {}
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
-        if name == MANIFEST:
-            continue
-        found[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        if name != MANIFEST:
+            found[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return found
 
 
@@ -159,17 +137,14 @@ def sha256(path):
 
 
 def verify(folder):
-    """DamagedFile, naming the file, unless every file is the one that the manifest lists, byte for byte."""
-    path = os.path.join(folder, MANIFEST)
-    try:
-        with open(path, encoding="utf-8") as f:
-            listed = dict(json.load(f)["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise DamagedFile(f"{path}: no list of checksums ({type(e).__name__}: {e})") from None
+    """UserError, naming the file, unless every file is the one that the manifest lists, byte for byte."""
+    path = Path(folder, MANIFEST)
+    with blame(f"{path}: no list of checksums", OSError, ValueError, LookupError, TypeError, RecursionError):
+        listed = dict(json.loads(path.read_text("utf-8"))["files"])
     found = describe(folder)
     for name in sorted(listed):
-        if found.get(name) != listed[name]:
-            raise DamagedFile(f"{os.path.join(folder, name)}: wrong checksum, or missing")
+        same = found.get(name) == listed[name]
+        require(same, f"{os.path.join(folder, name)}: wrong checksum, or missing")
 
 
 def read_rows(out):
@@ -181,11 +156,9 @@ def read_rows(out):
         columns = f.readline().rstrip("\n").split(",")
         for line in f:
             cells = line.rstrip("\n").split(",")
-            if len(cells) != len(columns):
-                continue
             with contextlib.suppress(ValueError):  # a damaged line
                 numbers = [float(cell) if cell else None for cell in cells]
-                rows.append(dict(zip(columns, numbers)) | {"step": int(cells[0])})
+                rows.append(dict(zip(columns, numbers, strict=True)) | {"step": int(cells[0])})
     return rows
 
 

@@ -51,7 +51,7 @@ def rendered(question):
     except MemoryError:
         return None, f"it takes more than {MEMORY >> 20} MB"
     except Exception as e:  # a stranger's program may raise anything
-        return None, f"{e or type(e).__name__}"
+        return None, str(e) or type(e).__name__
     if len(text) > LONGEST:
         return None, f"it writes {len(text):,} characters, more than {LONGEST:,}"
     return text, ""

@@ -15,8 +15,7 @@ def train(name, argv, phase_file):
 
     import torch
 
-    from nanorlhf import generate
-    from nanorlhf.hub import folder
+    from nanorlhf import generate, hub
     from nanorlhf.look import plots
     from nanorlhf.run import checkpoint
 
@@ -44,7 +43,7 @@ def train(name, argv, phase_file):
         trainer.score_responses = during("reward", trainer.score_responses)
     trainer.gradient = during("update", trainer.gradient)
     torch.optim.AdamW.step = during("update", torch.optim.AdamW.step)
-    folder.write_folder = during("saving", folder.write_folder)  # model/
+    hub.save = during("saving", hub.save)  # model/
     checkpoint.Run.save = during("saving", checkpoint.Run.save)  # state/
     torch.set_num_threads(1)
     os.fsync = lambda fd: None
