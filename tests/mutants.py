@@ -389,7 +389,7 @@ MUTANTS = [
      "before = tokens[:, :-1]", "before = tokens[:, 1:]",
      ["tests/test_evaluate.py::test_both_kl_figures_have_the_mean_that_enumeration_gives"]),
     ("slots: the same uniform at every step", "nanorlhf/kernels/slots.py",
-     "self.batch.uniforms[row, t]", "self.batch.uniforms[row, 0 * t]",
+     "self.uniforms[row, t]", "self.uniforms[row, 0 * t]",
      [SLOTS + "whatever_the_slots"]),
     ("slots: an ended row writes on", "nanorlhf/kernels/slots.py",
      "at = torch.where(alive, row, self.B)", "at = row", [SLOTS + "whatever_the_slots"]),
