@@ -65,11 +65,11 @@ def that_stay(model, n_bytes, total):
 
 def addresses(model):
     """Where the weights are that a step reads; inside `cast_once` those of the copies."""
-    found = []
-    for layer in model.modules():
-        for name, _ in layer.named_parameters(recurse=False):
-            found.append(getattr(layer, name).data_ptr())
-    return found
+    return [
+        getattr(layer, name).data_ptr()
+        for layer in model.modules()
+        for name, _ in layer.named_parameters(recurse=False)
+    ]
 
 
 @functools.cache
@@ -92,6 +92,7 @@ def invert_in_blocks(e, uniforms):
     aim = uniforms * cdf[:, -1:]
     block = first_above(cdf, aim)
     aim -= (cdf - mass).gather(1, block)  # the blocks before
+    aim.clamp_(min=0)  # below 0, by rounding, the block's first token would be drawn, whatever its mass
     ids = block * BLOCK + torch.arange(BLOCK, device=e.device)  # (b, BLOCK)
     mass = e.gather(1, ids.clamp(max=V - 1)) * (ids < V)
     token = ids.gather(1, first_above(_cumulated(mass), aim))
