@@ -167,7 +167,10 @@ def decode(model, prompts, n, max_new_tokens, sampling, eos_id, seed, slots, fir
     """`generate` on this process: prefill, then one loop of sample → append → drop finished rows."""
     batch = prepare(model, prompts, n, max_new_tokens, sampling.temperature, eos_id, seed, first_row)
     if slots or batch.tokens.is_cuda:
-        return decode_in_slots(model, batch, sampling, slots)
+        from nanorlhf.kernels import slots as engine  # here: only a GPU needs it
+
+        engine.decode(model, batch, sampling, slots)  # the same samples (docs/generation.md)
+        return batch.rollout()
     with cast_once(model):
         head = widen(model.unembedding)  # once, not in every step
         cache, last = prefill(model, batch)  # last: hidden states (B, D) that predict the next token
@@ -207,17 +210,6 @@ def prefill(model, batch):
     distinct = torch.tensor(batch.distinct, device=device)
     cache.fill(slice(None), prompts, distinct, batch.longest)
     return cache, last[distinct]
-
-
-def decode_in_slots(model, batch, sampling, slots):
-    """The same samples on a GPU, where no step waits for the host (docs/generation.md)."""
-    from nanorlhf.kernels import slots as engine  # here: only a GPU needs it
-
-    rows, T = batch.tokens.shape
-    size = slots or engine.how_many(model, rows, T)
-    size = min(size, rows)
-    batch.tokens, batch.logp, batch.sampled, batch.finished = engine.decode(model, batch, sampling, size)
-    return batch.rollout()
 
 
 def sample_responses(model, tok, rows, n, max_new_tokens, temperature, seed, **filters):

@@ -20,7 +20,7 @@ queries and keys (Qwen3, arXiv 2505.09388), attention and MLP side by side (GPT-
 import copy
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn as nn
@@ -130,7 +130,7 @@ class Norm(nn.Module):
         return y.to(dtype or x.dtype)
 
 
-@lru_cache(maxsize=16)
+@cache  # none is dropped: CUDA graphs hold their addresses (kernels/slots.py)
 def rope_table(dim, rows, theta, device, scaling=()):
     """(rows, dim/2) cosines and sines, from position 0 on. No buffer: `model.bfloat16()` must not round them.
 

@@ -59,8 +59,11 @@ def sample(logits, uniforms, sampling):
     return token, logp
 
 
-def draw(logits, uniforms, sampling):
-    """`sample` that never waits for a GPU: where logits are not finite, neither is the log-prob."""
+def draw(logits, uniforms, sampling, invert=None):
+    """`sample` that never waits for a GPU: where logits are not finite, neither is the log-prob.
+
+    invert: takes the place of `_invert_cdf` on a GPU.
+    """
     temperature = sampling.temperature
     z = logits if temperature in (0, 1) else logits / temperature
     z = filter_logits(z, sampling.top_k, sampling.top_p)
@@ -70,7 +73,8 @@ def draw(logits, uniforms, sampling):
     if temperature == 0:
         token = z.argmax(-1, keepdim=True)
     else:
-        token = _invert_cdf(e, uniforms[:, None])
+        invert = invert or _invert_cdf
+        token = invert(e, uniforms[:, None])
     logp = (z.gather(1, token) - top).squeeze(1) - total.log()
     return token.squeeze(1), logp
 
@@ -83,7 +87,16 @@ def _invert_cdf(e, uniforms):
     """
     cdf = torch.cumsum(e, -1, out=e)
     total = cdf[:, -1:].contiguous()
-    token = torch.searchsorted(cdf, uniforms * total, right=True)
-    last = torch.searchsorted(cdf, total)  # the last token of any probability
-    token = torch.minimum(token, last)  # uniforms·total can round up to total
-    return token.clamp_(max=e.shape[1] - 1)  # NaN logits would otherwise give V, which is no index
+    return first_above(cdf, uniforms * total)
+
+
+def first_above(cdf, aim):
+    """cdf (b, n), sums that never fall, aim (b, 1) → (b, 1), the first place with cdf > aim.
+
+    Where there is none, as uniforms·total can round up to total, it is the last place of any probability.
+    """
+    total = cdf[:, -1:].contiguous()
+    place = torch.searchsorted(cdf, aim, right=True)
+    last = torch.searchsorted(cdf, total)
+    place = torch.minimum(place, last)
+    return place.clamp_(max=cdf.shape[1] - 1)  # NaN logits would otherwise give V, which is no index

@@ -1,10 +1,15 @@
 """Slot refill: row by row the samples of the plain loop, whatever the slots; a step that a graph can hold."""
 
+import contextlib
+import copy
+import gc
+import weakref
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from fake_device import pretended
 from helpers import V, randint, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +19,8 @@ from nanorlhf import lora
 from nanorlhf.errors import RunError, UserError
 from nanorlhf.generate import generate
 from nanorlhf.kernels import slots
-from nanorlhf.sampling import Sampling
+from nanorlhf.kernels.bf16 import cast_once
+from nanorlhf.sampling import Sampling, draw, sample
 
 F64, BF16 = torch.float64, torch.bfloat16
 EOS = 3
@@ -85,8 +91,7 @@ def test_how_much_is_computed(size, together):
     model, prefilled, steps = tiny(), [], []
 
     def watch(_, args):
-        tokens, _, pos, _ = args
-        (prefilled if pos is None else steps).append(tokens)
+        (prefilled if len(args) == 2 else steps).append(args[0])
 
     hook = model.register_forward_pre_hook(watch)
     roll = generate(model, PROMPTS, n=16, max_new_tokens=12, eos_id=EOS, seed=1, slots=size)
@@ -118,12 +123,17 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def hand_made(prompt_len, tokens, max_new, stop_ids=()):
-    """A batch for `Slots` whose prompts are all distinct."""
+@contextlib.contextmanager
+def hand_made(model, prompt_len, tokens, max_new, stop_ids=(), sampling=Sampling(), size=2):  # noqa: B008
+    """Slots that have taken in a batch whose prompts are all distinct."""
     rows = list(range(len(tokens)))
     uniforms = torch.rand(len(tokens), max_new)
-    return SimpleNamespace(tokens=tokens, prompt_len=prompt_len, uniforms=uniforms,
-                           stop_ids=torch.tensor(stop_ids), first_rows=rows, distinct=rows)  # fmt: skip
+    batch = SimpleNamespace(tokens=tokens, prompt_len=prompt_len, uniforms=uniforms,
+                            stop_ids=torch.tensor(stop_ids), first_rows=rows, distinct=rows)  # fmt: skip
+    engine = slots.Slots(model, batch, sampling, size)
+    with torch.no_grad(), cast_once(model, engine.copies):
+        engine.start(model, batch)
+        yield engine
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.0), Sampling(0.7, 3, 0.8)])
@@ -135,8 +145,7 @@ def test_a_step_is_one_fixed_sequence(sampling, compute):
     model.compute_dtype = compute
     B, tokens = 6, randint(V, 6, 20)
     plen = torch.tensor([5, 2, 7, 5, 4, 6])
-    with torch.no_grad():
-        engine = slots.Slots(model, hand_made(plen, tokens, 8, [EOS]), sampling, 4)
+    with hand_made(model, plen, tokens, 8, [EOS], sampling, 4) as engine:
         prompts = engine.prefill(range(B))
         engine.admit([0, 1, 2, 3], [0, 1, 2, 3], prompts)
         runs, buffers = [], [engine.cache.kv, engine.last, engine.row, engine.pos, engine.t, engine.flags]
@@ -163,11 +172,12 @@ def test_weights_are_cast_once(style, rank):
         for p in model.parameters():
             p += 0.1
         tokens = randint(V, 3, 9)
-        engine = slots.Slots(model, hand_made(torch.ones(3).long(), tokens, 2), Sampling(), 2)
-        assert torch.equal(engine.forward(tokens), model(tokens))
+        want = model(tokens)
+    with hand_made(model, torch.ones(3).long(), tokens, 2) as engine:
+        assert torch.equal(engine.model(tokens), want)
         matrices = {f"blocks.{n}" for n, p in model.blocks.named_parameters() if p.dim() == 2}
         frozen = {n for n in matrices if rank and n.endswith("weight")}  # they have that dtype already
-        assert matrices - frozen <= engine.cast.keys() and not frozen & engine.cast.keys()
+        assert matrices - frozen <= engine.copies.keys() and not frozen & engine.copies.keys()
         assert engine.head.shape == (64, 16) and torch.equal(engine.head[:V], model.unembedding)
 
 
@@ -180,6 +190,221 @@ def test_bf16():
     assert gap < 5e-2 and torch.isfinite(roll.logp).all()
     model.compute_dtype = None
     assert (roll.logp - model.logprobs(roll.tokens, roll.mask)[0]).abs().max() > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The draw in two levels
+
+
+EDGES = [0.0, 2.0**-24, 0.25, 0.5, 0.75, 1 - 2.0**-24]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    size=st.sampled_from([1, 2, 4, 256, 257, 300, 512, 1000]), block=st.sampled_from([4, 256]),
+    std=st.sampled_from([0.0, 1.0, 6.0, 60.0]), kept=st.sampled_from([1.0, 0.3, 0.01]),
+    seed=st.integers(0, 999), dtype=st.sampled_from([torch.float32, F64]),
+)  # fmt: skip
+def test_a_draw_in_two_levels_is_the_draw_in_one(size, block, std, kept, seed, dtype):
+    """The oracle is one cumulative sum in float64. In fp32 rounding may move a draw that is on an edge.
+
+    Blocks without any mass, a last block that is short or empty, uniforms at both ends.
+    """
+    g = torch.Generator().manual_seed(seed)
+    z = std * torch.randn(16, size, generator=g, dtype=F64)
+    z.masked_fill_(torch.rand(16, size, generator=g) > kept, -torch.inf)
+    z[:, torch.randint(size, (), generator=g)] = 0.0
+    e = (z - z.amax(-1, keepdim=True)).exp().to(dtype)
+    uniforms = torch.rand(16, generator=g)
+    uniforms[: len(EDGES)] = torch.tensor(EDGES)
+    before = e.clone()
+    with mock.patch.object(slots, "BLOCK", block):
+        token = slots.invert_in_blocks(e, uniforms[:, None])
+    assert torch.equal(e, before) and (e.gather(1, token) > 0).all()
+    cdf = e.double().cumsum(-1)
+    aim = uniforms[:, None].double() * cdf[:, -1:]
+    to_its_right = cdf.gather(1, token) - aim
+    to_its_left = aim - (cdf - e.double()).gather(1, token)
+    slack = (1e-6 if dtype == torch.float32 else 1e-14) * cdf[:, -1:]
+    assert (to_its_right > -slack).all() and (to_its_left >= -slack).all()
+
+
+def test_two_levels_draw_what_the_plain_loop_draws():
+    """In float64 exactly, whatever the settings; logits that are not finite give no index beyond V."""
+    logits = 3 * torch.randn(500, 700, generator=torch.Generator().manual_seed(1), dtype=F64)
+    uniforms = torch.rand(500, generator=torch.Generator().manual_seed(2))
+    for sampling in (Sampling(), Sampling(0.7), Sampling(1.0, 20), Sampling(1.0, 0, 0.9), Sampling(0.0)):
+        token, logp = draw(logits, uniforms, sampling, slots.invert_in_blocks)
+        want, want_logp = sample(logits, uniforms, sampling)
+        assert torch.equal(token, want) and torch.equal(logp, want_logp)
+    assert draw(logits.fill_(torch.nan), uniforms, Sampling(), slots.invert_in_blocks)[1].isnan().all()
+
+
+@pytest.mark.parametrize("step", range(20))
+def test_no_token_without_mass_is_drawn_where_sums_do_not_grow(step):
+    """A GPU's cumulative sum of a place without mass may be a last bit above its left neighbour's."""
+    e = torch.zeros(1, 1024)
+    e[0, torch.tensor([3, 300, 301, 800])] = torch.tensor([0.2, 0.3, 0.1, 0.4])
+    exact = torch.Tensor.cumsum
+
+    def trembling(x, dim):
+        g = torch.Generator().manual_seed(step)
+        return exact(x, dim) * (1 + 1e-3 * torch.rand(x.shape, generator=g))
+
+    uniforms = (torch.tensor([0.2, 0.5, 0.6, 1.0]).repeat_interleave(25) + torch.linspace(-1e-3, 1e-3, 100))
+    uniforms = uniforms.clamp(0, 1 - 2**-24)[:, None]
+    with mock.patch.object(torch.Tensor, "cumsum", trembling):
+        token = slots.invert_in_blocks(e.expand(100, -1), uniforms)
+    assert set(token.flatten().tolist()) <= {3, 300, 301, 800}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What stays from one call to the next, on a pretended GPU: its graphs keep to the memory of their capture
+
+
+@pytest.fixture
+def gpu():
+    """gpu(style, ...) → a random model on it."""
+
+    def model(style, compute=None, **size):
+        made = tiny(style, **size).to("cuda")
+        made.compute_dtype = compute
+        return made
+
+    with pretended("cuda", triton=False):
+        yield model
+        slots.kept.clear()
+
+
+def sampled(model, seed=0, prompts=PROMPTS, **more):
+    return generate(model, prompts, seed=seed, **dict(n=2, max_new_tokens=6, eos_id=EOS) | more)
+
+
+def train(model):
+    """Change every weight in place, as an optimizer does."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("compute", [None, BF16])
+@pytest.mark.parametrize("style, vocab", [("gpt2", V), ("llama-gqa-untied", V), ("llama", 64), ("qwen3", 64)])
+def test_graphs_stay_and_read_the_weights_of_now(style, vocab, compute, rank, gpu):
+    """The oracle: a copy of the model, whose slots are new. V is odd and has a padded head, 64 has none."""
+    model = gpu(style, compute, vocab_size=vocab)
+    lora.add(model, rank, "bfloat16" if rank and compute else None)
+    first = sampled(model, seed=1)
+    before = first.tokens.clone(), first.logp.clone()
+    stayed = slots.kept[model]
+    graphs = dict(stayed.graphs)
+    cache = stayed.cache.kv.data_ptr()
+    train(model)
+    got = sampled(model, seed=2, prompts=[[*prompt, 1] for prompt in PROMPTS])  # longer, by less than ROUND
+    assert graphs and slots.kept[model] is stayed and stayed.cache.kv.data_ptr() == cache
+    assert all(stayed.graphs[key] is graph for key, graph in graphs.items())
+    assert torch.equal(first.tokens, before[0]) and torch.equal(first.logp, before[1])
+    want = sampled(copy.deepcopy(model), seed=2, prompts=[[*prompt, 1] for prompt in PROMPTS])
+    same(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("compute", [None, BF16])
+@pytest.mark.parametrize("name", ["wte", "norm", "blocks.0.attn.q", "blocks.1.mlp.up", "blocks.0.norm2"])
+def test_a_weight_that_moves_ends_the_graphs(name, compute, gpu):
+    """Its old memory holds other numbers then. A cast weight may move: its copy stays where it is."""
+    model = gpu("llama", compute)
+    sampled(model)
+    stayed = slots.kept[model]
+    graphs = list(stayed.graphs.values())
+    weight = model.get_submodule(name).weight
+    old = weight.data
+    weight.data = 1.5 * old
+    old.zero_()
+    got = sampled(model)
+    is_cast = compute and "blocks" in name and "norm" not in name
+    assert slots.kept[model] is stayed
+    assert {graph in graphs for graph in stayed.graphs.values()} == {bool(is_cast)}
+    same(got, sampled(copy.deepcopy(model)), 1e-6)
+
+
+def test_a_callers_cast_is_not_taken_for_one_that_stays(gpu):
+    model = gpu("llama", BF16)
+    with cast_once(model):
+        sampled(model)
+    train(model)
+    got = sampled(model)
+    same(got, sampled(copy.deepcopy(model)), 1e-6)
+
+
+@pytest.mark.parametrize("other", [
+    dict(n=3), dict(max_new_tokens=7), dict(temperature=0.5), dict(slots=3), dict(eos_id=None),
+    dict(prompts=[[1] * 60]), "compute_dtype", "n_ids", "model",
+])  # fmt: skip
+def test_what_does_not_agree_frees_the_slots_first(other, gpu, monkeypatch):
+    model = gpu("llama", max_len=96)
+    sampled(model)
+    old = weakref.ref(slots.kept[model])
+
+    def freed(*_):
+        assert old() is None
+        return mock.DEFAULT
+
+    monkeypatch.setattr(slots, "Slots", watch := mock.Mock(wraps=slots.Slots, side_effect=freed))
+    more = other if isinstance(other, dict) else {}
+    if other == "model":
+        model = copy.deepcopy(model)
+    elif not more:
+        setattr(model, other, dict(compute_dtype=BF16, n_ids=V - 2)[other])
+    got = sampled(model, **more)
+    assert watch.called and list(slots.kept) == [model]
+    slots.kept.clear()
+    same(got, sampled(model, **more), 1e-6)
+
+
+def test_no_more_stays_than_a_share_of_the_memory(gpu, monkeypatch):
+    """All tensors that the slots hold are counted, and 16 bytes of each logit for the graphs' own memory."""
+    model = gpu("llama", BF16)
+    sampled(model, slots=5)
+    held = {}
+    stayed = slots.kept[model]
+    for x in [*vars(stayed).values(), stayed.cache.kv, *stayed.copies.values()]:
+        if isinstance(x, torch.Tensor):
+            held[x.data_ptr()] = x.nbytes
+    stayed.model = model
+    left_out = 13 * 9 + 5 * (3 * 8 + 2 * 16 + 1) + 9  # a few for each row and each slot; a flag, a stop id
+    counted = stayed.nbytes()
+    assert sum(held.values()) + 5 * 16 * V == counted + left_out
+    total = torch.cuda.mem_get_info()[1]
+    for spare, stays in ((0, True), (-1, False)):
+        monkeypatch.setattr(slots, "STAY", (counted + spare) / total)
+        sampled(model, slots=5)
+        assert (model in slots.kept) == stays
+    monkeypatch.undo()
+    model.recompute = True  # --save_memory
+    sampled(model)
+    assert not slots.kept
+
+
+def test_slots_go_with_their_model_and_after_an_error(gpu):
+    model = gpu("gpt2")
+    sampled(model)
+    old = weakref.ref(slots.kept[model])
+    del model
+    gc.collect()
+    assert old() is None and not slots.kept
+    model = gpu("gpt2")
+    model.wte.weight.data[5, 0] = float("nan")
+    with pytest.raises(RunError, match="not finite"):
+        sampled(model)
+    assert not slots.kept
+    model.wte.weight.data[5, 0] = 0.0
+    same(sampled(model), sampled(copy.deepcopy(model)), 1e-6)
+
+
+def test_nothing_stays_on_a_cpu():
+    model = tiny()
+    sampled(model, slots=4)
+    assert not slots.kept
 
 
 def test_errors():

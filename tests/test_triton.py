@@ -1,5 +1,6 @@
 """The Triton kernels against float64 oracles: compiled where there is a GPU, else under its interpreter."""
 
+import math
 import subprocess
 import sys
 import types
@@ -387,6 +388,53 @@ def test_slices_cover_the_vocabulary_and_the_processors(N, V, processors):
     blocks, tiles = -(-N // 128), -(-V // triton_backend.WIDTH)
     time = -(-blocks * slices // processors) * (width // triton_backend.WIDTH)
     assert time <= max(1.1 * blocks * tiles / processors, tiles / 32 + 1)
+
+
+def rounds(V, n, width, processors):
+    """Of programs of 128 × 256 numbers on all processors, counted tile by tile."""
+    total = 0
+    for start in range(0, V, width):
+        columns = min(width, V - start)
+        programs = math.ceil(n / 128) * math.ceil(columns / 256)
+        total += math.ceil(programs / processors)
+    return total
+
+
+@pytest.mark.parametrize("V, n, processors, width, before, after", [
+    (50257, 4096, 132, 8448, 54, 48),  # H200
+    (151936, 4096, 132, 8448, 149, 144),
+    (151936, 4096, 108, 6912, 186, 176),  # A100
+    (32000, 4096, 170, 9472, 27, 24),  # GeForce 5090
+    (49152, 4096, 128, 10240, 48, 48),  # GeForce 4090: full already, now in fewer tiles
+    (7000, 4096, 132, 7168, 7, 7),
+    (512, 4096, 132, 512, 1, 1),
+])  # fmt: skip
+def test_the_backwards_tiles_fill_the_processors(V, n, processors, width, before, after):
+    """`before`: with the vocabulary in equal parts of at most COLS columns."""
+    equal = 256 * math.ceil(V / (256 * math.ceil(V / 8192)))
+    got = triton_backend._columns(V, n, processors)
+    assert (rounds(V, n, equal, processors), rounds(V, n, got, processors)) == (before, after)
+    assert got == width
+
+
+@settings(max_examples=100, deadline=None)
+@given(V=st.integers(1, 300_000), n=st.integers(1, 4096), processors=st.integers(1, 200))
+def test_a_tiles_width_never_costs_a_round(V, n, processors):
+    """As few rounds as any other width in reach has; a buffer of bf16 gradients fits."""
+    width = triton_backend._columns(V, n, processors)
+    reach = [256 * blocks for blocks in range(24, 41)]
+    assert width in reach or width == 256 * math.ceil(V / 256) < reach[0]
+    assert rounds(V, n, width, processors) == min(rounds(V, n, x, processors) for x in reach)
+    assert 2 * 4096 * width <= triton_backend.TILE_BYTES
+
+
+@pytest.mark.parametrize("design, width", [("fused", 8448), ("stored", 7424)])
+def test_only_programs_that_multiply_choose_the_width(design, width):
+    """At D = 4,096 cuBLAS makes the logits; wider tiles would halve the rows that fit."""
+    x, w = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (65536, 50257))
+    with mock.patch.object(triton_backend, "_processors", lambda device: 132):
+        rows, cols, ld = triton_backend._tiles([(x, w, None)], 2, design == "stored")
+    assert ld == cols[0].stop == width and rows[0].stop == (4096 if design == "fused" else 2048)
 
 
 @pytest.mark.parametrize("dtype, tuned", [(torch.bfloat16, True), (torch.float32, False)])

@@ -39,30 +39,43 @@ def in_units(x):
 
 
 @contextlib.contextmanager
-def cast_once(model):
+def cast_once(model, kept=None):
     """Inside, where no weight may change, the linear layers have their weights in the activations' dtype.
 
     So a decode loop, or the micro-batches of an optimizer step, cost one cast and not one in every pass. A
     gradient goes through the cast to the weight itself, as it would without. Left as they are: weights that
     the cast would make larger (bf16_weights), those cut over processes (--shard), and all of a model that is
     to save memory.
+
+    kept: a dict {name: copy} of a GPU's slots, whose CUDA graphs hold the copies' addresses. Copies that it
+    has are written anew where they are; the others are put into it. All weights of another dtype are cast
+    then, because no activations of training are in memory beside them.
     """
     trunk = model.trunk
     dtype = trunk.dtype
+    copies = {} if kept is None else kept
 
     def casts(p):
+        if kept is not None:
+            return p.dtype != dtype
         is_cut = hasattr(p, "device_mesh")
         return not is_cut and not trunk.recompute and p.dtype.itemsize > dtype.itemsize
 
+    def cast(name, p):
+        if name in copies:
+            return copies[name].copy_(p)
+        copies[name] = p.to(dtype)
+        return copies[name]
+
     head = trunk.lm_head
     if head is None and casts(trunk.wte.weight):  # tied: the embedding itself is read in fp32
-        trunk.lm_head = types.SimpleNamespace(weight=trunk.wte.weight.to(dtype))
+        trunk.lm_head = types.SimpleNamespace(weight=cast("head", trunk.wte.weight))
     hidden = []
-    for layer in trunk.modules():
+    for place, layer in trunk.named_modules():
         if isinstance(layer, nn.Linear):
             for name, p in layer.named_parameters(recurse=False):
                 if casts(p) and name not in vars(layer):  # else it is cast already, by a caller
-                    vars(layer)[name] = p.to(dtype)  # an attribute of this name hides the parameter
+                    vars(layer)[name] = cast(f"{place}.{name}", p)  # hides the parameter of this name
                     hidden.append((layer, name))
     try:
         yield

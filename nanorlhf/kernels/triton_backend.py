@@ -11,8 +11,9 @@ There are two designs for the logits of a tile:
 
 The backward pass computes each tile again, writes ∂loss/∂logits into a bounded buffer and leaves the two
 matmuls that follow to cuBLAS, which sums in fp32. There are no locks and no atomic sums: the order of every
-sum follows from the shapes and the blocks alone. Recomputed tiles are the idea of Cut Cross-Entropy (arXiv
-2411.09009); it merges its log-sum-exps under locks, while these kernels store one per slice, as verl's do.
+sum follows from the shapes, the blocks and the number of processors alone. Recomputed tiles are the idea of
+Cut Cross-Entropy (arXiv 2411.09009); it merges its log-sum-exps under locks, while these kernels store one
+per slice, as verl's do.
 """
 
 import functools
@@ -362,7 +363,30 @@ def _tiles(models, dz_bytes, stored):
     logit_bytes = 4 * len(models) if stored else 0
     rows = min(ROWS, TILE_BYTES // (ld * (dz_bytes + logit_bytes)))
     rows = 1 << (rows.bit_length() - 1)  # rounded down to a power of two
+    if not stored:  # in the stored design cuBLAS multiplies, and its programs are its own affair
+        ld = _columns(V, min(len(hidden), rows), _processors(hidden.device))
     return spans(len(hidden), rows), spans(V, ld), ld
+
+
+def _columns(V, n, processors):
+    """Columns of a tile of n rows, about COLS of them, with which the rounds of programs are fullest.
+
+    A program takes 128 rows × WIDTH columns, and each processor has one at a time. 4,096 × 7,424 are 928
+    programs, 7.03 rounds on the 132 processors of an H200; 4,096 × 8,448 are exactly 8.
+    """
+    row_blocks = triton.cdiv(n, 128)
+    col_blocks = triton.cdiv(V, WIDTH)
+
+    def time(width):
+        """Rounds of all tiles that are `width` blocks wide; where these are equal, the number of tiles."""
+        tiles, rest = divmod(col_blocks, width)
+        rounds = tiles * triton.cdiv(row_blocks * width, processors)
+        rounds += triton.cdiv(row_blocks * rest, processors)
+        return rounds, tiles
+
+    most = COLS // WIDTH
+    width = min(range(3 * most // 4, 5 * most // 4 + 1), key=time)
+    return WIDTH * min(width, col_blocks)
 
 
 def _slices(N, V, device):

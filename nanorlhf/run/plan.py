@@ -20,7 +20,7 @@ from nanorlhf import lora, tasks
 from nanorlhf.data import epoch_batches, microbatches
 from nanorlhf.errors import derive_seed
 from nanorlhf.kernels import torch_backend
-from nanorlhf.kernels.slots import PREFILL, SLOTS, that_fit
+from nanorlhf.kernels.slots import PREFILL, SLOTS, that_fit, that_stay
 from nanorlhf.model import GPT, ScalarModel
 from nanorlhf.pairs import load_examples
 from nanorlhf.rewards import SCORE_TOKENS, load_prompts
@@ -404,7 +404,11 @@ def _fit_a_gpu(always, phases, sampled):
     for gib in SIZES:
         if sampled:
             slots = that_fit(sampled.model, wanted, sampled.length, gib * GIB - resident)
-            phases["sampling"] = sampling_parts(sampled.model, slots, sampled.length, sampled.prompt)
+            parts = sampling_parts(sampled.model, slots, sampled.length, sampled.prompt)
+            stay = parts["KV cache"] + parts["weights cast once"] + parts["logits"]
+            for others in phases.values():
+                others["slots that stay"] = that_stay(sampled.model, stay, gib * GIB)
+            phases["sampling"] = parts
         sizes = {phase: sum(parts.values()) for phase, parts in phases.items()}
         largest = max(sizes, key=sizes.get)
         peak = resident + sizes[largest]
