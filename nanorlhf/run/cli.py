@@ -18,7 +18,16 @@ import typing
 from typing import ClassVar, Literal
 
 from nanorlhf import tasks
-from nanorlhf.errors import Interrupted, RunError, UserError, out_of_memory, reason_of, require, shown
+from nanorlhf.errors import (
+    CONTROLS,
+    Interrupted,
+    RunError,
+    UserError,
+    out_of_memory,
+    reason_of,
+    require,
+    shown,
+)
 from nanorlhf.run import defaults, dist
 from nanorlhf.run.device import device_of, larger_microbatches
 from nanorlhf.run.reward_functions import reward_name
@@ -212,6 +221,7 @@ NUMBERS = {  # type of a field → what its flag must be
     list[int]: "integers such as 24,40,64",
     int | list[int]: "an integer, or integers such as 24,40,64",
 }
+FREE_TEXT = "prompt", "answer", "step_end"  # flags that may have control characters; others are printed
 
 
 def _fields(Config):
@@ -273,6 +283,9 @@ def parse(Config, argv, doc="", prog="train.py", plans=False):
             else:
                 require(kinds[name] is bool, f"{flag} needs a value")
                 text = "true"
+        printable = text.encode(errors="ignore").decode()  # without halves: a file's name may be no UTF-8
+        plain = name in FREE_TEXT or not CONTROLS.search(printable)
+        require(plain, f"{flag} {text}: has a control character, which a terminal would obey")
         if kinds[name] == list[str]:
             values.setdefault(name, []).append(text)
         else:
@@ -358,7 +371,7 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     dry_run(cfg) is what --dry_run calls in place of train(cfg). The flag is no field of Config, as it decides
     nothing about a run.
     """
-    prog = os.path.basename(sys.argv[0])
+    prog = shown(os.path.basename(sys.argv[0]))
     argv = sys.argv[1:] if argv is None else argv
     cfg = None
     # Both may be closed (>&- 2>&-): files of the run would take their numbers, and get what others print.
