@@ -8,6 +8,7 @@ import base64
 import contextlib
 import itertools
 import json
+import math
 
 import regex
 
@@ -200,6 +201,7 @@ def _load_gpt2(path, vocab):
     _need(kind in ("GPT2Tokenizer", "Qwen2Tokenizer"), f"vocab.json of a {kind} says no split pattern")
     qwen = kind == "Qwen2Tokenizer"
     merges = "merges.txt" if path.name == "vocab.json" else "vocab.bpe"
+    require((folder / merges).is_file(), f"{merges} is no file")  # a pipe would be waited for
     lines = (folder / merges).read_text("utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
     tokens = config.get("added_tokens_decoder")
@@ -395,9 +397,12 @@ def _pattern_of(steps):
 
 def _check_pattern(pattern):
     """Inexact for a pattern that leaves out characters between its pieces: tiktoken would drop them."""
+    repeats = math.prod(max(1, int(n)) for n in regex.findall(r"(?<=[{,])\d+", pattern))
+    _need(repeats < 10**5, "its split pattern repeats too much")  # ((a{999}){999}){999} takes all memory
     codes = itertools.chain(range(0xD800), range(0xE000, 0x20000, 7))
     sample = "".join(map(chr, codes)) + "it's 12 x\r\n \t."
-    pieces = regex.findall(f"(?:{pattern})", sample, timeout=5)  # TimeoutError: (x*)*y would take for ever
+    found = regex.finditer(f"(?:{pattern})", sample, timeout=5)  # TimeoutError: (x*)*y would take for ever
+    pieces = [piece[0] for piece in found]
     _need(sample == "".join(pieces), "its split pattern drops characters")
 
 
@@ -414,6 +419,7 @@ def _added_tokens(tokens):
             _need(len(text) > 1, f"the control token {text!r} is a single character")
             control[text] = token["id"]
             continue
+        _need(text, "an added token is empty")  # it would be found before every character
         words[text] = token["id"]
         if token["normalized"]:
             late.append(text)
@@ -444,6 +450,8 @@ def _check_merges(vocab, merges, ignore_merges):
     pair is a listed merge, for every token; other pairs listed for s never meet. A token that `_derive`
     leaves in more than two pieces is never merged, only found as a whole piece: by ignore_merges (Llama 3).
     """
+    work = sum(len(token) ** 2 for token in vocab)  # of `_derive`: minutes for 20,000 characters
+    _need(work < 3 * 10**7, "its tokens are too long")
     pairs = []
     for pair in merges:
         if isinstance(pair, str):
