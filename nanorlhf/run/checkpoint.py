@@ -370,7 +370,7 @@ class Run:
             halves += Path(self.out).glob(name)
         for path in halves:
             if path.suffix == ".tmp":
-                print(f"resume: {path.with_suffix('')} was never completed; removed")
+                print(shown(f"resume: {path.with_suffix('')} was never completed; removed"))
             remove(path)
 
     def _steps(self):

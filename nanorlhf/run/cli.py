@@ -165,7 +165,8 @@ def to_json(cfg):
     return flags
 
 
-LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1}  # other integers: 10 million
+# Other integers: 10 million. A timer of 1e10 seconds is no timer.
+LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1, "reward_timeout": 1_000_000}
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
@@ -374,7 +375,8 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     prog = shown(os.path.basename(sys.argv[0]))
     argv = sys.argv[1:] if argv is None else argv
     cfg = None
-    # Both may be closed (>&- 2>&-): files of the run would take their numbers, and get what others print.
+    # All may be closed (<&- >&- 2>&-): files of the run would take their numbers, and get what others print.
+    sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     try:

@@ -148,9 +148,10 @@ def test_row_57_files_in_place_of_folders(name, run, tmp_path):
 
 
 def test_row_58_control_sequences_in_a_run_folder(run, tmp_path):
-    """S | a value of config.json or of a checkpoint's list that would clear the screen | shown as its escape,
-    cut to 500 characters"""
+    """S | a value of config.json or of a checkpoint's list, or the name of a half-written file, that would
+    clear the screen | shown as its escape, cut to 500 characters"""
     run(train_sft)
+    (tmp_path / "run/state/\x1b[2J.tmp").mkdir()
     path = tmp_path / "run/config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"tokenizer": "\x1b[2J" + "x" * 10**6}))
@@ -158,6 +159,7 @@ def test_row_58_control_sequences_in_a_run_folder(run, tmp_path):
     manifest.write_text(json.dumps({"files": {"\x1b[2J": {}}}))
     done = run(train_sft, resume="true")
     assert done.status == 0 and "\x1b" not in done.out and "\\u001b[2J" in done.out
+    assert "state/\\u001b[2J was never completed" in done.out
     assert max(map(len, done.out.splitlines())) < 600
 
 

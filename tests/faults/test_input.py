@@ -387,6 +387,8 @@ def test_row_34_numbers_at_the_edge(refuse, stages, capsys):
                            *((t, dict(steps=0)) for t in (train_sft, train_rm, train_ppo, train_dpo)),
                            (train_ppo, dict(lr=1e38)), (train_ppo, dict(critic_lr=1e38)),
                            *((t, dict(temperature=1e-45)) for t in (train_ppo, train_grpo)),
+                           *((t, dict(adam_eps=0)) for t in (train_ppo, train_grpo, train_dpo)),
+                           (train_grpo, dict(reward_timeout=1e10)),
                            (train_sft, dict(batch_size=0)), (train_ppo, dict(minibatches=0))):  # fmt: skip
         (name, value), = flags.items()
         refuse(trainer, flags, f"--{name} {value}", "must be")
