@@ -41,6 +41,10 @@ CHARS |= {b: chr(256 + i) for i, b in enumerate(UNPRINTABLE)}
 BYTES = {char: b for b, char in CHARS.items()}
 
 
+# Errors that a file leads to whose values have other types, or whose pattern cannot be compiled.
+BROKEN = OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError, regex.error
+
+
 class Inexact(Exception):
     """Why a tokenizer's files cannot be read exactly."""
 
@@ -71,7 +75,7 @@ def load(folder):
         return _load_with_library(path, content, reason)
     except UserError as e:
         raise UserError(f"{path}: damaged: {e}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    except BROKEN as e:
         raise UserError(f"{path}: damaged ({e!r:.200}); expected a tokenizer's file") from None
 
 
@@ -398,12 +402,14 @@ def _pattern_of(steps):
 def _check_pattern(pattern):
     """Inexact for a pattern that leaves out characters between its pieces: tiktoken would drop them."""
     repeats = math.prod(max(1, int(n)) for n in regex.findall(r"(?<=[{,])\d+", pattern))
-    _need(repeats < 10**5, "its split pattern repeats too much")  # ((a{999}){999}){999} takes all memory
+    small = len(pattern) < 10**4 and repeats < 10**5  # ((a{999}){999}){999} takes all memory
+    _need(small, "its split pattern is too large")
     codes = itertools.chain(range(0xD800), range(0xE000, 0x20000, 7))
     sample = "".join(map(chr, codes)) + "it's 12 x\r\n \t."
     found = regex.finditer(f"(?:{pattern})", sample, timeout=5)  # TimeoutError: (x*)*y would take for ever
     pieces = [piece[0] for piece in found]
-    _need(sample == "".join(pieces), "its split pattern drops characters")
+    right = all(pieces) and sample == "".join(pieces)  # an empty piece makes tiktoken panic
+    _need(right, "its split pattern drops characters, or has empty pieces")
 
 
 def _added_tokens(tokens):

@@ -231,8 +231,9 @@ def test_mistakes_in_a_look_are_one_short_line(argv, capsys):
 
 
 def test_row_70_tokenizers_without_measure(tmp_path):
-    """R | a tokenizer.json with a token of 20,000 characters, an added token of none, or a split pattern of
-    10^9 repetitions | refused at once, before it takes minutes, wrong ids or all memory"""
+    """R | a tokenizer.json with a token of 20,000 characters, an added token of none, or a split pattern that
+    is broken, of 10^9 repetitions, or cuts empty pieces | refused at once, before it takes minutes or all
+    memory, or gives wrong ids"""
     tok = Tokenizer.from_bytes()
     hub.save(tiny(vocab_size=400), tok, tmp_path)
     path = tmp_path / "tokenizer.json"
@@ -240,11 +241,17 @@ def test_row_70_tokenizers_without_measure(tmp_path):
     vocab = good["model"]["vocab"] | {"a" * 20_000: 300}
     empty = good["added_tokens"][0] | {"content": "", "id": 300, "special": False}
     steps = good["pre_tokenizer"]["pretokenizers"]
-    split = steps[0] | {"pattern": {"Regex": r"(?:(?:(?:a{1000}){1000}){1000})|[\s\S]"}}
+
+    def cut_by(pattern):
+        split = steps[0] | {"pattern": {"Regex": pattern}}
+        return {"pre_tokenizer": good["pre_tokenizer"] | {"pretokenizers": [split, *steps[1:]]}}
+
     for change, word in (
         ({"model": good["model"] | {"vocab": vocab}}, "its tokens are too long"),
         ({"added_tokens": [*good["added_tokens"], empty]}, "an added token is empty"),
-        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, *steps[1:]]}}, "repeats too much"),
+        (cut_by(r"(?:(?:(?:a{1000}){1000}){1000})|[\s\S]"), "its split pattern is too large"),
+        (cut_by(r"[\s\S]{0,5}?(?:)|[\s\S]"), "has empty pieces"),
+        *((cut_by(broken), "expected a tokenizer's file") for broken in ("(", "(?&x)|a", r"\p{Nonsense}")),
     ):
         path.write_text(json.dumps(good | change), "utf-8")
         with pytest.raises(UserError, match=word):
