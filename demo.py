@@ -35,7 +35,7 @@ from nanorlhf.look.plots import nats, pyplot, save_figure, values_at
 from nanorlhf.metrics import mean_se
 from nanorlhf.run.cli import run_cli
 from nanorlhf.run.device import setup
-from nanorlhf.run.folders import read_rows, write_json
+from nanorlhf.run.folders import read_rows, require_plain, write_json
 
 POLICIES = {"sft": "SFT", "ppo": "PPO", "ppo_nokl": "PPO, β = 0"}  # run folder: name in tables and figures
 
@@ -313,7 +313,9 @@ def peak_rss_mb():
 def train(cfg):
     """SFT → RM → PPO, with and without KL, and the report → the dict that report.json holds."""
     start = time.perf_counter()
-    require(cfg.samples >= 5, f"--samples {cfg.samples}: must be at least 5")
+    require(5 <= cfg.samples <= 100_000, f"--samples {cfg.samples}: must be at least 5, at most 100,000")
+    if os.path.isdir(cfg.out):
+        require_plain(cfg.out)
     names = ["sft", "rm", "ppo", "ppo_nokl", "report.json"]
     held = ", ".join(name for name in names if os.path.exists(f"{cfg.out}/{name}"))
     advice = "add --overwrite to replace all of it, or name another folder"

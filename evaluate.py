@@ -94,7 +94,10 @@ class Config(Machine):
         require(judge or not self.pairs, "--pairs: give --rm or --ref, whose accuracy it measures")
         folder = os.path.dirname(self.out) or "."
         require(os.path.isdir(folder), f"--out {self.out}: there is no folder {folder}")
-        with blame(f"--answer {self.answer}: not a regular expression", re.error):
+        plain = os.path.isfile(self.out) or not os.path.exists(self.out)
+        require(plain, f"--out {self.out}: is no file")  # a pipe would be waited for
+        broken = re.error, OverflowError, RecursionError
+        with blame(f"--answer {self.answer}: not a regular expression", *broken):
             re.compile(self.answer)
 
 
@@ -333,7 +336,7 @@ def report(figures, path):
             flat[f"{name}_se"] = se
         print(line)
     if path:
-        with open(path, "w") as f:
+        with blame(f"--out {path}", OSError), open(path, "w") as f:
             json.dump(flat, f, indent=2)
     return flat
 

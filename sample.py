@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanorlhf.errors import UserError, derive_seed, require, visible
+from nanorlhf.errors import UserError, blame, derive_seed, require, visible
 from nanorlhf.generate import prefill, prepare
 from nanorlhf.kernels.bf16 import cast_once
 from nanorlhf.run.cli import Machine, check_ranges, run_cli
@@ -158,7 +158,8 @@ def prompts(cfg):
         print("/help: what one may type")
     while True:
         try:
-            line = input("prompt> " if at_terminal else "")
+            with blame("standard input", UnicodeDecodeError):
+                line = input("prompt> " if at_terminal else "")
         except EOFError:
             return
         if not line:

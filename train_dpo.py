@@ -119,7 +119,7 @@ class Config(Flags):
         self.fill("dpo")
         above_zero = (
             "pairs group_size max_new_tokens steps batch_size eval_prompts lr beta temperature "
-            "max_grad_norm"
+            "adam_eps max_grad_norm"
         ).split()
         check_ranges(self, above_zero, any_sign=("seed", "no_eos_score"))
         eps = self.label_smoothing

@@ -13,6 +13,7 @@ from nanorlhf.metrics import sample_figures
 from nanorlhf.run.defaults import HELD_OUT, response_limit
 from nanorlhf.run.device import at_work
 
+LARGEST = 1e15  # above it the square of a reward, in PPO's value loss say, is more than fp32 can hold
 SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to bound memory
 
 
@@ -23,7 +24,7 @@ def score_responses(roll, rm, rewards):
     The reward model `rm` at the last token (EOS, detail 12 of N+), or the product over the steps where it
     judges steps. Where rm is None, the weighted sum of the reward functions, which see the texts and the rows
     of the rollout; then roll.reward_parts receives what each gave, (B, functions). RunError for a score that
-    is not finite.
+    is not finite, or above LARGEST.
     """
     B, T = roll.tokens.shape
     if rm is None:
@@ -53,9 +54,9 @@ def score_responses(roll, rm, rewards):
         with at_work(rm):
             score = fill_rows(roll.logp.new_zeros(B), padded, SCORE_TOKENS, compute, rm.values)  # detail 13
     # NaN would spoil every weight, or pass for a group whose rewards are all equal, and train nothing
-    for i in (~score.isfinite()).nonzero().flatten().tolist():
+    for i in (~(score.abs() <= LARGEST)).nonzero().flatten().tolist():
         sample = f"prompt {roll.rows[i]['prompt']!r:.150}, response {roll.texts[i]!r:.150}"
-        raise RunError(f"{name}: a reward of {score[i].item():g} ({sample}); it must be finite")
+        raise RunError(f"{name}: a reward of {score[i].item():g} ({sample}); it must be within ±{LARGEST:g}")
     return score
 
 

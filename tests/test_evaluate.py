@@ -512,6 +512,16 @@ def test_help_while_talking(stages, monkeypatch, capsys):
     assert sample.main(sample.Config(**flags)) == [] and "/help" in capsys.readouterr().out
 
 
+def test_standard_input_that_is_closed_or_no_utf8(stages, monkeypatch, capsys):
+    argv = [f"--model={stages.folder}/sft/model", "--max_new_tokens=2"]
+    monkeypatch.setattr(sys, "stdin", None)  # as with <&-
+    assert run_cli(sample.Config, sample.main, "", argv) == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc=\n\xff=\n"), "utf-8"))
+    assert run_cli(sample.Config, sample.main, "", argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "error: standard input: 'utf-8' codec can't decode byte 0xff" in line
+
+
 def test_talking_to_a_checkpoint(stages, capsys, monkeypatch):
     """One prompt from a flag, or one a line; answers differ, but not of one seed; log-probs add up."""
     flags = dict(model=f"{stages.folder}/sft/model", max_new_tokens=5)

@@ -53,6 +53,8 @@ def test_call_reward_gives_a_float(returns, value):
         (lambda p, t, row: row["answer"], "reward f raised KeyError: 'answer' (prompt 'a=', response 'b')"),
         (lambda p, t, row: 1 / 0, "reward f raised ZeroDivisionError: division by zero ("),
         (lambda p, t, row: sys.exit(3), "reward f raised SystemExit: 3 (prompt 'a=', response 'b')"),
+        (lambda p, t, row: (_ for _ in ()).throw(BaseException("x")), "reward f raised BaseException: x ("),
+        (lambda p, t, row: 10**5000, "reward f returned a int (prompt 'a=', response 'b'); it must"),
         (lambda p, t, row: float("nan"), "reward f returned nan (prompt 'a=', response 'b'); it must"),
         *((lambda p, t, row, x=x: x, f"reward f returned {x!r} (") for x in (-1e999, None, "1", [1.0], 1j)),
     ],

@@ -19,7 +19,8 @@ def main(argv):
         usage = "usage: python -m nanorlhf.hub convert MODEL.gguf FOLDER"
         require(len(argv) == 3 and argv[0] == "convert", usage)
         source, folder = argv[1:]
-        require(not os.path.exists(folder), f"{folder} is there already; name a new folder")
+        for path in (folder, f"{folder}.tmp", f"{folder}.old"):  # the last two are written to, and removed
+            require(not os.path.lexists(path), f"{path} is there already; name a new folder")
         model, tok = hub.load(source)
         hub.save(model, tok, folder)
     except (UserError, RunError) as error:

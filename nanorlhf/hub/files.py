@@ -72,6 +72,8 @@ def read_objects(path, flag, required):
 
 
 def _read_bytes(path, where):
+    regular = os.path.isfile(path) or not os.path.exists(path)
+    require(regular, f"{where}: is no regular file; a pipe or a device may have no end")
     try:
         data = Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":  # gzip is known by its first bytes: a name may lack the .gz

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import itertools
 import json
+import math
 
 import regex
 
@@ -40,6 +41,10 @@ CHARS |= {b: chr(256 + i) for i, b in enumerate(UNPRINTABLE)}
 BYTES = {char: b for b, char in CHARS.items()}
 
 
+# Errors that a file leads to whose values have other types, or whose pattern cannot be compiled.
+BROKEN = OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError, regex.error
+
+
 class Inexact(Exception):
     """Why a tokenizer's files cannot be read exactly."""
 
@@ -70,7 +75,7 @@ def load(folder):
         return _load_with_library(path, content, reason)
     except UserError as e:
         raise UserError(f"{path}: damaged: {e}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+    except BROKEN as e:
         raise UserError(f"{path}: damaged ({e!r:.200}); expected a tokenizer's file") from None
 
 
@@ -200,6 +205,7 @@ def _load_gpt2(path, vocab):
     _need(kind in ("GPT2Tokenizer", "Qwen2Tokenizer"), f"vocab.json of a {kind} says no split pattern")
     qwen = kind == "Qwen2Tokenizer"
     merges = "merges.txt" if path.name == "vocab.json" else "vocab.bpe"
+    require((folder / merges).is_file(), f"{merges} is no file")  # a pipe would be waited for
     lines = (folder / merges).read_text("utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")]
     tokens = config.get("added_tokens_decoder")
@@ -395,10 +401,15 @@ def _pattern_of(steps):
 
 def _check_pattern(pattern):
     """Inexact for a pattern that leaves out characters between its pieces: tiktoken would drop them."""
+    repeats = math.prod(max(1, int(n)) for n in regex.findall(r"(?<=[{,])\d+", pattern))
+    small = len(pattern) < 10**4 and repeats < 10**5  # ((a{999}){999}){999} takes all memory
+    _need(small, "its split pattern is too large")
     codes = itertools.chain(range(0xD800), range(0xE000, 0x20000, 7))
     sample = "".join(map(chr, codes)) + "it's 12 x\r\n \t."
-    pieces = regex.findall(f"(?:{pattern})", sample, timeout=5)  # TimeoutError: (x*)*y would take for ever
-    _need(sample == "".join(pieces), "its split pattern drops characters")
+    found = regex.finditer(f"(?:{pattern})", sample, timeout=5)  # TimeoutError: (x*)*y would take for ever
+    pieces = [piece[0] for piece in found]
+    right = all(pieces) and sample == "".join(pieces)  # an empty piece makes tiktoken panic
+    _need(right, "its split pattern drops characters, or has empty pieces")
 
 
 def _added_tokens(tokens):
@@ -414,6 +425,7 @@ def _added_tokens(tokens):
             _need(len(text) > 1, f"the control token {text!r} is a single character")
             control[text] = token["id"]
             continue
+        _need(text, "an added token is empty")  # it would be found before every character
         words[text] = token["id"]
         if token["normalized"]:
             late.append(text)
@@ -444,6 +456,8 @@ def _check_merges(vocab, merges, ignore_merges):
     pair is a listed merge, for every token; other pairs listed for s never meet. A token that `_derive`
     leaves in more than two pieces is never merged, only found as a whole piece: by ignore_merges (Llama 3).
     """
+    work = sum(len(token) ** 2 for token in vocab)  # of `_derive`: minutes for 20,000 characters
+    _need(work < 3 * 10**7, "its tokens are too long")
     pairs = []
     for pair in merges:
         if isinstance(pair, str):

@@ -113,6 +113,9 @@ def fill(model, family, places):
                     _add(digest, key, tensor)
                 if key in names:
                     name = names[key]
+                    # one NaN makes every loss NaN, and the run would blame --lr
+                    finite = all(end.isfinite() for end in tensor.aminmax())
+                    require(finite, f"tensor {key} has a weight that is not finite")
                     _copy(tensor, name, ours[name], trunk.cfg)
                 elif not REDUNDANT.search(key):  # the second copy of the embedding
                     unembedding = tensor

@@ -7,8 +7,8 @@
 
 import sys
 
-from nanorlhf.errors import UserError, require
-from nanorlhf.look import page
+from nanorlhf.errors import UserError, require, shown, visible
+from nanorlhf.look import doctor, page
 
 
 def main(argv=None):
@@ -22,8 +22,6 @@ def main(argv=None):
         elif "-h" in words or "--help" in words:
             print(__doc__.strip())
         elif "--doctor" in words:
-            from nanorlhf.look import doctor
-
             folders = [word for word in words if word != "--doctor"]
             require(len(folders) == 1, "--doctor: name one run folder")
             doctor.main(folders[0])
@@ -31,9 +29,12 @@ def main(argv=None):
             unknown = [word for word in words if word.startswith("-")]
             require(not unknown, f"unknown flag {unknown[:1]}; there are --doctor and --plot")
             require(words, "name a run folder, such as runs/reviews-ppo")
-            print(page.write(words))
-    except (UserError, OSError) as e:
-        print(f"nanorlhf.look: error: {e}", file=sys.stderr)
+            print(visible(page.write(words)))
+    except doctor.UNREADABLE as e:
+        problem = str(e)
+        if not isinstance(e, (UserError, OSError)):
+            problem = f"{' '.join(words)}: a file of the run is damaged ({type(e).__name__}: {e})"
+        print(f"nanorlhf.look: error: {shown(problem)}", file=sys.stderr)
         return 2
     return 0
 

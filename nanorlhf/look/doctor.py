@@ -22,7 +22,8 @@ TREND = 10  # rows; in a shorter run a fifth would be one row, and a trend would
 PATIENCE = 25  # rows, before which nobody can say that rewards do not rise
 SURE = 4  # standard errors; three are passed by chance in one of 400 columns, four in one of 16,000
 # What the files of a run may raise that a crash or another version damaged.
-UNREADABLE = OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+              MemoryError, UserError)  # fmt: skip
 LOG_2 = math.log(2)  # the loss of a pair of which nothing is known
 
 

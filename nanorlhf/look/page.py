@@ -210,9 +210,9 @@ def held_out_samples(run):
             row = json.loads(line)
             texts = {name: str(row[name]) for name in ("prompt", "response")}
             row = texts | {"step": row["step"], "reward": row.get("reward")}
-        except (ValueError, KeyError, TypeError):  # a line that a full disk cut off
+            by_step.setdefault(row["step"], []).append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):  # a line that a full disk cut off
             continue
-        by_step.setdefault(row["step"], []).append(row)
     return by_step
 
 

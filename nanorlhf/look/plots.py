@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 
-from nanorlhf.errors import require
+from nanorlhf.errors import UserError, require, visible
 from nanorlhf.hub.files import read_json
 from nanorlhf.run.folders import read_rows, require_plain
 
@@ -66,6 +66,7 @@ def main_plot(argv):
     """python -m nanorlhf.look --plot RUN RUN ...: one panel a metric, one curve a run or a group of seeds."""
     about = "Draw metrics of several runs: the mean over seeds, with its 95% interval."
     parser = argparse.ArgumentParser(prog="python -m nanorlhf.look --plot", description=about)
+    parser.error = _refuse
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--metric", default="", help="columns of metrics.csv, such as reward,kl; else many")
     seeds = "seeds: runs that differ by --seed alone are one curve; none: each run is one"
@@ -88,7 +89,11 @@ def main_plot(argv):
     for path in (f"{base}.png", f"{base}.svg"):
         save_figure(fig, path)
         if os.path.isfile(path):
-            print(path)
+            print(visible(path))
+
+
+def _refuse(message):
+    raise UserError(message)  # argparse's own way prints three lines more, and obeys control sequences
 
 
 def group_runs(runs, by_seed=True):

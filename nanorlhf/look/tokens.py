@@ -57,7 +57,7 @@ def read(run):
     start = 0
     while start >= 0 and start < len(data):
         unpacker = zlib.decompressobj(31)  # 31: with gzip's header and checksum
-        with contextlib.suppress(zlib.error, ValueError):
+        with contextlib.suppress(zlib.error, ValueError, RecursionError):
             line = unpacker.decompress(data[start:])
             if unpacker.eof:
                 records.append(json.loads(line))

@@ -37,7 +37,7 @@ from nanorlhf.run.folders import (
     verify,
     write_json,
 )
-from nanorlhf.run.log import Log, due, import_wandb
+from nanorlhf.run.log import FILES, Log, due, import_wandb
 
 NEW_RUN = {"step": 0, "extra": {}, "sizes": {}, "last": {}}  # the state of a run without a checkpoint
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of one weight, as AdamW calls them
@@ -100,11 +100,13 @@ class Run:
 
     def __enter__(self):
         with self._usable():
-            holds = self.config.exists() or self.state.is_dir() and self._steps()
-            if holds and not (self.cfg.resume or self.cfg.overwrite):
-                raise UserError(f"--out {self.out} holds a run{self._choices()}")
             os.makedirs(self.out, exist_ok=True)
             require_plain(self.out)
+            # Without config.json they may be the user's own: --out . in a folder that has a model/, say.
+            holds = any(Path(self.out, name).exists() for name in ("config.json", *FILES))
+            holds = holds or Path(self.out, "model").is_dir() or self.state.is_dir() and self._steps()
+            if holds and not (self.cfg.resume or self.cfg.overwrite):
+                raise UserError(f"--out {self.out} holds a run{self._choices()}")
             if self.first:
                 self.lock = take_lock(self.out)
         for line in getattr(self.cfg, "notes", ()):
@@ -352,7 +354,7 @@ class Run:
             halves += Path(self.out).glob(name)
         for path in halves:
             if path.suffix == ".tmp":
-                print(f"resume: {path.with_suffix('')} was never completed; removed")
+                print(shown(f"resume: {path.with_suffix('')} was never completed; removed"))
             remove(path)
 
     def _steps(self):

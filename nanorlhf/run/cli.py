@@ -16,7 +16,16 @@ import typing
 from typing import ClassVar, Literal
 
 from nanorlhf import tasks
-from nanorlhf.errors import Interrupted, RunError, UserError, out_of_memory, reason_of, require, shown
+from nanorlhf.errors import (
+    CONTROLS,
+    Interrupted,
+    RunError,
+    UserError,
+    out_of_memory,
+    reason_of,
+    require,
+    shown,
+)
 from nanorlhf.run import defaults, dist
 from nanorlhf.run.device import device_of, larger_microbatches
 from nanorlhf.run.reward_functions import reward_name
@@ -155,7 +164,8 @@ def to_json(cfg):
     return flags
 
 
-LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1}  # other integers: 10 million
+# Other integers: 10 million. A timer of 1e10 seconds is no timer.
+LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1, "reward_timeout": 1_000_000}
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
@@ -209,6 +219,7 @@ NUMBERS = {  # type of a field → what its flag must be
     list[int]: "integers such as 24,40,64",
     int | list[int]: "an integer, or integers such as 24,40,64",
 }
+FREE_TEXT = "prompt", "answer", "step_end"  # flags that may have control characters; others are printed
 
 
 def _kinds(Config):
@@ -270,6 +281,9 @@ def parse(Config, argv):
             else:
                 require(kinds[name] is bool, f"{flag} needs a value")
                 text = "true"
+        printable = text.encode(errors="ignore").decode()  # without halves: a file's name may be no UTF-8
+        plain = name in FREE_TEXT or not CONTROLS.search(printable)
+        require(plain, f"{flag} {text}: has a control character, which a terminal would obey")
         if kinds[name] == list[str]:
             values.setdefault(name, []).append(text)
         else:
@@ -359,10 +373,11 @@ def run_cli(Config, train, module_doc, argv=None, dry_run=None):
     dry_run(cfg) is what --dry_run calls in place of train(cfg). The flag is no field of Config, as it decides
     nothing about a run.
     """
-    prog = os.path.basename(sys.argv[0])
+    prog = shown(os.path.basename(sys.argv[0]))
     argv = sys.argv[1:] if argv is None else argv
     cfg = None
-    # Both may be closed (>&- 2>&-): files of the run would take their numbers, and get what others print.
+    # All may be closed (<&- >&- 2>&-): files of the run would take their numbers, and get what others print.
+    sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     try:

@@ -169,9 +169,12 @@ def number(returned):
         value = float(returned)
     except Exception:
         value = math.nan
-    if isinstance(returned, (str, bytes)) or not abs(value) <= FP32_MAX:  # nan is not, either
+    if not isinstance(returned, (str, bytes)) and abs(value) <= FP32_MAX:  # nan is not
+        return value, ""
+    try:
         return None, f"returned {returned!r:.80}"
-    return value, ""
+    except Exception:  # an integer of 5,000 digits has no text
+        return None, f"returned a {type(returned).__name__}"
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ def call_reward(name, fn, prompt, text, row):
         returned = fn(prompt, text, row)
     except UserError as e:  # a task's own reward refuses a prompt of another task
         raise UserError(f"{row.get('_at', name)}: {e}") from None
-    except (Exception, SystemExit) as e:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
         raise RunError(f"reward {name} raised {type(e).__name__}: {e} {_sample(prompt, text)}") from e
     value, wrong = number(returned)
     if wrong:

@@ -3,6 +3,7 @@
     FAULTS_FULL=1 pytest tests/faults/test_found.py -m slow -s      20,000 cases, 10,000 steps
 """
 
+import gzip
 import json
 import math
 import os
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import same_run, states
+from helpers import tiny
+from runs import same_run, snapshot
 from test_saving import change_state
 
+import demo
 import train_grpo
 import train_ppo
 import train_sft
@@ -24,8 +27,11 @@ from labs import common
 from nanorlhf import hub
 from nanorlhf.errors import UserError
 from nanorlhf.hub import tokenizer_files
+from nanorlhf.hub.__main__ import main as convert
+from nanorlhf.look import __main__ as look
 from nanorlhf.run import replay
 from nanorlhf.run.log import read_rows
+from nanorlhf.tokenizer import Tokenizer
 from tests.faults import soak
 
 FULL = bool(os.environ.get("FAULTS_FULL"))
@@ -142,9 +148,10 @@ def test_row_57_files_in_place_of_folders(name, run, tmp_path):
 
 
 def test_row_58_control_sequences_in_a_run_folder(run, tmp_path):
-    """S | a value of config.json or of a checkpoint's list that would clear the screen | shown as its escape,
-    cut to 500 characters"""
+    """S | a value of config.json or of a checkpoint's list, or the name of a half-written file, that would
+    clear the screen | shown as its escape, cut to 500 characters"""
     run(train_sft)
+    (tmp_path / "run/state/\x1b[2J.tmp").mkdir()
     path = tmp_path / "run/config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"tokenizer": "\x1b[2J" + "x" * 10**6}))
@@ -152,6 +159,7 @@ def test_row_58_control_sequences_in_a_run_folder(run, tmp_path):
     manifest.write_text(json.dumps({"files": {"\x1b[2J": {}}}))
     done = run(train_sft, resume="true")
     assert done.status == 0 and "\x1b" not in done.out and "\\u001b[2J" in done.out
+    assert "state/\\u001b[2J was never completed" in done.out
     assert max(map(len, done.out.splitlines())) < 600
 
 
@@ -184,6 +192,72 @@ def test_row_60_log_without_an_end(target, tmp_path):
         common.logged(str(tmp_path), "step")
 
 
+DEEP = b"[" * 100_000 + b"]" * 100_000
+DAMAGED_RUNS = {
+    "tokens.jsonl.gz": [gzip.compress(x) for x in (DEEP, b"[1]", b'{"step": 0, "groups": "x"}')],
+    "samples.jsonl": [DEEP, b'{"prompt": "a", "response": "b", "step": {}}'],
+    "config.json": [b'{"group_size": "x", "prompts_per_step": null}', b'{"beta": NaN}', DEEP],
+    "metrics.csv": [b"", b"a,b\n1,2\n", b"step,reward\n" + b"".join(b"%d,1e308\n" % i for i in range(20))],
+}
+
+
+@pytest.mark.parametrize("file", DAMAGED_RUNS)
+def test_row_69_damaged_run_looked_at(file, run, tmp_path, capsys):
+    """R | tokens.jsonl.gz, samples.jsonl, config.json or metrics.csv of other types, with NaN or nested
+    100,000 deep, read by python -m nanorlhf.look | what can be left out is left out, else one line"""
+    assert run(train_grpo, steps=2).status == 0
+    out = str(tmp_path / "run")
+    whole = Path(out, file).read_bytes()
+    for content in DAMAGED_RUNS[file]:
+        Path(out, file).write_bytes(content)
+        for words in ([out], ["--doctor", out]):
+            status = look.main(words)
+            lines = capsys.readouterr().err.splitlines()
+            assert (status, len(lines)) in ((0, 0), (2, 1)), content[:60]
+            assert status == 0 or out in lines[0]
+        if content is DEEP and file in ("tokens.jsonl.gz", "samples.jsonl"):
+            assert status == 0
+    Path(out, file).write_bytes(whole)
+    assert look.main([out]) == 0
+
+
+@pytest.mark.parametrize("argv", [
+    ["--plot"], ["--plot", "x", "--\x1b[2J"], ["\x1b[2J"], ["/" + "a" * 5000],
+], ids=range(4))  # fmt: skip
+def test_mistakes_in_a_look_are_one_short_line(argv, capsys):
+    assert look.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "\x1b" not in line and len(line) < 540
+
+
+def test_row_70_tokenizers_without_measure(tmp_path):
+    """R | a tokenizer.json with a token of 20,000 characters, an added token of none, or a split pattern that
+    is broken, of 10^9 repetitions, or cuts empty pieces | refused at once, before it takes minutes or all
+    memory, or gives wrong ids"""
+    tok = Tokenizer.from_bytes()
+    hub.save(tiny(vocab_size=400), tok, tmp_path)
+    path = tmp_path / "tokenizer.json"
+    good = json.loads(path.read_text("utf-8"))
+    vocab = good["model"]["vocab"] | {"a" * 20_000: 300}
+    empty = good["added_tokens"][0] | {"content": "", "id": 300, "special": False}
+    steps = good["pre_tokenizer"]["pretokenizers"]
+
+    def cut_by(pattern):
+        split = steps[0] | {"pattern": {"Regex": pattern}}
+        return {"pre_tokenizer": good["pre_tokenizer"] | {"pretokenizers": [split, *steps[1:]]}}
+
+    for change, word in (
+        ({"model": good["model"] | {"vocab": vocab}}, "its tokens are too long"),
+        ({"added_tokens": [*good["added_tokens"], empty]}, "an added token is empty"),
+        (cut_by(r"(?:(?:(?:a{1000}){1000}){1000})|[\s\S]"), "its split pattern is too large"),
+        (cut_by(r"[\s\S]{0,5}?(?:)|[\s\S]"), "has empty pieces"),
+        *((cut_by(broken), "expected a tokenizer's file") for broken in ("(", "(?&x)|a", r"\p{Nonsense}")),
+    ):
+        path.write_text(json.dumps(good | change), "utf-8")
+        with pytest.raises(UserError, match=word):
+            hub.load(tmp_path)
+
+
 def test_a_panic_of_the_tokenizers_package():
     """A panic of Rust is no Exception: the test's own stands for it where the package is not installed."""
 
@@ -197,13 +271,64 @@ def test_a_panic_of_the_tokenizers_package():
 
 
 def test_row_62_checkpoints_without_a_config(run, tmp_path):
-    """R | --out has checkpoints, but no config.json | it holds a run: nothing is replaced without a flag"""
+    """R | --out has checkpoints, a model/ or a metrics.csv, but no config.json | it holds a run, or files of
+    the user: nothing is replaced without a flag"""
     run(train_sft)
     (tmp_path / "run/config.json").unlink()
-    before = states(tmp_path / "run")
+    before = snapshot(tmp_path / "run")
     assert run(train_sft).refused("holds a run: add --resume")
-    assert states(tmp_path / "run") == before
+    assert snapshot(tmp_path / "run") == before
     assert run(train_sft, resume="true", steps=8).status == 0
+    for name in ("model/notes.txt", "metrics.csv", "samples.jsonl"):
+        own = tmp_path / "own" / name
+        own.parent.mkdir(parents=True)
+        own.write_text("precious")
+        assert run(train_sft, "own").refused("holds a run: add --resume")
+        assert own.read_text() == "precious"
+        shutil.rmtree(tmp_path / "own")
+
+
+def test_names_beside_a_converted_folder(stages, tmp_path, capsys):
+    """FOLDER.old, where one has put an older model, would be moved to FOLDER and then removed."""
+    for name in ("new.old", "new.tmp", "new"):
+        own = tmp_path / name / "notes.txt"
+        own.parent.mkdir()
+        own.write_text("precious")
+        assert convert(["convert", f"{stages.folder}/sft/model", str(tmp_path / "new")]) == 2
+        assert f"{name} is there already" in capsys.readouterr().err
+        assert own.read_text() == "precious"
+        shutil.rmtree(own.parent)
+    (tmp_path / "new").symlink_to("nowhere")
+    assert convert(["convert", f"{stages.folder}/sft/model", str(tmp_path / "new")]) == 2
+
+
+@posix
+def test_links_in_the_folder_of_the_demo(tmp_path):
+    """report.json is written by way of report.json.tmp; a link there may lead to a file of the user's."""
+    own = tmp_path / "own"
+    own.write_text("precious")
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/report.json.tmp").symlink_to(own)
+    with pytest.raises(UserError, match="report.json.tmp is a link"):
+        demo.train(demo.Config(out=str(tmp_path / "demo"), overwrite=True))
+    for samples in (4, 10**9):
+        with pytest.raises(UserError, match="--samples"):
+            demo.train(demo.Config(out=str(tmp_path / "other"), samples=samples))
+
+
+@posix
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.json"])
+def test_tokenizer_file_that_is_a_pipe(name, tmp_path):
+    """Only a pipe's other end says when it ends."""
+    hub.save(tiny(vocab_size=300), None, tmp_path)
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    if name == "merges.txt":
+        with pytest.raises(UserError, match="merges.txt is no file"):
+            hub.load(tmp_path)
+    else:
+        assert hub.load(tmp_path)[1] is None
 
 
 def test_row_61_reference_that_is_missing(run, tmp_path):

@@ -23,7 +23,8 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import generate, hub
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, visible
+from nanorlhf.hub.formats import read_rows
 from nanorlhf.run import replay
 from nanorlhf.run.cli import parse, run_cli
 from nanorlhf.run.folders import describe
@@ -145,6 +146,22 @@ def test_json_too_deep_to_be_parsed(file, refuse, model):
     refuse(train_sft, dict(init=model), file)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("trainer, flag, kind", [
+    (train_sft, "init", "sft"), (train_ppo, "critic_init", "rm"), (train_grpo, "rm", "rm"),
+    (train_dpo, "ref", "sft"), (train_distill, "teacher", "teacher"),
+], ids=["init", "critic_init", "rm", "ref", "teacher"])  # fmt: skip
+def test_row_66_weights_that_are_not_finite(trainer, flag, kind, value, refuse, stages, tmp_path):
+    """R | one weight that is NaN or infinite in the folder of a policy, reference, critic, teacher or reward
+    model | refused with file and tensor; no loss is NaN for which --lr would be blamed"""
+    model, tok = hub.load(stages.folder / kind / "model")
+    model.trunk.wte.weight.data[2, 3] = value
+    hub.save(model, tok, tmp_path / "spoilt")
+    path = tmp_path / "spoilt/model.safetensors"
+    words = f"--{flag} {path}", "wte.weight has a weight that is not finite"
+    refuse(trainer, {flag: tmp_path / "spoilt"}, *words)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_row_46_weights_that_are_no_file(kind, refuse, model):
@@ -216,6 +233,27 @@ def test_row_15_no_data(trainer, refuse, tmp_path):
     for content, word in ((None, "No such file"), (b"", "the file is empty"), (b"\n \n", "only blank lines")):
         path = str(tmp_path / "nowhere") if content is None else data(tmp_path, content)
         refuse(trainer, dict(data=path), f"--data: {path}", word, "expected")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_row_67_data_that_is_no_file(kind, refuse, stages, tmp_path):
+    """R | a pipe, a device or a folder as --data, --eval_data or --pairs, or as the --out of evaluate.py |
+    refused: a pipe would be waited for, and a device has no end"""
+    path = tmp_path / "special"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    for flag in ("data", "eval_data"):
+        refuse(train_sft, {flag: path}, f"--{flag}: {path}: is no regular file")
+    with pytest.raises(UserError, match="^--pairs: .*/special: is no regular file"):
+        read_rows(str(path), "pairs", "--pairs")
+    if kind != "device":  # /dev/null and /dev/stdout may be written to
+        with pytest.raises(UserError, match="^--out .*/special: is no file"):
+            evaluate.Config(out=str(path))
 
 
 @EACH
@@ -349,6 +387,8 @@ def test_row_34_numbers_at_the_edge(refuse, stages, capsys):
                            *((t, dict(steps=0)) for t in (train_sft, train_rm, train_ppo, train_dpo)),
                            (train_ppo, dict(lr=1e38)), (train_ppo, dict(critic_lr=1e38)),
                            *((t, dict(temperature=1e-45)) for t in (train_ppo, train_grpo)),
+                           *((t, dict(adam_eps=0)) for t in (train_ppo, train_grpo, train_dpo)),
+                           (train_grpo, dict(reward_timeout=1e10)),
                            (train_sft, dict(batch_size=0)), (train_ppo, dict(minibatches=0))):  # fmt: skip
         (name, value), = flags.items()
         refuse(trainer, flags, f"--{name} {value}", "must be")
@@ -379,6 +419,25 @@ def test_row_35_flags(trainer, argv, says, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and says in lines[0]
     assert parse(trainer.Config, ["--resume", "False"]).resume is False  # not, as with bool("False"), true
+
+
+@pytest.mark.parametrize("flag", ["out", "data", "task", "init"])
+@pytest.mark.parametrize("bad", ["\x1b[2J", "\x07", "\x9b31m", "\u202e"])
+def test_row_68_control_sequences_in_flags(flag, bad, capsys):
+    """R | a control sequence in a flag, such as the name of a file or folder | refused and shown as its
+    escape; what a terminal obeys would be in every message that names the file"""
+    assert train_sft.main([f"--{flag}", f"a{bad}b"]) == 2
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1 and f"--{flag} a{visible(bad)}b: has a control character" in err
+    assert bad not in out + err
+    assert parse(sample.Config, ["--prompt", bad]).prompt == bad  # text for the model; it is shown as escapes
+    assert parse(train_sft.Config, ["--out", "a\udcff"]).out == "a\udcff"  # a folder named in latin-1
+
+
+@pytest.mark.parametrize("answer", ["(", "a{99999999999999999999}", "(?:" * 5000 + ")" * 5000], ids=range(3))
+def test_answer_that_is_no_pattern(answer, capsys):
+    assert run_cli(evaluate.Config, None, "", ["--answer", answer]) == 2
+    assert "not a regular expression" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

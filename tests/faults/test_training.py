@@ -283,27 +283,29 @@ def test_row_43_reference(trainer, run, stages, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("trainer", [train_ppo, train_grpo, train_dpo], ids=lambda t: t.__name__)
 def test_row_50_rewards_that_are_not_finite(trainer, run, stages, tmp_path):
-    """X | a reward model with one NaN row, or a function times its weight beyond fp32 | the run stops, names
-    the judge, prompt and response, and does not blame --lr"""
+    """X | a reward model whose scores overflow, a function times its weight beyond 1e15, whose square or mean
+    would overflow | the run stops, names the judge, prompt and response, and does not blame --lr"""
     rm, tok = hub.load(stages.folder / "rm/model")
-    rm.trunk.wte.weight.data[tok.encode("b")[0]] = math.nan
+    rm.score.weight.data.fill_(3e38)
     hub.save(rm, tok, tmp_path / "rm")
     online = dict(online=2, group_size=2, pairs=20) if trainer is train_dpo else {}
     done = run(trainer, rm=str(tmp_path / "rm"), **online)
-    assert done.stopped("the reward model: a reward of nan (prompt '", "response '")
+    assert done.stopped("the reward model: a reward of ", " (prompt '", "response '", "within ±1e+15")
     (tmp_path / "r.py").write_text("def f(prompt, response):\n    return 1e38\n")
     flags = dict(rm="", reward=f"{tmp_path}/r.py:f*100", overwrite="true", **online)
     done = run(trainer, **flags)
     assert done.stopped("100 × f: a reward of inf (prompt '", "response '")
+    done = run(trainer, **flags | dict(reward=f"{tmp_path}/r.py:f"))  # finite, but no two of them have a mean
+    assert done.stopped("1 × f: a reward of 1e+38 (prompt '", "response '")
 
 
 def test_evaluate_stops_at_a_reward_that_is_not_finite(stages, tmp_path):
     rm, tok = hub.load(stages.folder / "rm/model")
-    rm.trunk.wte.weight.data[tok.encode("b")[0]] = math.nan
+    rm.score.weight.data.fill_(3e38)
     hub.save(rm, tok, tmp_path / "rm")
     files = dict(data=f"{stages.folder}/train_ppo.jsonl", rm=f"{tmp_path}/rm")
     cfg = evaluate.Config(model=f"{stages.folder}/sft/model", max_new_tokens=5, n=4, **files)
-    with pytest.raises(RunError, match="the reward model: a reward of nan .prompt"):
+    with pytest.raises(RunError, match="the reward model: a reward of .* .prompt"):
         evaluate.evaluate(cfg)
 
 
