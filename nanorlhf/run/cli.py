@@ -164,21 +164,28 @@ def to_json(cfg):
     return flags
 
 
-# Other integers: 10 million. A timer of 1e10 seconds is no timer.
-LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1, "reward_timeout": 1_000_000}
+LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1}
+LARGEST |= {"lr": 1e30, "critic_lr": 1e30, "max_grad_norm": 1e30}  # of the first two a run says so itself
+# All others: 10 million. A --beta of 1e30 would give an infinite loss, and the run would blame --lr.
 
 
 def check_ranges(cfg, above_zero, any_sign=("seed",)):
-    """UserError for a number out of range: those named must be above 0, the others not below it."""
+    """UserError for a number out of range: those named must be above 0, the others not below it.
+
+    any_sign: those that may be negative; a seed may be any integer of 64 bits.
+    """
     for name, kind in _kinds(type(cfg)).items():
         value = getattr(cfg, name)
-        if kind not in NUMBERS or value in (None, []) or name in any_sign:
+        if kind not in NUMBERS or value in (None, []) or name == "seed":
             continue
         numbers = value if isinstance(value, list) else [value]
         smallest = min(numbers)
         flag = f"--{name} {_plain(value)}"
-        most = LARGEST.get(name, 1e30 if kind is float else 10_000_000)
+        most = LARGEST.get(name, 10_000_000)
         require(max(numbers) <= most, f"{flag}: must be at most {most:g}")
+        if name in any_sign:
+            require(smallest >= -most, f"{flag}: must be at least {-most:g}")
+            continue
         least = "must be above 0" if kind is float else "must be at least 1"
         require(smallest > 0 or name not in above_zero, f"{flag}: {least}")
         require(smallest >= 0, f"{flag}: must not be negative")

@@ -388,7 +388,10 @@ def test_row_34_numbers_at_the_edge(refuse, stages, capsys):
                            (train_ppo, dict(lr=1e38)), (train_ppo, dict(critic_lr=1e38)),
                            *((t, dict(temperature=1e-45)) for t in (train_ppo, train_grpo)),
                            *((t, dict(adam_eps=0)) for t in (train_ppo, train_grpo, train_dpo)),
-                           (train_grpo, dict(reward_timeout=1e10)),
+                           (train_grpo, dict(reward_timeout=1e10)), (train_sft, dict(weight_decay=1e30)),
+                           *((t, dict(beta=1e30)) for t in (train_ppo, train_dpo)),
+                           *((t, dict(entropy_coef=1e30)) for t in (train_ppo, train_grpo)),
+                           *((train_ppo, dict(no_eos_score=x)) for x in (1e30, -1e30)),
                            (train_sft, dict(batch_size=0)), (train_ppo, dict(minibatches=0))):  # fmt: skip
         (name, value), = flags.items()
         refuse(trainer, flags, f"--{name} {value}", "must be")
