@@ -423,7 +423,7 @@ def test_the_first_recipe_from_end_to_end(tmp_path):
     figures = json.loads((tmp_path / "run/report.json").read_text())
     assert figures["seed"] == 7 and 0 < figures["first_point"] < figures["wall_seconds"]
     stages = [row["stage"] for row in csv.DictReader(open(tmp_path / "run/stages.csv"))]
-    assert stages == ["probe", "grpo", "before", "after"]
+    assert stages == ["before", "grpo", "after"]
 
 
 @pytest.mark.slow
