@@ -140,7 +140,7 @@ def test_weights_that_are_cast_once_are_counted_in_scoring_and_sampling():
     """As cast_once and the sampler make them: bf16 copies, and on a CPU the unembedding widened again."""
     cfg, model = SimpleNamespace(device="cpu"), tiny()
     head = model.wte.weight.numel()
-    for dtype, cast, widened in ((None, 0, 0), (BF16, 2, 6)):
+    for dtype, widened in ((None, 0), (BF16, 6)):
         model.compute_dtype = dtype
         with bf16.cast_once(model):
             layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
