@@ -1,32 +1,61 @@
 """--dry_run against the peak memory of real runs: each trainer, with adapters and with all weights.
 
-    python -m bench.dry_run --model models/SmolLM2-135M-Instruct --demos gsm8k_train.jsonl --pairs hh.jsonl
+    python -m bench.dry_run --model models/SmolLM2-135M-Instruct \\
+        --demos gsm8k_train.jsonl --pairs hh_harmless_test.jsonl.gz      → bench/results/dry_run.csv
 
-Two steps of each trainer in a process of its own, on one CPU thread; before the first update AdamW has no
-moments. The files are in any format that the trainers read; a few hundred rows are enough. What a run took is
-the largest resident set of its process. Times are not compared: on a busy machine those of this minute tell
-little of the next.
+One or two steps of each trainer in a process of its own, on one CPU thread, on the first short rows of the
+files, which are in any format that the trainers read. With all weights it is two steps, because before the
+first update AdamW has no moments; those of adapters are small. What a run took is the largest resident set of
+its process. Times are not compared: on a busy machine those of this minute tell little of the next.
 """
 
 import argparse
+import csv
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from bench import table
+from recipes.smollm2.short_rows import short_rows
+
+ROOT = Path(table.ROOT)
+RESULTS = ROOT / "bench/results/dry_run.csv"
 REWARD = f"{ROOT}/nanorlhf/answers.py:last_number"
-COMMON = "--device cpu --threads 1 --steps 2 --save_every 0 --overwrite"
-SAMPLES = "--eval_prompts 4 --max_new_tokens 32"
+COMMON = "--device cpu --threads 1 --save_every 0 --overwrite"
+SAMPLES = "--eval_prompts 1 --max_new_tokens 4"
 FLAGS = {
-    "sft": "--batch_size 8",
-    "rm": "--batch_size 4",
-    "dpo": f"--batch_size 4 {SAMPLES}",
-    "ppo": f"--prompts_per_step 8 --minibatches 1 --reward {REWARD} {SAMPLES}",
-    "grpo": f"--prompts_per_step 2 --group_size 4 --tokens_per_microbatch 1024 --reward {REWARD} {SAMPLES}",
-    "distill": f"--prompts_per_step 2 --tokens_per_microbatch 1024 {SAMPLES}",
+    "sft": "--batch_size 4",
+    "rm": "--batch_size 2",
+    "dpo": f"--batch_size 2 {SAMPLES}",
+    "ppo": f"--prompts_per_step 4 --minibatches 1 --reward {REWARD} {SAMPLES}",
+    "grpo": f"--prompts_per_step 1 --group_size 4 --tokens_per_microbatch 1024 --reward {REWARD} {SAMPLES}",
+    "distill": f"--prompts_per_step 1 --tokens_per_microbatch 1024 {SAMPLES}",
 }
+COLUMNS = "trainer lora_rank planned_gib measured_gib ratio origin".split()
+
+
+def write_data(demos, pairs, out):
+    """The few rows of a run → out/demos.jsonl, out/pairs.jsonl and out/heldout.jsonl (of pairs)."""
+    few = short_rows(pairs, characters=700, most=9)
+    files = {"demos": short_rows(demos, characters=400, most=12), "pairs": few[:4], "heldout": few[7:]}
+    for name, texts in files.items():
+        (out / f"{name}.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+
+
+def command(trainer, rank, model, out):
+    """The command line of a run, without --dry_run."""
+    steps = 1 if rank != "0" else 2
+    flags = f"--init {model} --out {out}/{trainer}-{rank} --lora_rank {rank} --steps {steps} {COMMON} "
+    flags += FLAGS[trainer]
+    if trainer in ("rm", "dpo"):
+        flags += f" --data {out}/pairs.jsonl --eval_data {out}/heldout.jsonl"
+    else:
+        flags += f" --data {out}/demos.jsonl"
+    if trainer == "distill":
+        flags += f" --teacher {model}"
+    return [sys.executable, f"train_{trainer}.py", *flags.split()]
 
 
 def run(command, out):
@@ -52,23 +81,33 @@ def main():
     args = parser.parse_args()
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
+    write_data(args.demos, args.pairs, out)
     model = Path(args.model).resolve()
     print("| trainer | `--lora_rank` | `--dry_run`, GiB | measured, GiB | ratio |")
     print("| --- | --- | --- | --- | --- |")
     for trainer in args.only.split(","):
-        data = Path(args.pairs if trainer in ("rm", "dpo") else args.demos).resolve()
         for rank in args.ranks.split(","):
-            folder = out / f"{trainer}-{rank}"
-            flags = f"--init {model} --data {data} --out {folder} --lora_rank {rank} {COMMON}"
-            flags += f" {FLAGS[trainer]}"
-            if trainer == "distill":
-                flags += f" --teacher {model}"
-            command = [sys.executable, f"train_{trainer}.py", *flags.split()]
-            text, _ = run([*command, "--dry_run"], out / "dry.log")
+            words = command(trainer, rank, model, out)
+            text, _ = run([*words, "--dry_run"], out / "dry.log")
             planned = float(re.search(r"^  at most +([\d.]+)", text, re.M)[1])
-            _, measured = run(command, out / f"{trainer}-{rank}.log")
-            ratio = planned / measured
-            print(f"| {trainer} | {rank} | {planned:.2f} | {measured:.2f} | {ratio:.2f} |", flush=True)
+            _, measured = run(words, out / f"{trainer}-{rank}.log")
+            save(trainer, rank, planned, measured)
+            figures = f"{planned:.2f} | {measured:.2f} | {planned / measured:.2f}"
+            print(f"| {trainer} | {rank} | {figures} |", flush=True)
+
+
+def save(trainer, rank, planned, measured):
+    """Put a row into bench/results/dry_run.csv, in place of an older one; the others stay."""
+    rows = {}
+    if RESULTS.exists():
+        with open(RESULTS, newline="", encoding="utf-8") as f:
+            rows = {(row["trainer"], row["lora_rank"]): row for row in csv.DictReader(f)}
+    figures = [f"{planned:.2f}", f"{measured:.2f}", f"{planned / measured:.2f}", table.origin()]
+    rows[trainer, rank] = dict(zip(COLUMNS, [trainer, rank, *figures]))
+    with open(RESULTS, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from nanorlhf import hub, lora
 from nanorlhf.data import epoch_batches, microbatches, pad
 from nanorlhf.errors import derive_seed
 from nanorlhf.hub import tokenizer_files
-from nanorlhf.kernels import slots
+from nanorlhf.kernels import bf16, slots
 from nanorlhf.run import plan, worker
 from nanorlhf.run.cli import parse
 from nanorlhf.tokenizer import Tokenizer
@@ -117,14 +117,38 @@ def test_the_largest_micro_batch_is_that_of_training():
     rng = random.Random(0)
     lengths = [rng.randint(1, 30) for _ in range(50)]
     cfg = SimpleNamespace(seed=3, steps=6, tokens_per_microbatch=40)
-    sizes = []
+    sizes, cuts = [], []
     for step in range(6):
         rows = epoch_batches(50, 4, derive_seed(3, "data"), step)
-        for part in microbatches([lengths[i] for i in rows], 40):
+        cuts.append(microbatches([lengths[i] for i in rows], 40))
+        for part in cuts[-1]:
             tokens, _ = pad([[0] * lengths[rows[i]] for i in part], 0)
             sizes.append(tokens.numel())
-    assert plan._microbatch(cfg, lengths, 4) == max(sizes)
-    assert plan._microbatch(cfg, [7] * 50, 4, repeats=3) == 35 and max(sizes) < 40
+    assert plan._microbatch(cfg, lengths, 4) == (max(sizes), max(map(len, cuts))) and max(sizes) < 40
+    assert plan._microbatch(cfg, [7] * 50, 4, repeats=3) == (35, 3)  # of 12 rows 5, 5 and 2
+
+
+def test_gradients_take_the_place_of_activations_in_a_step_of_one_micro_batch():
+    """All weights are trained: with two micro-batches the gradients of the first lie beside the second."""
+    cfg, model = SimpleNamespace(device="cpu"), tiny()
+    several, one = (plan.update_parts(cfg, [model], 400, n)["activations"] for n in (2, 1))
+    assert several == plan.activation_bytes(model, 400) and one == several - plan.trained_bytes([model]) > 0
+    assert plan.update_parts(cfg, [model], 1, 1)["activations"] == 0
+
+
+def test_weights_that_are_cast_once_are_counted_in_scoring_and_sampling():
+    """As cast_once and the sampler make them: bf16 copies, and on a CPU the unembedding widened again."""
+    cfg, model = SimpleNamespace(device="cpu"), tiny()
+    head = model.wte.weight.numel()
+    for dtype, widened in ((None, 0), (BF16, 6)):
+        model.compute_dtype = dtype
+        with bf16.cast_once(model):
+            layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+            made = sum(vars(layer)["weight"].nbytes for layer in layers if "weight" in vars(layer))
+        assert (made > 0) == (dtype is BF16)
+        assert plan.forward_parts(cfg, model, 9)["weights cast once"] == made
+        sampled = plan.sampling_parts(model, 3, 9, 5, on_gpu=False)
+        assert sampled["weights cast once"] == made + widened * head
 
 
 @pytest.mark.parametrize("rank", [0, 2])

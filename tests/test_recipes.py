@@ -9,8 +9,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,52 @@ def test_a_stage_is_measured_and_its_status_handed_on(tmp_path, monkeypatch):
     for code, status in (("raise SystemExit(3)", 3), (killed, 143)):
         assert subprocess.run([*command, "failed", sys.executable, "-c", code]).returncode == status
     assert len(open(tmp_path / "stages.csv").readlines()) == 3  # a stage that failed has no figures
+
+
+TRAINER = """
+import os, pathlib, signal, sys, time
+signals = []
+for signum in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(signum, lambda signum, frame: signals.append(signum))
+out = pathlib.Path(sys.argv[2])
+(out / "pid").write_text(str(os.getpid()))
+while not signals and not (out / "give up").exists(): time.sleep(0.05)
+time.sleep(1)  # a step is finished, and a second signal would end it
+(out / "signals").write_text(repr([int(signum) for signum in signals]))
+sys.exit(143)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="recipes are bash scripts")
+@pytest.mark.parametrize("ends", ["shell", "stage", "group"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_trainer_saves_once_and_ends_with_the_recipe(ends, name, tmp_path):
+    """Whoever of the recipe is ended, a trainer gets one signal; its stage has no row, the next never begins.
+
+    Nothing here depends on how fast the machine is: the output has an end once all processes have ended.
+    """
+    signum = getattr(signal, name)
+    script = 'set -e; "$@"; touch next'
+    run_stage = [sys.executable, "-m", "recipes.smollm2.stage", tmp_path, "grpo"]
+    command = ["bash", "-c", script, "bash", *run_stage, sys.executable, "-c", TRAINER, "--out", tmp_path]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    shell = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, start_new_session=True)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    if ends == "group":
+        os.killpg(shell.pid, signum)
+    else:
+        children = subprocess.run(["pgrep", "-P", str(shell.pid)], capture_output=True, text=True)
+        os.kill(shell.pid if ends == "shell" else int(children.stdout), signum)
+    try:
+        shell.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        (tmp_path / "give up").touch()
+        raise
+    found = (tmp_path / "signals").read_text()
+    assert found == repr([int(signal.SIGTERM if ends == "shell" else signum)])
+    assert shell.returncode == (143 if ends == "stage" else -signum)
+    assert not (tmp_path / "stages.csv").exists() and not (tmp_path / "next").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -366,7 +414,7 @@ def test_the_first_recipe_from_end_to_end(tmp_path):
     figures = json.loads((tmp_path / "run/report.json").read_text())
     assert figures["seed"] == 7 and 0 < figures["first_point"] < figures["wall_seconds"]
     stages = [row["stage"] for row in csv.DictReader(open(tmp_path / "run/stages.csv"))]
-    assert stages == ["probe", "grpo", "before", "after"]
+    assert stages == ["before", "grpo", "after"]
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@
 
 adds a row to RUN/stages.csv: when the stage began (seconds of the epoch), its wall and CPU seconds, the
 most memory of one process in MB, and, where COMMAND has an --out, after how many seconds its metrics.csv
-had the first row. The exit status is that of COMMAND; a stage that fails gets no row.
+had the first row. The exit status is that of COMMAND; a stage that fails gets no row. SIGTERM, Ctrl-C and
+SIGHUP are handed on to COMMAND, and a trainer saves. The death of the shell that runs the recipe counts as
+SIGTERM: the trainer would go on alone.
 """
 
 import csv
@@ -17,6 +19,7 @@ import time
 
 from recipes.smollm2 import command
 
+STOP = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 COLUMNS = ("stage", "began", "seconds", "cpu_seconds", "peak_mb", "first_row")
 
 
@@ -44,15 +47,27 @@ def main(run, name, program, *arguments):
         metrics = os.path.join(folder, "metrics.csv")
     began = time.time()
     first_row = ""
-    child = subprocess.Popen([program, *arguments])
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child too, which ends by itself
+    shell = os.getppid()
+    received = []  # signals to hand on
+    for signum in STOP:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup asks to ignore SIGHUP
+            signal.signal(signum, lambda signum, frame: received.append(signum))
+    # In a session of its own, COMMAND gets a signal from here alone: the second one ends a trainer unsaved
+    child = subprocess.Popen([program, *arguments], start_new_session=True)
+    stopping = False
     while True:
         ended = child.poll() is not None
         if not first_row and has_row(metrics, began):
             first_row = f"{time.time() - began:.1f}"
         if ended:  # only now: on a busy machine the child may have ended within one sleep
             break
-        time.sleep(0.1)
+        is_alone = os.getppid() != shell
+        time.sleep(0.1)  # what ended the shell may have been sent to this process too, and counts once
+        if is_alone and not stopping and not received:
+            received.append(signal.SIGTERM)
+        while received:
+            stopping = True
+            os.killpg(child.pid, received.pop(0))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     unit = 2**20 if sys.platform == "darwin" else 2**10
     if child.returncode == 0:
