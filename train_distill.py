@@ -179,7 +179,9 @@ def gradient(student, teacher, batch, cfg):
             mb = trim(take_rows(batch, rows))
             loss, kl = microbatch_loss(student, teacher, mb, cfg)
             loss.backward()
-            figures.add({"loss": loss.item(), "kl": kl.sum().item() / batch["n_rows"]})
+            figures.add_tensors({"loss": loss, "kl": kl.sum()})
+    figures.read()
+    figures["kl"] /= batch["n_rows"]
     return figures
 
 

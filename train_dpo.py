@@ -370,8 +370,9 @@ def gradient(policy, batch, cfg):
         loss = losses.sum() / counts["acc"]  # the denominator is the step's
         if torch.is_grad_enabled():
             loss.backward()
-        figures.add({"loss": loss.item()})
+        figures.add_tensors({"loss": loss})
         seen.append(values)
+    figures.read()
     means = step_means(seen, counts)  # None where a KTO step lacks one kind
     chosen = means.pop("chosen")
     rejected = means.pop("rejected")

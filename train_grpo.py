@@ -352,13 +352,16 @@ def gradient(policy, batch, cfg, kl_to=None):
         loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg, kl_to)
         loss.backward()
         gap = (logp.detach() - mb["old_logp"]).abs()
-        figures.add({
-            "loss": loss.item(),
-            "clip": stats["clip"].sum().item() / batch["w_sum"],
-            "entropy": entropy.sum().item() / batch["n_tokens"],
-            "ratio_max": stats["ratio_max"].max().item(),
-            "gap": gap.max().item(),
+        figures.add_tensors({
+            "loss": loss,
+            "clip": stats["clip"].sum(),
+            "entropy": entropy.sum(),
+            "ratio_max": stats["ratio_max"].max(),
+            "gap": gap.max(),
         })  # fmt: skip
+    figures.read()
+    figures["clip"] /= batch["w_sum"]
+    figures["entropy"] /= batch["n_tokens"]
     return figures
 
 

@@ -306,15 +306,15 @@ def gradient(policy, critic, batch, cfg, kl_to=None):
         loss = pg_loss + VF_COEF * vf_loss
         loss.backward()
         gap = (logp.detach() - mb["old_logp"]).abs()
-        figures.add({
-            "loss": loss.item(),
-            "clip": stats["clip"].sum().item(),
-            "value_loss": vf_loss.item(),
-            "entropy": (entropy.sum() / denom).item(),
-            "ratio_max": stats["ratio_max"].max().item(),
-            "gap": gap.max().item(),
+        figures.add_tensors({
+            "loss": loss,
+            "clip": stats["clip"].sum(),
+            "value_loss": vf_loss,
+            "entropy": entropy.sum() / denom,
+            "ratio_max": stats["ratio_max"].max(),
+            "gap": gap.max(),
         })  # fmt: skip
-    return figures
+    return figures.read()
 
 
 def adapt_beta(beta, kl, cfg, samples):

@@ -157,11 +157,8 @@ def gradient(rm, batch, cfg, batch_loss=pair_loss):
         rows = [batch["rows"][i] for i in mb]
         loss, margin = batch_loss(rm, rows, denom)
         loss.backward()
-        figures.add({
-            "loss": loss.item(),
-            "acc": (margin > 0).sum().item(),
-            "margin": margin.sum().item(),
-        })
+        figures.add_tensors({"loss": loss, "acc": (margin > 0).sum(), "margin": margin.sum()})
+    figures.read()
     figures["acc"] /= denom
     figures["margin"] /= denom
     return figures

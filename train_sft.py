@@ -159,8 +159,8 @@ def gradient(model, batch, cfg):
         doc = mb.get("doc")
         loss, *_ = model.logprobs(mb["tokens"], mb["mask"], loss=chunk_loss, doc=doc)
         loss.backward()
-        figures.add({"loss": loss.item()})
-    return figures
+        figures.add_tensors({"loss": loss})
+    return figures.read()
 
 
 # ------------------------------------------------------------------------------------------------------------

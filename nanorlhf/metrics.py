@@ -140,6 +140,7 @@ class Figures(dict):
         super().__init__()
         self.kinds = kinds
         self.pieces = 0
+        self.unread = []
 
     def add(self, values):
         """Add a piece {name: number}."""
@@ -154,6 +155,20 @@ class Figures(dict):
                 self[name] += value
             else:
                 self[name] = max(self[name], value)
+
+    def add_tensors(self, values):
+        """Add a piece {name: tensor of one number} when `read` is called.
+
+        To read them at once, a GPU's host would wait in every micro-batch until all its work is done.
+        """
+        self.unread.append({name: value.detach() for name, value in values.items()})
+
+    def read(self):
+        """Read the tensors that wait → these figures."""
+        for values in self.unread:
+            self.add({name: value.item() for name, value in values.items()})
+        self.unread = []
+        return self
 
     def averages(self):
         """→ {name: figure}, where every sum is divided by the number of pieces."""

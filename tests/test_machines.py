@@ -9,7 +9,7 @@ import pytest
 import session
 import torch
 from fake_device import OnDevice, pretended
-from runs import metrics
+from runs import EACH, metrics
 from stages import TRAINERS, jsonl
 
 import evaluate
@@ -20,7 +20,7 @@ import train_ppo
 import train_prm
 from nanorlhf import hub
 from nanorlhf.exact import Tree
-from nanorlhf.metrics import mean_se
+from nanorlhf.metrics import Figures, mean_se
 
 ROOT = Path(__file__).parents[1]
 MORE = {  # flags with which a trainer takes its longest way
@@ -193,3 +193,38 @@ def test_an_installed_torch_stays():
     assert torch_range == ">=2.6"
     pins = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     assert all("==" in line for line in pins.splitlines() if line and not line.startswith("#"))
+
+
+@EACH
+def test_a_micro_batch_reads_no_number(trainer, stages, tmp_path, monkeypatch, no_curves):
+    """A GPU's host would wait there until all its work is done: figures are read when the step ends."""
+    inside = []
+    read = []
+    item = torch.Tensor.item
+
+    def noticed(tensor):
+        if inside:
+            read.append(len(inside))
+        return item(tensor)
+
+    def gradient(*args, **kwargs):
+        if not torch.is_grad_enabled():  # it only measures
+            return plain(*args, **kwargs)
+        inside.append(True)
+        figures = plain(*args, **kwargs)
+        inside.clear()
+        return figures
+
+    def finish(figures):
+        pieces.append(len(figures.unread))
+        inside.clear()
+        return finish_plainly(figures)
+
+    plain = trainer.gradient
+    finish_plainly = Figures.read
+    pieces = []
+    monkeypatch.setattr(torch.Tensor, "item", noticed)
+    monkeypatch.setattr(trainer, "gradient", gradient)
+    monkeypatch.setattr(Figures, "read", finish)
+    trainer.train(stages.config(trainer, tmp_path / "run", steps=1, save_every=0, tokens_per_microbatch=8))
+    assert read == [] and max(pieces) > 1

@@ -237,7 +237,7 @@ class LinearLogprob(torch.autograd.Function):
     def backward(ctx, g, h):
         hidden, weight, bias, targets, lse, entropy = ctx.saved_tensors
         masked = bias is not None
-        use_entropy = bool((h != 0).any())
+        use_entropy = h.is_cuda or bool((h != 0).any())  # a GPU's host does not wait to find out
         g = g / ctx.temperature
         h = h / ctx.temperature
 
@@ -295,7 +295,7 @@ class LinearLoss(torch.autograd.Function):
             total += value
             chunk_stats.append(stats)
             g = g / temperature
-            h = h / temperature if (h != 0).any() else None
+            h = h / temperature if h.is_cuda or (h != 0).any() else None
             for c, buffer in zip(cols, logits):
                 z = view(buffer, r, c)
                 target = targets[r] - c.start
