@@ -379,7 +379,7 @@ def pretended(kind, triton=True):
     patches = [mock.patch.object(there, "is_available", lambda: True)]
     if kind == "cuda":
         patches = [mock.patch.multiple(torch.cuda, **CUDA)]
-        if InterpretedFunction is not None:
+        if hasattr(InterpretedFunction, "run"):  # in Triton 3.5 it has none, and kernels stay on the CPU
             patches.append(mock.patch.object(InterpretedFunction, "run", launch(InterpretedFunction.run)))
         if not triton:
             patches.append(mock.patch.object(kernels, "_backend", without_triton(kernels._backend)))
