@@ -145,7 +145,12 @@ def test_a_trainer_saves_once_and_ends_with_the_recipe(ends, name, tmp_path):
     run_stage = [sys.executable, "-m", "recipes.smollm2.stage", tmp_path, "grpo"]
     command = ["bash", "-c", script, "bash", *run_stage, sys.executable, "-c", TRAINER, "--out", tmp_path]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    shell = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, start_new_session=True)
+
+    def heed():  # tests that nohup started ignore SIGHUP, and so would their children
+        signal.signal(signum, signal.SIG_DFL)
+
+    pipes = dict(stdout=subprocess.PIPE, start_new_session=True, preexec_fn=heed)
+    shell = subprocess.Popen(command, cwd=tmp_path, env=env, **pipes)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.05)
     if ends == "group":
