@@ -221,7 +221,7 @@ MUTANTS = [
      "call.gold(row)", "pass",
      [ANSWERS + "a_gold_that_cannot_be_read_is_named_by_line"]),
     ("a reward beyond fp32", "nanorlhf/run/reward_functions.py",
-     "not abs(value) <= FP32_MAX", "not abs(value) < math.inf",
+     "abs(value) <= FP32_MAX", "abs(value) < math.inf",
      [ANSWERS + "a_reward_beyond_fp32_is_named"]),
     ("a row without an answer", "nanorlhf/answers.py",
      'require(gold is not None and gold != "",', "require(True,",
@@ -264,7 +264,7 @@ MUTANTS = [
      "inside = (target >= 0) & (target < z.shape[1])", "inside = target >= 0",
      ["tests/test_kernels.py::test_logprob_is_the_oracle_float64"]),
     ("kernel: one pass without the entropy's gradient", "nanorlhf/kernels/torch_backend.py",
-     "h / temperature if (h != 0).any() else None", "None",
+     "h / temperature if h.is_cuda or (h != 0).any() else None", "None",
      ["tests/test_kernels.py::test_one_pass_is_the_oracle_float64"]),
     ("kernel: one pass without what comes from upstream", "nanorlhf/kernels/torch_backend.py",
      "if up.is_cuda or up != 1:", "if False:",
@@ -648,8 +648,8 @@ def pytest(root, tests):
 
 def copy(root):
     """Sources and tests, and nothing else."""
-    for name in ("nanorlhf", "tests", "bench", "variants"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("nanorlhf", "tests", "bench", "variants", "labs"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(path, root / path.name)
     return root
