@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from bench import table
+from nanorlhf.hub.files import write_jsonl
 from recipes.smollm2.short_rows import short_rows
 
 ROOT = Path(table.ROOT)
@@ -40,8 +41,8 @@ def write_data(demos, pairs, out):
     """The few rows of a run → out/demos.jsonl, out/pairs.jsonl and out/heldout.jsonl (of pairs)."""
     few = short_rows(pairs, characters=700, most=9)
     files = {"demos": short_rows(demos, characters=400, most=12), "pairs": few[:4], "heldout": few[7:]}
-    for name, texts in files.items():
-        (out / f"{name}.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    for name, rows in files.items():
+        write_jsonl(out / f"{name}.jsonl", rows)
 
 
 def command(trainer, rank, model, out):
