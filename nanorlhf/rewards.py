@@ -13,7 +13,7 @@ from nanorlhf.metrics import sample_figures
 from nanorlhf.run.defaults import HELD_OUT, response_limit
 from nanorlhf.run.device import at_work
 
-LARGEST = 1e15  # above it the square of a reward, in PPO's value loss say, is more than fp32 can hold
+LARGEST = 1e15  # of a reward. PPO's value loss adds up squares in fp32, which holds 10^8 of 1e15² = 1e30
 SCORE_TOKENS = 1 << 14  # padded tokens that a reward model scores at once, to bound memory
 
 

@@ -86,8 +86,7 @@ def _invert_cdf(e, uniforms):
     where `torch.multinomial` is ten times slower on a CPU.
     """
     cdf = torch.cumsum(e, -1, out=e)
-    total = cdf[:, -1:].contiguous()
-    return first_above(cdf, uniforms * total)
+    return first_above(cdf, uniforms * cdf[:, -1:])
 
 
 def first_above(cdf, aim):

@@ -165,7 +165,8 @@ def to_json(cfg):
 
 
 LARGEST = {"threads": 1024, "n_layer": 1000, "group_size": 10_000, "top_p": 1}
-LARGEST |= {"lr": 1e30, "critic_lr": 1e30, "max_grad_norm": 1e30}  # of the first two a run says so itself
+# A run that ends by a large --lr names it, and a --max_grad_norm of 1e30 clips nothing.
+LARGEST |= {"lr": 1e30, "critic_lr": 1e30, "max_grad_norm": 1e30}
 # All others: 10 million. A --beta of 1e30 would give an infinite loss, and the run would blame --lr.
 
 

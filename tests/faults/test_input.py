@@ -162,6 +162,16 @@ def test_row_66_weights_that_are_not_finite(trainer, flag, kind, value, refuse, 
     refuse(trainer, {flag: tmp_path / "spoilt"}, *words)
 
 
+def make_special(path, kind):
+    """Put a pipe, a device or a folder where a file is expected."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_row_46_weights_that_are_no_file(kind, refuse, model):
@@ -169,12 +179,7 @@ def test_row_46_weights_that_are_no_file(kind, refuse, model):
     ever"""
     path = model / "model.safetensors"
     path.unlink()
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
+    make_special(path, kind)
     refuse(train_sft, dict(init=model), path, "no regular file")
 
 
@@ -241,12 +246,7 @@ def test_row_67_data_that_is_no_file(kind, refuse, stages, tmp_path):
     """R | a pipe, a device or a folder as --data, --eval_data or --pairs, or as the --out of evaluate.py |
     refused: a pipe would be waited for, and a device has no end"""
     path = tmp_path / "special"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
+    make_special(path, kind)
     for flag in ("data", "eval_data"):
         refuse(train_sft, {flag: path}, f"--{flag}: {path}: is no regular file")
     with pytest.raises(UserError, match="^--pairs: .*/special: is no regular file"):
