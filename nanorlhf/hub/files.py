@@ -71,9 +71,14 @@ def read_objects(path, flag, required):
     return rows
 
 
-def _read_bytes(path, where):
+def require_regular(path, where):
+    """UserError for what is there and no file: a pipe would be waited for, and a device has no end."""
     regular = os.path.isfile(path) or not os.path.exists(path)
     require(regular, f"{where}: is no regular file; a pipe or a device may have no end")
+
+
+def _read_bytes(path, where):
+    require_regular(path, where)
     try:
         data = Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":  # gzip is known by its first bytes: a name may lack the .gz

@@ -7,13 +7,13 @@ import contextlib
 import hashlib
 import json
 import re
-from os.path import exists, isfile
+from os.path import exists
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from nanorlhf.errors import UserError, blame, require
-from nanorlhf.hub.files import read_json
+from nanorlhf.hub.files import read_json, require_regular
 from nanorlhf.hub.gguf import Gguf
 from nanorlhf.model import ScalarModel
 from nanorlhf.run import sharding
@@ -191,8 +191,7 @@ def files_of(folder):
     if not exists(single) and exists(index):
         files = [folder / name for name in _shards(index)]
     for file in files:
-        regular = isfile(file) or not exists(file)
-        require(regular, f"{file}: is no regular file")
+        require_regular(file, file)
     pickle = folder / "pytorch_model.bin"
     has_pickle = exists(pickle) or exists(f"{pickle}.index.json")
     if has_pickle and not exists(files[0]):
