@@ -11,6 +11,7 @@ its process. Times are not compared: on a busy machine those of this minute tell
 
 import argparse
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -34,7 +35,7 @@ FLAGS = {
     "grpo": f"--prompts_per_step 1 --group_size 4 --tokens_per_microbatch 1024 --reward {REWARD} {SAMPLES}",
     "distill": f"--prompts_per_step 1 --tokens_per_microbatch 1024 {SAMPLES}",
 }
-COLUMNS = "trainer lora_rank planned_gib measured_gib ratio origin".split()
+COLUMNS = "trainer lora_rank dtype planned_gib measured_gib ratio origin".split()
 
 
 def write_data(demos, pairs, out):
@@ -45,11 +46,11 @@ def write_data(demos, pairs, out):
         write_jsonl(out / f"{name}.jsonl", rows)
 
 
-def command(trainer, rank, model, out):
+def command(trainer, rank, dtype, model, out):
     """The command line of a run, without --dry_run."""
     steps = 1 if rank != "0" else 2
-    flags = f"--init {model} --out {out}/{trainer}-{rank} --lora_rank {rank} --steps {steps} {COMMON} "
-    flags += FLAGS[trainer]
+    flags = f"--init {model} --out {out}/{trainer}-{rank} --lora_rank {rank} --dtype {dtype} --steps {steps} "
+    flags += f"{COMMON} {FLAGS[trainer]}"
     if trainer in ("rm", "dpo"):
         flags += f" --data {out}/pairs.jsonl --eval_data {out}/heldout.jsonl"
     else:
@@ -78,33 +79,34 @@ def main():
     parser.add_argument("--pairs", required=True, help="preferences, such as HH's")
     parser.add_argument("--only", default=",".join(FLAGS), help="trainers, such as sft,grpo")
     parser.add_argument("--ranks", default="16,0", help="of the adapters; 0: all weights")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="bfloat16 needs units")
     parser.add_argument("--out", default="runs/bench-dry-run", help="folder for the runs")
     args = parser.parse_args()
     out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     write_data(args.demos, args.pairs, out)
     model = Path(args.model).resolve()
-    print("| trainer | `--lora_rank` | `--dry_run`, GiB | measured, GiB | ratio |")
-    print("| --- | --- | --- | --- | --- |")
-    for trainer in args.only.split(","):
-        for rank in args.ranks.split(","):
-            words = command(trainer, rank, model, out)
-            text, _ = run([*words, "--dry_run"], out / "dry.log")
-            planned = float(re.search(r"^  at most +([\d.]+)", text, re.M)[1])
-            _, measured = run(words, out / f"{trainer}-{rank}.log")
-            save(trainer, rank, planned, measured)
-            figures = f"{planned:.2f} | {measured:.2f} | {planned / measured:.2f}"
-            print(f"| {trainer} | {rank} | {figures} |", flush=True)
+    print("| trainer | `--lora_rank` | `--dtype` | `--dry_run`, GiB | measured, GiB | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    axes = [names.split(",") for names in (args.only, args.ranks, args.dtypes)]
+    for trainer, rank, dtype in itertools.product(*axes):
+        words = command(trainer, rank, dtype, model, out)
+        text, _ = run([*words, "--dry_run"], out / "dry.log")
+        planned = float(re.search(r"^  at most +([\d.]+)", text, re.M)[1])
+        _, measured = run(words, out / f"{trainer}-{rank}.log")
+        run_of = (trainer, rank, dtype)
+        figures = (f"{planned:.2f}", f"{measured:.2f}", f"{planned / measured:.2f}")
+        save(run_of, figures)
+        print(f"| {' | '.join(run_of + figures)} |", flush=True)
 
 
-def save(trainer, rank, planned, measured):
+def save(run_of, figures):
     """Put a row into bench/results/dry_run.csv, in place of an older one; the others stay."""
     rows = {}
     if RESULTS.exists():
         with open(RESULTS, newline="", encoding="utf-8") as f:
-            rows = {(row["trainer"], row["lora_rank"]): row for row in csv.DictReader(f)}
-    figures = [f"{planned:.2f}", f"{measured:.2f}", f"{planned / measured:.2f}", table.origin()]
-    rows[trainer, rank] = dict(zip(COLUMNS, [trainer, rank, *figures]))
+            rows = {(row["trainer"], row["lora_rank"], row["dtype"]): row for row in csv.DictReader(f)}
+    rows[run_of] = dict(zip(COLUMNS, [*run_of, *figures, table.origin()]))
     with open(RESULTS, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         writer.writeheader()

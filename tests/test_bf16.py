@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_grpo
 import train_sft
 from nanorlhf import lora
 from nanorlhf.generate import generate
-from nanorlhf.kernels import bf16, linear_logprob
+from nanorlhf.kernels import bf16, decode_attention, linear_logprob
 from nanorlhf.model import GPT, GPTConfig, ScalarModel
 from nanorlhf.run import defaults, dist
 
@@ -46,7 +47,7 @@ class Casts(Mode):
         super().__init__()
         self.names = {p.data_ptr(): name for name, p in model.named_parameters()}
         self.found = Counter()
-        self.of_head = 0  # copies of V × D numbers, to whatever dtype
+        self.of_head = 0  # copies of V × D numbers, to whatever dtype: a CPU needs none
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
@@ -59,7 +60,8 @@ class Casts(Mode):
 
 
 def linear_weights(model):
-    return {name for name, p in model.named_parameters() if p.dim() == 2 and "wpe" not in name}
+    """Those that are cast on a CPU: not the unembedding."""
+    return {name for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("blocks")}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -68,9 +70,8 @@ def test_a_decode_loop_casts_each_weight_once(new, tied):
     model = model_of(tied=tied)
     with Casts(model) as casts:
         generate(model, PROMPTS, n=3, max_new_tokens=new)
-    want = linear_weights(model) - (set() if tied else {"wte.weight"})
-    assert casts.found == dict.fromkeys(want, 1)
-    assert casts.of_head == 2, "to bf16, and to fp32 for logits that are never rounded"
+    assert casts.found == dict.fromkeys(linear_weights(model), 1)
+    assert casts.of_head == 0
 
 
 def test_adapters_are_cast_once_too():
@@ -79,7 +80,7 @@ def test_adapters_are_cast_once_too():
     with Casts(model) as casts:
         generate(model, PROMPTS, max_new_tokens=5)
     trained = {name for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
-    assert trained and casts.found == dict.fromkeys(trained | {"wte.weight"}, 1)
+    assert trained and casts.found == dict.fromkeys(trained, 1)
 
 
 def gradients(model, cut):
@@ -216,6 +217,38 @@ def test_the_head_loses_nothing_in_the_units_but_in_its_gradient():
         for x, y in zip(grads, want_grads):
             assert x.dtype == BF16 and (x - y).norm() < 5e-3 * y.norm()
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_cpu_rounds_the_unembedding_in_the_units_and_not_its_gradient():
+    """The weight stays in fp32. The oracle is float64 on the rounded weight."""
+    hidden, _, targets = head_inputs(BF16)
+    weight = torch.randn(300, D, generator=torch.Generator().manual_seed(3))
+    rounded = weight.to(BF16)
+    want = head(hidden.double(), rounded.double(), targets)
+    with Units():
+        got = head(hidden, weight, targets)
+    for (logp, _, grad), (want_logp, _, want_grad) in zip(got, want):
+        assert (logp - want_logp).abs().max() < 2e-5
+        assert grad.dtype == torch.float32 and (grad - want_grad).norm() < 5e-3 * want_grad.norm()
+        assert (grad != grad.to(BF16)).any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_cpu_reads_the_unembedding_itself(tied):
+    model = model_of(tied=tied)
+    with bf16.cast_once(model):
+        head = model.wte if tied else model.lm_head
+        assert model.unembedding is head.weight and model.lm_head is (None if tied else head)
+
+
+def test_attention_of_a_cpu_is_the_same_in_prefill_and_decode_to_the_last_bit_of_bf16():
+    """In fp32 both, of keys and values in bf16. Rounded inside, as in bf16, they differ in several bits."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 40, 32, generator=g).to(BF16) for heads in (6, 2, 2))
+    want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+    pos = torch.tensor([39, 39])
+    got = decode_attention(q[:, :, -1], k[:, :, -1], v[:, :, -1], k.clone(), v.clone(), pos, 40)
+    assert got.dtype == BF16 and torch.equal(got, want[:, :, -1].to(BF16))
 
 
 def test_fp32_never_uses_the_units():

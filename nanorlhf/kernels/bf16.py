@@ -44,8 +44,8 @@ def cast_once(model, kept=None):
 
     So a decode loop, or the micro-batches of an optimizer step, cost one cast and not one in every pass. A
     gradient goes through the cast to the weight itself, as it would without. Left as they are: weights that
-    the cast would make larger (bf16_weights), those cut over processes (--shard), and all of a model that is
-    to save memory.
+    the cast would make larger (bf16_weights), those cut over processes (--shard), all of a model that is to
+    save memory, and on a CPU the unembedding (GPT.unembedding).
 
     kept: a dict {name: copy} of a GPU's slots, whose CUDA graphs hold the copies' addresses. Copies that it
     has are written anew where they are; the others are put into it. All weights of another dtype are cast
@@ -53,6 +53,7 @@ def cast_once(model, kept=None):
     """
     trunk = model.trunk
     dtype = trunk.dtype
+    on_cpu = trunk.device.type == "cpu"
     copies = {} if kept is None else kept
 
     def casts(p):
@@ -68,11 +69,11 @@ def cast_once(model, kept=None):
         return copies[name]
 
     head = trunk.lm_head
-    if head is None and casts(trunk.wte.weight):  # tied: the embedding itself is read in fp32
+    if head is None and not on_cpu and casts(trunk.wte.weight):  # tied: tokens are looked up in fp32
         trunk.lm_head = types.SimpleNamespace(weight=cast("head", trunk.wte.weight))
     hidden = []
     for place, layer in trunk.named_modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and not (on_cpu and layer is head):
             for name, p in layer.named_parameters(recurse=False):
                 if casts(p) and name not in vars(layer):  # else it is cast already, by a caller
                     vars(layer)[name] = cast(f"{place}.{name}", p)  # hides the parameter of this name

@@ -127,14 +127,14 @@ def tile_bytes(cfg, one_pass=False):
     return CPU_STORED if one_pass else CPU_TILES
 
 
-def head_bytes(model, logits, train=False):
+def head_bytes(cfg, model, logits, train=False):
     """Bytes that log-probs need: logits, the unembedding where it is cast, and its gradient in fp32."""
     if isinstance(model, ScalarModel):
         return 0
     weight = model.trunk.wte.weight
     c = width(model)
     out = logits
-    if weight.itemsize > c:
+    if weight.itemsize > c and device_of(cfg) == "cuda":  # a CPU reads the weight itself
         out += c * weight.numel()
     if train and weight.requires_grad:
         out += 4 * weight.numel()
@@ -164,10 +164,10 @@ class SampledRows(NamedTuple):
 def sampling_parts(model, slots, length, prompt, on_gpu=True):
     """→ {part: bytes} while `slots` rows are sampled, of `length` tokens with a prompt of `prompt` tokens.
 
-    A GPU has a copy of the unembedding, padded. A CPU widens one in bf16, and else reads the weight itself.
+    A GPU has a copy of the unembedding, padded. A CPU reads the weight itself.
     """
     c = width(model)
-    copied = c if on_gpu else (c + 4) * (c < 4)
+    copied = c if on_gpu else 0
     prefilled = max(prompt, min(PREFILL, slots * prompt))  # padded tokens prefilled together
     return {
         "KV cache": model.new_cache(slots, length).kv.nbytes,  # on the meta device: nothing is allocated
@@ -183,7 +183,7 @@ def forward_parts(cfg, model, tokens):
     return {
         "a layer at work": forward_bytes(model, tokens),
         "weights cast once": cast_bytes(model.trunk.blocks, width(model)),
-        "unembedding, tile of logits": head_bytes(model, tile_bytes(cfg)),
+        "unembedding, tile of logits": head_bytes(cfg, model, tile_bytes(cfg)),
     }
 
 
@@ -191,17 +191,18 @@ def update_parts(cfg, models, tokens, n_microbatches=2, one_pass=True):
     """→ {part: bytes} of forward and backward pass of the trained models, on so many padded tokens.
 
     n_microbatches: of an optimizer step. In a single one gradients, which are counted elsewhere, take the
-    place of activations. A loss that is formed in one pass stores logits with their gradients, otherwise
-    tiles of logits are made twice.
+    place of activations, but not of the weights that are cast for the whole step. A loss that is formed in
+    one pass stores logits with their gradients, otherwise tiles of logits are made twice.
     """
     logits = tile_bytes(cfg, one_pass)
     kept = sum(activation_bytes(m, tokens) for m in models)
     if n_microbatches == 1:
-        kept = max(0, kept - trained_bytes(models))
+        cast = sum(cast_bytes(m.trunk.blocks, width(m)) for m in models if not m.trunk.recompute)
+        kept = cast + max(0, kept - cast - trained_bytes(models))
     return {
         "activations": kept,
         "a layer at work": forward_bytes(models[0], tokens),
-        "unembedding, gradient, tile of logits": sum(head_bytes(m, logits, train=True) for m in models),
+        "unembedding, gradient, tile of logits": sum(head_bytes(cfg, m, logits, train=True) for m in models),
     }
 
 
@@ -434,8 +435,11 @@ def _fit_this_machine(cfg, always, phases, sampled, trained):
     if cfg.init:  # one file at a time is mapped, while gradients and moments are not there
         mapped = max(0, _file_bytes(cfg.init) - 3 * always["gradients"])
         phases["loading"] = {"file of weights, mapped": mapped}
-    if cfg.lora_rank:
-        merged = sum(4 * p.numel() for p in matrices if not p.requires_grad)
+    if cfg.lora_rank:  # one model is saved after the other
+        merged = max(
+            sum(4 * p.numel() for p in m.parameters() if p.dim() == 2 and not p.requires_grad)
+            for m in trained.values()
+        )
         phases["saving"] = {"weights with their adapters": merged}
     _print_parts("memory of this machine's CPU, GiB", always, phases)
     _, peak = _peak(always, phases)
