@@ -41,7 +41,7 @@ from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, length_schedule, run_cli
 from nanorlhf.run.defaults import RECIPES
-from nanorlhf.run.device import adamw, clip_gradient, freeze, rl_rate, set_rate, setup
+from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, rl_rate, set_rate, setup
 from nanorlhf.run.log import Clock, due, health
 from nanorlhf.run.models import load_models
 from nanorlhf.run.worker import rewards_of
@@ -347,18 +347,21 @@ def gradient(policy, batch, cfg, kl_to=None):
     """
     figures = Figures(loss="sum", clip="sum", entropy="sum", ratio_max="max", gap="max")
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
-    for rows in dist.paced(cut, policy.logprobs):  # one process: as they are; several: equally many
-        mb = trim(take_rows(batch, rows))
-        loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg, kl_to)
-        loss.backward()
-        gap = (logp.detach() - mb["old_logp"]).abs()
-        figures.add_tensors({
-            "loss": loss,
-            "clip": stats["clip"].sum(),
-            "entropy": entropy.sum(),
-            "ratio_max": stats["ratio_max"].max(),
-            "gap": gap.max(),
-        })  # fmt: skip
+    passes = [policy.logprobs]
+    if kl_to is not None:
+        passes.append(kl_to.logprobs)  # inside policy.logprobs; --shard gathers both equally often everywhere
+    with at_work(kl_to):
+        for rows in dist.paced(cut, *passes):  # one process: as they are; several: equally many
+            mb = trim(take_rows(batch, rows))
+            loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg, kl_to)
+            loss.backward()
+            figures.add_tensors({
+                "loss": loss,
+                "clip": stats["clip"].sum(),
+                "entropy": entropy.sum(),
+                "ratio_max": stats["ratio_max"].max(),
+                "gap": (logp.detach() - mb["old_logp"]).abs().max(),
+            })  # fmt: skip
     figures.read()
     figures["clip"] /= batch["w_sum"]
     figures["entropy"] /= batch["n_tokens"]

@@ -39,7 +39,7 @@ from nanorlhf.rewards import evaluate, load_prompts, pass_gate, score_responses,
 from nanorlhf.run import dist, plan
 from nanorlhf.run.checkpoint import Run
 from nanorlhf.run.cli import Flags, check_ranges, run_cli
-from nanorlhf.run.device import adamw, clip_gradient, freeze, setup
+from nanorlhf.run.device import adamw, at_work, clip_gradient, freeze, setup
 from nanorlhf.run.log import Clock, due, health
 from nanorlhf.run.models import load_models_and_critic
 from nanorlhf.run.worker import rewards_of
@@ -297,23 +297,26 @@ def gradient(policy, critic, batch, cfg, kl_to=None):
     figures = Figures(loss="sum", clip="sum", value_loss="sum", entropy="sum", ratio_max="max", gap="max")
     denom = batch["denom"]
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
-    for rows in dist.paced(cut, policy.logprobs, critic.values):  # one process: as they are; several: as many
-        mb = trim(take_rows(batch, rows))
-        pg_loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg, kl_to)
-        value = critic.values(mb["tokens"], mb["mask"])
-        old_value = mb["old_value"]
-        vf_loss, _ = value_loss(value, old_value, mb["ret"], mb["mask"], VALUE_CLIP, denom)
-        loss = pg_loss + VF_COEF * vf_loss
-        loss.backward()
-        gap = (logp.detach() - mb["old_logp"]).abs()
-        figures.add_tensors({
-            "loss": loss,
-            "clip": stats["clip"].sum(),
-            "value_loss": vf_loss,
-            "entropy": entropy.sum() / denom,
-            "ratio_max": stats["ratio_max"].max(),
-            "gap": gap.max(),
-        })  # fmt: skip
+    passes = [policy.logprobs]
+    if kl_to is not None:
+        passes.append(kl_to.logprobs)  # inside policy.logprobs; --shard gathers both equally often everywhere
+    with at_work(kl_to):
+        for rows in dist.paced(cut, *passes, critic.values):  # one process: as they are; several: as many
+            mb = trim(take_rows(batch, rows))
+            pg_loss, stats, logp, entropy = microbatch_loss(policy, mb, cfg, kl_to)
+            value = critic.values(mb["tokens"], mb["mask"])
+            old_value = mb["old_value"]
+            vf_loss, _ = value_loss(value, old_value, mb["ret"], mb["mask"], VALUE_CLIP, denom)
+            loss = pg_loss + VF_COEF * vf_loss
+            loss.backward()
+            figures.add_tensors({
+                "loss": loss,
+                "clip": stats["clip"].sum(),
+                "value_loss": vf_loss,
+                "entropy": entropy.sum() / denom,
+                "ratio_max": stats["ratio_max"].max(),
+                "gap": (logp.detach() - mb["old_logp"]).abs().max(),
+            })  # fmt: skip
     return figures.read()
 
 

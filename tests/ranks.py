@@ -48,6 +48,7 @@ SHORT = {  # of which a few steps are enough
     "lean": (train_dpo, dict(save_memory=True, dtype="bfloat16", steps=4)),  # bf16 samples other tokens
     "lora": (train_ppo, dict(lora_rank=2, tokens_per_microbatch=60, steps=4)),
     "exact": (train_grpo, dict(kl="exact", beta=0.1, tokens_per_microbatch=60, off_policy_steps=0, steps=4)),
+    "exact_ppo": (train_ppo, dict(kl="exact", tokens_per_microbatch=60, steps=4)),
     "jsd": (train_distill, dict(divergence="jsd", lora_rank=2, tokens_per_microbatch=60, steps=4)),
     "as_reward": (train_distill, dict(as_reward=True, tokens_per_microbatch=60, steps=4)),
     "old": (train_grpo, dict(off_policy_steps=1, steps=4)),  # not sharded
@@ -154,8 +155,8 @@ def main(stages, out):
     with precision(torch.float64):
         for shard in (False, True):
             kind = "fsdp" if shard else "ddp"
-            for name in (*RUNS, "kto", "dapo", "online", "lora", "jsd", "as_reward",
-                         *["old", "exact"] * (not shard)):
+            for name in (*RUNS, "kto", "dapo", "online", "lora", "jsd", "as_reward", "exact", "exact_ppo",
+                         *["old"] * (not shard)):
                 run(stages, name, f"{out}/{name}-{kind}", shard=shard)
         for name in ("sft", "ppo"):  # begun by one process
             run(stages, name, f"{out}/{name}-begun", shard=True, resume=True)

@@ -24,9 +24,6 @@ def setup(cfg):
     has = _devices()
     device = device_of(cfg)
     require(has[device], f"--device {device}: this torch sees no such GPU; use cpu, or another torch")
-    in_pieces = getattr(cfg, "shard", False) or getattr(cfg, "save_memory", False)
-    exact = getattr(cfg, "kl", "") == "exact"  # needs the reference's unembedding in the backward pass
-    require(not (exact and in_pieces), "--kl exact goes together with neither --shard nor --save_memory")
     _join(cfg, device)  # from here on only the first of several processes prints
     if device == "cuda":
         _settle_on_cuda(cfg)
