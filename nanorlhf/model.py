@@ -364,14 +364,14 @@ class GPT(nn.Module):
         """The (n_ids, D) matrix from hidden states to logits, in the dtype of the activations.
 
         Only the first n_ids rows: published models pad the vocabulary, and padding ids must never be sampled.
-        On a CPU it stays in fp32 for bf16 activations: `kernels.bf16.in_units` rounds it inside the matmul,
-        while a copy in bf16 would be widened again tile by tile, and its gradient rounded.
+        Only CUDA multiplies bf16 into fp32. Elsewhere the weight itself is read: a copy in bf16 would be
+        widened again, tile by tile, and the gradient would be rounded.
         """
         head = self.lm_head or self.wte
         weight = head.weight
         if self.n_ids < len(weight):
             weight = weight[: self.n_ids]
-        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+        if self.device.type != "cuda" and self.dtype == torch.bfloat16:
             return weight
         return weight.to(self.dtype)
 

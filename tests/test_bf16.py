@@ -219,8 +219,8 @@ def test_the_head_loses_nothing_in_the_units_but_in_its_gradient():
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_a_cpu_rounds_the_unembedding_in_the_units_and_not_its_gradient():
-    """The weight stays in fp32. The oracle is float64 on the rounded weight."""
+def test_amx_rounds_an_unembedding_in_fp32_and_not_its_gradient():
+    """The oracle is float64 on the rounded weight."""
     hidden, _, targets = head_inputs(BF16)
     weight = torch.randn(300, D, generator=torch.Generator().manual_seed(3))
     rounded = weight.to(BF16)
@@ -241,14 +241,25 @@ def test_a_cpu_reads_the_unembedding_itself(tied):
         assert model.unembedding is head.weight and model.lm_head is (None if tied else head)
 
 
-def test_attention_of_a_cpu_is_the_same_in_prefill_and_decode_to_the_last_bit_of_bf16():
-    """In fp32 both, of keys and values in bf16. Rounded inside, as in bf16, they differ in several bits."""
+def test_attention_of_a_cpu_loses_nothing_but_its_last_rounding():
+    """In training, prefill and decode: fp32, of queries, keys and values in bf16. The oracle is float64."""
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 40, 32, generator=g).to(BF16) for heads in (6, 2, 2))
+    layer = model_of(d_model=48, n_head=6, qk_norm=True).blocks[0].attn
+    for projection in (layer.q, layer.k, layer.v):
+        projection.weight.data.mul_(3)
+    x = torch.randn(2, 40, 48, generator=g).to(BF16)
+    attended = []
+    layer.o.register_forward_pre_hook(lambda _, args: attended.append(args[0]))
+    layer(x, None, None, None, None)
+    q = layer.q_norm(layer.split_heads(layer.q(x)))
+    k = layer.k_norm(layer.split_heads(layer.k(x)))
+    v = layer.split_heads(layer.v(x))
     want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+    want = want.to(BF16)
+    assert torch.equal(attended[0], want.transpose(1, 2).flatten(2))
     pos = torch.tensor([39, 39])
     got = decode_attention(q[:, :, -1], k[:, :, -1], v[:, :, -1], k.clone(), v.clone(), pos, 40)
-    assert got.dtype == BF16 and torch.equal(got, want[:, :, -1].to(BF16))
+    assert got.dtype == BF16 and torch.equal(got, want[:, :, -1])
 
 
 def test_fp32_never_uses_the_units():

@@ -938,7 +938,7 @@ def test_exact_kl_by_microbatches(lab, budget):
 
 
 def test_exact_kl_with_save_memory(lab):
-    """Activations are formed anew in the backward pass, which needs the reference no more."""
+    """Blocks form their activations anew; the backward pass reads the reference's unembedding once more."""
     flags = dict(kl="exact", beta=0.5, ref=f"{lab}/other", steps=2, minibatches=2, adam_eps=1e-5)
     results = []
     for save_memory in (False, True):

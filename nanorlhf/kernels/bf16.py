@@ -26,8 +26,9 @@ def has_units(device):
 def in_units(x):
     """Inside, matmuls of fp32 tensors may use a CPU's bf16 units if x is bf16; their sums stay fp32.
 
-    The units round operands to bf16. That changes nothing in those that were widened from bf16, and gradients
-    lose what they lose on a GPU, where they are stored in bf16. Without units the matmuls are those of fp32.
+    AMX rounds operands to bf16. That changes nothing in hidden states that were widened from bf16; weights
+    and gradients lose what they lose on a GPU, where they are cast to bf16. Other processors multiply in
+    fp32, in oneDNN, which on an AMD EPYC is twice as fast as what torch takes otherwise.
     """
     before = torch.get_float32_matmul_precision()
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
@@ -45,7 +46,7 @@ def cast_once(model, kept=None):
     So a decode loop, or the micro-batches of an optimizer step, cost one cast and not one in every pass. A
     gradient goes through the cast to the weight itself, as it would without. Left as they are: weights that
     the cast would make larger (bf16_weights), those cut over processes (--shard), all of a model that is to
-    save memory, and on a CPU the unembedding (GPT.unembedding).
+    save memory, and but for CUDA the unembedding (GPT.unembedding).
 
     kept: a dict {name: copy} of a GPU's slots, whose CUDA graphs hold the copies' addresses. Copies that it
     has are written anew where they are; the others are put into it. All weights of another dtype are cast
@@ -53,7 +54,7 @@ def cast_once(model, kept=None):
     """
     trunk = model.trunk
     dtype = trunk.dtype
-    on_cpu = trunk.device.type == "cpu"
+    on_gpu = trunk.device.type == "cuda"
     copies = {} if kept is None else kept
 
     def casts(p):
@@ -69,11 +70,11 @@ def cast_once(model, kept=None):
         return copies[name]
 
     head = trunk.lm_head
-    if head is None and not on_cpu and casts(trunk.wte.weight):  # tied: tokens are looked up in fp32
+    if head is None and on_gpu and casts(trunk.wte.weight):  # tied: tokens are looked up in fp32
         trunk.lm_head = types.SimpleNamespace(weight=cast("head", trunk.wte.weight))
     hidden = []
     for place, layer in trunk.named_modules():
-        if isinstance(layer, nn.Linear) and not (on_cpu and layer is head):
+        if isinstance(layer, nn.Linear) and (on_gpu or layer is not head):
             for name, p in layer.named_parameters(recurse=False):
                 if casts(p) and name not in vars(layer):  # else it is cast already, by a caller
                     vars(layer)[name] = cast(f"{place}.{name}", p)  # hides the parameter of this name

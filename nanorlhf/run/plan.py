@@ -134,7 +134,7 @@ def head_bytes(cfg, model, logits, train=False):
     weight = model.trunk.wte.weight
     c = width(model)
     out = logits
-    if weight.itemsize > c and device_of(cfg) == "cuda":  # a CPU reads the weight itself
+    if weight.itemsize > c and device_of(cfg) == "cuda":  # elsewhere it is read itself
         out += c * weight.numel()
     if train and weight.requires_grad:
         out += 4 * weight.numel()
@@ -164,7 +164,7 @@ class SampledRows(NamedTuple):
 def sampling_parts(model, slots, length, prompt, on_gpu=True):
     """→ {part: bytes} while `slots` rows are sampled, of `length` tokens with a prompt of `prompt` tokens.
 
-    A GPU has a copy of the unembedding, padded. A CPU reads the weight itself.
+    CUDA has a copy of the unembedding, padded. Elsewhere the weight itself is read.
     """
     c = width(model)
     copied = c if on_gpu else 0
@@ -197,7 +197,8 @@ def update_parts(cfg, models, tokens, n_microbatches=2, one_pass=True):
     logits = tile_bytes(cfg, one_pass)
     kept = sum(activation_bytes(m, tokens) for m in models)
     if n_microbatches == 1:
-        cast = sum(cast_bytes(m.trunk.blocks, width(m)) for m in models if not m.trunk.recompute)
+        once = [m for m in models if width(m) == 2 and not m.trunk.recompute]  # as bf16.cast_once does
+        cast = sum(cast_bytes(m.trunk.blocks, 2) for m in once)
         kept = cast + max(0, kept - cast - trained_bytes(models))
     return {
         "activations": kept,
