@@ -98,12 +98,23 @@ def test_planned_lengths():
     assert min(skewed) == 1 and max(skewed) <= 64 and 11 < sum(skewed) / 64 < 13
 
 
-def test_the_gap_between_sampled_and_recomputed_log_probs():
+def test_the_gap_between_sampled_and_recomputed_log_probs(monkeypatch):
+    """A sampler that reports one log-prob 0.01 too low is found out."""
     shape = dict(generation.CPU, vocab_size=64, n_layer=2, n_head=2, d_model=32, max_len=32)
     model = generation.build(shape)
-    for dtype, goal, verdict in (("float32", "≤ 1e-4", "PASS"), ("bfloat16", "≤ 1e-4", "MISS")):
-        r = generation.gap_row(model.to(getattr(torch, dtype)), [[1, 2, 3, 4]] * 4, 16, goal)
-        assert r["row"].endswith(dtype) and r["verdict"] == verdict, r
+    prompts = [[1, 2, 3, 4]] * 4
+    right = generation.gap_row(model, prompts, 16, "≤ 1e-4")
+    assert right["row"].endswith("float32") and right["verdict"] == "PASS", right
+    sampler = generation.ours
+
+    def too_low(*args, **kwargs):
+        roll = sampler(*args, **kwargs)
+        roll.logp[0, 5] -= 0.01
+        return roll
+
+    monkeypatch.setattr(generation, "ours", too_low)
+    wrong = generation.gap_row(model, prompts, 16, "≤ 1e-4")
+    assert wrong["ours"] == pytest.approx(0.01, abs=1e-4) and wrong["verdict"] == "MISS", wrong
 
 
 def test_rows_of_another_machine_say_so(tmp_path):
