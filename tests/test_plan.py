@@ -150,6 +150,16 @@ def test_weights_that_are_cast_once_are_counted_in_scoring_and_sampling():
         assert sampled["weights cast once"] == made
 
 
+def test_weights_that_are_cast_stay_beside_the_gradients():
+    """In a step of one micro-batch gradients take the place of activations: a bf16 copy is none of these."""
+    cfg, model = SimpleNamespace(device="cpu"), tiny()
+    model.compute_dtype = BF16
+    with bf16.cast_once(model):
+        layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+        copies = sum(vars(layer)["weight"].nbytes for layer in layers if "weight" in vars(layer))
+    assert copies and plan.update_parts(cfg, [model], 1, 1)["activations"] == copies
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("style", ["llama-gqa-untied", "qwen3"])
 def test_operations_are_those_that_torch_counts(style, rank):
