@@ -103,6 +103,11 @@ def f(prompt, response, row):
         case "_exit": os._exit(4)
         case "hang": time.sleep(600)
         case "fork": os.fork()  # two of it return
+        case "fork and tell":
+            pid = os.fork()
+            if pid:
+                with open(row["pids"] + "-child", "w") as log:
+                    print(pid, file=log)
         case "fork and hang":
             pid = os.fork()
             if pid == 0:
@@ -159,8 +164,8 @@ def alive(pid):
         return False
 
 
-def wait_for_the_end(pids):
-    limit = time.monotonic() + 300  # they end in a second, but for a busy machine
+def wait_for_the_end(pids, seconds=300):
+    limit = time.monotonic() + seconds  # they end in a second, but for a busy machine
     while any(map(alive, pids)):
         assert time.monotonic() < limit, "orphans"
         time.sleep(0.02)
@@ -186,6 +191,15 @@ def test_what_a_reward_function_does_ends_with_the_call(mischief, capfd, tmp_pat
     assert out.startswith(says) and len(out.splitlines()) == 1 and "noise" in err and "Traceback" not in err
     assert os.getpid() not in mischief.pids() and len(mischief.pids()) >= 4
     wait_for_the_end(mischief.pids())
+
+
+@posix
+def test_a_fork_that_returns_ends_while_the_others_go_on(mischief, tmp_path):
+    """It would wait for questions until the end of the run, one process more for each call."""
+    with mischief(30.0, "f") as rewards:
+        assert mischief.score(rewards, "fork and tell") == [15.0]
+        wait_for_the_end([int(Path(f"{tmp_path}/pids-child").read_text())], seconds=60)
+        assert mischief.score(rewards, "x") == [3.0]
 
 
 def test_a_warning_shows_control_sequences(tmp_path, capsys):
