@@ -349,7 +349,7 @@ def gradient(policy, batch, cfg, kl_to=None):
     cut = microbatches(batch["lengths"], cfg.tokens_per_microbatch)
     passes = [policy.logprobs]
     if kl_to is not None:
-        passes.append(kl_to.logprobs)  # inside policy.logprobs; --shard gathers both equally often everywhere
+        passes.append(kl_to.logprobs)  # with --shard every process must run the reference equally often
     with at_work(kl_to):
         for rows in dist.paced(cut, *passes):  # one process: as they are; several: equally many
             mb = trim(take_rows(batch, rows))

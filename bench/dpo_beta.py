@@ -9,13 +9,12 @@ samples after training; no run ever reads gold. The first run of a seed makes it
 `python train_dpo.py` does, and its CPU seconds are those of SFT, pairs and DPO together.
 """
 
-import csv
 import statistics
 import sys
 import tempfile
 
 import torch
-from main_job import ROOT, run, show, write
+from main_job import ROOT, print_row, rows_of, run, show, write
 
 sys.path.insert(0, ROOT)
 from demo import mean_se  # noqa: E402
@@ -44,8 +43,7 @@ def judge(folder, sft, seed):
 
 def figures(folder):
     """Of the run's own log: last values."""
-    with open(f"{folder}/metrics.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
+    rows = rows_of(folder)
     names = ("eval/acc", "logp_chosen", "logp_rejected", "entropy")
     return {name.removeprefix("eval/"): [float(r[name]) for r in rows if r[name]][-1] for name in names}
 
@@ -69,8 +67,7 @@ def seed_runs(seed, tmp, variants):
             data, cpu = ["--data", path], cpu + cpu_sft
         row = flags | {"seed": seed, "gold_sft": base["gold"]} | judge(f"{out}/model", model, seed)
         rows.append(row | figures(out) | {"cpu_seconds": cpu})
-        cells = (f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[-1].items())
-        print(*cells, flush=True)
+        print_row(rows[-1])
     return rows
 
 

@@ -8,12 +8,11 @@ default stays unless another rate is better in the last held-out reward and in t
 two standard errors of the paired differences.
 """
 
-import csv
 import statistics
 import sys
 import tempfile
 
-from main_job import ROOT, run, write
+from main_job import ROOT, print_row, rewards, rows_of, run, write
 
 sys.path.insert(0, ROOT)
 from train_grpo import Config  # noqa: E402
@@ -21,19 +20,6 @@ from train_grpo import Config  # noqa: E402
 FACTORS = (0.5, 1.0, 2.0)
 SEEDS = (0, 1, 2)
 FIGURES = ("last", "curve")  # by which a rate is better
-
-
-def measure(folder):
-    """→ held-out reward before and after, sampled and greedy; the mean of the curve; the last entropy."""
-    with open(f"{folder}/metrics.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    return {
-        "first": float(rows[0]["eval/reward"]),
-        "last": float(rows[-1]["eval/reward"]),
-        "greedy": float(rows[-1]["eval/greedy"]),
-        "curve": statistics.mean(float(row["reward"]) for row in rows),
-        "entropy": float(rows[-1]["entropy"]),
-    }
 
 
 def runs(task, seed, tmp):
@@ -50,9 +36,10 @@ def runs(task, seed, tmp):
         lr = factor * Config.BY_TASK[task]["lr"]
         out = f"{tmp}/{task}-{seed}-{factor}"
         cpu = run("train_grpo.py", *common, *start, "--lr", str(lr), "--out", out)
-        row = {"task": task, "factor": factor, "lr": lr, "seed": seed, **measure(out), "cpu_seconds": cpu}
-        cells = (f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
-        print(*cells, flush=True)
+        log = rows_of(out)
+        row = {"task": task, "factor": factor, "lr": lr, "seed": seed} | rewards(log)
+        row |= {"entropy": float(log[-1]["entropy"]), "cpu_seconds": cpu}
+        print_row(row)
         yield row
 
 

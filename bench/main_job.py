@@ -27,10 +27,31 @@ def run(*command):
     return after.children_user + after.children_system - before.children_user - before.children_system
 
 
-def last_row(folder, column):
+def rows_of(folder):
+    """The log of a run, a dict of texts for each step."""
     with open(f"{folder}/metrics.csv", newline="") as f:
-        values = [float(r[column]) for r in csv.DictReader(f) if r[column]]
+        return list(csv.DictReader(f))
+
+
+def last_row(folder, column):
+    values = [float(r[column]) for r in rows_of(folder) if r[column]]
     return values[0], values[-1]
+
+
+def rewards(rows):
+    """A log → held-out reward before and after, the last one greedily, and the mean over the curve."""
+    return {
+        "first": float(rows[0]["eval/reward"]),
+        "last": float(rows[-1]["eval/reward"]),
+        "greedy": float(rows[-1]["eval/greedy"]),
+        "curve": statistics.mean(float(row["reward"]) for row in rows),
+    }
+
+
+def print_row(row):
+    """One line of name=value."""
+    cells = (f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+    print(*cells, flush=True)
 
 
 def demo(seed, tmp):

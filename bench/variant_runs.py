@@ -17,7 +17,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from main_job import RESULTS, ROOT, write
+from main_job import RESULTS, ROOT, rewards, rows_of, write
 
 sys.path.insert(0, ROOT)
 import variants  # noqa: E402
@@ -64,13 +64,8 @@ def finish(job):
 
 def measure(folder):
     """The figures of a run: held-out accuracy before and after, and the mean over the curve of training."""
-    with open(f"{folder}/metrics.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    return {
-        "first": float(rows[0]["eval/reward"]),
-        "last": float(rows[-1]["eval/reward"]),
-        "greedy": float(rows[-1]["eval/greedy"]),
-        "curve": statistics.mean(float(row["reward"]) for row in rows),
+    rows = rows_of(folder)
+    return rewards(rows) | {
         "entropy": statistics.mean(float(row["entropy"]) for row in rows[-10:]),
         "len": statistics.mean(float(row["len"]) for row in rows[-10:]),
     }

@@ -1,5 +1,6 @@
 """python -m bench: verdicts, CSV, tables, and the parts that need no peer; no figure is tested."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,7 @@ def test_the_gap_between_sampled_and_recomputed_log_probs(monkeypatch):
     prompts = [[1, 2, 3, 4]] * 4
     right = generation.gap_row(model, prompts, 16, "≤ 1e-4")
     assert right["row"].endswith("float32") and right["verdict"] == "PASS", right
+    assert generation.gap_row(copy.deepcopy(model).bfloat16(), prompts, 16, "≤ 1")["row"].endswith("bfloat16")
     sampler = generation.ours
 
     def too_low(*args, **kwargs):

@@ -46,7 +46,7 @@ def cast_once(model, kept=None):
     So a decode loop, or the micro-batches of an optimizer step, cost one cast and not one in every pass. A
     gradient goes through the cast to the weight itself, as it would without. Left as they are: weights that
     the cast would make larger (bf16_weights), those cut over processes (--shard), all of a model that is to
-    save memory, and but for CUDA the unembedding (GPT.unembedding).
+    save memory, and, except on CUDA, the unembedding (GPT.unembedding).
 
     kept: a dict {name: copy} of a GPU's slots, whose CUDA graphs hold the copies' addresses. Copies that it
     has are written anew where they are; the others are put into it. All weights of another dtype are cast

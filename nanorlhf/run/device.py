@@ -150,8 +150,8 @@ def freeze(cfg, *models, trained):
 
     bfloat16 halves the memory of their matrices and changes no bit, because a weight is cast to the dtype of
     the activations whenever it is used. What is read in fp32 stays in fp32: embeddings to which learned
-    positions are added, a reward model's head, and but for CUDA the unembedding, which rounded would set
-    policy and reference up to 6e-3 nats a token apart before the first update. A reference that shares
+    positions are added, a reward model's head, and, except on CUDA, the unembedding. Rounded to bf16 it would
+    put a reference up to 6e-3 nats a token away from a policy of the same weights. A reference that shares
     tensors with a `trained` model (LoRA) is left as it is. With --save_memory a model stays in the CPU's
     memory until `at_work`; with --shard it is FSDP2 that moves it (dist.spread).
     """
